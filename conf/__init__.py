@@ -1,0 +1,1 @@
+"""Values; the dataclasses that check them are registered in schema.py."""

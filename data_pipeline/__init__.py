@@ -1,0 +1,1 @@
+"""Raw archives -> documents -> shards -> batches. Never imports trainer."""

@@ -1,0 +1,1 @@
+"""Raw text to documents: every document kept or dropped with a reason."""

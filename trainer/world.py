@@ -1,0 +1,48 @@
+"""Which process this is. The only reader of RANK, WORLD_SIZE and LOCAL_RANK. Standard library only."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from data_pipeline.config import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def read_world() -> World:
+    """From what `torchrun`, `deepspeed` or Slurm's rendezvous put into the environment; alone without it.
+
+    Alone, the process becomes a world of one and takes a free port for it.
+
+    Raises:
+        UserError: RANK without WORLD_SIZE or the like: a launcher that set half of what is needed.
+    """
+    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    found = [k for k in keys if k in os.environ]
+    if not found:
+        import socket
+
+        with socket.socket() as s:  # port 0: the kernel's choice, so that runs side by side do not meet
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    elif len(found) < len(keys):
+        missing = ", ".join(k for k in keys if k not in found)
+        raise UserError(f"{', '.join(found)} in the environment but not {missing}: start with torchrun or deepspeed, or unset them")
+    try:
+        return World(*(int(os.environ[k]) for k in keys))
+    except ValueError:
+        given = ", ".join(f"{k}={os.environ[k]!r}" for k in keys)
+        raise UserError(f"{given}: these must be integers; start with torchrun or deepspeed") from None
