@@ -1,0 +1,83 @@
+"""Small real sources for tests: the shard format written plainly, apart from the project's own writer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.manifest import (
+    TOKENIZER,
+    Block,
+    Manifest,
+    ShardIndex,
+    ShardInfo,
+    index_path,
+    write_index,
+    write_manifest,
+)
+
+
+def make_source(
+    root: Path,
+    docs_per_shard: Sequence[Sequence[np.ndarray]],
+    dtype: str = "uint16",
+    *,
+    vocab_size: int = 50257,
+    eot_id: int | None = None,
+    block_tokens: int = 64,
+    split: str = "train",
+) -> Manifest:
+    """Write one tar, one index for each list of documents, and the manifest.
+
+    `docs_per_shard[s][d]` is a document's token ids, [n], the end-of-text token included where there is one. A block is
+    closed at the first document that fills `block_tokens`.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    (root / TOKENIZER).write_text("{}")
+    shards = tuple(_make_shard(root, s, docs, dtype, block_tokens) for s, docs in enumerate(docs_per_shard))
+    sha = hashlib.sha256(b"{}").hexdigest()
+    manifest = Manifest(root, "test", split, dtype, vocab_size, eot_id, sha, tuple(info for info, _ in shards))
+    for info, index in shards:
+        write_index(index_path(manifest, info), index)
+    write_manifest(manifest)
+    return manifest
+
+
+def random_source(root: Path, shard_tokens: Sequence[int], dtype: str = "uint16", seed: int = 0) -> Manifest:
+    """A source with these many random tokens in each shard, in documents of 1 to 40 tokens."""
+    rng = np.random.default_rng(seed)
+    shards = []
+    for total in shard_tokens:
+        cuts = np.cumsum(rng.integers(1, 41, size=total + 1))
+        shards.append(np.split(rng.integers(0, 50257, size=total), cuts[cuts < total]) if total else [])
+    return make_source(root, shards, dtype)
+
+
+def _make_shard(
+    root: Path, number: int, docs: Sequence[np.ndarray], dtype: str, block_tokens: int
+) -> tuple[ShardInfo, ShardIndex]:
+    from webdataset import TarWriter
+
+    docs = [np.asarray(d).astype(np.dtype(dtype).newbyteorder("<")) for d in docs]
+    groups: list[list[int]] = [[]]
+    for d in range(len(docs)):
+        groups[-1].append(d)
+        if sum(len(docs[i]) for i in groups[-1]) >= block_tokens:
+            groups.append([])
+    path, blocks = root / f"{number:05d}.tar", []
+    with TarWriter(str(path), mtime=0, encoder=False) as tar:
+        for b, group in enumerate(g for g in groups if g):
+            array, npy = np.concatenate([docs[i] for i in group]), io.BytesIO()
+            np.save(npy, array)
+            about = {"documents": [{"id": f"{number}-{i}", "source": "test", "tokens": len(docs[i])} for i in group]}
+            tar.write({"__key__": f"{b:06d}", "npy": npy.getvalue(), "json": json.dumps(about).encode()})
+            blocks.append(Block(f"{b:06d}.npy", len(array), zlib.crc32(array.tobytes())))
+    raw, lengths = path.read_bytes(), tuple(len(d) for d in docs)
+    info = ShardInfo(path.name, len(raw), hashlib.sha256(raw).hexdigest(), len(docs), sum(lengths))
+    return info, ShardIndex(tuple(blocks), tuple(f"{number}-{i}" for i in range(len(docs))), lengths)
