@@ -1,0 +1,265 @@
+"""What a run says of itself: the journal (metrics.jsonl), its speed, the progress line. Torch only inside functions.
+
+The journal is JSON, one line for each logged step:
+
+    {"step": 100, "generation": 1, "time": 1767225600.25, "metrics": {"train/loss": 3.4123}}
+
+A *generation* is one start of the run. Its first line also has `"resumed_at"`, the step of the checkpoint that it goes
+on from: earlier generations' lines of later steps are then superseded, for those steps are done again. Floats are
+written as Python's shortest repr, so they come back bit for bit; NaN and Infinity stand as these words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.config import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+JOURNAL = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the journal."""
+
+    step: int
+    generation: int
+    time: float  # seconds since 1970
+    metrics: dict[str, float] = field(default_factory=dict)
+    resumed_at: int | None = None  # only in a generation's first row, and then equal to step
+
+    def line(self) -> bytes:
+        body = {k: v for k, v in asdict(self).items() if k != "resumed_at" or v is not None}
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+class Journal:
+    """The appending end. A last line torn by a kill is cut off first, so that the next one starts on its own line."""
+
+    def __init__(self, path: Path) -> None:
+        _cut_torn_line(path)
+        self._file = path.open("ab", buffering=0)  # unbuffered: a row survives the process as soon as it is written
+
+    def append(self, row: Row) -> None:
+        line = row.line()
+        if self._file.write(line) != len(line):  # a full disk may take a part
+            raise OSError(f"{self._file.name}: a line of {len(line)} bytes was written in part, is the disk full?")
+
+    def sync(self) -> None:
+        """From here on the rows survive the machine."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as f:
+        end = whole = f.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            f.seek(start)
+            newline = f.read(end - start).rfind(b"\n")
+            end = start + newline + 1 if newline >= 0 else start
+            if newline >= 0:
+                break
+        if end < whole:
+            f.truncate(end)
+
+
+def read_rows(path: Path, offset: int = 0) -> Iterator[tuple[Row, int]]:
+    """Each complete row from byte `offset` on, superseded ones too, with the byte where it ends.
+
+    Raises:
+        UserError: a complete line that is no row.
+    """
+    with path.open("rb") as f:
+        f.seek(offset)
+        for line in f:
+            if not line.endswith(b"\n"):
+                return  # torn by a kill, or being written just now
+            yield _parse(line, path, offset), offset + len(line)
+            offset += len(line)
+
+
+def _parse(line: bytes, path: Path, offset: int) -> Row:
+    try:
+        body = json.loads(line)
+        metrics = {str(k): float(v) for k, v in body["metrics"].items()}
+        resumed_at = body.get("resumed_at")
+        return Row(
+            int(body["step"]),
+            int(body["generation"]),
+            float(body["time"]),
+            metrics,
+            resumed_at if resumed_at is None else int(resumed_at),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(
+            f"{path}: the line at byte {offset} is no journal row ({e!r}): remove the line, or restore it"
+        ) from None
+
+
+def read_journal(path: Path) -> list[Row]:
+    """The run as it counts: one row for each step, in order of steps, superseded rows left out.
+
+    Rows of the same step (training, then validation) are one row; a metric in both counts as the newest generation has it.
+
+    Raises:
+        UserError: a complete line that is no row.
+    """
+    rows = sorted((row for row, _ in read_rows(path)), key=lambda row: row.generation)
+    starts = [row for row in rows if row.resumed_at is not None]
+    kept: dict[int, Row] = {}
+    for row in rows:
+        superseded = any(s.generation > row.generation and s.step < row.step for s in starts)
+        if row.resumed_at is None and not superseded:
+            before = kept[row.step].metrics if row.step in kept else {}
+            kept[row.step] = Row(row.step, row.generation, row.time, {**before, **row.metrics})
+    return [kept[step] for step in sorted(kept)]
+
+
+class Speed:
+    """Tokens a second and MFU over the last `window` steps.
+
+    `flops_per_token` is the model's (arithmetic.flops_per_token), `peak_flops` that of all ranks together, in FLOP/s.
+    """
+
+    def __init__(
+        self, flops_per_token: float, peak_flops: float, window: int = 20, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._clock = clock
+        self._steps: deque[tuple[float, int]] = deque(maxlen=window)  # (seconds, tokens)
+        self.start()
+
+    def start(self) -> None:
+        """The clock runs from here: call it after what is no step (validation, a checkpoint)."""
+        self._since = self._clock()
+
+    def step(self, tokens: int) -> None:
+        """A step over `tokens` tokens, counted over all ranks, has just ended."""
+        now = self._clock()
+        self._steps.append((now - self._since, tokens))
+        self._since = now
+
+    @property
+    def tokens_per_s(self) -> float:
+        seconds = sum(s for s, _ in self._steps)
+        return sum(n for _, n in self._steps) / seconds if seconds > 0 else 0.0
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak that went into the model's own FLOPs, 0..1."""
+        return self.tokens_per_s * self._flops_per_token / self._peak_flops
+
+    def eta_s(self, tokens_left: int) -> float | None:
+        """Seconds of steps still to do; None before the first step. Validation and checkpoints come on top."""
+        return tokens_left / self.tokens_per_s if self.tokens_per_s else None
+
+
+def progress_line(step: int, max_steps: int, metrics: Mapping[str, float], eta_s: float | None = None) -> str:
+    """`step 100/1500  loss 3.412  val 3.500  lr 4.0e-03  12.3k tok/s  mfu 41%  eta 3m12s`, without what is not known."""
+    forms: dict[str, Callable[[float], str]] = {
+        "train/loss": lambda v: f"loss {v:.3f}",
+        "val/loss": lambda v: f"val {v:.3f}",
+        "optim/lr": lambda v: f"lr {v:.1e}",
+        "speed/tokens_per_s": lambda v: f"{_short(v)} tok/s",
+        "speed/mfu": lambda v: f"mfu {100 * v:.0f}%",
+    }
+    parts = [f"step {step}/{max_steps}", *(form(metrics[key]) for key, form in forms.items() if key in metrics)]
+    return "  ".join(parts if eta_s is None else [*parts, f"eta {_duration(eta_s)}"])
+
+
+def _short(value: float) -> str:
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{suffix}" if value < 999.5 * size else f"{value / size:.0f}{suffix}"
+    return f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02}s"
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02}h"
+
+
+PEAK_TFLOPS = {
+    "GH200": 989.4,
+    "B200": 2250.0,
+    "H200 NVL": 835.5,
+    "H200": 989.4,
+    "H100 NVL": 835.5,
+    "H100 PCIe": 756.5,
+    "H100": 989.4,
+    "A100": 311.9,
+    "A40": 149.7,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.2,
+}
+"""Dense bf16 with fp32 accumulation, TFLOP/s, from NVIDIA's data sheets; the first key found in a device's name counts."""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that one rank's device could reach: a known GPU's bf16 peak; of any other device, the best that it shows.
+
+    Shown by timed matrix products in fp32 and in `dtype`, about half a second on this process's threads.
+    """
+    import torch
+
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, tflops in PEAK_TFLOPS.items():
+            if known.lower() in name.lower():
+                return tflops * 1e12
+    return max(_measured_flops(device, kind) for kind in {torch.float32, dtype})
+
+
+def _measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """The best of square matrix products (2 n³ FLOPs each)."""
+    import torch
+
+    n = 512 if device.type == "cpu" else 8192
+    a, b = torch.ones(2, n, n, dtype=dtype, device=device)
+    wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best, until = float("inf"), time.monotonic() + seconds
+    while best == float("inf") or time.monotonic() < until:
+        wait()
+        start = time.perf_counter()
+        torch.mm(a, b)
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * n**3 / best
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this rank has held: the allocator's on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
