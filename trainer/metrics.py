@@ -115,7 +115,7 @@ def _parse(line: bytes, path: Path, offset: int) -> Row:
 def read_journal(path: Path) -> list[Row]:
     """The run as it counts: one row for each step, in order of steps, superseded rows left out.
 
-    Rows of the same step (training, then validation) are one row; a metric in both counts as the newest generation has it.
+    Rows of the same step (training, then validation) are one row; of a metric in both, the newest counts.
 
     Raises:
         UserError: a complete line that is no row.
@@ -172,7 +172,7 @@ class Speed:
 
 
 def progress_line(step: int, max_steps: int, metrics: Mapping[str, float], eta_s: float | None = None) -> str:
-    """`step 100/1500  loss 3.412  val 3.500  lr 4.0e-03  12.3k tok/s  mfu 41%  eta 3m12s`, without what is not known."""
+    """`step 100/1500  loss 3.412  val 3.500  lr 4.0e-03  12.3k tok/s  mfu 41%  eta 3m12s`, less what is unknown."""
     forms: dict[str, Callable[[float], str]] = {
         "train/loss": lambda v: f"loss {v:.3f}",
         "val/loss": lambda v: f"val {v:.3f}",
@@ -219,7 +219,7 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.2,
 }
-"""Dense bf16 with fp32 accumulation, TFLOP/s, from NVIDIA's data sheets; the first key found in a device's name counts."""
+"""Dense bf16 with fp32 accumulation, TFLOP/s, from NVIDIA's data sheets; the first key found in a device name counts."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
