@@ -1,0 +1,69 @@
+"""One decoder block: attention and MLP, each with its residual.
+
+Legend: B batch, T time (under sequence parallelism: this rank's part of it), C n_embd.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config import ModelConfig, Norm
+from trainer.model.attention import Attention, KVCache
+from trainer.model.linear import ColumnLinear, RowLinear
+from trainer.parallel import Mesh, tp_local_randomness
+
+
+class Dropout(nn.Module):
+    """Dropout on x_TBC: equal on all tp ranks, or each rank's own where it holds its own part of the sequence."""
+
+    def __init__(self, p: float, mesh: Mesh, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.p, self.mesh, self.local = p, mesh, sequence_parallel
+
+    def forward(self, x_TBC: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x_TBC
+        if not self.local:
+            return F.dropout(x_TBC, self.p)
+        with tp_local_randomness(self.mesh):
+            return F.dropout(x_TBC, self.p)
+
+
+def layer_norm(cfg: ModelConfig, sequence_parallel: bool) -> nn.LayerNorm:
+    norm = nn.LayerNorm(cfg.n_embd, eps=cfg.layer_norm_eps)
+    for p in norm.parameters():
+        p.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+    return norm
+
+
+class MLP(nn.Module):
+    """C -> 4 C -> C with GELU in its tanh form (GPT-1's and GPT-2's released code)."""
+
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.c_fc = ColumnLinear(cfg.n_embd, 4 * cfg.n_embd, mesh, sequence_parallel)
+        self.c_proj = RowLinear(4 * cfg.n_embd, cfg.n_embd, mesh, sequence_parallel)
+
+    def forward(self, x_TBC: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x_TBC), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm (GPT-2, GPT-3): x + f(ln(x)). Post-norm (GPT-1): ln(x + f(x))."""
+
+    def __init__(self, cfg: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.pre_norm = cfg.norm is Norm.pre
+        self.ln_1 = layer_norm(cfg, sequence_parallel)
+        self.attn = Attention(cfg, layer, mesh, sequence_parallel)
+        self.ln_2 = layer_norm(cfg, sequence_parallel)
+        self.mlp = MLP(cfg, mesh, sequence_parallel)
+        self.drop = Dropout(cfg.dropout, mesh, sequence_parallel)
+
+    def forward(self, x_TBC: Tensor, cache: KVCache | None = None) -> Tensor:
+        if self.pre_norm:
+            x_TBC = x_TBC + self.drop(self.attn(self.ln_1(x_TBC), cache))
+            return x_TBC + self.drop(self.mlp(self.ln_2(x_TBC)))
+        x_TBC = self.ln_1(x_TBC + self.drop(self.attn(x_TBC, cache)))
+        return self.ln_2(x_TBC + self.drop(self.mlp(x_TBC)))

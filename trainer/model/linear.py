@@ -1,0 +1,140 @@
+"""megatron-core's tensor-parallel layers as this model uses them: the door to them.
+
+At tp = 1 a layer is plain `F.linear`, so that torch.compile sees one graph. Weights are left empty: `init.py` fills them.
+
+Legend: T time (under sequence parallelism: this rank's part of it), B batch, C n_embd, V vocabulary on this rank.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.arithmetic import padded_vocab_size
+from trainer.parallel import Mesh
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core import ModelParallelConfig, tensor_parallel
+    from megatron.core.tensor_parallel import linear_with_grad_accumulation_and_async_allreduce as parallel_linear
+
+
+def _config(mesh: Mesh, sequence_parallel: bool) -> ModelParallelConfig:
+    return ModelParallelConfig(
+        tensor_model_parallel_size=mesh.tp,
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=True,  # allocate on torch's current default device, not on "cuda"
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _split(param: nn.Parameter, dim: int) -> None:
+    """Mark a parameter of which each tp rank holds a part: DeepSpeed's norm then counts every part."""
+    param.tensor_model_parallel = True  # type: ignore[attr-defined]
+    param.partition_dim = dim  # type: ignore[attr-defined]
+
+
+class _Plain(nn.Module):
+    """Takes back the `_extra_state: None` that megatron-core's layers put into a state dict for Transformer Engine's sake."""
+
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._load_state_dict_pre_hooks.clear()
+
+
+class ColumnLinear(_Plain, tensor_parallel.ColumnParallelLinear):
+    """y = x Aᵀ + b, A [out, in]: each rank holds out / tp outputs. [T, B, in] -> [T, B, out / tp], T whole again."""
+
+    def __init__(self, n_in: int, n_out: int, mesh: Mesh, sequence_parallel: bool) -> None:
+        config = _config(mesh, sequence_parallel)
+        super().__init__(n_in, n_out, config=config, init_method=None, bias=True, tp_group=mesh.tp_group)
+        self.tp = mesh.tp
+        _split(self.weight, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) if self.tp == 1 else super().forward(x)[0]
+
+
+class RowLinear(_Plain, tensor_parallel.RowParallelLinear):
+    """y = x Aᵀ + b, A [out, in]: each rank holds in / tp inputs, the sum is everyone's. [T, B, in / tp] -> [T, B, out]."""
+
+    def __init__(self, n_in: int, n_out: int, mesh: Mesh, sequence_parallel: bool) -> None:
+        super().__init__(
+            n_in,
+            n_out,
+            config=_config(mesh, sequence_parallel),
+            init_method=None,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=mesh.tp_group,
+        )
+        self.tp = mesh.tp
+        _split(self.weight, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) if self.tp == 1 else super().forward(x)[0]
+
+
+class TiedEmbedding(_Plain, tensor_parallel.VocabParallelEmbedding):
+    """The token embedding, and with `head=True` the output layer on the same weight [V, C].
+
+    One module for both, so that ZeRO-3's hooks gather the weight for either use.
+    """
+
+    def __init__(self, vocab_size: int, n_embd: int, mesh: Mesh, sequence_parallel: bool) -> None:
+        super().__init__(
+            padded_vocab_size(vocab_size, mesh.tp),
+            n_embd,
+            init_method=None,
+            reduce_scatter_embeddings=sequence_parallel,
+            config=_config(mesh, sequence_parallel),
+            tp_group=mesh.tp_group,
+        )
+        self.tp = mesh.tp
+        self.n_true = min(max(vocab_size - self.vocab_start_index, 0), self.num_embeddings_per_partition)
+        _split(self.weight, 0)
+
+    def forward(self, x: Tensor, head: bool = False) -> Tensor:
+        """Tokens [B, T] -> x_TBC; with `head` x_TBC -> logits_TBV, -inf where no token is."""
+        if head:
+            return self._logits(x)
+        if self.tp == 1:
+            return F.embedding(x.t(), self.weight)
+        return super().forward(
+            x if self.reduce_scatter_embeddings else x.t()
+        )  # megatron-core transposes only where it scatters
+
+    def _logits(self, x_TBC: Tensor) -> Tensor:
+        if self.tp == 1:
+            logits_TBV = F.linear(x_TBC, self.weight)
+        else:
+            split = self.reduce_scatter_embeddings
+            logits_TBV = parallel_linear(
+                x_TBC,
+                self.weight,
+                None,
+                False,
+                allreduce_dgrad=not split,
+                sequence_parallel=split,
+                tp_group=self.tp_group,
+            )
+        if self.n_true < logits_TBV.shape[-1]:
+            with torch.no_grad():  # p = 0 there, hence the gradient is 0 as it is: nothing for autograd to see
+                logits_TBV[..., self.n_true :] = -torch.inf
+        return logits_TBV
+
+
+def gather_vocab(logits_TBV: Tensor, mesh: Mesh) -> Tensor:
+    """The parts of all tp ranks side by side, in vocabulary order."""
+    if mesh.tp == 1:
+        return logits_TBV
+    return tensor_parallel.gather_from_tensor_model_parallel_region(logits_TBV, group=mesh.tp_group)

@@ -1,0 +1,168 @@
+"""Process groups, seeds and what DeepSpeed must know of them. One of megatron-core's and DeepSpeed's doors.
+
+Ranks are numbered tp first: ranks 0..tp-1 share one copy of the model, rank r + tp has the next data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_pipeline.config import UserError
+from trainer.config import ParallelConfig
+from trainer.world import World
+
+with (
+    warnings.catch_warnings()
+):  # megatron-core says at import that Transformer Engine and Apex are absent: they are not needed
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+
+TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for the others ends itself
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place among the data-parallel (dp) and tensor-parallel (tp) ranks; world_size = dp x tp."""
+
+    world: World
+    device: torch.device
+    dp_rank: int
+    dp: int
+    tp_rank: int
+    tp: int
+    dp_group: Any
+    tp_group: Any
+
+
+def start(world: World, parallel: ParallelConfig) -> Mesh:
+    """Join the run's process group (nccl on a GPU, gloo without one) and split it into dp and tp groups.
+
+    Raises:
+        UserError: tp does not divide the world, or this machine has fewer GPUs than ranks.
+    """
+    if world.world_size % parallel.tp:
+        raise UserError(
+            f"parallel.tp={parallel.tp} does not divide the {world.world_size} ranks: start a multiple of it"
+        )
+    device = _device(world)
+    _start_deepspeed(device)
+    minutes = int(TIMEOUT.total_seconds() // 60)
+    parallel_state.initialize_model_parallel(
+        parallel.tp, distributed_timeout_minutes=minutes, create_gloo_process_groups=False, order="tp-cp-ep-dp-pp"
+    )
+    return Mesh(
+        world=world,
+        device=device,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp=parallel_state.get_data_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp=parallel_state.get_tensor_model_parallel_world_size(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+    )
+
+
+def stop(mesh: Mesh) -> None:
+    """Leave the process group; `start` may then be called again."""
+    import deepspeed.comm.comm as ds
+
+    parallel_state.destroy_model_parallel()
+    ds.destroy_process_group()
+    ds.cdb = None  # private: DeepSpeed keeps the dead backend, and a second start would believe in it
+
+
+def _device(world: World) -> torch.device:
+    """This rank's GPU; the CPU where there is none, or where DS_ACCELERATOR=cpu asks for it."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK={world.local_rank}, but this machine has {torch.cuda.device_count()} GPUs: start one rank for each GPU"
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _start_deepspeed(device: torch.device) -> None:
+    os.environ.setdefault(
+        "CUDA_DEVICE_MAX_CONNECTIONS", "1"
+    )  # megatron-core: starts a collective before the GEMM it hides behind
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    import deepspeed
+
+    # Private: without this, DeepSpeed compiles a C++ all-reduce for CPUs at the first start, for half a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":  # megatron-core allocates its buffers on torch.cuda.current_device()
+        torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=TIMEOUT)
+
+
+def mpu(mesh: Mesh) -> SimpleNamespace:
+    """The mesh in the words in which DeepSpeed asks for it: `deepspeed.initialize(mpu=...)`."""
+    tp = (mesh.tp_group, mesh.tp, mesh.tp_rank)
+    words = {"data_parallel": (mesh.dp_group, mesh.dp, mesh.dp_rank), "model_parallel": tp, "tensor_model_parallel": tp}
+    answers: dict[str, Any] = {
+        "tensor_model_parallel_src_rank": mesh.world.rank - mesh.tp_rank,
+        "pipeline_model_parallel_world_size": 1,
+        "pipeline_model_parallel_rank": 0,
+    }
+    for word, (group, size, rank) in words.items():
+        answers |= {f"{word}_group": group, f"{word}_world_size": size, f"{word}_rank": rank}
+    return SimpleNamespace(**{f"get_{question}": partial(lambda x: x, answer) for question, answer in answers.items()})
+
+
+def stable_seed(*parts: int | str) -> int:
+    """63 bits that depend on `parts` alone: the same on every machine and in every version of Python and torch."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_dropout(mesh: Mesh, seed: int, step: int, micro_step: int) -> None:
+    """Before each micro step: dropout becomes a pure function of these and dp_rank, equal on the ranks of a tp group."""
+    torch.manual_seed(stable_seed("dropout", seed, step, micro_step, mesh.dp_rank))
+
+
+@contextmanager
+def tp_local_randomness(mesh: Mesh) -> Iterator[None]:
+    """Randomness inside differs over the tp ranks: for activations of which each rank holds its own part.
+
+    The seed is drawn from the replicated stream, so that activation recompute, which rewinds that stream, gets it again.
+    It is drawn on the CPU: no wait for a GPU.
+    """
+    key = int(torch.randint(2**62, ()))
+    with torch.random.fork_rng([mesh.device] if mesh.device.type == "cuda" else []):
+        torch.manual_seed(stable_seed(key, mesh.tp_rank))
+        yield
+
+
+def register_sequence_parallel_hooks(module: nn.Module, mesh: Mesh) -> None:
+    """Sum over the tp group the gradients of replicated parameters that saw only this rank's part of the sequence.
+
+    For parameters with `p.sequence_parallel`; to be called after `deepspeed.initialize`, which knows nothing of them.
+    """
+
+    def summed(grad: Tensor) -> Tensor:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=mesh.tp_group)
+        return grad
+
+    for p in module.parameters():
+        if getattr(p, "sequence_parallel", False):
+            p.register_hook(summed)
