@@ -1,0 +1,140 @@
+"""Reading the windows that the plan asks for, each block checked as it arrives.
+
+A rank holds the shards its lanes are in as plain arrays of tokens; a window is a slice of one. webdataset opens a shard
+(its `gopen`); the members are read here, because its tar iterator takes each member whole whatever size it claims, and
+unpacks what is compressed, so that a crafted tar could fill the memory.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from data_pipeline.config import UserError
+from data_pipeline.manifest import Block, Manifest, ShardInfo, index_path, read_index
+
+_NPY_HEADER = 4096  # bytes; numpy writes 128 for these arrays
+_TAR_BUFFER = 1 << 20
+
+
+class ShardError(UserError):
+    """A shard that does not hold what its manifest says. Names the shard and, where there is one, the sample."""
+
+
+def shard_windows(manifest: Manifest, n_ctx: int) -> np.ndarray:
+    """How many windows each shard holds, in the manifest's order: [shards] int64.
+
+    Raises:
+        UserError: a source without a single window.
+    """
+    windows = np.array([shard.windows(n_ctx) for shard in manifest.shards], dtype=np.int64)
+    if not windows.sum():
+        longest = max((shard.tokens for shard in manifest.shards), default=0)
+        raise UserError(
+            f"{manifest.root}: {manifest.tokens} tokens in {len(manifest.shards)} shards, the longest of {longest}, hold no "
+            f"window of model.n_ctx={n_ctx} + 1 tokens: give more text, a smaller model.n_ctx, or a larger shard_tokens"
+        )
+    return windows
+
+
+class ShardStream:
+    """Windows of one source.
+
+    Args:
+        open_shards: decoded shards kept from one call to the next, those used last; a rank needs one for each of its
+            lanes. During a call, all that it touches are held.
+    """
+
+    def __init__(self, manifest: Manifest, n_ctx: int, open_shards: int = 1) -> None:
+        self.manifest, self.n_ctx, self.open_shards = manifest, n_ctx, open_shards
+        self._open: dict[int, np.ndarray] = {}  # shard number -> [windows, n_ctx + 1], a view; last used last
+
+    def windows(self, shards: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """Tokens of the windows (shards[i], indices[i]): [n, n_ctx + 1] in the manifest's dtype.
+
+        Raises:
+            ShardError: a shard that is missing, truncated, replaced or damaged.
+        """
+        out = np.empty((len(shards), self.n_ctx + 1), dtype=self.manifest.numpy_dtype)
+        last_row = {int(shard): row for row, shard in enumerate(shards)}
+        for shard in sorted(last_row, key=last_row.__getitem__):
+            rows = np.flatnonzero(shards == shard)
+            windows = self._open.pop(shard, None)
+            if windows is None:
+                tokens = read_shard(self.manifest, self.manifest.shards[shard])
+                windows = sliding_window_view(tokens, self.n_ctx + 1)[:: self.n_ctx]
+            self._open[shard] = windows
+            out[rows] = windows[indices[rows]]
+        for shard in list(self._open)[: -self.open_shards]:
+            del self._open[shard]
+        return out
+
+
+def read_shard(manifest: Manifest, shard: ShardInfo) -> np.ndarray:
+    """All tokens of a shard: [tokens] in the manifest's dtype.
+
+    Raises:
+        ShardError: the shard is missing, truncated, replaced or damaged.
+    """
+    if Path(shard.name).name != shard.name:
+        raise ShardError(f"{manifest.root}: shard {shard.name!r} is not the name of a file in that folder")
+    path = (manifest.root / shard.name).absolute()  # gopen runs a path that starts with "pipe:"
+    blocks = read_index(index_path(manifest, shard)).blocks
+    if sum(block.tokens for block in blocks) != shard.tokens:
+        raise ShardError(f"{path}: its index counts other tokens than the manifest's {shard.tokens}: {_cure(manifest)}")
+    _check_size(path, shard, manifest)
+    tokens, filled = np.empty(shard.tokens, dtype=manifest.numpy_dtype), 0
+    for block, data in _read_blocks(path, blocks, manifest):
+        tokens[filled : filled + block.tokens] = data
+        filled += block.tokens
+    return tokens
+
+
+def _check_size(path: Path, shard: ShardInfo, manifest: Manifest) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as e:
+        raise ShardError(f"{path}: {e.strerror}: {_cure(manifest)}") from None
+    if size != shard.bytes:
+        what = "truncated" if size < shard.bytes else "replaced"
+        raise ShardError(f"{path}: {what}, {size} bytes where the manifest says {shard.bytes}: {_cure(manifest)}")
+
+
+def _read_blocks(path: Path, blocks: tuple[Block, ...], manifest: Manifest) -> Iterator[tuple[Block, np.ndarray]]:
+    from webdataset.gopen import gopen  # brings torch along: only where shards are read
+
+    member = ""
+    try:
+        with gopen(str(path)) as f, tarfile.open(fileobj=f, mode="r|", bufsize=_TAR_BUFFER) as tar:
+            for block in blocks:
+                member = block.member
+                yield block, _read_block(tar, block, manifest.numpy_dtype)
+    except (OSError, ValueError, tarfile.TarError) as e:
+        raise ShardError(f"{path}: sample {member}: {e}: {_cure(manifest)}") from None
+
+
+def _read_block(tar: tarfile.TarFile, block: Block, dtype: np.dtype) -> np.ndarray:
+    """One member's tokens: [block.tokens]. Raises ValueError for what differs from the index.
+
+    The member's own header is not parsed: dtype and length are the index's, and the checksum holds the bytes to them.
+    """
+    member = next((m for m in tar if m.name == block.member), None)
+    if member is None:
+        raise ValueError("missing")
+    header = member.size - block.tokens * dtype.itemsize
+    stream = tar.extractfile(member) if member.isreg() and 0 <= header <= _NPY_HEADER else None
+    if stream is None:
+        raise ValueError(f"{member.size} bytes, which are not the {block.tokens} tokens of the index")
+    data = np.frombuffer(stream.read(), dtype=dtype, offset=header)
+    if zlib.crc32(data) != block.crc32:
+        raise ValueError(f"checksum {zlib.crc32(data):08x} where the index says {block.crc32:08x}")
+    return data
+
+
+def _cure(manifest: Manifest) -> str:
+    return f"restore it, and check the others with `python -m data_pipeline.shards verify path={manifest.root}`"
