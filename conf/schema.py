@@ -1,4 +1,4 @@
-"""Hydra's door: registers the dataclasses, composes an entry's config, freezes it.
+"""Hydra's door: registers the dataclasses, composes an entry's config, freezes it, and says in one line what is wrong.
 
 The only Python in conf/. Hydra only composes; what an entry gets is a plain, checked dataclass.
 """
@@ -6,25 +6,30 @@ The only Python in conf/. Hydra only composes; what an entry gets is a plain, ch
 from __future__ import annotations
 
 import difflib
-import re
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.config import BpeCodeConfig, BpeTrainConfig, ShardsConfig, UserError, VerifyConfig
 from trainer.config import GenerateConfig, PretrainConfig
 
 T = TypeVar("T")
+Entry = tuple[str, Callable[[Any], None]]
 
+CONF = Path(__file__).resolve().parent
 ROOTS: dict[str, type] = {
     "bpe_train": BpeTrainConfig,
     "bpe_code": BpeCodeConfig,
@@ -39,26 +44,27 @@ for _name, _schema in ROOTS.items():
     ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
 
 
-def run(entries: dict[str, tuple[str, Callable[[Any], None]]] | tuple[str, Callable[[Any], None]]) -> None:
+def run(entries: Mapping[str, Entry] | Entry) -> None:
     """The body of `if __name__ == "__main__"`: compose, check, call; a user's mistake ends in one line and exit code 2.
 
     `entries` is (root, function), or one such pair for each command word that stands first on the command line.
+    `--help` explains the groups and the values, `--cfg job` prints the config that the run would get.
     """
     argv = sys.argv[1:]
     try:
-        if isinstance(entries, dict):
-            word = argv.pop(0) if argv and not argv[0].startswith("-") and "=" not in argv[0] else None
-            if word not in entries:
-                raise UserError(f"say what to do first: {', '.join(entries)} (got {word!r})")
-            root, function = entries[word]
-        else:
-            root, function = entries
-        if any(a.startswith("-") for a in argv):
-            _hydra_flags(root, argv)  # --cfg job, --help, --info: Hydra's own
+        root, function = _choose(entries, argv)
+        if {"--help", "-h"} & set(argv):
+            print(explain(root))
+        elif "--cfg" in argv:
+            at = argv.index("--cfg")
+            if argv[at + 1 : at + 2] != ["job"]:
+                raise UserError("--cfg: write --cfg job, which prints the config that the run would get")
+            print(OmegaConf.to_yaml(_compose(root, argv[:at] + argv[at + 2 :])), end="")
         else:
             function(load(root, argv))
     except UserError as e:
-        sys.exit(_fail(str(e)))
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -69,19 +75,23 @@ def load(root: str, overrides: Sequence[str] = ()) -> Any:
     Raises:
         UserError: a typo, a wrong type, a missing value or an impossible combination, in one line.
     """
-    GlobalHydra.instance().clear()
+    cfg = _compose(root, overrides)
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"not given: {', '.join(missing)} (add {missing[0]}=... to the command line)")
     try:
-        with initialize_config_module("conf", version_base="1.3"):
-            cfg = compose(root, list(overrides))
-        return _to_object(cfg, root)
-    except (HydraException, OmegaConfBaseException) as e:
-        raise UserError(_one_line(e, ROOTS[root], overrides)) from None
+        return OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as e:  # a check in a nested dataclass arrives wrapped
+        raise _user_error_in(e) or UserError(_flat(e)) from None
 
 
 def freeze(cfg: Any, path: Path) -> None:
-    """Write a resolved config as YAML, to read and to run again."""
+    """Write a resolved config as YAML, to read and to run again; atomic."""
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)), encoding="utf-8")
+    with aside.open("w", encoding="utf-8") as f:
+        f.write(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+        f.flush()
+        os.fsync(f.fileno())
     aside.replace(path)
 
 
@@ -90,55 +100,159 @@ def thaw(path: Path, schema: type[T]) -> T:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))  # type: ignore[return-value]
 
 
-def _to_object(cfg: Any, root: str) -> Any:
+def groups(root: str) -> dict[str, str | None]:
+    """The config groups of `conf/<root>.yaml`, in order, each with the option it takes when nothing is said."""
+    found: dict[str, str | None] = {}
+    for item in OmegaConf.load(CONF / f"{root}.yaml").defaults:
+        if isinstance(item, DictConfig):
+            found |= {str(k): v for k, v in item.items() if not str(k).startswith("override ")}
+    return found
+
+
+def options(group: str) -> dict[str, str]:
+    """The options of a group, each with the comment that opens its file."""
+    return {path.stem: opening_comment(path) for path in sorted((CONF / group).glob("*.yaml"))}
+
+
+def opening_comment(path: Path) -> str:
+    """The first comment of a YAML file that is not a mark for Hydra (`# @package ...`)."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((line[1:].strip() for line in lines if line.startswith("#") and not line.startswith("# @")), "")
+
+
+def explain(root: str) -> str:
+    """What `--help` prints: what the command does, what it must be given, its groups, its values."""
+    cfg = _compose(root, ())
+    lines = [opening_comment(CONF / f"{root}.yaml"), "", "Usage: GROUP=OPTION or KEY=VALUE, as many as you like."]
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise UserError(f"not given: {', '.join(missing)} (add {missing[0]}=... to the command line)")
-    return OmegaConf.to_object(cfg)
+        lines += ["Must be given: " + ", ".join(missing)]
+    for group, default in groups(root).items():
+        lines += ["", f"{group}= (without it: {default or 'none'})"]
+        lines += [f"  {name:<12}  {comment}" for name, comment in options(group).items()]
+    lines += [
+        "",
+        "Values (docs/config.md explains each):",
+        *("  " + line for line in OmegaConf.to_yaml(cfg).splitlines()),
+    ]
+    return "\n".join(lines)
 
 
-def _hydra_flags(root: str, argv: list[str]) -> None:
-    from hydra import main
-
-    sys.argv[1:] = argv
-    main(config_path="pkg://conf", config_name=root, version_base="1.3")(lambda cfg: None)()
-
-
-def _one_line(error: Exception, schema: type, overrides: Sequence[str]) -> str:
-    """Hydra's and OmegaConf's paragraphs as one sentence that names the key and the nearest right one."""
-    causes: list[BaseException] = []
-    at: BaseException | None = error
-    while at is not None and at not in causes:
-        causes.append(at)
-        at = at.__cause__ or at.__context__
-    for cause in causes:
-        if isinstance(cause, UserError):
-            return str(cause)
-    text = " ".join(line.strip() for cause in causes[::-1] for line in str(cause).splitlines() if line.strip())
-    if isinstance(error, MissingMandatoryValue):
-        return text
-    key = re.search(r"full_key: (\S+)", text)
-    if key and ("not in" in text or "Could not override" in text):
-        near = difflib.get_close_matches(key[1], _keys(schema), n=1)
-        return f"{key[1]}: no such key" + (f", did you mean {near[0]}?" if near else "; --cfg job prints all keys")
-    first = next((line.strip() for line in str(causes[-1]).splitlines() if line.strip()), str(error))
-    if key:
-        given = next((o for o in overrides if o.lstrip("+").startswith(key[1] + "=")), key[1])
-        return f"{given}: {first}"
-    whole = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return whole.split(" Set the environment variable HYDRA_FULL_ERROR")[0]
+def _choose(entries: Mapping[str, Entry] | Entry, argv: list[str]) -> Entry:
+    """The (root, function) that is asked for; takes the command word off `argv`."""
+    if isinstance(entries, tuple):
+        return entries
+    if argv[:1] in (["--help"], ["-h"]):
+        print("\n".join(opening_comment(CONF / f"{root}.yaml") for root, _ in entries.values()))
+        sys.exit(0)
+    word = argv.pop(0) if argv else "nothing"
+    if word not in entries:
+        raise UserError(f"{word}: say first what to do, one of {', '.join(entries)}; --help explains them")
+    return entries[word]
 
 
-def _keys(schema: type, prefix: str = "") -> list[str]:
-    hints = get_type_hints(schema)
+def _compose(root: str, overrides: Sequence[str]) -> DictConfig:
+    for text in overrides:
+        _check_form(text)
+    quoted = [_quote(ROOTS[root], text) for text in overrides]
+    GlobalHydra.instance().clear()
+    with initialize_config_module("conf", version_base="1.3"):
+        try:
+            return _resolved(root, quoted)
+        except (HydraException, OmegaConfBaseException) as e:
+            for i, text in enumerate(overrides):  # the first without which the rest before it composes
+                try:
+                    _resolved(root, quoted[: i + 1])
+                except (HydraException, OmegaConfBaseException) as cause:
+                    raise UserError(_complaint(root, text, cause)) from None
+            raise UserError(_flat(e)) from None
+
+
+def _resolved(root: str, overrides: list[str]) -> DictConfig:
+    cfg = compose(root, overrides)
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+def _check_form(text: str) -> None:
+    if text.startswith("--local_rank"):
+        raise UserError(
+            f"{text}: comes from DeepSpeed's launcher, start it with: deepspeed --no_local_rank --module ..."
+        )
+    if text.startswith("-"):
+        raise UserError(
+            f"{text}: not a flag; values are given as key=value, --help explains them, --cfg job prints them"
+        )
+    if text.startswith(("+", "~", "hydra.", "hydra/")):
+        raise UserError(f"{text}: keys are neither added nor removed, give key=value; --cfg job prints all keys")
+    if "=" not in text:
+        raise UserError(f"{text}: write it as key=value (a value with spaces in quotes); --cfg job prints all keys")
+
+
+def _quote(schema: type, override: str) -> str:
+    """Text is taken as it stands, so that prompt='Hello, {world}' and a path with '=' need no second pair of quotes."""
+    key, _, value = override.partition("=")
+    is_text = _type_of(schema, key) in (str, str | None)
+    if not is_text or value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        return override
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+def _complaint(root: str, override: str, error: Exception) -> str:
+    """One sentence on an override that does not compose: what it should have been."""
+    key, _, value = override.partition("=")
+    if key in groups(root):
+        if value in options(key):
+            return f"{override}: {_flat(error)}"
+        return f"{override}: give one of {', '.join(options(key))}{_near(value, options(key))}"
+    expected = _type_of(ROOTS[root], key)
+    if expected is None:
+        known = [k for k in _keys(ROOTS[root]) if not key.startswith(f"{k}.")]
+        return f"{key}: no such key{_near(key, known) or '; --cfg job prints all keys'}"
+    if expected is str or "${" in value:
+        return f"{override}: {_flat(error)}"
+    return f"{override}: give {_wording(expected, key)}"
+
+
+def _near(word: str, known: Sequence[str] | dict[str, str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _keys(schema: Any, prefix: str = "") -> list[str]:
     out = []
     for f in fields(schema):
-        out.append(prefix + f.name)
-        if is_dataclass(hints[f.name]):
-            out += _keys(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        hint = get_type_hints(schema)[f.name]
+        out += [prefix + f.name, *(_keys(hint, f"{prefix}{f.name}.") if is_dataclass(hint) else ())]
     return out
 
 
-def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+def _type_of(schema: Any, key: str) -> Any:
+    """The type that the dataclasses declare for a dotted key; None where there is no such key."""
+    for name in key.split("."):
+        schema = get_type_hints(schema).get(name) if is_dataclass(schema) else None
+    return schema
+
+
+def _wording(hint: Any, key: str) -> str:
+    if NoneType in get_args(hint):
+        return _wording(get_args(hint)[0], key) + " or null"
+    if get_origin(hint) is list:
+        return f"a list [a, b, ...], each {_wording(get_args(hint)[0], key)}"
+    if is_dataclass(hint):
+        return f"its values one by one, {key}.{fields(hint)[0].name}=..."
+    if issubclass(hint, Enum):
+        return "one of " + ", ".join(member.name for member in hint)
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}[hint]
+
+
+def _user_error_in(error: BaseException | None) -> UserError | None:
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _flat(error: Exception) -> str:
+    """Hydra's and OmegaConf's paragraphs without their last one, which tells of Hydra's own switches."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return text.split(" full_key:")[0].split(" Set the environment variable HYDRA")[0].split(" Config search path")[0]
