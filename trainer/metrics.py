@@ -1,134 +1,14 @@
-"""What a run says of itself: the journal (metrics.jsonl), its speed, the progress line. Torch only inside functions.
-
-The journal is JSON, one line for each logged step:
-
-    {"step": 100, "generation": 1, "time": 1767225600.25, "metrics": {"train/loss": 3.4123}}
-
-A *generation* is one start of the run. Its first line also has `"resumed_at"`, the step of the checkpoint that it goes
-on from: earlier generations' lines of later steps are then superseded, for those steps are done again. Floats are
-written as Python's shortest repr, so they come back bit for bit; NaN and Infinity stand as these words.
-"""
+"""How fast a run is: tokens a second, MFU, peaks, the progress line. Torch only inside functions."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
-
-from data_pipeline.config import UserError
 
 if TYPE_CHECKING:
     import torch
-
-JOURNAL = "metrics.jsonl"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the journal."""
-
-    step: int
-    generation: int
-    time: float  # seconds since 1970
-    metrics: dict[str, float] = field(default_factory=dict)
-    resumed_at: int | None = None  # only in a generation's first row, and then equal to step
-
-    def line(self) -> bytes:
-        body = {k: v for k, v in asdict(self).items() if k != "resumed_at" or v is not None}
-        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
-class Journal:
-    """The appending end. A last line torn by a kill is cut off first, so that the next one starts on its own line."""
-
-    def __init__(self, path: Path) -> None:
-        _cut_torn_line(path)
-        self._file = path.open("ab", buffering=0)  # unbuffered: a row survives the process as soon as it is written
-
-    def append(self, row: Row) -> None:
-        line = row.line()
-        if self._file.write(line) != len(line):  # a full disk may take a part
-            raise OSError(f"{self._file.name}: a line of {len(line)} bytes was written in part, is the disk full?")
-
-    def sync(self) -> None:
-        """From here on the rows survive the machine."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _cut_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
-    with path.open("rb+") as f:
-        end = whole = f.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - 65536)
-            f.seek(start)
-            newline = f.read(end - start).rfind(b"\n")
-            end = start + newline + 1 if newline >= 0 else start
-            if newline >= 0:
-                break
-        if end < whole:
-            f.truncate(end)
-
-
-def read_rows(path: Path, offset: int = 0) -> Iterator[tuple[Row, int]]:
-    """Each complete row from byte `offset` on, superseded ones too, with the byte where it ends.
-
-    Raises:
-        UserError: a complete line that is no row.
-    """
-    with path.open("rb") as f:
-        f.seek(offset)
-        for line in f:
-            if not line.endswith(b"\n"):
-                return  # torn by a kill, or being written just now
-            yield _parse(line, path, offset), offset + len(line)
-            offset += len(line)
-
-
-def _parse(line: bytes, path: Path, offset: int) -> Row:
-    try:
-        body = json.loads(line)
-        metrics = {str(k): float(v) for k, v in body["metrics"].items()}
-        resumed_at = body.get("resumed_at")
-        return Row(
-            int(body["step"]),
-            int(body["generation"]),
-            float(body["time"]),
-            metrics,
-            resumed_at if resumed_at is None else int(resumed_at),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(
-            f"{path}: the line at byte {offset} is no journal row ({e!r}): remove the line, or restore it"
-        ) from None
-
-
-def read_journal(path: Path) -> list[Row]:
-    """The run as it counts: one row for each step, in order of steps, superseded rows left out.
-
-    Rows of the same step (training, then validation) are one row; of a metric in both, the newest counts.
-
-    Raises:
-        UserError: a complete line that is no row.
-    """
-    rows = sorted((row for row, _ in read_rows(path)), key=lambda row: row.generation)
-    starts = [row for row in rows if row.resumed_at is not None]
-    kept: dict[int, Row] = {}
-    for row in rows:
-        superseded = any(s.generation > row.generation and s.step < row.step for s in starts)
-        if row.resumed_at is None and not superseded:
-            before = kept[row.step].metrics if row.step in kept else {}
-            kept[row.step] = Row(row.step, row.generation, row.time, {**before, **row.metrics})
-    return [kept[step] for step in sorted(kept)]
 
 
 class Speed:
@@ -219,7 +99,7 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.2,
 }
-"""Dense bf16 with fp32 accumulation, TFLOP/s, from NVIDIA's data sheets; the first key found in a device name counts."""
+"""Dense bf16 with fp32 accumulation, TFLOP/s, from the data sheets; the first key found in a device name counts."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
