@@ -1,0 +1,60 @@
+# make demo        raw text -> shards -> a model that is trained, killed, resumed, validated and sampled
+# make test        the tests, under 15 minutes on 2 cores
+# make test-slow   the tests that take minutes each
+# make check       ruff and mypy
+# make docs        writes docs/config.md anew
+# make clean       removes .venv and caches; runs and data stay
+#
+# Each makes its own .venv on first use. With another interpreter: make demo PYTHON=python3.12
+PYTHON ?= python3
+# Free space that the installation asks for, in GB: torch with CUDA takes most of it, without CUDA 3 will do.
+DISK_GB ?= 6
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# Its interpreter may be gone, and its scripts carry the path of the folder they were made in.
+SOUND := $(RUN) -c '' 2>/dev/null && grep -qs '$(CURDIR)/$(VENV)/' $(VENV)/bin/pip
+
+$(shell $(SOUND) || rm -f $(STAMP))
+
+.PHONY: demo test test-slow check docs clean
+
+demo: $(STAMP)
+	@$(RUN) -m launch.demo
+
+test: $(STAMP)
+	@$(RUN) -m pytest
+
+test-slow: $(STAMP)
+	@$(RUN) -m pytest -m "slow and not gpu" --timeout 900
+
+check: $(STAMP)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+docs: $(STAMP)
+	@$(RUN) -m docs.generate_config
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(SOUND) || { $(check_machine); rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	@echo "Installing into $(VENV): some minutes, once"
+	@$(RUN) -m pip install -c constraints.txt -e '.[data,tracking,test,dev]'
+	@touch $@
+
+define check_machine
+fail() { echo "error: $$*" >&2; exit 1; }; \
+command -v $(PYTHON) >/dev/null || fail "no $(PYTHON) here; Gradus needs Python 3.11 or newer: make PYTHON=/path/to/python3"; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  fail "$$($(PYTHON) --version) is too old; Gradus needs 3.11 or newer: make PYTHON=/path/to/python3"; \
+$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+  fail "$(PYTHON) has no venv module; install it (on Debian and Ubuntu: python3-venv), or make PYTHON=/path/to/python3"; \
+free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'); \
+[ $$free -ge $(DISK_GB) ] || \
+  fail "$$free GB free in $(CURDIR), the installation asks for $(DISK_GB): make room, or make DISK_GB=3 without CUDA"
+endef
