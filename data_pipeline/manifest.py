@@ -10,6 +10,7 @@ A *source* is a folder:
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from data_pipeline.config import UserError
 FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+_ANEW = "write the shards anew"
 
 
 @dataclass(frozen=True)
@@ -94,49 +96,104 @@ def write_manifest(manifest: Manifest) -> None:
 def read_manifest(root: Path | str) -> Manifest:
     """Raises UserError where there is no manifest, or one that this version cannot read."""
     root = Path(root)
-    body = _read_json(root / MANIFEST, "make it with `python -m data_pipeline.shards write`")
+    path = root / MANIFEST
+    body = read_json(path, "make it with `python -m data_pipeline.shards write`")
     if body.pop("format", None) != FORMAT:
-        raise UserError(f"{root / MANIFEST}: not a manifest of format {FORMAT}: write the shards anew")
+        raise UserError(f"{path}: not a manifest of format {FORMAT}: {_ANEW}")
     try:
         shards = tuple(ShardInfo(**s) for s in body.pop("shards"))
-        return Manifest(root=root, shards=shards, **body)
+        manifest = Manifest(root=root, shards=shards, **body)
     except (TypeError, KeyError) as e:
-        raise UserError(f"{root / MANIFEST}: damaged manifest ({e}): write the shards anew") from None
+        raise UserError(f"{path}: damaged manifest ({e}): {_ANEW}") from None
+    if manifest.dtype not in ("uint16", "uint32"):
+        raise UserError(f"{path}: damaged manifest (dtype={manifest.dtype!r}, not uint16 or uint32): {_ANEW}")
+    for shard in shards:
+        numbers = (shard.bytes, shard.documents, shard.tokens)
+        if not isinstance(shard.name, str) or Path(shard.name).name != shard.name:  # a path could point anywhere
+            raise UserError(f"{path}: damaged manifest (shard name {shard.name!r} is not a file name): {_ANEW}")
+        if any(type(n) is not int or n < 0 for n in numbers):
+            raise UserError(
+                f"{path}: damaged manifest (shard {shard.name}: bytes, documents, tokens = {numbers}): {_ANEW}"
+            )
+    return manifest
 
 
 def index_path(manifest: Manifest, shard: ShardInfo) -> Path:
-    return manifest.root / f"{Path(shard.name).stem}.idx.json"
+    return manifest.root / index_name(shard.name)
+
+
+def index_name(shard: str) -> str:
+    return f"{Path(shard).stem}.idx.json"
 
 
 def write_index(path: Path, index: ShardIndex) -> None:
-    publish_json(path, {"format": FORMAT, **asdict(index)})
+    publish_json(path, {"format": FORMAT, **asdict(index)}, indent=None)
 
 
 def read_index(path: Path) -> ShardIndex:
-    body = _read_json(path, "write the shards anew")
+    """Raises UserError where the index is missing or damaged."""
+    body = read_json(path, _ANEW)
     try:
         blocks = tuple(Block(**b) for b in body["blocks"])
         return ShardIndex(blocks, tuple(body["document_ids"]), tuple(body["document_tokens"]))
     except (TypeError, KeyError) as e:
-        raise UserError(f"{path}: damaged index ({e}): write the shards anew") from None
+        raise UserError(f"{path}: damaged index ({e}): {_ANEW}") from None
 
 
-def publish_json(path: Path, body: dict[str, Any]) -> None:
+def encode_block(ids: np.ndarray) -> bytes:
+    """A block's tokens [n] as the bytes of a .npy file."""
+    out = io.BytesIO()
+    np.lib.format.write_array(out, ids, version=(1, 0), allow_pickle=False)
+    return out.getvalue()
+
+
+def decode_block(data: bytes, dtype: np.dtype[Any]) -> np.ndarray:
+    """The tokens [n] in the bytes of a .npy file, as a read-only view of them.
+
+    Raises:
+        ValueError: anything but a one-dimensional array of `dtype` that fills the bytes exactly.
+    """
+    head = io.BytesIO(data)
+    if np.lib.format.read_magic(head) != (1, 0):
+        raise ValueError("not a .npy file of version 1.0")
+    shape, _, found = np.lib.format.read_array_header_1_0(head)
+    at = head.tell()
+    if found != dtype or len(shape) != 1 or shape[0] * dtype.itemsize != len(data) - at:
+        raise ValueError(f"{found} {shape} in {len(data) - at} bytes, not a line of {dtype} tokens that fills them")
+    return np.frombuffer(data, dtype, offset=at)
+
+
+def publish_json(path: Path, body: dict[str, Any], indent: int | None = 1) -> None:
+    publish(path, (json.dumps(body, ensure_ascii=False, indent=indent) + "\n").encode())
+
+
+def publish(path: Path, data: bytes) -> None:
     """Write aside, fsync, rename: a reader sees the old file or the new one, never half of one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as f:
-        json.dump(body, f, ensure_ascii=False, indent=1 if len(body) < 32 else None)
+    with aside.open("wb") as f:
+        f.write(data)
         f.flush()
         os.fsync(f.fileno())
+    rename(aside, path)
+
+
+def rename(aside: Path, path: Path) -> None:
+    """Move a fsynced file to its name, and make the move itself last."""
     aside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
-def _read_json(path: Path, cure: str) -> dict[str, Any]:
+def read_json(path: Path, cure: str) -> dict[str, Any]:
+    """Raises UserError, ending in `cure`, where `path` is missing or not a JSON object."""
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: {cure}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except OSError as e:
+        raise UserError(f"{path}: {(e.strerror or str(e)).lower()}: {cure}") from None
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON ({e}): {cure}") from None
     if not isinstance(body, dict):
         raise UserError(f"{path}: not a JSON object: {cure}")
