@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.config import BpeCodeConfig, BpeTrainConfig, ShardsConfig, UserError, VerifyConfig
+from launch.config import SuperviseConfig
 from trainer.config import GenerateConfig, PretrainConfig
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ ROOTS: dict[str, type] = {
     "verify": VerifyConfig,
     "pretrain": PretrainConfig,
     "generate": GenerateConfig,
+    "supervise": SuperviseConfig,
 }
 """Each root YAML in conf/ and the dataclass that an entry gets from it."""
 
