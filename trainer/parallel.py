@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,9 +25,10 @@ from data_pipeline.config import UserError
 from trainer.config import ParallelConfig
 from trainer.world import World
 
-with (
-    warnings.catch_warnings()
-):  # megatron-core says at import that Transformer Engine and Apex are absent: they are not needed
+if TYPE_CHECKING:
+    from data_pipeline.loader import Item
+
+with warnings.catch_warnings():  # megatron-core tells that Transformer Engine and Apex are absent: not needed
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
 
@@ -93,7 +94,7 @@ def _device(world: World) -> torch.device:
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"LOCAL_RANK={world.local_rank}, but this machine has {torch.cuda.device_count()} GPUs: start one rank for each GPU"
+            f"LOCAL_RANK={world.local_rank}, but there are {torch.cuda.device_count()} GPUs: start one rank for each"
         )
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
@@ -129,13 +130,55 @@ def mpu(mesh: Mesh) -> SimpleNamespace:
     return SimpleNamespace(**{f"get_{question}": partial(lambda x: x, answer) for question, answer in answers.items()})
 
 
+class TpChannel:
+    """Gives a tp group what its rank 0 has read: a `data_pipeline.loader.Channel`. For the main thread alone."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.reads = mesh.tp_rank == 0
+
+    def share(self, item: Item | None) -> Item:
+        """`item` of tp rank 0 (None elsewhere) on every rank; an error arrives as a UserError of its text."""
+        if item is not None:
+            payload = _payload(item)
+            self._broadcast(torch.tensor([item.error is not None, item.crc32, *payload.shape]))
+            self._broadcast(payload)
+            return item
+        from data_pipeline.loader import Batch, Item
+
+        failed, crc32, *shape = self._broadcast(torch.empty(6, dtype=torch.int64)).tolist()
+        payload = self._broadcast(torch.empty(shape, dtype=torch.int64))
+        if failed:
+            return Item([], crc32, UserError(bytes(payload.flatten().tolist()).decode()))
+        return Item([Batch(*pair) for pair in payload], crc32)
+
+    def _broadcast(self, values: Tensor) -> Tensor:
+        values = values.to(self.mesh.device)
+        dist.broadcast(values, src=self.mesh.world.rank - self.mesh.tp_rank, group=self.mesh.tp_group)
+        return values
+
+
+def _payload(item: Item) -> Tensor:
+    """Tokens and labels as int64 [micro steps, 2, B, T], or the bytes of the error's text as [bytes, 1, 1, 1]."""
+    if item.error is None:
+        return torch.stack([torch.stack(batch) for batch in item.batches])
+    text = str(item.error) or type(item.error).__name__
+    return torch.tensor(list(text.encode())).reshape(-1, 1, 1, 1)
+
+
+def channel(mesh: Mesh) -> TpChannel | None:
+    """For the loader; None where each rank reads for itself (tp = 1)."""
+    return TpChannel(mesh) if mesh.tp > 1 else None
+
+
 def stable_seed(*parts: int | str) -> int:
     """63 bits that depend on `parts` alone: the same on every machine and in every version of Python and torch."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+    text = "\0".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def seed_dropout(mesh: Mesh, seed: int, step: int, micro_step: int) -> None:
-    """Before each micro step: dropout becomes a pure function of these and dp_rank, equal on the ranks of a tp group."""
+    """Before each micro step: dropout becomes a pure function of these and dp_rank, equal over the tp ranks."""
     torch.manual_seed(stable_seed("dropout", seed, step, micro_step, mesh.dp_rank))
 
 
@@ -143,8 +186,8 @@ def seed_dropout(mesh: Mesh, seed: int, step: int, micro_step: int) -> None:
 def tp_local_randomness(mesh: Mesh) -> Iterator[None]:
     """Randomness inside differs over the tp ranks: for activations of which each rank holds its own part.
 
-    The seed is drawn from the replicated stream, so that activation recompute, which rewinds that stream, gets it again.
-    It is drawn on the CPU: no wait for a GPU.
+    The seed is drawn from the replicated stream, so that activation recompute, which rewinds that stream, gets it
+    again; from the CPU's part of it, so that no one waits for a GPU.
     """
     key = int(torch.randint(2**62, ()))
     with torch.random.fork_rng([mesh.device] if mesh.device.type == "cuda" else []):

@@ -37,7 +37,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """softmax(q kᵀ / sqrt(D)) v over the past. `c_attn` puts out [head, (q, k, v), D], so that a rank's heads lie together.
+    """softmax(q kᵀ / sqrt(D)) v over the past. `c_attn` puts out [head, (q, k, v), D]: a rank's heads lie together.
 
     Where tp does not divide n_head, heads of zeros fill up: they put out zero and get no gradient, for ever.
     """

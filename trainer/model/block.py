@@ -30,10 +30,15 @@ class Dropout(nn.Module):
             return F.dropout(x_TBC, self.p)
 
 
+def mark_sequence_parallel(module: nn.Module, sequence_parallel: bool) -> None:
+    """Say of replicated parameters whether each tp rank's gradient covers its part of the sequence only."""
+    for p in module.parameters():
+        p.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+
+
 def layer_norm(cfg: ModelConfig, sequence_parallel: bool) -> nn.LayerNorm:
     norm = nn.LayerNorm(cfg.n_embd, eps=cfg.layer_norm_eps)
-    for p in norm.parameters():
-        p.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+    mark_sequence_parallel(norm, sequence_parallel)
     return norm
 
 

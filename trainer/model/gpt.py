@@ -14,7 +14,7 @@ from data_pipeline.config import UserError
 from trainer.config import ModelConfig, Norm, Recompute
 from trainer.loss import token_loss
 from trainer.model.attention import KVCache
-from trainer.model.block import Block, Dropout, layer_norm
+from trainer.model.block import Block, Dropout, layer_norm, mark_sequence_parallel
 from trainer.model.linear import TiedEmbedding, gather_vocab
 from trainer.parallel import Mesh
 
@@ -37,7 +37,7 @@ class GPT(nn.Module):
         self.sequence_parallel = split = sequence_parallel and mesh.tp > 1
         self.wte = TiedEmbedding(cfg.vocab_size, cfg.n_embd, mesh, split)
         self.wpe = nn.Embedding(cfg.n_ctx, cfg.n_embd)
-        self.wpe.weight.sequence_parallel = split  # type: ignore[assignment]
+        mark_sequence_parallel(self.wpe, split)
         self.drop = Dropout(cfg.dropout, mesh, split)
         self.h = nn.ModuleList(Block(cfg, layer, mesh, split) for layer in range(cfg.n_layer))
         self.ln_f = layer_norm(cfg, split) if cfg.norm is Norm.pre else nn.Identity()
@@ -48,7 +48,7 @@ class GPT(nn.Module):
         return token_loss(logits_TBV, labels_BT.t(), self.mesh)
 
     def logits(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits [B, T, V] of the token after each. With `cache` the tokens continue what it holds, and it grows by them."""
+        """Logits [B, T, V] of the token after each. With `cache` the tokens continue what it holds, and it grows."""
         logits_TBV = self.wte(self._hidden(tokens_BT, cache), head=True)
         if cache is not None:
             cache.length += tokens_BT.shape[1]

@@ -22,7 +22,7 @@ def initialise(model: GPT, cfg: ModelConfig, seed: int) -> None:
 
 
 def _draw(name: str, shape: tuple[int, ...], cfg: ModelConfig, seed: int) -> Tensor:
-    """Biases 0, gains 1, weights N(0, init_std); pre-norm divides what is added to the residual stream by sqrt(2 n_layer)."""
+    """Biases 0, gains 1, weights N(0, init_std); pre-norm divides what feeds the residual stream by sqrt(2 n_layer)."""
     if len(shape) == 1:
         return torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
     std = cfg.init_std

@@ -1,6 +1,6 @@
 """megatron-core's tensor-parallel layers as this model uses them: the door to them.
 
-At tp = 1 a layer is plain `F.linear`, so that torch.compile sees one graph. Weights are left empty: `init.py` fills them.
+At tp = 1 a layer is plain `F.linear`, so that torch.compile sees one graph. Weights are left empty for `init.py`.
 
 Legend: T time (under sequence parallelism: this rank's part of it), B batch, C n_embd, V vocabulary on this rank.
 """
@@ -40,7 +40,7 @@ def _split(param: nn.Parameter, dim: int) -> None:
 
 
 class _Plain(nn.Module):
-    """Takes back the `_extra_state: None` that megatron-core's layers put into a state dict for Transformer Engine's sake."""
+    """Takes back the `_extra_state: None` that megatron-core's layers put into a state dict for Transformer Engine."""
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
@@ -53,6 +53,9 @@ class _Plain(nn.Module):
 class ColumnLinear(_Plain, tensor_parallel.ColumnParallelLinear):
     """y = x Aᵀ + b, A [out, in]: each rank holds out / tp outputs. [T, B, in] -> [T, B, out / tp], T whole again."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, n_in: int, n_out: int, mesh: Mesh, sequence_parallel: bool) -> None:
         config = _config(mesh, sequence_parallel)
         super().__init__(n_in, n_out, config=config, init_method=None, bias=True, tp_group=mesh.tp_group)
@@ -64,7 +67,10 @@ class ColumnLinear(_Plain, tensor_parallel.ColumnParallelLinear):
 
 
 class RowLinear(_Plain, tensor_parallel.RowParallelLinear):
-    """y = x Aᵀ + b, A [out, in]: each rank holds in / tp inputs, the sum is everyone's. [T, B, in / tp] -> [T, B, out]."""
+    """y = x Aᵀ + b, A [out, in]: each rank holds in / tp inputs. [T, B, in / tp] -> [T, B, out], summed over them."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(self, n_in: int, n_out: int, mesh: Mesh, sequence_parallel: bool) -> None:
         super().__init__(
@@ -89,6 +95,11 @@ class TiedEmbedding(_Plain, tensor_parallel.VocabParallelEmbedding):
 
     One module for both, so that ZeRO-3's hooks gather the weight for either use.
     """
+
+    weight: nn.Parameter
+    vocab_start_index: int
+    num_embeddings_per_partition: int
+    reduce_scatter_embeddings: bool
 
     def __init__(self, vocab_size: int, n_embd: int, mesh: Mesh, sequence_parallel: bool) -> None:
         super().__init__(

@@ -1,0 +1,104 @@
+"""Our GPT against Hugging Face's, in fp32 with random weights and biases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+from data_pipeline.config import UserError
+from trainer.config import ModelConfig, Norm
+from trainer.loss import IGNORE
+from trainer.model.gpt import GPT
+from trainer.model.hf import from_hf, hf_config, to_hf
+from trainer.model.layout import specs
+from trainer.parallel import Mesh
+
+SIZES = {
+    "narrow": {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_ctx": 32, "vocab_size": 211},
+    "wide": {"n_layer": 3, "n_head": 3, "n_embd": 96, "n_ctx": 48, "vocab_size": 320},
+}
+
+
+def config(size: str, norm: Norm) -> ModelConfig:
+    return ModelConfig(name=size, norm=norm, **SIZES[size])
+
+
+def theirs(cfg: ModelConfig) -> GPT2LMHeadModel | OpenAIGPTLMHeadModel:
+    values = {k: v for k, v in hf_config(cfg).items() if k not in ("model_type", "architectures")}
+    if cfg.norm is Norm.pre:
+        return GPT2LMHeadModel(GPT2Config(**values))
+    return OpenAIGPTLMHeadModel(OpenAIGPTConfig(**values))
+
+
+def random_state(cfg: ModelConfig) -> dict[str, Tensor]:
+    """Weights of a trained model's size; biases, gains and all, away from the values they start with."""
+    return {
+        name: torch.randn(spec.shape) * 0.3 / (spec.shape[-1] ** 0.25 if len(spec.shape) > 1 else 1.0)
+        + (1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 0.0)
+        for name, spec in specs(cfg, tp=1).items()
+    }
+
+
+def assert_close(a: Tensor, b: Tensor, what: str) -> None:
+    error, scale = (a - b).abs().max().item(), b.abs().max().item()
+    assert error <= 1e-5 * scale, f"{what}: max|a-b| = {error:.3g} against max|b| = {scale:.3g}"
+
+
+@pytest.mark.parametrize("norm", Norm, ids=lambda n: n.value)
+@pytest.mark.parametrize("size", SIZES)
+def test_logits_and_every_gradient_equal_hugging_face(size: str, norm: Norm, mesh: Mesh) -> None:
+    torch.seed()  # fresh weights and tokens on every run
+    cfg = config(size, norm)
+    ours, hf = GPT(cfg, mesh).eval(), theirs(cfg).eval()
+    state = random_state(cfg)
+    missing, unexpected = hf.load_state_dict(to_hf(state, cfg), strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected
+    padding = GPT(cfg, mesh).state_dict()["wte.weight"].shape[0] - cfg.vocab_size
+    ours.load_state_dict(state | {"wte.weight": F.pad(state["wte.weight"], (0, 0, 0, padding))})
+    tokens, labels = torch.randint(cfg.vocab_size, (2, 3, cfg.n_ctx))
+    labels[0, :5] = IGNORE
+
+    with torch.no_grad():
+        ours_logits = ours.logits(tokens)
+    hf_logits = hf(input_ids=tokens).logits
+    assert_close(ours_logits, hf_logits, "logits")
+
+    loss = ours(tokens, labels)
+    hf_loss = F.cross_entropy(hf_logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    assert_close(loss, hf_loss, "loss")
+    loss.backward()
+    hf_loss.backward()
+    hf_grads = from_hf({n: p.grad for n, p in hf.named_parameters() if p.grad is not None}, cfg)
+    grads = {n: p.grad for n, p in ours.named_parameters()}
+    assert grads["wte.weight"][cfg.vocab_size :].eq(0).all()
+    grads["wte.weight"] = grads["wte.weight"][: cfg.vocab_size]
+    assert grads.keys() == hf_grads.keys()
+    for name, grad in grads.items():
+        assert_close(grad, hf_grads[name], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("norm", Norm, ids=lambda n: n.value)
+def test_hugging_face_names_are_a_round_trip(norm: Norm) -> None:
+    cfg = config("wide", norm)
+    state = random_state(cfg)
+    back = from_hf(to_hf(state, cfg), cfg)
+    assert list(back) == list(state) and all(torch.equal(back[n], state[n]) for n in state)
+    bare = {name.removeprefix("transformer."): x for name, x in to_hf(state, cfg).items()}
+    assert all(torch.equal(x, state[n]) for n, x in from_hf(bare, cfg).items())
+
+
+def test_a_hugging_face_state_that_does_not_fit_is_refused() -> None:
+    cfg = config("narrow", Norm.pre)
+    good = to_hf(random_state(cfg), cfg)
+    qkv = "transformer.h.1.attn.c_attn.weight"
+    with pytest.raises(UserError, match=r"has no h\.1\.attn\.c_attn\.weight"):
+        from_hf({n: x for n, x in good.items() if n != qkv}, cfg)
+    with pytest.raises(UserError, match=r"h\.1\.attn\.c_attn\.weight is \[192, 64\]"):
+        from_hf(good | {qkv: good[qkv].t()}, cfg)
+    with pytest.raises(UserError, match=r"has h\.2\.ln_1\.bias"):
+        from_hf(good | {"transformer.h.2.ln_1.bias": torch.zeros(64)}, cfg)
+    with pytest.raises(UserError, match=r"lm_head\.weight is not the token embedding"):
+        from_hf(good | {"lm_head.weight": good["transformer.wte.weight"] + 1}, cfg)
