@@ -1,0 +1,53 @@
+"""Which rank this process is, from what the launchers set."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from data_pipeline.config import UserError
+from trainer.world import World, read_world
+
+KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in KEYS:
+        monkeypatch.setenv(key, "")  # remembered, so that what read_world sets is undone after the test
+        monkeypatch.delenv(key)
+
+
+def test_a_launchers_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(key, value)
+    assert read_world() == World(rank=5, world_size=8, local_rank=1)
+    assert not read_world().is_main
+
+
+def test_alone_it_is_a_world_of_one_with_a_port_that_is_free() -> None:
+    world = read_world()
+    assert world == World(0, 1, 0) and world.is_main
+    with socket.socket() as s:
+        s.bind((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+    assert read_world() == world  # a second look sees the same
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"RANK": "0"}, "RANK in the environment but not WORLD_SIZE, LOCAL_RANK: start with torchrun or deepspeed"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE in the environment but not LOCAL_RANK"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"},
+            "WORLD_SIZE='two', LOCAL_RANK='0': these must be integers",
+        ),
+    ],
+)
+def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], message: str) -> None:
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match=message):
+        read_world()
