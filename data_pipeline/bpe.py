@@ -68,12 +68,16 @@ class Tokenizer:
         """Publish `tokenizer.json` in `folder`, atomically."""
         publish(folder / TOKENIZER, self.raw)
 
+    @property
+    def byte_level(self) -> bool:
+        """Byte-level BPE with GPT-2's pattern: the kind for which fastokens' ids are proved."""
+        body = self._body
+        return body["pre_tokenizer"] == BYTE_LEVEL and body["model"]["type"] == "BPE" and not body["normalizer"]
+
     @cached_property
     def engine(self) -> str:
-        """Which library encodes. fastokens only where its ids are proved: byte-level BPE with GPT-2's pattern."""
-        body = self._body
-        byte_level = body["pre_tokenizer"] == BYTE_LEVEL and body["model"]["type"] == "BPE" and not body["normalizer"]
-        for name in ("fastokens", "tokenizers") if byte_level else ("tokenizers",):
+        """Which library encodes."""
+        for name in ("fastokens", "tokenizers") if self.byte_level else ("tokenizers",):
             if importlib.util.find_spec(name):
                 return name
         raise UserError("encoding text needs the tokenizers package: pip install 'gradus[data]'")

@@ -51,11 +51,11 @@ class BpeTrainConfig:
 
 @dataclass
 class BpeCodeConfig:
-    """`python -m data_pipeline.bpe encode|decode`: text to ids and back, one JSON line each."""
+    """`python -m data_pipeline.bpe encode|decode`: text to a JSON list of ids and back."""
 
     tokenizer: str = MISSING  # "gpt2", or a folder (or file) that holds a tokenizer
-    text: str | None = None
-    ids: list[int] | None = None
+    text: str | None = None  # encode: null = standard input
+    ids: list[int] | None = None  # decode: null = a JSON list on standard input
 
 
 @dataclass

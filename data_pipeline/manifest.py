@@ -10,6 +10,7 @@ A *source* is a folder:
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -63,6 +64,11 @@ class Manifest:
     @cached_property
     def documents(self) -> int:
         return sum(s.documents for s in self.shards)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the shards' own sha256 in order: the same data, wherever it lies."""
+        return hashlib.sha256("".join(s.sha256 for s in self.shards).encode()).hexdigest()
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:

@@ -1,0 +1,114 @@
+"""How far a write of shards has come, so that the same command goes on where a killed one stopped.
+
+`progress.json` in the output folder: the plan (everything the bytes depend on) and each finished shard with the place
+in the corpus where it ends. A shard that is not named there is written anew; nothing else is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config import UserError
+from data_pipeline.manifest import ShardInfo, publish_json, read_json
+from data_pipeline.prepare.encode import Place
+
+PROGRESS = "progress.json"
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A published shard, the place just behind its last document, and its count of unknown characters."""
+
+    info: ShardInfo
+    end: Place
+    unknown: int
+
+
+@dataclass
+class Progress:
+    folder: Path
+    plan: dict[str, Any]
+    shards: dict[str, list[Finished]]
+    done: bool = False
+
+    @classmethod
+    def open(cls, folder: Path, plan: dict[str, Any]) -> Progress:
+        """What is there, or a fresh start; what a killed write left half done is cleared away.
+
+        Raises:
+            UserError: the folder holds other work, or a finished shard of it is gone.
+        """
+        if not (folder / PROGRESS).exists():
+            if any(folder.iterdir()):
+                raise UserError(f"output={folder}: not empty, and not begun by this command: give a new folder")
+            progress = cls(folder, plan, {split: [] for split in SPLITS})
+            progress.save()
+            return progress
+        body = read_json(folder / PROGRESS, "delete the folder and write the shards anew")
+        if not any(body["shards"].values()):  # begun, but nothing is lost by another plan
+            body["plan"] = plan
+        for key in sorted(plan | body["plan"]):
+            old, new = body["plan"].get(key), plan.get(key)
+            if old != new:
+                raise UserError(
+                    f"output={folder} was begun with {key}={old}, now {key}={new}: "
+                    f"give another output=, or delete that folder"
+                )
+        shards = {
+            split: [Finished(ShardInfo(**f["info"]), tuple(f["end"]), f["unknown"]) for f in found]
+            for split, found in body["shards"].items()
+        }
+        progress = cls(folder, plan, shards, body["done"])
+        progress._check()
+        return progress
+
+    def end(self, split: str) -> Place:
+        return self.shards[split][-1].end if self.shards[split] else (0, 0)
+
+    def add(self, split: str, finished: Finished) -> None:
+        self.shards[split].append(finished)
+        self.save()
+
+    def save(self) -> None:
+        publish_json(
+            self.folder / PROGRESS,
+            {
+                "plan": self.plan,
+                "done": self.done,
+                "shards": {split: [asdict(f) for f in found] for split, found in self.shards.items()},
+            },
+        )
+
+    def _check(self) -> None:
+        for split, found in self.shards.items():
+            for shard in found:
+                path = self.folder / split / shard.info.name
+                if not path.is_file() or path.stat().st_size != shard.info.bytes:
+                    raise UserError(
+                        f"{path}: finished before, now gone or changed: delete {self.folder} and write anew"
+                    )
+        for left in [*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")]:
+            left.unlink()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it: two writes into one output would spoil each other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(
+            f"output={folder}: another write is at work there: wait for it, or give another output="
+        ) from None
+    finally:
+        os.close(handle)
