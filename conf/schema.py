@@ -6,7 +6,6 @@ The only Python in conf/. Hydra only composes; what an entry gets is a plain, ch
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -87,18 +86,13 @@ def load(root: str, overrides: Sequence[str] = ()) -> Any:
         raise _user_error_in(e) or UserError(_flat(e)) from None
 
 
-def freeze(cfg: Any, path: Path) -> None:
-    """Write a resolved config as YAML, to read and to run again; atomic."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as f:
-        f.write(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
-        f.flush()
-        os.fsync(f.fileno())
-    aside.replace(path)
+def freeze(cfg: Any) -> str:
+    """A config as YAML, to read and to run again."""
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
 
 
 def thaw(path: Path, schema: type[T]) -> T:
-    """Read what `freeze` wrote."""
+    """Read what `freeze` made."""
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))  # type: ignore[return-value]
 
 

