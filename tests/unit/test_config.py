@@ -27,7 +27,7 @@ from trainer.config import (
 
 
 def deal(tokens_per_step: int, n_ctx: int, micro_batch_size: int, lanes: int, dp: int) -> int | None:
-    """Micro steps of one optimizer update, found by dealing out a step's windows one by one; None where they do not fit."""
+    """Micro steps of one optimizer update, by dealing out a step's windows one by one; None where they do not fit."""
     windows = [0] * lanes
     for i, start in enumerate(range(0, tokens_per_step, n_ctx)):
         if start + n_ctx > tokens_per_step:
@@ -48,7 +48,7 @@ def test_geometry_is_what_dealing_windows_out_one_by_one_gives() -> None:
         (8, 24, 32, 36, 96), (1, 4, 6), (1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4)
     ):
         expected = deal(tokens, n_ctx, micro, lanes, dp)
-        given = dict(tokens_per_step=tokens, n_ctx=n_ctx, micro_batch_size=micro, lanes=lanes, dp=dp)
+        given = {"tokens_per_step": tokens, "n_ctx": n_ctx, "micro_batch_size": micro, "lanes": lanes, "dp": dp}
         if expected is None:
             with pytest.raises(UserError):
                 batch_geometry(**given)
@@ -61,7 +61,7 @@ def test_geometry_is_what_dealing_windows_out_one_by_one_gives() -> None:
     assert outcomes == {True, False}
 
 
-GOOD = dict(tokens_per_step=4096, n_ctx=128, micro_batch_size=4, lanes=8, dp=2)
+GOOD = {"tokens_per_step": 4096, "n_ctx": 128, "micro_batch_size": 4, "lanes": 8, "dp": 2}
 
 
 @pytest.mark.parametrize(
