@@ -1,0 +1,144 @@
+"""A training run of seconds, for tests that compare layouts: same weights and batches whatever (dp, tp) computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from data_pipeline.config import DataConfig, Geometry, batch_geometry
+from data_pipeline.loader import IGNORE, Batch
+from trainer import parallel
+from trainer.config import (
+    CheckpointConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    PretrainConfig,
+    RunConfig,
+    ScheduleConfig,
+    ScheduleKind,
+    Tracker,
+    TrackingConfig,
+)
+from trainer.engine import Engine
+from trainer.model.gpt import GPT
+from trainer.model.init import initialise
+from trainer.world import read_world
+
+WINDOWS, N_CTX = 8, 16
+
+
+def lr(step: int) -> float:
+    return 5e-3 / (1 + step)
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    """Odd on purpose: 3 heads that 2 ranks must pad, widths that 4 ranks do not divide, a vocabulary that is padded and
+    big enough (> 100,000 weights) for ZeRO-3 to partition it truly."""
+    base = {"name": "tiny", "n_layer": 2, "n_head": 3, "n_embd": 42, "n_ctx": N_CTX, "vocab_size": 2500}
+    return ModelConfig(**{**base, "init_std": 0.05, **changes})  # type: ignore[arg-type]
+
+
+def config(
+    *,
+    tp: int = 1,
+    sequence_parallel: bool = False,
+    zero: int = 1,
+    precision: str = "fp32",
+    micro_batch_size: int = 2,
+    grad_clip: float = 1.0,
+    model: dict[str, Any] | None = None,
+    keep: int = 10,
+) -> PretrainConfig:
+    return PretrainConfig(
+        run=RunConfig(name="tiny", dir="unused"),
+        model=model_config(**(model or {})),
+        optim=OptimConfig(name="tiny", lr=lr(0), schedule=ScheduleConfig(ScheduleKind.constant), grad_clip=grad_clip),
+        data=DataConfig(name="synthetic", path="unused", lanes=4),
+        parallel=ParallelConfig(name="tiny", tp=tp, sequence_parallel=sequence_parallel, zero_stage=zero),
+        eval=EvalConfig(every=0),
+        checkpoint=CheckpointConfig(every_steps=0, keep=keep),
+        tracking=TrackingConfig(name=Tracker.none),
+        tokens_per_step=WINDOWS * N_CTX,
+        micro_batch_size=micro_batch_size,
+        max_steps=10,
+        precision=Precision(precision),
+    )
+
+
+def windows(step: int, vocab_size: int) -> Batch:
+    """All windows of a step, [8, 16]; a few tokens are frequent, and each window ignores another number of labels."""
+    g = torch.Generator().manual_seed(1000 + step)
+    ids = (vocab_size * torch.rand(WINDOWS, N_CTX + 1, generator=g) ** 4).long()
+    labels = ids[:, 1:].clone()
+    for row in range(WINDOWS):
+        labels[row, : row % 5] = IGNORE
+    return Batch(ids[:, :-1].contiguous(), labels)
+
+
+def geometry(cfg: PretrainConfig, dp: int) -> Geometry:
+    return batch_geometry(
+        tokens_per_step=cfg.tokens_per_step,
+        n_ctx=N_CTX,
+        micro_batch_size=cfg.micro_batch_size,
+        lanes=cfg.data.lanes,
+        dp=dp,
+    )
+
+
+def micro_batches(step: int, cfg: PretrainConfig, mesh: parallel.Mesh) -> tuple[list[Batch], int]:
+    """This rank's micro batches of a step, and the step's valid labels over all ranks."""
+    whole = windows(step, cfg.model.vocab_size)
+    size, share = cfg.micro_batch_size, WINDOWS // mesh.dp
+    starts = range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share, size)
+    return [Batch(*(t[s : s + size] for t in whole)) for s in starts], int((whole.labels != IGNORE).sum())
+
+
+@contextmanager
+def layout(tp: int = 1) -> Iterator[parallel.Mesh]:
+    """The ranks as (dp, tp). One process may enter several, one after another: the process group itself stays."""
+    torch.set_num_threads(1)
+    yield parallel.start(read_world(), ParallelConfig(name="tiny", tp=tp))
+    parallel_state.destroy_model_parallel()
+
+
+def build(cfg: PretrainConfig, mesh: parallel.Mesh, seed: int = 7, load: Path | None = None) -> Engine:
+    """An engine with the weights of `seed`, or all that a checkpoint holds."""
+    from trainer import checkpoint
+
+    model = GPT(cfg.model, mesh, sequence_parallel=cfg.parallel.sequence_parallel)
+    initialise(model, cfg.model, seed)
+    if load:
+        checkpoint.load_weights(load, model, mesh)
+    engine = Engine(model, cfg, geometry(cfg, mesh.dp), mesh)
+    if load:
+        checkpoint.restore(load, engine)
+    return engine
+
+
+def one_step(engine: Engine, step: int) -> tuple[float, float]:
+    """(loss over the step's valid labels, gradient norm)"""
+    batches, valid = micro_batches(step, engine.cfg, engine.mesh)
+    loss = torch.stack([engine.backward(b, valid) for b in batches]).sum() / valid
+    dist.all_reduce(loss, group=engine.mesh.dp_group)
+    return loss.item(), engine.step(lr(step))
+
+
+def curve(engine: Engine, steps: range = range(10)) -> list[tuple[float, float]]:
+    return [one_step(engine, s) for s in steps]
+
+
+def owned_bits(engine: Engine) -> dict[str, Tensor]:
+    """Copies of all that this rank owns."""
+    from trainer.fragments import owned
+
+    return {f"{k}/{f.name}": v.clone() for f in owned(engine.module, engine.adam) for k, v in f.views.items()}

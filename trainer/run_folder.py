@@ -1,0 +1,160 @@
+"""A run's folder: what lies where, who may write, which checkpoints stand. Standard library only, no torch.
+
+config.yaml                           the frozen config of the last start
+metrics.jsonl                         the journal
+generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time
+checkpoints/latest                    the name of the checkpoint to resume from
+checkpoints/step-00000100.gen-0001/   a published checkpoint
+checkpoints/.step-….tmp/              one that is being written or deleted
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config import UserError
+
+STATE = "state.json"
+MAX_JSON_BYTES = 256 << 20
+_NAME = re.compile(r"step-(\d{8,})\.gen-(\d{4,})")
+
+
+class RunFolder:
+    """Paths and their rules. Nothing is made on disk before `take_generation`."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.metrics = self.root / "metrics.jsonl"
+        self.checkpoints = self.root / "checkpoints"
+        self.generations = self.root / "generations"
+        self.pointer = self.checkpoints / "latest"
+
+    def take_generation(self) -> int:
+        """This start's number, one more than any before; removes what interrupted starts left half written."""
+        self.generations.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        generation = self._newest_generation() + 1
+        while True:
+            try:
+                with (self.generations / f"{generation:04d}").open("x", encoding="utf-8") as f:
+                    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}, f)
+                break
+            except FileExistsError:
+                generation += 1
+        fsync_folder(self.generations)
+        for leftover in self.checkpoints.glob(".*.tmp"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+        return generation
+
+    def fence(self, generation: int) -> None:
+        """Raises UserError where a newer start has taken the run over: this one must not write."""
+        newest = self._newest_generation()
+        if newest > generation:
+            raise UserError(
+                f"{self.root}: start {newest} of this run has taken over, start {generation} publishes nothing more: "
+                "let one start at a time use a run.dir"
+            )
+
+    def checkpoint(self, step: int, generation: int) -> Path:
+        """Where the checkpoint of `step` lies once it is published."""
+        return self.checkpoints / f"step-{step:08d}.gen-{generation:04d}"
+
+    def aside(self, step: int, generation: int) -> Path:
+        """Where it is written before."""
+        final = self.checkpoint(step, generation)
+        return final.with_name(f".{final.name}.tmp")
+
+    def publish(self, aside: Path, step: int, generation: int) -> Path:
+        """Turn a complete, fsynced folder into the run's latest checkpoint: fence, rename, move the pointer."""
+        self.fence(generation)
+        final = self.checkpoint(step, generation)
+        aside.rename(final)
+        fsync_folder(self.checkpoints)
+        pointer = self.pointer.with_name(".latest.tmp")
+        with pointer.open("w", encoding="ascii") as f:
+            f.write(final.name + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        pointer.replace(self.pointer)
+        fsync_folder(self.checkpoints)
+        return final
+
+    def latest(self) -> Path | None:
+        """The checkpoint to resume from; None where the run has published none.
+
+        Raises:
+            UserError: the pointer names none, or one that is not there.
+        """
+        try:
+            name = self.pointer.read_text(encoding="ascii", errors="replace").strip()
+        except FileNotFoundError:
+            return None
+        if _NAME.fullmatch(name) and (self.checkpoints / name).is_dir():
+            return self.checkpoints / name
+        others = ", ".join(p.name for p in self.published()) or "none"
+        raise UserError(f"{self.pointer} names {name!r}, which is not there: write into it one that is ({others})")
+
+    def published(self) -> list[Path]:
+        """All checkpoints, in the order of (start, step): the last is the newest."""
+        found = [(m, p) for p in self.checkpoints.glob("step-*") if p.is_dir() and (m := _NAME.fullmatch(p.name))]
+        return [p for m, p in sorted(found, key=lambda x: (int(x[0][2]), int(x[0][1])))]
+
+    def prune(self, keep: int, best: bool) -> list[Path]:
+        """Delete all but the newest `keep`, the latest, and, if `best`, the one of the lowest `val_loss` in its state."""
+        published = self.published()
+        kept = {*published[-keep:], self.latest()}
+        if best:
+            losses = {p: loss for p in published if (loss := self.state(p).get("val_loss")) is not None}
+            kept.add(min(losses, key=lambda p: losses[p]) if losses else None)
+        gone = [p for p in published if p not in kept]
+        for p in gone:  # out of sight first: a half-deleted checkpoint is never listed
+            shutil.rmtree(p.rename(p.with_name(f".{p.name}.tmp")))
+        return gone
+
+    @staticmethod
+    def state(checkpoint: Path) -> dict[str, Any]:
+        """A checkpoint's state.json as it stands: step, tokens, data state, val_loss, model, versions."""
+        return read_json(checkpoint / STATE)
+
+    def _newest_generation(self) -> int:
+        return max((int(p.name) for p in self.generations.glob("*") if p.name.isdecimal()), default=0)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of bounded size.
+
+    Raises:
+        UserError: not there, too big, or not a JSON object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise UserError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} that such a file may have: damaged")
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: the checkpoint is incomplete, use another one") from None
+    except (UnicodeDecodeError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not JSON ({e}): the checkpoint is damaged, use another one") from None
+    if not isinstance(body, dict):
+        raise UserError(f"{path}: not a JSON object: the checkpoint is damaged, use another one")
+    return body
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
