@@ -1,13 +1,15 @@
-"""A rank's batches: read ahead in a thread of its own, handed over on the main thread. The only torch in data_pipeline."""
+"""A rank's batches: read ahead in a thread, handed over on the main thread. The only torch in data_pipeline."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from data_pipeline.plan import Ledger, Order, rank_positions
 from data_pipeline.stream import ShardStream, shard_windows
 
 IGNORE = -100  # the label that no loss counts
-PREFETCH_STEPS = 2
+_READ_WINDOWS = 128  # windows that a rank reads at once, or those of one step where they are more
+_READ_AHEAD = 2  # such reads wait to be used
 
 
 class Batch(NamedTuple):
@@ -81,7 +84,8 @@ class TrainLoader:
         self._micro_batch_size, self._pin, self._channel = micro_batch_size, pin, channel
         self._error: Exception | None = None
         self._stop = threading.Event()
-        self._ready: queue.Queue[Item] = queue.Queue(PREFETCH_STEPS)
+        self._ready: queue.Queue[list[Item]] = queue.Queue(_READ_AHEAD)
+        self._taken: deque[Item] = deque()
         self._thread: threading.Thread | None = None
         if channel is None or channel.reads:
             stream = ShardStream(manifest, n_ctx, open_shards=max(1, order.lanes // dp))
@@ -95,7 +99,7 @@ class TrainLoader:
             UserError: what went wrong in reading, on every rank of the tensor-parallel group; again at each call.
         """
         if self._error is None:
-            item = _exchange(self._channel, self._ready.get)
+            item = _exchange(self._channel, self._take)
             self._error = item.error
         if self._error is not None:
             raise self._error
@@ -115,23 +119,40 @@ class TrainLoader:
             self._ready.get_nowait()
         self._thread.join(timeout=5)  # not for ever: a read may hang in a dead file system, and the thread is a daemon
 
-    def _read_ahead(self, stream: ShardStream, step: int) -> None:
-        while not self._stop.is_set():
-            item = _attempt(self._read_step, stream, step)
-            self._ready.put(item)
-            if item.error is not None:
-                return
-            step += 1
+    def _take(self) -> Item:
+        if not self._taken:
+            self._taken.extend(self._ready.get())
+        return self._taken.popleft()
 
-    def _read_step(self, stream: ShardStream, step: int) -> Item:
-        ledger, lanes = self._ledger, self._order.lanes
-        at = rank_positions(ledger.position(step), ledger.windows_per_step(step), lanes, self._dp_rank, self._dp)
-        if len(at) % self._micro_batch_size:
-            raise UserError(
-                f"micro_batch_size={self._micro_batch_size} does not divide the rank's {len(at)} windows of step {step}"
-            )
-        windows = stream.windows(*self._order.windows_at(at))
-        return Item(_batches(windows, self._micro_batch_size, self._pin), zlib.crc32(windows))
+    def _read_ahead(self, stream: ShardStream, step: int) -> None:
+        """The thread: reads several steps at once where steps are small, since a read costs more than its bytes."""
+        many = max(1, _READ_WINDOWS * self._dp // self._ledger.windows_per_step(step))
+        while not self._stop.is_set():
+            try:
+                items = self._read_steps(stream, range(step, step + many))
+            except Exception as error:
+                if many > 1:  # the steps before the one that fails are good: read them one by one
+                    many = 1
+                    continue
+                items = [Item([], 0, error)]
+            self._ready.put(items)
+            if items[-1].error is not None:
+                return
+            step += many
+
+    def _read_steps(self, stream: ShardStream, steps: range) -> list[Item]:
+        lanes, of = self._order.lanes, self._ledger
+        at = [rank_positions(of.position(s), of.windows_per_step(s), lanes, self._dp_rank, self._dp) for s in steps]
+        size = self._micro_batch_size
+        for step, positions in zip(steps, at, strict=True):
+            if len(positions) % size:
+                raise UserError(
+                    f"micro_batch_size={size} does not divide this rank's {len(positions)} windows of step {step}"
+                )
+        windows = stream.windows(*self._order.windows_at(np.concatenate(at)))
+        batches = _batches(windows, size, self._pin)
+        cuts = np.cumsum([0, *map(len, at)]).tolist()
+        return [Item(batches[a // size : b // size], zlib.crc32(windows[a:b].data)) for a, b in pairwise(cuts)]
 
 
 def validation_batches(
@@ -165,12 +186,15 @@ def validation_batches(
     def read(first: int) -> Item:
         at = np.arange(first, min(first + micro_batch_size, total))
         shards = np.searchsorted(ends, at, side="right")
-        tokens = stream.windows(shards, at - (ends - counts)[shards])
-        return Item(_batches(tokens, micro_batch_size, pin), zlib.crc32(tokens))
+        try:
+            tokens = stream.windows(shards, at - (ends - counts)[shards])
+        except Exception as error:
+            return Item([], 0, error)
+        return Item(_batches(tokens, micro_batch_size, pin), zlib.crc32(tokens.data))
 
     def serve() -> Iterator[Batch]:
         for start in range(0, total, deal):
-            item = _exchange(channel, partial(_attempt, read, start + dp_rank * micro_batch_size))
+            item = _exchange(channel, partial(read, start + dp_rank * micro_batch_size))
             if item.error is not None:
                 raise item.error
             yield from item.batches
@@ -186,14 +210,6 @@ def _batches(windows: np.ndarray, micro_batch_size: int, pin: bool) -> list[Batc
     tokens.numpy()[:n], labels.numpy()[:n] = windows[:, :-1], windows[:, 1:]
     tokens[n:], labels[n:] = 0, IGNORE
     return [Batch(*pair) for pair in zip(tokens.split(micro_batch_size), labels.split(micro_batch_size), strict=True)]
-
-
-def _attempt(read: Callable[..., Item], *args: Any) -> Item:
-    """What `read` returns, or its error as an item, so that the main thread and the group learn of it."""
-    try:
-        return read(*args)
-    except Exception as error:
-        return Item([], 0, error)
 
 
 def _exchange(channel: Channel | None, read: Callable[[], Item]) -> Item:

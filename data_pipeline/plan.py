@@ -1,31 +1,31 @@
 """The order of the data: pure functions from (seed, position) to windows. No I/O; numpy only.
 
-*Window* j of a shard is its tokens [j n_ctx, (j + 1) n_ctx], end inclusive. W is the number of windows of the source, L
-the number of lanes. A *position* p = 0, 1, 2, … counts the windows of the run; it lies in epoch e = p // W and belongs to
+*Window* j of a shard is its tokens [j n_ctx, (j + 1) n_ctx], end inclusive. W is the number of windows of the source,
+L the number of lanes. A *position* p = 0, 1, 2, … counts the windows of the run; it lies in epoch e = p // W and is of
 lane p % L. In epoch e:
 
 1.  The shards are shuffled by (seed, e) and laid end to end: a line of W places, each one window.
-2.  The line is cut into L intervals, lane after lane; lane l's is as long as the number n(l, e) of the epoch's positions
-    that belong to l. Since these are every L-th of W consecutive integers, n(l, e) is W // L, or one more for the
-    W % L lanes from e W % L on (cyclically), so where an interval starts has a closed form.
+2.  The line is cut into L intervals, lane after lane; lane l's has n(l, e) places, as many as the epoch has positions
+    of l. Since these are every L-th of W consecutive integers, n(l, e) is W // L, or one more for the W % L lanes from
+    e W % L on (cyclically), so where an interval starts has a closed form.
 3.  Lane l's j-th position of the epoch takes the j-th place of its interval, and within the part of one shard that lies
     in the interval, the windows are shuffled by (seed, e, l, shard).
 
 Each epoch serves each window exactly once, for any shards and any L:
-    The positions of epoch e are W consecutive integers. Lane l owns n(l, e) of them, its j-th is the one with
-    (p - e W) // L = j, and takes place j of an interval of n(l, e) places: one to one. The n(l, e) add up to W, hence the
-    intervals tile the line: positions and places, one to one. Lane interval and shard meet in one run of places, and a
-    permutation of each run is a permutation of the line: places and windows, one to one. No remainder is dropped, and
-    a shard is cut only where an interval ends: lanes that follow each other read at most their ends in common.
+    The positions of epoch e are W consecutive integers. Lane l owns n(l, e) of them; its j-th is the one with
+    (p - e W) // L = j, and takes place j of an interval of n(l, e) places: one to one. The n(l, e) add up to W, so the
+    intervals tile the line: positions and places, one to one. Lane interval and shard meet in one run of places, and
+    permuting each run permutes the line: places and windows, one to one. No remainder is dropped, and a shard is cut
+    only where an interval ends, so that it is read by one lane, or by neighbours.
 
 The data-parallel size does not matter:
-    `Order` has never heard of it. A step takes the positions [p, p + w) of the run, w a multiple of L, so the same number
-    from each lane; rank r of dp, which divides L, takes those of lanes [r L / dp, (r + 1) L / dp). These sets are
-    disjoint and their union is the step's, whatever dp is.
+    `Order` has never heard of it. A step takes the positions [p, p + w) of the run, w a multiple of L, so as many from
+    each lane; rank r of dp, which divides L, takes those of lanes [r L / dp, (r + 1) L / dp). These sets are disjoint
+    and their union is the step's, whatever dp is.
 
 Position is not step: the `Ledger` says where each step stands. A mixture draws, for each lane, a source by a table; the
-lane's k-th draw of a source is that source's position k L + lane in an `Order` of its own, so what is said here holds
-for each source.
+lane's k-th draw of a source is that source's position k L + lane in an `Order` of its own, so that what is said here
+holds for each source.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Order:
         self.seed = seed
         if self.windows < 1 or lanes < 1:
             raise UserError(
-                f"{self.windows} windows in {len(self.shard_windows)} shards, data.lanes={lanes}: give at least 1 of each"
+                f"{self.windows} windows in {len(self.shard_windows)} shards, data.lanes={lanes}: give at least 1 each"
             )
         self._line = lru_cache(maxsize=2)(self._lay_line)  # a step may end one epoch and start the next
         self._shuffles: dict[
@@ -192,7 +192,7 @@ class Order:
         return line, np.cumsum(self.shard_windows[line])
 
     def _shuffle(self, epoch: int, lane: int, shard: int, n: int) -> np.ndarray:
-        """The permutation of a lane's part of a shard. A lane only walks on, so its latest is all that is worth keeping."""
+        """The permutation of a lane's part of a shard. A lane only walks on, so only its latest is kept."""
         held, shuffle = self._shuffles.get(lane, (None, None))
         if shuffle is None or held != (epoch, shard):
             shuffle = permutation(n, self.seed, _WINDOWS, epoch, lane, shard)

@@ -1,8 +1,8 @@
 """Reading the windows that the plan asks for, each block checked as it arrives.
 
 A rank holds the shards its lanes are in as plain arrays of tokens; a window is a slice of one. webdataset opens a shard
-(its `gopen`); the members are read here, because its tar iterator takes each member whole whatever size it claims, and
-unpacks what is compressed, so that a crafted tar could fill the memory.
+(its `gopen`). Its tar iterator is not used: it takes each member whole, whatever size it claims, and unpacks what is
+compressed, so that a crafted tar could fill the memory; here a member's bytes go straight to their place in the array.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -18,8 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from data_pipeline.config import UserError
 from data_pipeline.manifest import Block, Manifest, ShardInfo, index_path, read_index
 
-_NPY_HEADER = 4096  # bytes; numpy writes 128 for these arrays
-_TAR_BUFFER = 1 << 20
+_NPY_HEADER = 4096  # bytes at most; numpy writes 128
 
 
 class ShardError(UserError):
@@ -34,10 +34,10 @@ def shard_windows(manifest: Manifest, n_ctx: int) -> np.ndarray:
     """
     windows = np.array([shard.windows(n_ctx) for shard in manifest.shards], dtype=np.int64)
     if not windows.sum():
-        longest = max((shard.tokens for shard in manifest.shards), default=0)
+        most = max((shard.tokens for shard in manifest.shards), default=0)
         raise UserError(
-            f"{manifest.root}: {manifest.tokens} tokens in {len(manifest.shards)} shards, the longest of {longest}, hold no "
-            f"window of model.n_ctx={n_ctx} + 1 tokens: give more text, a smaller model.n_ctx, or a larger shard_tokens"
+            f"{manifest.root}: {manifest.tokens} tokens in {len(manifest.shards)} shards, at most {most} in one, hold "
+            f"no window of model.n_ctx={n_ctx} + 1 tokens: give more text, a smaller n_ctx or larger shards"
         )
     return windows
 
@@ -84,14 +84,27 @@ def read_shard(manifest: Manifest, shard: ShardInfo) -> np.ndarray:
     if Path(shard.name).name != shard.name:
         raise ShardError(f"{manifest.root}: shard {shard.name!r} is not the name of a file in that folder")
     path = (manifest.root / shard.name).absolute()  # gopen runs a path that starts with "pipe:"
-    blocks = read_index(index_path(manifest, shard)).blocks
-    if sum(block.tokens for block in blocks) != shard.tokens:
-        raise ShardError(f"{path}: its index counts other tokens than the manifest's {shard.tokens}: {_cure(manifest)}")
+    blocks, dtype = read_index(index_path(manifest, shard)).blocks, manifest.numpy_dtype
     _check_size(path, shard, manifest)
-    tokens, filled = np.empty(shard.tokens, dtype=manifest.numpy_dtype), 0
-    for block, data in _read_blocks(path, blocks, manifest):
-        tokens[filled : filled + block.tokens] = data
-        filled += block.tokens
+    counts = [block.tokens for block in blocks]
+    if not all(type(n) is int for n in counts) or sum(counts) != shard.tokens:
+        raise ShardError(f"{path}: its index counts other tokens than the manifest's {shard.tokens}: {_cure(manifest)}")
+    if shard.tokens * dtype.itemsize > shard.bytes:
+        raise ShardError(
+            f"{path}: {shard.bytes} bytes cannot hold the manifest's {shard.tokens} tokens: {_cure(manifest)}"
+        )
+    from webdataset.gopen import gopen  # brings torch along: only where shards are read
+
+    tokens, filled, member = np.empty(shard.tokens, dtype), 0, "(none)"
+    try:
+        with gopen(str(path)) as f, tarfile.open(fileobj=f, mode="r:") as tar:
+            members = iter(tar)
+            for block in blocks:
+                member = block.member
+                _read_block(members, f, block, tokens[filled : filled + block.tokens])
+                filled += block.tokens
+    except (OSError, ValueError, tarfile.TarError) as e:
+        raise ShardError(f"{path}: sample {member}: {e}: {_cure(manifest)}") from None
     return tokens
 
 
@@ -105,35 +118,21 @@ def _check_size(path: Path, shard: ShardInfo, manifest: Manifest) -> None:
         raise ShardError(f"{path}: {what}, {size} bytes where the manifest says {shard.bytes}: {_cure(manifest)}")
 
 
-def _read_blocks(path: Path, blocks: tuple[Block, ...], manifest: Manifest) -> Iterator[tuple[Block, np.ndarray]]:
-    from webdataset.gopen import gopen  # brings torch along: only where shards are read
-
-    member = ""
-    try:
-        with gopen(str(path)) as f, tarfile.open(fileobj=f, mode="r|", bufsize=_TAR_BUFFER) as tar:
-            for block in blocks:
-                member = block.member
-                yield block, _read_block(tar, block, manifest.numpy_dtype)
-    except (OSError, ValueError, tarfile.TarError) as e:
-        raise ShardError(f"{path}: sample {member}: {e}: {_cure(manifest)}") from None
-
-
-def _read_block(tar: tarfile.TarFile, block: Block, dtype: np.dtype) -> np.ndarray:
-    """One member's tokens: [block.tokens]. Raises ValueError for what differs from the index.
+def _read_block(members: Iterator[tarfile.TarInfo], f: BinaryIO, block: Block, tokens: np.ndarray) -> None:
+    """Fill `tokens`, [block.tokens], from its member. Raises ValueError for what differs from the index.
 
     The member's own header is not parsed: dtype and length are the index's, and the checksum holds the bytes to them.
     """
-    member = next((m for m in tar if m.name == block.member), None)
+    member = next((m for m in members if m.name == block.member), None)
     if member is None:
         raise ValueError("missing")
-    header = member.size - block.tokens * dtype.itemsize
-    stream = tar.extractfile(member) if member.isreg() and 0 <= header <= _NPY_HEADER else None
-    if stream is None:
+    header = member.size - tokens.nbytes
+    if len(tokens) != block.tokens or not member.isreg() or not 0 <= header <= _NPY_HEADER:
         raise ValueError(f"{member.size} bytes, which are not the {block.tokens} tokens of the index")
-    data = np.frombuffer(stream.read(), dtype=dtype, offset=header)
-    if zlib.crc32(data) != block.crc32:
-        raise ValueError(f"checksum {zlib.crc32(data):08x} where the index says {block.crc32:08x}")
-    return data
+    f.seek(member.offset_data + header)
+    f.readinto(tokens.data)  # type: ignore[attr-defined]
+    if (found := zlib.crc32(tokens.data)) != block.crc32:
+        raise ValueError(f"checksum {found:08x} where the index says {block.crc32:08x}")
 
 
 def _cure(manifest: Manifest) -> str:

@@ -1,0 +1,230 @@
+"""What a rank is served equals direct slices of the shards' tokens, whoever reads and wherever it starts."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.config import UserError
+from data_pipeline.loader import IGNORE, Batch, Item, TrainLoader, validation_batches
+from data_pipeline.manifest import Manifest
+from data_pipeline.plan import Ledger, Order, rank_positions
+from data_pipeline.stream import ShardError, read_shard, shard_windows
+from tests.fixtures import random_source
+
+N_CTX, LANES, STEP = 16, 4, 8
+TOKENS = [900, 3, 1300, 500, 40]
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    return random_source(tmp_path, TOKENS)
+
+
+def loader(manifest: Manifest, *, dp_rank: int = 0, dp: int = 1, micro: int = 2, **kwargs: object) -> TrainLoader:
+    order = Order(shard_windows(manifest, N_CTX), LANES, seed=5)
+    ledger = kwargs.pop("ledger", Ledger.start(STEP))
+    return TrainLoader(manifest, order, ledger, N_CTX, dp_rank=dp_rank, dp=dp, micro_batch_size=micro, **kwargs)  # type: ignore[arg-type]
+
+
+class Slices:
+    """Windows cut from the shards' whole token streams."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.streams = [read_shard(manifest, shard) for shard in manifest.shards]
+        self.order = Order(shard_windows(manifest, N_CTX), LANES, seed=5)
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """The windows at these positions: [n, n_ctx + 1]."""
+        windows = zip(*self.order.windows_at(positions), strict=True)
+        return np.stack([self.streams[s][w * N_CTX : w * N_CTX + N_CTX + 1] for s, w in windows])
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        (x.tokens == y.tokens).all() and (x.labels == y.labels).all() for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize(("dp", "micro"), [(1, 8), (1, 2), (2, 1), (2, 4), (4, 2)])
+def test_batches_are_slices_of_the_token_stream(manifest: Manifest, dp: int, micro: int) -> None:
+    truth = Slices(manifest)
+    for rank in range(dp):
+        with closing(loader(manifest, dp_rank=rank, dp=dp, micro=micro)) as ours:
+            for step in range(60):  # the source's 170 windows nearly three times
+                batches = ours.next()
+                expected = truth.at(rank_positions(step * STEP, STEP, LANES, rank, dp))
+                assert [b.tokens.shape for b in batches] == [(micro, N_CTX)] * (STEP // dp // micro)
+                assert np.array_equal(np.concatenate([b.tokens.numpy() for b in batches]), expected[:, :-1])
+                assert np.array_equal(np.concatenate([b.labels.numpy() for b in batches]), expected[:, 1:])
+                assert ours.crc32 == zlib.crc32(expected.tobytes())
+                assert ours.step == step + 1
+
+
+def test_a_restart_at_any_step_goes_on_as_if_there_had_been_none(manifest: Manifest) -> None:
+    with closing(loader(manifest)) as whole:
+        expected = [(whole.next(), whole.crc32) for _ in range(50)]
+    for k in (1, 7, 21, 49):
+        with closing(loader(manifest, step=k)) as ours:
+            assert ours.step == k
+            for batches, crc32 in expected[k:]:
+                assert same(ours.next(), batches)
+                assert ours.crc32 == crc32
+
+
+def test_the_ledgers_events_hold_at_their_steps(manifest: Manifest) -> None:
+    ledger = Ledger.start(STEP).then(5, 100, STEP).then(9, 200, 2 * STEP)
+    truth = Slices(manifest)
+    with closing(loader(manifest, ledger=ledger)) as ours:
+        for step in range(30):
+            got = np.concatenate([b.tokens.numpy() for b in ours.next()])
+            at = np.arange(ledger.position(step), ledger.position(step) + ledger.windows_per_step(step))
+            assert np.array_equal(got, truth.at(at)[:, :-1])
+
+
+def test_batches_do_not_change_after_they_were_handed_over(manifest: Manifest) -> None:
+    with closing(loader(manifest)) as ours:
+        first = ours.next()
+        copies = [Batch(b.tokens.clone(), b.labels.clone()) for b in first]
+        for _ in range(100):
+            ours.next()
+        assert same(first, copies)
+
+
+def test_an_error_of_the_thread_surfaces_after_the_good_steps_and_stays(manifest: Manifest) -> None:
+    order = Order(shard_windows(manifest, N_CTX), LANES, seed=5)
+    shards = order.windows_at(range(order.windows))[0].tolist()
+    good, bad = max((shards.index(s) // STEP, s) for s in set(shards))  # the shard first needed last, and when
+    assert good > 1
+    (manifest.root / manifest.shards[bad].name).unlink()
+    with closing(loader(manifest)) as ours:
+        for _ in range(good):
+            ours.next()
+        for _ in range(2):
+            with pytest.raises(ShardError, match=rf"{manifest.shards[bad].name}: No such file"):
+                ours.next()
+        assert ours.step == good
+
+
+def test_a_micro_batch_that_does_not_divide_is_an_error(manifest: Manifest) -> None:
+    with (
+        closing(loader(manifest, micro=3)) as ours,
+        pytest.raises(UserError, match="micro_batch_size=3 does not divide this rank's 8 windows of step 0"),
+    ):
+        ours.next()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 40])
+def test_close_ends_the_thread_at_once_wherever_it_is(manifest: Manifest, steps: int) -> None:
+    for pause in (0.0, 0.2):  # still reading; waiting with its queue full
+        ours = loader(manifest)
+        for _ in range(steps):
+            ours.next()
+        time.sleep(pause)
+        begin = time.monotonic()
+        ours.close()
+        ours.close()
+        assert time.monotonic() - begin < 2
+        assert "loader" not in [t.name for t in threading.enumerate()]
+        with pytest.raises(RuntimeError, match="closed"):
+            ours.next()
+
+
+def test_close_after_an_error_does_not_hang(manifest: Manifest) -> None:
+    for shard in manifest.shards:
+        (manifest.root / shard.name).unlink()
+    ours = loader(manifest)
+    with pytest.raises(ShardError):
+        ours.next()
+    ours.close()
+    with pytest.raises(ShardError):
+        ours.next()
+
+
+class Pipe:
+    """A channel between two loaders of one process; errors travel as text."""
+
+    def __init__(self, reads: bool, line: queue.Queue[Item]) -> None:
+        self.reads, self.line, self.threads = reads, line, set[str]()
+
+    def share(self, item: Item | None) -> Item:
+        self.threads.add(threading.current_thread().name)
+        if item is not None:
+            self.line.put(item if item.error is None else item._replace(error=UserError(str(item.error))))
+            return item
+        return self.line.get(timeout=10)
+
+
+@pytest.fixture
+def pair(manifest: Manifest) -> Iterator[tuple[TrainLoader, TrainLoader, Pipe]]:
+    line: queue.Queue[Item] = queue.Queue()
+    sender = Pipe(True, line)
+    with closing(loader(manifest, channel=sender)) as a, closing(loader(manifest, channel=Pipe(False, line))) as b:
+        yield a, b, sender
+
+
+def test_ranks_that_do_not_read_get_the_readers_batches(pair: tuple[TrainLoader, TrainLoader, Pipe]) -> None:
+    reader, other, sender = pair
+    assert [t.name for t in threading.enumerate()].count("loader") == 1
+    for _ in range(30):
+        batches = reader.next()
+        assert same(other.next(), batches)
+        assert (other.step, other.crc32) == (reader.step, reader.crc32)
+    assert sender.threads == {threading.current_thread().name}
+
+
+def test_an_error_of_the_reader_is_everyones_error(manifest: Manifest) -> None:
+    for shard in manifest.shards:
+        (manifest.root / shard.name).unlink()
+    line: queue.Queue[Item] = queue.Queue()
+    with (
+        closing(loader(manifest, channel=Pipe(True, line))) as a,
+        closing(loader(manifest, channel=Pipe(False, line))) as b,
+    ):
+        for ours in (a, b, a, b):
+            with pytest.raises(UserError, match="No such file"):
+                ours.next()
+
+
+@pytest.mark.parametrize(("dp", "micro", "windows"), [(1, 4, None), (2, 4, 50), (4, 8, 33), (4, 8, 1), (3, 1, 170)])
+def test_validation_deals_every_window_once_and_fills_only_the_last_batch(
+    manifest: Manifest, dp: int, micro: int, windows: int | None
+) -> None:
+    ranks = [
+        list(validation_batches(manifest, N_CTX, dp_rank=r, dp=dp, micro_batch_size=micro, windows=windows))
+        for r in range(dp)
+    ]
+    total = windows or 170
+    assert {len(batches) for batches in ranks} == {-(-total // (dp * micro))}
+    rows = [
+        row for batches in zip(*ranks, strict=True) for b in batches for row in zip(b.tokens, b.labels, strict=True)
+    ]
+    streams = [read_shard(manifest, shard) for shard in manifest.shards]
+    wanted = [t[j : j + N_CTX + 1] for t in streams for j in range(0, len(t) - N_CTX, N_CTX)][:total]
+    assert len(wanted) == total
+    for (tokens, labels), window in zip(rows, wanted, strict=False):
+        assert tokens.tolist() == window[:-1].tolist()
+        assert labels.tolist() == window[1:].tolist()
+    assert all((labels == IGNORE).all() and (tokens == 0).all() for tokens, labels in rows[total:])
+    assert all(b.tokens.shape == b.labels.shape == (micro, N_CTX) for batches in ranks for b in batches)
+
+
+@pytest.mark.parametrize("windows", [0, 171])
+def test_validation_refuses_more_windows_than_there_are_at_the_call(manifest: Manifest, windows: int) -> None:
+    with pytest.raises(UserError, match=rf"eval.windows={windows}, but .* holds 170 windows of model.n_ctx=16"):
+        validation_batches(manifest, N_CTX, dp_rank=0, dp=1, micro_batch_size=4, windows=windows)
+
+
+def test_validation_names_a_bad_shard(manifest: Manifest) -> None:
+    (manifest.root / "00002.tar").unlink()
+    batches = validation_batches(manifest, N_CTX, dp_rank=0, dp=1, micro_batch_size=8)
+    with pytest.raises(ShardError, match=r"00002.tar: No such file"):
+        list(batches)
