@@ -24,5 +24,6 @@ def token_loss(logits_TBV: Tensor, labels_TB: Tensor, mesh: Mesh) -> Tensor:
         )
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+    labels_TB = labels_TB.contiguous()  # it takes views
     loss_TB = vocab_parallel_cross_entropy(logits_TBV, labels_TB)  # IGNORE is no one's token: the loss is log Z there
     return loss_TB.masked_fill(labels_TB == IGNORE, 0.0).sum()
