@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +167,8 @@ def _fastokens(tokenizer_json: str) -> Callable[[list[str]], list[np.ndarray]]:
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         flat, offsets = tokenizer.encode_batch_flat(texts)
-        return np.split(np.frombuffer(flat, np.uint32), np.frombuffer(offsets, np.int64)[1:-1])
+        ids, ends = np.frombuffer(flat, "<u4"), np.frombuffer(offsets, "<u8").tolist()
+        return [ids[a:b] for a, b in pairwise(ends)]
 
     return encode
 

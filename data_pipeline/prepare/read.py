@@ -254,7 +254,7 @@ def _zstd_chunks(raw: IO[bytes]) -> Iterator[bytes]:
     except ImportError:
         raise UserError("a .zst file needs the zstandard package: pip install 'gradus[data]'") from None
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)  # as the zstd program's own limit
-    step = 1 << 11  # 4 bytes can hold a block of 128 KiB: no chunk is more than 64 MiB
+    step = 1 << 9  # 4 bytes can hold a block of 128 KiB: no chunk is more than 16 MiB
     chunk = raw.read(step)
     try:
         while chunk:

@@ -1,0 +1,116 @@
+"""The manifest and the index: what is written is read back, and damage is named, never followed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.config import UserError
+from data_pipeline.manifest import (
+    MANIFEST,
+    Block,
+    Manifest,
+    ShardIndex,
+    ShardInfo,
+    decode_block,
+    encode_block,
+    publish_json,
+    read_index,
+    read_manifest,
+    write_index,
+    write_manifest,
+)
+
+U2 = np.dtype("<u2")
+
+
+def manifest(root: Path) -> Manifest:
+    shards = (ShardInfo("00000.tar", 10, "ab", 2, 9), ShardInfo("00001.tar", 11, "cd", 1, 5))
+    return Manifest(root, "s", "train", "uint16", 300, 299, "ef", shards)
+
+
+def test_a_manifest_and_an_index_come_back_as_they_were_written(tmp_path: Path) -> None:
+    wrote = manifest(tmp_path)
+    write_manifest(wrote)
+    assert read_manifest(tmp_path) == wrote
+    assert (wrote.tokens, wrote.documents, wrote.numpy_dtype) == (14, 3, U2)
+    index = ShardIndex((Block("000000.npy", 9, 123),), ("ü", "b"), (4, 5))
+    write_index(tmp_path / "00000.idx.json", index)
+    assert read_index(tmp_path / "00000.idx.json") == index
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.idx.json", "manifest.json"]  # nothing left aside
+
+
+def test_windows_share_one_token_and_a_short_tail_is_unused() -> None:
+    def by_hand(tokens: int, n_ctx: int) -> int:
+        return sum(1 for start in range(0, tokens, n_ctx) if start + n_ctx + 1 <= tokens)
+
+    for tokens in range(30):
+        for n_ctx in range(1, 9):
+            assert ShardInfo("x", 0, "", 0, tokens).windows(n_ctx) == by_hand(tokens, n_ctx)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 99}, "not a manifest of format 1"),
+        ({"dtype": "object"}, "dtype='object', not uint16 or uint32"),
+        (
+            {"shards": [{"name": "../../x.tar", "bytes": 1, "sha256": "", "documents": 1, "tokens": 1}]},
+            "not a file name",
+        ),
+        ({"shards": [{"name": "x.tar", "bytes": -1, "sha256": "", "documents": 1, "tokens": 1}]}, r"\(-1, 1, 1\)"),
+        ({"shards": [{"name": "x.tar"}]}, "damaged manifest"),
+        ({"surprise": 1}, "damaged manifest"),
+    ],
+)
+def test_a_damaged_manifest_is_one_line_that_names_it(tmp_path: Path, change: dict, message: str) -> None:
+    write_manifest(manifest(tmp_path))
+    body = json.loads((tmp_path / MANIFEST).read_text())
+    publish_json(tmp_path / MANIFEST, body | change)
+    with pytest.raises(UserError, match=f"manifest.json: .*{message}.*write the shards anew"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"format": 1', "\xff"])
+def test_a_file_that_is_no_json_object_is_one_line_that_names_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"manifest.json: not (JSON|a JSON object)"):
+        read_manifest(tmp_path)
+    with pytest.raises(UserError, match=r"no such file or directory: make it with"):
+        read_manifest(tmp_path / "nowhere")
+
+
+def test_a_block_is_a_npy_file_that_numpy_reads() -> None:
+    ids = np.array([1, 2, 65535], U2)
+    np.testing.assert_array_equal(np.load(io.BytesIO(encode_block(ids)), allow_pickle=False), ids)
+    back = decode_block(encode_block(ids), U2)
+    np.testing.assert_array_equal(back, ids)
+    assert back.dtype == U2
+
+
+def test_a_block_that_lies_about_itself_is_refused() -> None:
+    def npy(array: np.ndarray) -> bytes:
+        out = io.BytesIO()
+        np.save(out, array, allow_pickle=True)
+        return out.getvalue()
+
+    good = encode_block(np.arange(5, dtype=U2))
+    huge = good.replace(b"(5,), }    ", b"(5000,), }")
+    lies = [
+        good[:-1],
+        good + b"x",
+        huge,
+        b"",
+        b"PK\x03\x04junk",
+        npy(np.array([{"a": 1}], object)),
+        npy(np.zeros((2, 2), U2)),
+        npy(np.zeros(5, "<u4")),
+        npy(np.zeros(5, ">u2")),
+    ]
+    for lie in lies:
+        with pytest.raises(ValueError):
+            decode_block(lie, U2)
