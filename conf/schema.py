@@ -96,6 +96,11 @@ def thaw(path: Path, schema: type[T]) -> T:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))  # type: ignore[return-value]
 
 
+def defaults(root: str) -> dict[str, Any]:
+    """What `conf/<root>.yaml` says when nothing is said, nested, plain; "???" where a value must be given."""
+    return OmegaConf.to_container(_compose(root, ()), enum_to_str=True)  # type: ignore[return-value]
+
+
 def groups(root: str) -> dict[str, str | None]:
     """The config groups of `conf/<root>.yaml`, in order, each with the option it takes when nothing is said."""
     found: dict[str, str | None] = {}
