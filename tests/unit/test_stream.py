@@ -173,16 +173,28 @@ def test_a_member_that_claims_more_than_the_index_is_not_read(tmp_path: Path, ki
         read_shard(crafted, crafted.shards[0])
 
 
-@pytest.mark.parametrize("name", ["pipe:touch ran", "../00000.tar", "/etc/passwd", "http://localhost/x.tar", ""])
-def test_a_manifest_cannot_name_what_is_not_in_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("name", ["../secret.tar", "/etc/passwd", "http://localhost/00000.tar", "sub/00000.tar"])
+def test_a_manifest_cannot_name_what_is_not_in_its_folder(tmp_path: Path, name: str) -> None:
     manifest = random_source(tmp_path / "source", [400])
-    relative = dataclasses.replace(manifest, root=Path(), shards=(dataclasses.replace(manifest.shards[0], name=name),))
-    with pytest.raises(UserError):
-        read_shard(relative, relative.shards[0])
-    assert not (tmp_path / "ran").exists()
+    shard = dataclasses.replace(manifest.shards[0], name=name)
+    with pytest.raises(ShardError, match=f"shard '{name}' is not the name of a file in that folder"):
+        read_shard(manifest, shard)
+
+
+def test_a_name_that_webdataset_would_run_is_a_file_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = random_source(tmp_path, [400])
+    expected, shard = (
+        read_shard(manifest, manifest.shards[0]),
+        dataclasses.replace(manifest.shards[0], name="pipe:touch ran"),
+    )
+    index_path(manifest, manifest.shards[0]).rename(index_path(manifest, shard))
+    (tmp_path / "00000.tar").rename(tmp_path / shard.name)
+    monkeypatch.chdir(tmp_path)
+    here = dataclasses.replace(manifest, root=Path())
+    assert read_shard(here, shard).tolist() == expected.tolist()
+    assert not Path("ran").exists()
 
 
 def test_an_index_that_disagrees_with_the_manifest_is_refused(tmp_path: Path) -> None:
