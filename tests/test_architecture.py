@@ -39,7 +39,7 @@ ROOMS = (
     Room(("data_pipeline/plan.py", "data_pipeline/manifest.py"), ("data_pipeline.config",), ("numpy",)),
     Room(("data_pipeline/*",), ("data_pipeline",), None),
     Room(("trainer/config.py", "trainer/arithmetic.py", "trainer/schedule.py"), CONFIGS, ()),
-    Room(("trainer/world.py", "trainer/run_folder.py"), (*CONFIGS, "data_pipeline.manifest", "trainer.world"), ()),
+    Room(("trainer/world.py", "trainer/run_folder.py", "trainer/journal.py"), CONFIGS, ()),
     Room(("trainer/*",), ("trainer", *STREAMING), None),
     Room(("launch/config.py",), CONFIGS, ()),
     Room(
@@ -49,7 +49,7 @@ ROOMS = (
             "conf.schema",
             "data_pipeline.config",
             "data_pipeline.manifest",
-            *(f"trainer.{m}" for m in ("config", "arithmetic", "world", "run_folder")),
+            *(f"trainer.{m}" for m in ("config", "arithmetic", "world", "run_folder", "journal")),
         ),
         None,
     ),
@@ -87,7 +87,7 @@ def offences(root: Path) -> list[str]:
 
 def imports_amiss(name: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
     room = next(r for r in ROOMS if any(fnmatch(name, glob) for glob in r.files))
-    ours = (*room.ours, "conf.schema") if is_entry(tree) else room.ours
+    ours = tuple(dict.fromkeys([*room.ours, *["conf.schema"] * is_entry(tree)]))
     for line, target in imports(name, tree):
         package = target.split(".")[0]
         if package in OURS:
@@ -247,7 +247,9 @@ for name in {names!r}:
 
 def test_configs_and_launch_import_without_torch() -> None:
     names = modules("*/config.py", "conf/*.py", "launch/*.py")
-    names += [f"trainer.{m}" for m in ("arithmetic", "schedule", "world", "run_folder", "pretrain", "generate")]
+    names += [
+        f"trainer.{m}" for m in ("arithmetic", "schedule", "world", "run_folder", "journal", "pretrain", "generate")
+    ]
     names += ["data_pipeline.manifest", "data_pipeline.plan"]
     import_without(("torch", "deepspeed", "megatron", "webdataset", "mlflow", "transformers", "tokenizers"), names)
 
