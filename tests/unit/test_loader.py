@@ -228,3 +228,18 @@ def test_validation_names_a_bad_shard(manifest: Manifest) -> None:
     batches = validation_batches(manifest, N_CTX, dp_rank=0, dp=1, micro_batch_size=8)
     with pytest.raises(ShardError, match=r"00002.tar: No such file"):
         list(batches)
+
+
+def test_validation_goes_through_the_channel_too(manifest: Manifest) -> None:
+    line: queue.Queue[Item] = queue.Queue()
+    (a, b, alone) = (
+        validation_batches(manifest, N_CTX, dp_rank=0, dp=1, micro_batch_size=8, channel=channel)
+        for channel in (Pipe(True, line), Pipe(False, line), None)
+    )
+    for read, received, expected in zip(a, b, alone, strict=True):
+        assert same([read, received], [expected, expected])
+    (manifest.root / "00000.tar").unlink()
+    for reads in (True, False):
+        batches = validation_batches(manifest, N_CTX, dp_rank=0, dp=1, micro_batch_size=8, channel=Pipe(reads, line))
+        with pytest.raises(UserError, match=r"00000.tar: No such file"):
+            next(batches)
