@@ -37,14 +37,12 @@ def page() -> str:
 
 def table(root: str, schema: type) -> str:
     rows = ["| key | type | without it | |", "|---|---|---|---|"]
-    chosen = groups(root)
+    chosen, said = groups(root), defaults(root)
     for key, hint, comment in keys(schema):
         group, _, name = key.partition(".")
         if group in chosen and name == "name":
             continue  # the group's own choice
-        rows.append(
-            f"| `{key}` | {wording(hint)} | {shown(value_at(defaults(root), key))} | {meaning(hint, comment)} |"
-        )
+        rows.append(f"| `{key}` | {wording(hint)} | {shown(value_at(said, key))} | {meaning(hint, comment)} |")
     notes = [f"`{prefix}.*`: {doc}" for prefix, doc in docs(schema)]
     return "\n".join([*rows, "", *(f"{note}\n" for note in notes)])
 
