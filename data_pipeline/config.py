@@ -33,7 +33,9 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         if self.format is not CorpusFormat.pydocs and not self.path:
-            raise UserError(f"corpus={self.name} reads {self.format.value} files: say where, corpus.path=FILE_OR_FOLDER")
+            raise UserError(
+                f"corpus={self.name} reads {self.format.value} files: say where, corpus.path=FILE_OR_FOLDER"
+            )
 
 
 @dataclass
@@ -46,7 +48,10 @@ class BpeTrainConfig:
 
     def __post_init__(self) -> None:
         if not 257 <= self.vocab_size <= 2**31:
-            raise UserError(f"vocab_size={self.vocab_size}: a byte-level vocabulary has 256 bytes and <|endoftext|>, give at least 257")
+            raise UserError(
+                f"vocab_size={self.vocab_size}: a byte-level vocabulary has 256 bytes and <|endoftext|>, "
+                f"give at least 257"
+            )
 
 
 @dataclass
@@ -74,7 +79,10 @@ class ShardsConfig:
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"val_fraction={self.val_fraction}: give a share of the documents, 0 <= val_fraction < 1")
         if not 0 < self.block_tokens <= self.shard_tokens:
-            raise UserError(f"block_tokens={self.block_tokens} and shard_tokens={self.shard_tokens}: give 0 < block_tokens <= shard_tokens")
+            raise UserError(
+                f"block_tokens={self.block_tokens} and shard_tokens={self.shard_tokens}: "
+                f"give 0 < block_tokens <= shard_tokens"
+            )
         if self.workers < 0:
             raise UserError(f"workers={self.workers}: give the number of processes, or 0 for one for each core")
 
@@ -133,8 +141,9 @@ def batch_geometry(*, tokens_per_step: int, n_ctx: int, micro_batch_size: int, l
     windows = tokens_per_step // n_ctx
     if windows % lanes:
         raise UserError(
-            f"tokens_per_step={tokens_per_step} / model.n_ctx={n_ctx} = {windows} windows a step, not a multiple of "
-            f"data.lanes={lanes}: give tokens_per_step={_nearest(tokens_per_step, n_ctx * lanes)}, or data.lanes that divides {windows}"
+            f"tokens_per_step={tokens_per_step} / model.n_ctx={n_ctx} = {windows} windows a step, not a "
+            f"multiple of data.lanes={lanes}: give tokens_per_step={_nearest(tokens_per_step, n_ctx * lanes)}, "
+            f"or data.lanes that divides {windows}"
         )
     if lanes % dp:
         good = [d for d in range(1, lanes + 1) if lanes % d == 0]
