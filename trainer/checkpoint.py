@@ -24,13 +24,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from data_pipeline.config import UserError
 from data_pipeline.manifest import TOKENIZER
 from trainer.config import ModelConfig
 from trainer.engine import Engine
 from trainer.fragments import get_optimizer_step, owned, set_optimizer_step
+from trainer.model.gpt import GPT
 from trainer.model.hf import hf_config, to_hf
 from trainer.model.layout import specs
 from trainer.parallel import Mesh
@@ -123,7 +123,7 @@ def assemble(path: Path) -> Source:
     return Source(path)
 
 
-def load_weights(path: Path, model: nn.Module, mesh: Mesh) -> None:
+def load_weights(path: Path, model: GPT, mesh: Mesh) -> None:
     """Put the masters into a plain module, before DeepSpeed gets it. Collective.
 
     Raises:

@@ -56,6 +56,7 @@ def set_optimizer_step(adam: torch.optim.Optimizer, step: int) -> None:
 
 def owned(module: nn.Module, adam: torch.optim.Optimizer) -> Iterator[Fragment]:
     """This rank's fragments, without communication. Together the dp ranks' tile each parameter."""
+    p: Any  # a parameter with what DeepSpeed hangs on it
     for name, p in module.named_parameters():
         if hasattr(p, "ds_id"):
             width = p.ds_tensor.numel()  # the same on every rank; the last ones are filled up with padding
@@ -68,14 +69,14 @@ def owned(module: nn.Module, adam: torch.optim.Optimizer) -> Iterator[Fragment]:
             flat = adam.param_groups[mapping.param_group_index]["params"][0]
             start, length = mapping.lp_fragment_address.start, mapping.hp_fragment_address.numel
             offset = mapping.hp_fragment_address.start
-            flats = {k: flat.data if k == "master" else adam.state[flat][k] for k in KINDS}
+            flats = {k: flat if k == "master" else adam.state[flat][k] for k in KINDS}
         else:
             continue  # another rank owns all of it
         if length:
-            yield Fragment(name, start, length, {k: f.narrow(0, offset, length) for k, f in flats.items()})
+            yield Fragment(name, start, length, {k: f.detach().narrow(0, offset, length) for k, f in flats.items()})
 
 
-def _local_zero3(p: nn.Parameter, kind: str) -> Tensor:
+def _local_zero3(p: Tensor, kind: str) -> Tensor:
     return safe_get_local_fp32_param(p) if kind == "master" else safe_get_local_optimizer_state(p, kind)
 
 

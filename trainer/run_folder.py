@@ -111,7 +111,7 @@ class RunFolder:
         return [p for m, p in sorted(found, key=lambda x: (int(x[0][2]), int(x[0][1])))]
 
     def prune(self, keep: int, best: bool) -> list[Path]:
-        """Delete all but the newest `keep`, the latest, and, if `best`, the one of the lowest `val_loss` in its state."""
+        """Delete all but the newest `keep`, the latest and, if `best`, that of the lowest `val_loss` in its state."""
         published = self.published()
         kept = {*published[-keep:], self.latest()}
         if best:

@@ -67,7 +67,7 @@ class Source(Mapping[str, Tensor]):
         return from_local(parts, spec)
 
     def part(self, kind: str, name: str, tp_rank: int, tp: int, start: int, length: int) -> Tensor:
-        """Elements [start, start + length) of the flattened parameter as it lies on `tp_rank` of `tp`, fp32 [length]."""
+        """Elements [start, start + length) of the flattened parameter as `tp_rank` of `tp` holds it, fp32 [length]."""
         if tp == self.tp:  # laid out as here: only this range is read
             return self._read(kind, name, tp_rank if self.specs[name].tp_dim is not None else 0, start, length)
         local = to_local(self.full(kind, name), specs(self.cfg, tp)[name], tp_rank, tp)
@@ -96,7 +96,7 @@ class Source(Mapping[str, Tensor]):
         return found
 
     def _read_index(self) -> dict[tuple[str, int], list[tuple[str, str, int, int]]]:
-        """(parameter, tp rank) -> (weights file, moments file, start, length), which tile it; no claim outgrows its file."""
+        """(parameter, tp rank) -> (weights file, moments file, start, length), which tile it and fit into the file."""
         ranks = [(r["tp_rank"], _name(r[WEIGHTS]), _name(r[MOMENTS]), r["fragments"]) for r in self.index["ranks"]]
         self.specs: dict[str, ParamSpec] = specs(self.cfg, self.tp)
         where: dict[tuple[str, int], list[tuple[str, str, int, int]]] = {}
@@ -187,7 +187,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     def chunks() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
         for t in tensors.values():
-            yield memoryview(t.detach().to("cpu", torch.float32).reshape(-1).numpy()).cast("B")
+            yield t.detach().to("cpu", torch.float32).reshape(-1).numpy().view("uint8").data
 
     return write_file(path, chunks())
 

@@ -1,7 +1,8 @@
-"""A training run of seconds, for tests that compare layouts: same weights and batches whatever (dp, tp) computes them."""
+"""A training run of seconds, for tests that compare layouts: same weights and batches whatever computes them."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +136,14 @@ def one_step(engine: Engine, step: int) -> tuple[float, float]:
 
 def curve(engine: Engine, steps: range = range(10)) -> list[tuple[float, float]]:
     return [one_step(engine, s) for s in steps]
+
+
+def digest(engine: Engine) -> str:
+    """Of all that this rank owns, bit for bit."""
+    whole = hashlib.sha256()
+    for name, t in owned_bits(engine).items():
+        whole.update(name.encode() + t.numpy().tobytes())
+    return whole.hexdigest()
 
 
 def owned_bits(engine: Engine) -> dict[str, Tensor]:

@@ -1,0 +1,144 @@
+"""The run folder: who may write, what is published, what is pruned. No torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.config import UserError
+from trainer.run_folder import RunFolder
+
+
+def publish(run: RunFolder, step: int, generation: int, val_loss: float | None = None) -> Path:
+    aside = run.aside(step, generation)
+    aside.mkdir()
+    (aside / "state.json").write_text(json.dumps({"step": step, "val_loss": val_loss}))
+    return run.publish(aside, step, generation)
+
+
+def names(run: RunFolder) -> list[str]:
+    return [p.name for p in run.published()]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "runs" / "a")
+    assert folder.take_generation() == 1
+    return folder
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, trainer.run_folder, trainer.schedule; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_a_folder_that_is_not_there_has_no_checkpoint_and_is_not_made(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "none")
+    assert folder.latest() is None and folder.published() == []
+    assert not folder.root.exists()
+
+
+def test_each_start_gets_its_own_generation_even_at_the_same_moment(run: RunFolder) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(lambda _: RunFolder(run.root).take_generation(), range(24)))
+    assert sorted(taken) == list(range(2, 26))
+
+
+def test_the_last_published_is_the_latest(run: RunFolder) -> None:
+    assert publish(run, 10, 1) == run.latest()
+    assert publish(run, 20, 1) == run.latest() == run.checkpoints / "step-00000020.gen-0001"
+    assert names(run) == ["step-00000010.gen-0001", "step-00000020.gen-0001"]
+
+
+def test_a_newer_start_goes_before_a_later_step(run: RunFolder) -> None:
+    publish(run, 20, 1)
+    run.take_generation()
+    publish(run, 10, 2)
+    assert names(run) == ["step-00000020.gen-0001", "step-00000010.gen-0002"]
+    assert run.latest() == run.checkpoints / "step-00000010.gen-0002"
+
+
+def test_a_stranded_start_publishes_nothing_over_a_newer_one(run: RunFolder) -> None:
+    stranded = RunFolder(run.root)
+    publish(run, 10, 1)
+    run.take_generation()
+    kept = publish(run, 15, 2)
+    with pytest.raises(UserError, match="start 2 of this run has taken over, start 1 publishes nothing"):
+        publish(stranded, 20, 1)
+    assert run.latest() == kept and len(names(run)) == 2
+
+
+def test_what_was_never_published_is_ignored_and_removed_by_the_next_start(run: RunFolder) -> None:
+    kept = publish(run, 10, 1)
+    run.aside(20, 1).mkdir()
+    (run.aside(20, 1) / "weights").write_text("half")
+    (run.checkpoints / ".latest.tmp").write_text("half")
+    assert run.latest() == kept and names(run) == [kept.name]
+    run.take_generation()
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["latest", kept.name]
+
+
+def test_a_crash_between_rename_and_pointer_leaves_the_one_before(run: RunFolder) -> None:
+    kept = publish(run, 10, 1)
+    run.aside(20, 1).mkdir()
+    run.aside(20, 1).rename(run.checkpoint(20, 1))
+    assert run.latest() == kept
+    run.take_generation()
+    assert publish(run, 20, 2) == run.latest()
+
+
+@pytest.mark.parametrize("text", ["step-00000099.gen-0001", "../../etc", "", "step-1.gen-1"])
+def test_a_pointer_to_nothing_names_what_there_is(run: RunFolder, text: str) -> None:
+    publish(run, 10, 1)
+    run.pointer.write_text(text)
+    with pytest.raises(UserError, match=r"latest names .* not there: .*step-00000010\.gen-0001"):
+        run.latest()
+
+
+def test_prune_keeps_the_newest_and_the_best(run: RunFolder) -> None:
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, None), (50, 2.5)):
+        publish(run, step, 1, loss)
+    gone = run.prune(keep=2, best=True)
+    assert [p.name for p in gone] == ["step-00000010.gen-0001", "step-00000030.gen-0001"]
+    assert [n[5:13] for n in names(run)] == ["00000020", "00000040", "00000050"]
+    assert run.prune(keep=2, best=True) == []
+
+
+def test_prune_without_best_keeps_the_newest_alone(run: RunFolder) -> None:
+    for step in (10, 20, 30):
+        publish(run, step, 1, float(step))
+    run.prune(keep=1, best=False)
+    assert [n[5:13] for n in names(run)] == ["00000030"]
+    assert run.latest() == run.published()[0]
+
+
+def test_prune_never_deletes_the_latest(run: RunFolder) -> None:
+    for step in (10, 20, 30):
+        publish(run, step, 1)
+    run.pointer.write_text("step-00000010.gen-0001\n")
+    run.prune(keep=1, best=True)
+    assert [n[5:13] for n in names(run)] == ["00000010", "00000030"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not JSON"), ("[]", "not a JSON object"), ("[" * 100_000, "not JSON"), ("\udcff", "not JSON")],
+)
+def test_a_damaged_state_is_named(run: RunFolder, text: str, message: str) -> None:
+    path = publish(run, 10, 1) / "state.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=f"state.json: {message}"):
+        run.state(path.parent)
+
+
+def test_a_state_of_gigabytes_is_not_read(run: RunFolder) -> None:
+    path = publish(run, 10, 1) / "state.json"
+    with path.open("r+b") as f:
+        f.truncate(10 << 30)  # sparse: takes no disk
+    with pytest.raises(UserError, match="more than the"):
+        run.state(path.parent)
