@@ -47,7 +47,7 @@ class Supervisor:
         """Returns the exit code of the command's last start, 128 + N where signal N ended it.
 
         Raises:
-            UserError: the command cannot be started, or fails again and again without a new checkpoint.
+            UserError: the command cannot be started, or what it left behind cannot be ended.
         """
         become_subreaper()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -56,21 +56,20 @@ class Supervisor:
         while True:
             self._log("start", step=step)
             code, tail = self._run_once()
+            end_descendants(self.cfg.grace_s)
             before, step = step, latest_step(self.root)
             self._log("exit", step=step, exit_code=code)
-            end_descendants(self.cfg.grace_s)
             if code == 0 or self._stop.is_set() or is_user_error(code, tail):
                 return code
             if step > before:
                 failures = 0
             failures += 1
-            first = first if failures > 1 else f"exit code {code}: {last_lines(tail)}"
+            first = first if failures > 1 else f"exit code {code}: {cause(tail)}"
             if failures > self.cfg.max_restarts:
                 self._log("give up", step=step, exit_code=code)
-                raise UserError(
-                    f"{failures} failures without a new checkpoint after step {max(step, 0)} "
-                    f"(max_restarts={self.cfg.max_restarts}); the first: {first}"
-                )
+                why = f"{failures} failures after step {max(step, 0)} without a new checkpoint"
+                print(f"error: {why} (max_restarts={self.cfg.max_restarts}); the first: {first}", file=sys.stderr)
+                return code
             wait_s = min(self.cfg.backoff_s * 2 ** (failures - 1), self.cfg.max_backoff_s)
             self._log("restart", step=step, exit_code=code, wait_s=wait_s, failures=failures)
             if self._stop.wait(wait_s):
@@ -93,7 +92,8 @@ class Supervisor:
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()
         if self._process is not None and self._process.returncode is None:
-            os.killpg(self._process.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
 
     def _log(self, event: str, *, step: int, exit_code: int | None = None, **more: float) -> None:
         """`step`: of the latest checkpoint, -1 where there is none."""
@@ -113,10 +113,12 @@ class Tee(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while chunk := os.read(self._pipe.fileno(), 65536):
-            self._tail = (self._tail + chunk)[-TAIL_BYTES:]
-            sys.stderr.buffer.write(chunk)
-            sys.stderr.buffer.flush()
+        with self._pipe:
+            while chunk := os.read(self._pipe.fileno(), 65536):
+                self._tail = (self._tail + chunk)[-TAIL_BYTES:]
+                with contextlib.suppress(OSError):  # our stderr may be gone; the command must not stand still for that
+                    sys.stderr.buffer.write(chunk)
+                    sys.stderr.buffer.flush()
 
     def text(self) -> str:
         self.join(1.0)  # a process left behind may still hold the other end
@@ -135,10 +137,11 @@ def is_user_error(code: int, stderr: str) -> bool:
     return code == USER_ERROR or re.search(rf"exitcode\s*:\s*{USER_ERROR}\b", root_cause) is not None
 
 
-def last_lines(text: str, count: int = 3) -> str:
-    """In one line, at most 600 characters."""
-    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-    return " | ".join(lines[-count:])[-600:] or "nothing on stderr"
+def cause(stderr: str) -> str:
+    """The first line that names an error, then the last three lines: one line of at most 800 characters."""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", stderr) if line.strip(" =-\t")]
+    errors = [line for line in lines[:-3] if re.match(r"error: |([A-Za-z_]\w*\.)*\w*(Error|Exception)\b", line)]
+    return " | ".join(errors[:1] + lines[-3:])[:800] or "nothing on stderr"
 
 
 def become_subreaper() -> None:

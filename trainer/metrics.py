@@ -66,8 +66,8 @@ def progress_line(step: int, max_steps: int, metrics: Mapping[str, float], eta_s
 
 def _short(value: float) -> str:
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{suffix}" if value < 999.5 * size else f"{value / size:.0f}{suffix}"
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g}{suffix}"
     return f"{value:.3g}"
 
 
