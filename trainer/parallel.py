@@ -6,7 +6,6 @@ Ranks are numbered tp first: ranks 0..tp-1 share one copy of the model, rank r +
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -59,6 +58,8 @@ def start(world: World, parallel: ParallelConfig) -> Mesh:
         raise UserError(
             f"parallel.tp={parallel.tp} does not divide the {world.world_size} ranks: start a multiple of it"
         )
+    if parallel.tp > 1:  # before CUDA starts: megatron-core wants a collective launched before the GEMM that hides it
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _device(world)
     _start_deepspeed(device)
     minutes = int(TIMEOUT.total_seconds() // 60)
@@ -102,10 +103,9 @@ def _device(world: World) -> torch.device:
 
 
 def _start_deepspeed(device: torch.device) -> None:
-    os.environ.setdefault(
-        "CUDA_DEVICE_MAX_CONNECTIONS", "1"
-    )  # megatron-core: starts a collective before the GEMM it hides behind
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    # megatron-core and DeepSpeed call collectives by names that torch 2.13 has replaced.
+    renamed = "(all_gather_into_tensor|reduce_scatter_tensor)"
+    warnings.filterwarnings("ignore", f".torch.distributed.{renamed}. is deprecated", FutureWarning)
     import deepspeed
 
     # Private: without this, DeepSpeed compiles a C++ all-reduce for CPUs at the first start, for half a minute.

@@ -103,6 +103,11 @@ def test_cached_logits_on_two_ranks_equal_those_of_one(ranks: list[dict[str, Any
     assert all(rank["cache_error"] <= 1e-5 for rank in ranks)
 
 
+def test_sequence_parallelism_refuses_a_length_that_tp_does_not_divide(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["refused"] == "parallel.sequence_parallel splits 7 tokens, which parallel.tp=2 does not divide"
+
+
 def test_channel_brings_what_rank_0_read_or_its_error(ranks: list[dict[str, Any]]) -> None:
     a, b = (rank["channel"] for rank in ranks)
     assert (
@@ -128,6 +133,9 @@ def measure() -> dict[str, Any]:
     with torch.inference_mode():
         pieces = torch.cat([model.logits(part, cache) for part in tokens.split([9, 1, 14], dim=1)], 1)
         out["cache_error"] = error(pieces, build(BASE, one)[0].eval().logits(tokens))
+    with pytest.raises(UserError) as refused:
+        GPT(BASE, mesh, sequence_parallel=True).logits(tokens[:, :7])
+    out["refused"] = str(refused.value)
     out["random"] = randomness(mesh)
     out["reads"], out["channel"] = shared(mesh)
     stop(mesh)

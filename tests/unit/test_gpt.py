@@ -162,3 +162,14 @@ def test_recompute_keeps_only_the_input_of_each_block(mesh: Mesh) -> None:
             model(tokens, labels)
         saved[recompute] = count[0]
     assert saved[Recompute.full] < 0.5 * saved[Recompute.none]
+
+
+@pytest.mark.parametrize("norm", Norm, ids=lambda n: n.value)
+def test_one_rank_compiles_to_one_graph_that_computes_the_same(norm: Norm, mesh: Mesh) -> None:
+    model = build(mesh, replace(CFG, norm=norm, n_layer=1))
+    tokens, labels = batch()
+    eager = [x.clone() for x in loss_and_grads(model, tokens, labels)]
+    torch._dynamo.reset()
+    model.compile(backend="aot_eager", fullgraph=True)  # raises at a break in the graph
+    for a, b in zip(loss_and_grads(model, tokens, labels), eager, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()

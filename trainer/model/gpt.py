@@ -55,11 +55,12 @@ class GPT(nn.Module):
         return gather_vocab(logits_TBV, self.mesh)[..., : self.cfg.vocab_size].transpose(0, 1)
 
     def _hidden(self, tokens_BT: Tensor, cache: KVCache | None) -> Tensor:
-        x_TBC = self.drop(self.wte(tokens_BT) + self.wpe(self._positions(tokens_BT, cache))[:, None])
+        positions_T = self._positions(tokens_BT, cache)
+        x_TBC = self.drop(self.wte(tokens_BT) + self.wpe(positions_T)[:, None])
+        recompute = self.recompute is Recompute.full and self.training and cache is None
         for block in self.h:
-            if self.recompute is Recompute.full and self.training:
-                dropout = self.cfg.dropout > 0
-                x_TBC = checkpoint(block, x_TBC, use_reentrant=False, preserve_rng_state=dropout)
+            if recompute:
+                x_TBC = checkpoint(block, x_TBC, use_reentrant=False, preserve_rng_state=self.cfg.dropout > 0)
             else:
                 x_TBC = block(x_TBC, cache)
         return self.ln_f(x_TBC)

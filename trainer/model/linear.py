@@ -120,9 +120,9 @@ class TiedEmbedding(_Plain, tensor_parallel.VocabParallelEmbedding):
             return self._logits(x)
         if self.tp == 1:
             return F.embedding(x.t(), self.weight)
-        return super().forward(
-            x if self.reduce_scatter_embeddings else x.t()
-        )  # megatron-core transposes only where it scatters
+        if self.reduce_scatter_embeddings:  # then megatron-core transposes by itself
+            return super().forward(x)
+        return super().forward(x.t())
 
     def _logits(self, x_TBC: Tensor) -> Tensor:
         if self.tp == 1:
