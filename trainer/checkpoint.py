@@ -44,7 +44,7 @@ from trainer.weights import (
     Source,
     check_files,
     check_model,
-    plain,
+    model_of,
     verify,
     write_file,
     write_safetensors,
@@ -113,7 +113,7 @@ def read_state(path: Path) -> dict[str, Any]:
     state = RunFolder.state(path)
     if state.get("format") != FORMAT:
         raise UserError(f"{path / STATE}: not a checkpoint of format {FORMAT}")
-    return {**state, "model": vars(plain(path, state))}
+    return {**state, "model": vars(model_of(path, state))}
 
 
 def assemble(path: Path) -> Source:

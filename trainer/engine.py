@@ -48,7 +48,7 @@ class Engine:
         self.grad_accum_steps = geometry.grad_accum_steps
         self._micro_steps = 0
         self._norm: float | None = None
-        if cfg.deterministic:
+        if cfg.deterministic and mesh.device.type == "cuda":  # a CPU always is
             make_deterministic()
         self.adam = adamw(model, cfg.optim)
         self.adam.gate = self._gate

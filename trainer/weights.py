@@ -41,7 +41,7 @@ class Source(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.cfg = plain(path, RunFolder.state(path))
+        self.cfg = model_of(path, RunFolder.state(path))
         self.index = read_json(path / INDEX)
         self._handles: dict[str, Any] = {}
         try:
@@ -118,7 +118,7 @@ class Source(Mapping[str, Tensor]):
         return UserError(f"{self.path}: damaged: {what}: use another checkpoint")
 
 
-def plain(path: Path, state: dict[str, Any]) -> ModelConfig:
+def model_of(path: Path, state: dict[str, Any]) -> ModelConfig:
     """The model that a state describes, not bigger than the weights beside it: no claim makes anyone allocate."""
     try:
         cfg = ModelConfig(**{**state["model"], "norm": Norm(state["model"]["norm"])})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -42,7 +43,7 @@ def test_cosine_is_half_way_down_in_the_middle() -> None:
 
 def test_linear_is_a_straight_line_to_the_floor() -> None:
     got = curve(ScheduleConfig(ScheduleKind.linear, floor=0.5))
-    steps = [b - a for a, b in zip(got, got[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(got)]
     assert steps == pytest.approx([-PEAK * 0.5 / 100] * 99)
 
 
