@@ -37,6 +37,7 @@ MODELS = {
     "odd_heads_post": replace(BASE, n_head=3, norm=Norm.post),
     "rank_without_a_token": replace(BASE, vocab_size=50),  # 128 padded: rank 1 holds padding alone
 }
+XL = replace(BASE, n_layer=48, n_head=25, n_embd=1600, n_ctx=1024, vocab_size=50257)
 SPLITS = {"whole": False, "sequence_parallel": True}
 CASES = [f"{model}-{split}" for model in MODELS for split in SPLITS]
 
@@ -99,6 +100,16 @@ def test_split_parameters_are_marked_for_deepspeeds_norm(ranks: list[dict[str, A
         assert ranks[1]["marked"].get(name) == spec.tp_dim, name
 
 
+def test_gpt2_xl_with_its_25_heads_lies_on_two_ranks(ranks: list[dict[str, Any]]) -> None:
+    for rank in range(2):
+        shapes = {}
+        for name, spec in specs(XL, tp=2).items():
+            with torch.device("meta"):
+                shapes[name] = list(to_local(torch.empty(spec.shape), spec, rank, 2).shape)
+        assert ranks[rank]["xl"] == shapes
+    assert shapes["h.0.attn.c_attn.weight"] == [3 * 13 * 64, 1600]
+
+
 def test_cached_logits_on_two_ranks_equal_those_of_one(ranks: list[dict[str, Any]]) -> None:
     assert all(rank["cache_error"] <= 1e-5 for rank in ranks)
 
@@ -136,6 +147,8 @@ def measure() -> dict[str, Any]:
     with pytest.raises(UserError) as refused:
         GPT(BASE, mesh, sequence_parallel=True).logits(tokens[:, :7])
     out["refused"] = str(refused.value)
+    with torch.device("meta"):
+        out["xl"] = {n: list(p.shape) for n, p in GPT(XL, mesh).named_parameters()}
     out["random"] = randomness(mesh)
     out["reads"], out["channel"] = shared(mesh)
     stop(mesh)
