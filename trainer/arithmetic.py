@@ -25,6 +25,6 @@ def padded_n_head(n_head: int, tp: int) -> int:
 
 
 def flops_per_token(model: ModelConfig) -> float:
-    """Training FLOPs a token, forward and backward: 6 N + 12 L C T, N without the position embeddings (PaLM, appendix B)."""
+    """Training FLOPs a token, both passes: 6 N + 12 L C T, N without position embeddings (PaLM, appendix B)."""
     n = param_count(model) - model.n_ctx * model.n_embd
     return 6.0 * n + 12.0 * model.n_layer * model.n_embd * model.n_ctx

@@ -91,10 +91,13 @@ class ScheduleConfig:
             raise UserError(f"optim.schedule.floor={self.floor} is a share of optim.lr: give 0 <= floor <= 1")
         if self.warmup < 0 or self.cooldown < 0 or (self.end is not None and self.end < 1):
             raise UserError(
-                f"optim.schedule: warmup={self.warmup}, cooldown={self.cooldown}, end={self.end}: lengths are not negative"
+                f"optim.schedule: warmup={self.warmup}, cooldown={self.cooldown}, end={self.end}: none may be negative"
             )
         if (self.kind is ScheduleKind.wsd) != (self.cooldown > 0):
-            raise UserError(f"optim.schedule.cooldown={self.cooldown} with kind={self.kind.value}: a cooldown goes with wsd, and wsd needs one")
+            raise UserError(
+                f"optim.schedule.cooldown={self.cooldown} with kind={self.kind.value}: "
+                "a cooldown goes with wsd, and wsd needs one"
+            )
 
 
 @dataclass
@@ -113,10 +116,13 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.weight_decay < 0 or self.grad_clip < 0:
             raise UserError(
-                f"optim: lr={self.lr} must be positive, weight_decay={self.weight_decay} and grad_clip={self.grad_clip} not negative"
+                f"optim: lr={self.lr} must be positive, weight_decay={self.weight_decay} and "
+                f"grad_clip={self.grad_clip} not negative"
             )
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
-            raise UserError(f"optim: 0 <= beta1={self.beta1} < 1, 0 <= beta2={self.beta2} < 1 and eps={self.eps} > 0 must hold")
+            raise UserError(
+                f"optim: 0 <= beta1={self.beta1} < 1, 0 <= beta2={self.beta2} < 1 and eps={self.eps} > 0 must hold"
+            )
 
 
 @dataclass
@@ -133,9 +139,14 @@ class ParallelConfig:
         if self.tp < 1:
             raise UserError(f"parallel.tp={self.tp}: give at least 1")
         if self.zero_stage not in (1, 2, 3):
-            raise UserError(f"parallel.zero_stage={self.zero_stage}: give 1, 2 or 3 (stage 0 updates wrongly in bf16; 1 costs nothing)")
+            raise UserError(
+                f"parallel.zero_stage={self.zero_stage}: give 1, 2 or 3 (stage 0 is wrong in bf16; 1 costs nothing)"
+            )
         if self.sequence_parallel and self.tp == 1:
-            raise UserError("parallel.sequence_parallel=true with parallel.tp=1: there is nothing to split, set it to false or tp to 2 or more")
+            raise UserError(
+                "parallel.sequence_parallel=true with parallel.tp=1: there is nothing to split, "
+                "set it to false or tp to 2 or more"
+            )
 
 
 @dataclass
@@ -160,7 +171,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every_steps < 0 or self.every_minutes < 0 or self.keep < 1:
             raise UserError(
-                f"checkpoint: every_steps={self.every_steps} and every_minutes={self.every_minutes} are not negative, keep={self.keep} at least 1"
+                f"checkpoint: every_steps={self.every_steps} and every_minutes={self.every_minutes} are not negative, "
+                f"keep={self.keep} at least 1"
             )
 
 
@@ -216,7 +228,9 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         given = [k for k in ("prompt", "prompt_file", "prompt_ids") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise UserError(f"give exactly one of prompt, prompt_file and prompt_ids; given: {', '.join(given) or 'none'}")
+            raise UserError(
+                f"give exactly one of prompt, prompt_file and prompt_ids; given: {', '.join(given) or 'none'}"
+            )
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens}: give at least 1")
         if self.temperature < 0:
@@ -235,13 +249,21 @@ def check_layout(cfg: PretrainConfig, world_size: int) -> Geometry:
     """
     tp = cfg.parallel.tp
     if world_size % tp:
-        raise UserError(f"parallel.tp={tp} does not divide the {world_size} ranks: start a multiple of {tp} ranks, or change parallel.tp")
+        raise UserError(
+            f"parallel.tp={tp} does not divide the {world_size} ranks: "
+            f"start a multiple of {tp} ranks, or change parallel.tp"
+        )
     if tp > cfg.model.n_head:
-        raise UserError(f"parallel.tp={tp} is more than model.n_head={cfg.model.n_head}: a rank would hold no head, give parallel.tp of at most {cfg.model.n_head}")
+        raise UserError(
+            f"parallel.tp={tp} is more than model.n_head={cfg.model.n_head}: a rank would hold no head, "
+            f"give parallel.tp of at most {cfg.model.n_head}"
+        )
     if 4 * cfg.model.n_embd % tp:
         raise UserError(f"4 x model.n_embd={4 * cfg.model.n_embd} is not a multiple of parallel.tp={tp}")
     if cfg.parallel.sequence_parallel and cfg.model.n_ctx % tp:
-        raise UserError(f"parallel.sequence_parallel splits model.n_ctx={cfg.model.n_ctx}, which parallel.tp={tp} does not divide")
+        raise UserError(
+            f"parallel.sequence_parallel splits model.n_ctx={cfg.model.n_ctx}, which parallel.tp={tp} does not divide"
+        )
     return batch_geometry(
         tokens_per_step=cfg.tokens_per_step,
         n_ctx=cfg.model.n_ctx,

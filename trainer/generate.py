@@ -33,7 +33,7 @@ class Sampler:
         """One id for each row [B]; `u_B` in [0, 1) decides, by the inverse of the cumulated probabilities."""
         if self.temperature == 0:
             return logits_BV.argmax(-1)
-        p_BV, id_BV = (logits_BV.double() / self.temperature).softmax(-1).sort(-1, descending=True, stable=True)
+        p_BV, id_BV = (logits_BV.double() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
         if self.top_k is not None:
             p_BV[:, self.top_k :] = 0
         if self.top_p is not None:  # the fewest likeliest tokens whose mass reaches top_p; the first always stays
@@ -102,7 +102,9 @@ def continue_prompts(
         by_length.setdefault(len(prompt), []).append(i)
     for members in by_length.values():
         draws = torch.stack([_uniform(seed, i, max_new_tokens) for i in members])
-        for i, row in zip(members, _continue_batch(model, [prompts[i] for i in members], sampler, draws, eot), strict=True):
+        for i, row in zip(
+            members, _continue_batch(model, [prompts[i] for i in members], sampler, draws, eot), strict=True
+        ):
             out[i] = row
     return out
 
@@ -168,8 +170,9 @@ def _check(prompts: list[list[int]], cfg: GenerateConfig, model: ModelConfig) ->
             raise UserError(f"prompt {i} is empty: a model continues at least one token")
         if len(ids) + cfg.max_new_tokens > model.n_ctx:
             raise UserError(
-                f"prompt {i} has {len(ids)} tokens, with max_new_tokens={cfg.max_new_tokens} more than the model's "
-                f"n_ctx={model.n_ctx}: give a shorter prompt, or max_new_tokens of at most {max(0, model.n_ctx - len(ids))}"
+                f"prompt {i} has {len(ids)} tokens, with max_new_tokens={cfg.max_new_tokens} more than "
+                f"the model's n_ctx={model.n_ctx}: give a shorter prompt, or max_new_tokens of at most "
+                f"{max(0, model.n_ctx - len(ids))}"
             )
         bad = next((t for t in ids if not 0 <= t < model.vocab_size), None)
         if bad is not None:

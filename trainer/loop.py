@@ -69,7 +69,7 @@ class Trainer:
             self._introduce(found, geometry)
 
     def train(self) -> None:
-        """To max_steps. Raises UserError where the data, the numbers or the disk stop it; the last checkpoint stands."""
+        """To max_steps. Raises UserError where data, numbers or the disk stop it; the last checkpoint stands."""
         cfg = self.cfg
         self.speed.start()
         while self.step < cfg.max_steps:
@@ -110,7 +110,7 @@ class Trainer:
         return loss / valid, grad_norm, lr, bool(clock)
 
     def _agree_on_step(self, batches: list[Batch]) -> torch.Tensor:
-        """[valid tokens of the step over all ranks, rank 0's wish to save by the clock], on the device, not waited for."""
+        """[valid tokens of the step over all ranks, rank 0's wish to save by the clock], not waited for."""
         minutes = self.cfg.checkpoint.every_minutes
         wish = self.mesh.world.is_main and 0 < minutes * 60 <= time.monotonic() - self.saved_at
         valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
@@ -159,7 +159,10 @@ class Trainer:
         self.val_loss = total / tokens
         if self.tracker is not None:
             self.tracker.log(self.step, {"val/loss": self.val_loss})
-            print(f"step {self.step}/{self.cfg.max_steps}  val loss {self.val_loss:.4f} on {tokens:.0f} tokens", flush=True)
+            print(
+                f"step {self.step}/{self.cfg.max_steps}  val loss {self.val_loss:.4f} on {tokens:.0f} tokens",
+                flush=True,
+            )
         self.speed.start()  # validation is no training time
 
     def _save(self, last: bool) -> None:
@@ -222,8 +225,8 @@ class Trainer:
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
         if bounds[0] != -bounds[1]:
             raise UserError(
-                f"the ranks' last checkpoints in run.dir={self.run.root} go from step {-bounds[1]} to step {bounds[0]}: "
-                "give a folder that all nodes share"
+                f"the ranks' last checkpoints in run.dir={self.run.root} go from step {-bounds[1]} to step "
+                f"{bounds[0]}: give a folder that all nodes share"
             )
         return int(generation), found
 
@@ -231,9 +234,10 @@ class Trainer:
         cfg, mesh = self.cfg, self.mesh
         print(
             f"{cfg.run.name}: {cfg.model.name}, {param_count(cfg.model):,} parameters in {cfg.precision.value} on "
-            f"{mesh.world.world_size} {mesh.device.type} ranks (dp={mesh.dp} tp={mesh.tp} ZeRO-{cfg.parallel.zero_stage})\n"
-            f"  a step: {geometry.windows_per_step} windows of {cfg.model.n_ctx} tokens = dp {geometry.dp} x micro batch "
-            f"{geometry.micro_batch_size} x {geometry.grad_accum_steps} micro steps\n"
+            f"{mesh.world.world_size} {mesh.device.type} ranks "
+            f"(dp={mesh.dp} tp={mesh.tp} ZeRO-{cfg.parallel.zero_stage})\n"
+            f"  a step: {geometry.windows_per_step} windows of {cfg.model.n_ctx} tokens = dp {geometry.dp} x "
+            f"micro batch {geometry.micro_batch_size} x {geometry.grad_accum_steps} micro steps\n"
             f"  data: {self.train_data.tokens:,} tokens, {self.order.windows:,} windows; the run takes "
             f"{self.order.epoch(self.ledger.position(cfg.max_steps)):.2f} epochs\n"
             f"  {self.run.root}: " + (f"goes on from {found.name}" if found else "starts from nothing"),

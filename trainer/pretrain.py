@@ -19,9 +19,10 @@ def pretrain(cfg: PretrainConfig) -> None:
     world = read_world()
     geometry = check_layout(cfg, world.world_size)
     train, val = (read_manifest(folder) for folder in (cfg.data.train, cfg.data.val))
-    for manifest in (train, val):
-        check_data(cfg, manifest)
-    lr_at(cfg.optim.schedule, cfg.optim.lr, step=0, tokens=0, max_steps=cfg.max_steps, tokens_per_step=cfg.tokens_per_step)
+    check_data(cfg, train, val)
+    lr_at(
+        cfg.optim.schedule, cfg.optim.lr, step=0, tokens=0, max_steps=cfg.max_steps, tokens_per_step=cfg.tokens_per_step
+    )
     check_tracking(cfg.tracking)
     check_resume(cfg, train)
     from trainer.loop import Trainer  # from here on torch, deepspeed and megatron
@@ -30,17 +31,25 @@ def pretrain(cfg: PretrainConfig) -> None:
         trainer.train()
 
 
-def check_data(cfg: PretrainConfig, manifest: Manifest) -> None:
+def check_data(cfg: PretrainConfig, train: Manifest, val: Manifest) -> None:
     """Raises UserError where the shards do not fit the model."""
-    if manifest.vocab_size != cfg.model.vocab_size:
+    n_ctx = cfg.model.n_ctx
+    for manifest in (train, val):
+        if manifest.vocab_size != cfg.model.vocab_size:
+            raise UserError(
+                f"{manifest.root} was written with a vocabulary of {manifest.vocab_size}, model={cfg.model.name} has "
+                f"model.vocab_size={cfg.model.vocab_size}: give model.vocab_size={manifest.vocab_size}, "
+                "or shards of another tokenizer"
+            )
+        if not any(shard.windows(n_ctx) for shard in manifest.shards):
+            raise UserError(
+                f"{manifest.root} holds {manifest.tokens} tokens in {len(manifest.shards)} shards, none with a window "
+                f"of model.n_ctx={n_ctx} + 1 tokens: give a smaller model.n_ctx, or more text"
+            )
+    have = sum(shard.windows(n_ctx) for shard in val.shards)
+    if cfg.eval.windows is not None and not 0 < cfg.eval.windows <= have:
         raise UserError(
-            f"{manifest.root} was written with a vocabulary of {manifest.vocab_size}, model={cfg.model.name} has "
-            f"model.vocab_size={cfg.model.vocab_size}: give model.vocab_size={manifest.vocab_size}, or shards of another tokenizer"
-        )
-    if not any(shard.windows(cfg.model.n_ctx) for shard in manifest.shards):
-        raise UserError(
-            f"{manifest.root} holds {manifest.tokens} tokens in {len(manifest.shards)} shards, none with a window of "
-            f"model.n_ctx={cfg.model.n_ctx} + 1 tokens: give a smaller model.n_ctx, or more text"
+            f"eval.windows={cfg.eval.windows}, but {val.root} holds {have} windows: give 1 to {have}, or null for all"
         )
 
 
@@ -50,20 +59,32 @@ def check_resume(cfg: PretrainConfig, train: Manifest) -> None:
     latest = folder.latest()
     if latest is None:
         if cfg.resume is Resume.must:
-            raise UserError(f"resume=must, but {cfg.run.dir} holds no checkpoint: give the run's own run.dir, or resume=auto")
+            raise UserError(
+                f"resume=must, but {cfg.run.dir} holds no checkpoint: give the run's own run.dir, or resume=auto"
+            )
         return
     if cfg.resume is Resume.never:
         raise UserError(f"resume=never, but {cfg.run.dir} holds {latest.name}: give another run.name, or resume=auto")
     state = folder.state(latest)
-    then, now = state["data"], {"seed": cfg.seed, "lanes": cfg.data.lanes, "n_ctx": cfg.model.n_ctx, "sha256": train.sha256}
-    for key, knob in {"seed": "seed", "lanes": "data.lanes", "n_ctx": "model.n_ctx", "sha256": f"data.path={cfg.data.path}"}.items():
+    then, now = (
+        state["data"],
+        {"seed": cfg.seed, "lanes": cfg.data.lanes, "n_ctx": cfg.model.n_ctx, "sha256": train.sha256},
+    )
+    for key, knob in {
+        "seed": "seed",
+        "lanes": "data.lanes",
+        "n_ctx": "model.n_ctx",
+        "sha256": f"data.path={cfg.data.path}",
+    }.items():
         if then.get(key) != now[key]:
             raise UserError(
-                f"{knob} is {now[key]}, {latest.name} of {cfg.run.dir} was trained with {then.get(key)}: the order of the data "
-                "hangs on it; give the old value, or another run.name"
+                f"{knob} is {now[key]}, {latest.name} of {cfg.run.dir} was trained with {then.get(key)}: "
+                "the order of the data hangs on it; give the old value, or another run.name"
             )
     if state["step"] > cfg.max_steps:
-        raise UserError(f"max_steps={cfg.max_steps}, but {cfg.run.dir} is at step {state['step']}: give more, or another run.name")
+        raise UserError(
+            f"max_steps={cfg.max_steps}, but {cfg.run.dir} is at step {state['step']}: give more, or another run.name"
+        )
 
 
 if __name__ == "__main__":

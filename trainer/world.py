@@ -40,7 +40,9 @@ def read_world() -> World:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     elif len(found) < len(keys):
         missing = ", ".join(k for k in keys if k not in found)
-        raise UserError(f"{', '.join(found)} in the environment but not {missing}: start with torchrun or deepspeed, or unset them")
+        raise UserError(
+            f"{', '.join(found)} in the environment but not {missing}: start with torchrun or deepspeed, or unset them"
+        )
     try:
         return World(*(int(os.environ[k]) for k in keys))
     except ValueError:

@@ -1,0 +1,75 @@
+"""Whole runs of the real entry, as a user starts them: a tiny model on a small source, one or more gloo ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tests.fixtures import make_source
+from tests.ranks import ROOT, free_port, rank_env
+from trainer.journal import read_journal
+
+TINY = (
+    "model=test",
+    "optim=small",
+    "data.lanes=4",
+    "tokens_per_step=512",
+    "micro_batch_size=2",
+    "precision=fp32",
+    "eval.every=0",
+    "eval.windows=8",
+    "checkpoint.every_steps=4",
+    "optim.schedule.warmup=5",
+    "tracking=none",
+)
+
+
+def make_data(root: Path, vocab_size: int = 1024) -> Path:
+    """A folder with train/ and val/: three uneven shards of documents whose next token can be learnt."""
+    rng = np.random.default_rng(0)
+
+    def documents(n: int) -> list[np.ndarray]:
+        return [np.cumsum(rng.integers(0, 3, size=rng.integers(50, 300))) % vocab_size for _ in range(n)]
+
+    make_source(root / "train", [documents(n) for n in (40, 25, 7)], vocab_size=vocab_size)
+    make_source(root / "val", [documents(8)], vocab_size=vocab_size, split="val")
+    return root
+
+
+def start(run_dir: Path, *overrides: str, ranks: int = 1) -> list[subprocess.Popen[str]]:
+    """`python -m trainer.pretrain` on each rank, as torchrun would start it; stderr is kept."""
+    port = free_port()
+    argv = [sys.executable, "-m", "trainer.pretrain", *TINY, f"run.dir={run_dir}", *overrides]
+    return [
+        subprocess.Popen(
+            argv, env=rank_env(r, ranks, port), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        for r in range(ranks)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]], timeout_s: float = 200) -> list[tuple[int, str]]:
+    """Exit code and stderr of each rank."""
+    return [(p.returncode, err) for p in processes for _, err in [p.communicate(timeout=timeout_s)]]
+
+
+def pretrain(run_dir: Path, *overrides: str, ranks: int = 1) -> None:
+    ended = finish(start(run_dir, *overrides, ranks=ranks))
+    assert all(code == 0 for code, _ in ended), "\n".join(err[-3000:] for _, err in ended)
+
+
+def kill_at(processes: list[subprocess.Popen[str]], journal: Path, step: int, rank: int, timeout_s: float = 200) -> int:
+    """SIGKILL one rank once `step` is logged; the others end by themselves. Returns the last step logged."""
+    deadline = time.monotonic() + timeout_s
+    while not (journal.exists() and any(row.step >= step for row in read_journal(journal))):
+        dead = [p for p in processes if p.poll() is not None]
+        assert not dead, f"a rank ended before step {step}: {dead[0].communicate()[1][-3000:]}"
+        assert time.monotonic() < deadline, f"step {step} was not reached in {timeout_s} s"
+        time.sleep(0.005)
+    processes[rank].kill()
+    finish(processes)
+    return read_journal(journal)[-1].step
