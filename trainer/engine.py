@@ -15,7 +15,6 @@ import os
 import warnings
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -55,7 +54,7 @@ class Engine:
         quiet()
         numel = sum(p.numel() for p in model.parameters())
         with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures that nobody asked for
-            self.deepspeed, *_ = deepspeed.initialize(
+            self.deepspeed, *_ = parallel.deepspeed.initialize(
                 model=model,
                 optimizer=self.adam,
                 config=deepspeed_config(cfg, geometry, numel),
@@ -150,7 +149,7 @@ def deepspeed_config(cfg: PretrainConfig, geometry: Geometry, numel: int) -> dic
 
 def quiet() -> None:
     """What DeepSpeed and torch say of DeepSpeed's own choices; what matters here is an error of ours."""
-    deepspeed.utils.logger.setLevel(logging.ERROR)
+    parallel.deepspeed.utils.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,23 @@ from trainer.world import World
 if TYPE_CHECKING:
     from data_pipeline.loader import Item
 
-with warnings.catch_warnings():  # megatron-core tells that Transformer Engine and Apex are absent: not needed
-    warnings.simplefilter("ignore")
+
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    sys.modules.setdefault(module, None)  # type: ignore[arg-type]
+    yield
+    if sys.modules[module] is None:
+        del sys.modules[module]
+
+
+# DeepSpeed looks for its device when it is imported, and takes two seconds for an MLflow that only its autotuner uses:
+# it is imported here, before anyone else does, with both said.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+with _hidden("mlflow"), warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # megatron-core tells that Transformer Engine and Apex are absent: not needed
+    import deepspeed
+    import deepspeed.comm.comm as deepspeed_comm
     from megatron.core import parallel_state
 
 TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for the others ends itself
@@ -80,17 +96,13 @@ def start(world: World, parallel: ParallelConfig) -> Mesh:
 
 def stop(mesh: Mesh) -> None:
     """Leave the process group; `start` may then be called again."""
-    import deepspeed.comm.comm as ds
-
     parallel_state.destroy_model_parallel()
-    ds.destroy_process_group()
-    ds.cdb = None  # private: DeepSpeed keeps the dead backend, and a second start would believe in it
+    deepspeed_comm.destroy_process_group()
+    deepspeed_comm.cdb = None  # private: DeepSpeed keeps the dead backend, and a second start would believe in it
 
 
 def _device(world: World) -> torch.device:
     """This rank's GPU; the CPU where there is none, or where DS_ACCELERATOR=cpu asks for it."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():
@@ -106,8 +118,6 @@ def _start_deepspeed(device: torch.device) -> None:
     # megatron-core and DeepSpeed call collectives by names that torch 2.13 has replaced.
     renamed = "(all_gather_into_tensor|reduce_scatter_tensor)"
     warnings.filterwarnings("ignore", f".torch.distributed.{renamed}. is deprecated", FutureWarning)
-    import deepspeed
-
     # Private: without this, DeepSpeed compiles a C++ all-reduce for CPUs at the first start, for half a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cpu":  # megatron-core allocates its buffers on torch.cuda.current_device()
