@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from tests.ranks import run_ranks
 STEPS = 10
 TOLERANCE = 1e-5  # fp32; relative, per curve
 ZERO = (1, 2, 3)
+Curves = dict[str, Any]  # case -> [(loss, gradient norm) of each step], or facts about it
 FEW = range(4)  # steps where a whole curve would show nothing more
 
 
@@ -157,10 +157,28 @@ def replicas_differ(engine: Any) -> float:
     return worst
 
 
-@cache
-def curves(world_size: int, more: str = "") -> dict[str, Any]:
-    name = {1: "on_one_rank", 2: "on_two_ranks", 4: "on_four_ranks"}[world_size]
-    return run_ranks(world_size, f"tests.distributed.test_zero:{name}{more}")[0]
+def launch(world_size: int, name: str) -> Curves:
+    return run_ranks(world_size, f"tests.distributed.test_zero:{name}")[0]
+
+
+@pytest.fixture(scope="module")
+def one() -> Curves:
+    return launch(1, "on_one_rank")
+
+
+@pytest.fixture(scope="module")
+def two() -> Curves:
+    return launch(2, "on_two_ranks")
+
+
+@pytest.fixture(scope="module")
+def four() -> Curves:
+    return launch(4, "on_four_ranks")
+
+
+@pytest.fixture(scope="module")
+def four_more() -> Curves:
+    return launch(4, "on_four_ranks_more")
 
 
 def assert_same_curve(a: list[list[float]], b: list[list[float]], tolerance: float = TOLERANCE) -> None:
@@ -171,71 +189,76 @@ def assert_same_curve(a: list[list[float]], b: list[list[float]], tolerance: flo
 
 
 @pytest.mark.parametrize("case", ["zero1", "zero1 accumulating", "zero1 at once"])
-def test_one_rank_equals_plain_torch_however_the_batch_is_cut(case: str) -> None:
-    assert_same_curve(curves(1)[case], curves(1)["plain"])
+def test_one_rank_equals_plain_torch_however_the_batch_is_cut(case: str, one: Curves) -> None:
+    assert_same_curve(one[case], one["plain"])
 
 
-def test_the_loss_falls() -> None:
-    losses = [loss for loss, _ in curves(1)["plain"]]
+def test_the_loss_falls(one: Curves) -> None:
+    losses = [loss for loss, _ in one["plain"]]
     assert losses[-1] < losses[0] - 0.3
 
 
 @pytest.mark.parametrize("zero", ZERO)
-def test_two_data_parallel_ranks_equal_plain_torch(zero: int) -> None:
-    assert_same_curve(curves(2)[f"zero{zero}"], curves(1)["plain"])
+def test_two_data_parallel_ranks_equal_plain_torch(zero: int, one: Curves, two: Curves) -> None:
+    assert_same_curve(two[f"zero{zero}"], one["plain"])
 
 
 @pytest.mark.parametrize("zero", ZERO)
-def test_without_clipping_the_norm_is_still_reported(zero: int) -> None:
-    assert_same_curve(curves(2)[f"zero{zero}, no clipping"], curves(1)["plain, no clipping"])
+def test_without_clipping_the_norm_is_still_reported(zero: int, one: Curves, two: Curves) -> None:
+    assert_same_curve(two[f"zero{zero}, no clipping"], one["plain, no clipping"])
 
 
 @pytest.mark.parametrize("zero", ZERO)
-def test_evaluation_does_not_disturb_training(zero: int) -> None:
-    assert curves(2)[f"zero{zero} with evaluation"] == curves(2)[f"zero{zero}"][: len(FEW)]
+def test_evaluation_does_not_disturb_training(zero: int, two: Curves) -> None:
+    assert two[f"zero{zero} with evaluation"] == two[f"zero{zero}"][: len(FEW)]
 
 
 @pytest.mark.parametrize("zero", ZERO)
 @pytest.mark.parametrize("split", [False, True])
-def test_tensor_parallel_with_an_odd_head_count_equals_plain_torch(split: bool, zero: int) -> None:
-    assert_same_curve(curves(2)[f"tp2 split={split} zero{zero}"], curves(1)["plain"])
-    assert curves(2)[f"tp2 split={split} zero{zero} replicas differ"] == 0.0
+def test_tensor_parallel_with_an_odd_head_count_equals_plain_torch(
+    split: bool, zero: int, one: Curves, two: Curves
+) -> None:
+    assert_same_curve(two[f"tp2 split={split} zero{zero}"], one["plain"])
+    assert two[f"tp2 split={split} zero{zero} replicas differ"] == 0.0
 
 
-def test_data_and_tensor_parallel_together_equal_plain_torch() -> None:
-    assert_same_curve(curves(4)["dp2 tp2 zero1"], curves(1)["plain"])
-    assert curves(4)["dp2 tp2 zero1 replicas differ"] == 0.0
+def test_data_and_tensor_parallel_together_equal_plain_torch(one: Curves, four: Curves) -> None:
+    assert_same_curve(four["dp2 tp2 zero1"], one["plain"])
+    assert four["dp2 tp2 zero1 replicas differ"] == 0.0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
-def test_data_and_tensor_parallel_together_equal_plain_torch_at_higher_stages(zero: int) -> None:
-    got = curves(4, "_more")
-    assert_same_curve(got[f"dp2 tp2 zero{zero}"], curves(1)["plain"])
-    assert got[f"dp2 tp2 zero{zero} replicas differ"] == 0.0
+def test_data_and_tensor_parallel_together_equal_plain_torch_at_higher_stages(
+    zero: int, one: Curves, four_more: Curves
+) -> None:
+    assert_same_curve(four_more[f"dp2 tp2 zero{zero}"], one["plain"])
+    assert four_more[f"dp2 tp2 zero{zero} replicas differ"] == 0.0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ZERO)
-def test_four_data_parallel_ranks_that_do_not_divide_the_parameters_equal_plain_torch(zero: int) -> None:
-    assert_same_curve(curves(4, "_more")[f"dp4 zero{zero}"], curves(1)["plain"])
+def test_four_data_parallel_ranks_that_do_not_divide_the_parameters_equal_plain_torch(
+    zero: int, one: Curves, four_more: Curves
+) -> None:
+    assert_same_curve(four_more[f"dp4 zero{zero}"], one["plain"])
 
 
 @pytest.mark.parametrize("case", ["bf16 zero1", "bf16 zero2", "bf16 zero3", "tp2 bf16"])
-def test_bf16_stays_within_its_own_rounding_of_fp32(case: str) -> None:
+def test_bf16_stays_within_its_own_rounding_of_fp32(case: str, one: Curves, two: Curves) -> None:
     """bf16 rounds to 2^-9: losses, which average, to a few thousandths; norms to a few hundredths."""
-    got, want = torch.tensor(curves(2)[case]), torch.tensor(curves(1)["plain"])
+    got, want = torch.tensor(two[case]), torch.tensor(one["plain"])
     loss, norm = ((got - want).abs() / want).amax(0).tolist()
     assert 0 < loss < 5e-3 and norm < 5e-2, f"losses differ by {loss}, gradient norms by {norm} of their size"
 
 
 @pytest.mark.parametrize("zero", ZERO)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_nan_gradient_changes_nothing_and_is_an_error(precision: str, zero: int) -> None:
-    got = curves(2)[f"{precision} zero{zero} veto"]
+def test_a_nan_gradient_changes_nothing_and_is_an_error(precision: str, zero: int, two: Curves) -> None:
+    got = two[f"{precision} zero{zero} veto"]
     assert "the gradient norm is" in got["error"] and "optim.lr" in got["error"]
     assert got["changed"] == [] and got["owned"] > 0
-    undisturbed = curves(2)[f"zero{zero}" if precision == "fp32" else f"bf16 zero{zero}"]
+    undisturbed = two[f"zero{zero}" if precision == "fp32" else f"bf16 zero{zero}"]
     assert got["curve"] == undisturbed[:3], "the step after the refused one is not what it would have been"
 
 
@@ -250,7 +273,9 @@ def test_a_nan_gradient_changes_nothing_and_is_an_error(precision: str, zero: in
         ("bf16 zero3 veto", "DeepSpeedZeroOptimizer_Stage3"),
     ],
 )
-def test_deepspeed_still_has_the_wrapper_and_the_private_norm_that_the_gate_reads(case: str, wrapper: str) -> None:
-    got = curves(2)[case]
+def test_deepspeed_still_has_the_wrapper_and_the_private_norm_that_the_gate_reads(
+    case: str, wrapper: str, two: Curves
+) -> None:
+    got = two[case]
     assert got["wrapper"] == wrapper, "DeepSpeed picks another wrapper: review engine.py and fragments.py"
     assert got["has norm"], "DeepSpeed moved optimizer._global_grad_norm: trainer/engine.py reads it before the update"
