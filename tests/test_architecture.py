@@ -39,7 +39,8 @@ ROOMS = (
     Room(("data_pipeline/plan.py", "data_pipeline/manifest.py"), ("data_pipeline.config",), ("numpy",)),
     Room(("data_pipeline/*",), ("data_pipeline",), None),
     Room(("trainer/config.py", "trainer/arithmetic.py", "trainer/schedule.py"), CONFIGS, ()),
-    Room(("trainer/world.py", "trainer/run_folder.py", "trainer/journal.py"), CONFIGS, ()),
+    Room(("trainer/world.py", "trainer/journal.py"), CONFIGS, ()),
+    Room(("trainer/run_folder.py",), (*CONFIGS, "trainer.arithmetic"), ()),
     Room(("trainer/*",), ("trainer", *STREAMING), None),
     Room(("launch/config.py",), CONFIGS, ()),
     Room(

@@ -34,17 +34,14 @@ from trainer.model.gpt import GPT
 from trainer.model.hf import hf_config, to_hf
 from trainer.model.layout import specs
 from trainer.parallel import Mesh
-from trainer.run_folder import STATE, RunFolder, fsync_folder
+from trainer.run_folder import STATE, WEIGHTS, RunFolder, check_model, fsync_folder, model_of
 from trainer.weights import (
     FORMAT,
     INDEX,
     MANIFEST,
     MOMENTS,
-    WEIGHTS,
     Source,
     check_files,
-    check_model,
-    model_of,
     verify,
     write_file,
     write_safetensors,

@@ -9,7 +9,7 @@ from conf.schema import freeze, run
 from data_pipeline.config import UserError
 from data_pipeline.manifest import Manifest, read_manifest
 from trainer.config import PretrainConfig, Resume, check_layout
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, check_model, model_of
 from trainer.schedule import lr_at
 from trainer.tracking import check_tracking
 from trainer.world import read_world
@@ -66,19 +66,14 @@ def check_resume(cfg: PretrainConfig, train: Manifest) -> None:
     if cfg.resume is Resume.never:
         raise UserError(f"resume=never, but {cfg.run.dir} holds {latest.name}: give another run.name, or resume=auto")
     state = folder.state(latest)
-    then, now = (
-        state["data"],
-        {"seed": cfg.seed, "lanes": cfg.data.lanes, "n_ctx": cfg.model.n_ctx, "sha256": train.sha256},
-    )
-    for key, knob in {
-        "seed": "seed",
-        "lanes": "data.lanes",
-        "n_ctx": "model.n_ctx",
-        "sha256": f"data.path={cfg.data.path}",
-    }.items():
-        if then.get(key) != now[key]:
+    check_model(latest, model_of(latest, state), cfg.model)
+    now = {"seed": cfg.seed, "lanes": cfg.data.lanes, "n_ctx": cfg.model.n_ctx, "sha256": train.sha256}
+    knobs = {"seed": "seed", "lanes": "data.lanes", "n_ctx": "model.n_ctx", "sha256": f"data.path={cfg.data.path}"}
+    for key, knob in knobs.items():
+        then = state["data"].get(key)
+        if then != now[key]:
             raise UserError(
-                f"{knob} is {now[key]}, {latest.name} of {cfg.run.dir} was trained with {then.get(key)}: "
+                f"{knob} is {now[key]}, {latest.name} of {cfg.run.dir} was trained with {then}: "
                 "the order of the data hangs on it; give the old value, or another run.name"
             )
     if state["step"] > cfg.max_steps:

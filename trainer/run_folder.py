@@ -1,4 +1,4 @@
-"""A run's folder: what lies where, who may write, which checkpoints stand. Standard library only, no torch.
+"""A run's folder: what lies where, who may write, which checkpoints stand, and of what model. No torch.
 
 config.yaml                           the frozen config of the last start
 metrics.jsonl                         the journal
@@ -16,13 +16,18 @@ import re
 import shutil
 import socket
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import UserError
+from trainer.arithmetic import param_count
+from trainer.config import ModelConfig, Norm
 
 STATE = "state.json"
+WEIGHTS = "weights"  # prefix of the files that hold them
 MAX_JSON_BYTES = 256 << 20
+SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "n_ctx", "vocab_size", "norm", "layer_norm_eps")
 _NAME = re.compile(r"step-(\d{8,})\.gen-(\d{4,})")
 
 
@@ -129,6 +134,32 @@ class RunFolder:
 
     def _newest_generation(self) -> int:
         return max((int(p.name) for p in self.generations.glob("*") if p.name.isdecimal()), default=0)
+
+
+def model_of(path: Path, state: dict[str, Any]) -> ModelConfig:
+    """The model that a state describes, not bigger than the weights beside it: no claim makes anyone allocate."""
+    try:
+        cfg = ModelConfig(**{**state["model"], "norm": Norm(state["model"]["norm"])})
+        count, size = param_count(cfg), sum(f.stat().st_size for f in path.glob(f"{WEIGHTS}-*"))
+        if not isinstance(count, int) or 4 * count > size:
+            raise ValueError(f"{count} parameters, but the weights have {size} bytes")
+        return cfg
+    except (KeyError, TypeError, ValueError, UserError) as e:
+        raise UserError(f"{path / STATE}: damaged: no model ({e}): use another checkpoint") from None
+
+
+def check_model(path: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
+    """Raises UserError where weights of one model cannot be the other's."""
+    pairs = {f.name: (getattr(theirs, f.name), getattr(ours, f.name)) for f in fields(ModelConfig)}
+    differ = [f"model.{k}={_show(a)} (here {_show(b)})" for k, (a, b) in pairs.items() if k in SHAPE_FIELDS and a != b]
+    if differ:
+        raise UserError(
+            f"{path} is a checkpoint of another model: {', '.join(differ)}: give its model=, or another run.dir"
+        )
+
+
+def _show(value: Any) -> str:
+    return str(value.value if isinstance(value, Norm) else value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

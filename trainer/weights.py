@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_pipeline.config import UserError
-from trainer.arithmetic import param_count
-from trainer.config import ModelConfig, Norm
 from trainer.model.layout import ParamSpec, from_local, specs, to_local
-from trainer.run_folder import STATE, RunFolder, read_json
+from trainer.run_folder import STATE, WEIGHTS, RunFolder, model_of, read_json
 
 FORMAT = 1
 INDEX = "index.json"
 MANIFEST = "manifest.json"
-WEIGHTS, MOMENTS = "weights", "moments"
+MOMENTS = "moments"
 CHUNK = 4 << 20  # bytes hashed and written at a time
-SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "n_ctx", "vocab_size", "norm", "layer_norm_eps")
 
 
 class Source(Mapping[str, Tensor]):
@@ -116,28 +112,6 @@ class Source(Mapping[str, Tensor]):
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self.path}: damaged: {what}: use another checkpoint")
-
-
-def model_of(path: Path, state: dict[str, Any]) -> ModelConfig:
-    """The model that a state describes, not bigger than the weights beside it: no claim makes anyone allocate."""
-    try:
-        cfg = ModelConfig(**{**state["model"], "norm": Norm(state["model"]["norm"])})
-        count, size = param_count(cfg), sum(f.stat().st_size for f in path.glob(f"{WEIGHTS}-*"))
-        if not isinstance(count, int) or 4 * count > size:
-            raise ValueError(f"{count} parameters, but the weights have {size} bytes")
-        return cfg
-    except (KeyError, TypeError, ValueError, UserError) as e:
-        raise UserError(f"{path / STATE}: damaged: no model ({e}): use another checkpoint") from None
-
-
-def check_model(path: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
-    """Raises UserError where weights of one model cannot be the other's."""
-    pairs = {f.name: (getattr(theirs, f.name), getattr(ours, f.name)) for f in fields(ModelConfig)}
-    differ = [f"model.{k}={_show(a)} (here {_show(b)})" for k, (a, b) in pairs.items() if k in SHAPE_FIELDS and a != b]
-    if differ:
-        raise UserError(
-            f"{path} is a checkpoint of another model: {', '.join(differ)}: give its model=, or another run.dir"
-        )
 
 
 def check_files(path: Path) -> dict[str, dict[str, Any]]:
@@ -227,7 +201,3 @@ def _name(value: Any) -> str:
     if not isinstance(value, str) or Path(value).name != value or value.startswith("."):
         raise ValueError(f"{value!r} is not a file name")
     return value
-
-
-def _show(value: Any) -> str:
-    return str(value.value if isinstance(value, Norm) else value)

@@ -23,7 +23,7 @@ TINY = (
     "eval.every=0",
     "eval.windows=8",
     "checkpoint.every_steps=4",
-    "optim.schedule.warmup=5",
+    "optim.schedule.warmup=1",
     "tracking=none",
 )
 

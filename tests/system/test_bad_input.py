@@ -1,0 +1,90 @@
+"""A user's mistake, given to the real commands, ends in one line and exit code 2, and loses nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import ROOT
+from tests.system.runs import TINY, finish, make_data, pretrain, start
+from trainer.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def refused(module: str, *args: str) -> str:
+    """The one line that a command ends with."""
+    done = subprocess.run([sys.executable, "-m", module, *args], cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "operands"),
+    [
+        ("optim.lrr=1e-3", ["optim.lrr", "optim.lr"]),
+        ("max_steps=many", ["max_steps", "many"]),
+        ("tokens_per_step=1000", ["tokens_per_step=1000", "model.n_ctx=64", "768 or 1024"]),
+        ("tokens_per_step=640", ["tokens_per_step=640", "10 windows", "data.lanes=4"]),
+        ("micro_batch_size=3", ["micro_batch_size=3", "8 windows"]),
+        ("parallel.zero_stage=0", ["parallel.zero_stage=0", "1, 2 or 3"]),
+        ("model.vocab_size=2048", ["vocabulary of 1024", "model.vocab_size=2048"]),
+        ("eval.windows=100000", ["eval.windows=100000", "null"]),
+        ("optim.schedule.warmup=500", ["warmup=500", "max_steps=3"]),
+        ("data.path=nowhere", ["nowhere/train/manifest.json", "data_pipeline.shards write"]),
+    ],
+)
+def test_a_mistake_in_the_config_is_one_line_that_names_every_operand(
+    data: Path, tmp_path: Path, override: str, operands: list[str]
+) -> None:
+    common = [*TINY, f"run.dir={tmp_path / 'run'}", "max_steps=3", f"data.path={data}"]
+    line = refused("trainer.pretrain", *(c for c in common if c.split("=")[0] != override.split("=")[0]), override)
+    assert all(operand in line for operand in operands), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_tensor_parallel_ranks_than_heads_are_refused_on_every_rank(data: Path, tmp_path: Path) -> None:
+    args = (f"data.path={data}", "max_steps=3", "parallel.tp=2", "model.n_head=1")
+    for code, err in finish(start(tmp_path / "run", *args, ranks=2)):
+        assert code == 2
+        assert "parallel.tp=2 is more than model.n_head=1" in err
+
+
+def test_an_empty_corpus_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    out = tmp_path / "tokenizer"
+    line = refused("data_pipeline.bpe", "train", "corpus=text", f"corpus.path={tmp_path / 'texts'}", f"output={out}")
+    assert str(tmp_path / "texts") in line and "corpus.path" in line
+
+
+def test_a_flipped_byte_in_a_shard_stops_the_run_with_its_name_and_the_checkpoint_stays(tmp_path: Path) -> None:
+    data, run = make_data(tmp_path / "data"), tmp_path / "run"
+    pretrain(run, f"data.path={data}", "max_steps=4")
+    for shard in (data / "train").glob("*.tar"):
+        body = bytearray(shard.read_bytes())
+        body[len(body) // 3] ^= 1
+        shard.write_bytes(body)
+    [(code, err)] = finish(start(run, f"data.path={data}", "max_steps=40", "checkpoint.every_steps=100"))
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and ".tar" in last, err
+    assert RunFolder(run).latest() == run / "checkpoints" / "step-00000004.gen-0001"
+
+
+def test_a_run_folder_of_another_model_is_refused_before_training_and_kept(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(run, f"data.path={data}", "max_steps=1")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    line = refused("trainer.pretrain", *TINY, f"run.dir={run}", f"data.path={data}", "max_steps=9", "model.n_layer=3")
+    assert "n_layer=2" in line and "3" in line
+    for override, operand in {"seed=5": "1337", "data.lanes=2": "4", "max_steps=0": "max_steps=0"}.items():
+        args = [a for a in [*TINY, "max_steps=9"] if a.split("=")[0] != override.split("=")[0]]
+        assert operand in refused("trainer.pretrain", *args, f"run.dir={run}", f"data.path={data}", override)
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
