@@ -24,7 +24,7 @@ from data_pipeline.manifest import decode_block, read_manifest
 from trainer.journal import read_journal, read_rows
 from trainer.run_folder import RunFolder
 
-STEPS = 1500
+STEPS = 1000
 ROOT = Path("runs/demo")
 RUN = RunFolder(ROOT / "run")
 
