@@ -28,8 +28,8 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def rank_env(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """The environment that torchrun would give, with one thread for each rank."""
+def rank_env(rank: int, world_size: int, port: int, device: str = "cpu") -> dict[str, str]:
+    """The environment that torchrun would give, with one thread for each rank; `device` cpu or cuda."""
     return {
         **os.environ,
         "RANK": str(rank),
@@ -38,7 +38,7 @@ def rank_env(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": device,
         "PYTHONPATH": str(ROOT),
     }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from conf.schema import run
 from data_pipeline.config import UserError
 from trainer.config import GenerateConfig, ModelConfig
-from trainer.run_folder import RunFolder
+from trainer.run_folder import STATE, RunFolder, model_of
 from trainer.world import read_world
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ class Sampler:
 
 def generate(cfg: GenerateConfig) -> None:
     checkpoint = find_checkpoint(cfg.checkpoint)
-    from trainer.checkpoint import read_state
-
-    model_cfg = ModelConfig(**read_state(checkpoint)["model"])
+    model_cfg = model_of(checkpoint, RunFolder.state(checkpoint))
     tokenizer = _tokenizer(checkpoint)
     prompts = _prompts(cfg, tokenizer)
     _check(prompts, cfg, model_cfg)
@@ -66,7 +64,7 @@ def generate(cfg: GenerateConfig) -> None:
 def find_checkpoint(path: str) -> Path:
     """A checkpoint folder as it is, a run folder's latest otherwise."""
     folder = Path(path)
-    if (folder / "state.json").is_file():
+    if (folder / STATE).is_file():
         return folder
     latest = RunFolder(folder).latest()
     if latest is None:

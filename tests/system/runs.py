@@ -40,13 +40,18 @@ def make_data(root: Path, vocab_size: int = 1024) -> Path:
     return root
 
 
-def start(run_dir: Path, *overrides: str, ranks: int = 1) -> list[subprocess.Popen[str]]:
+def start(run_dir: Path, *overrides: str, ranks: int = 1, device: str = "cpu") -> list[subprocess.Popen[str]]:
     """`python -m trainer.pretrain` on each rank, as torchrun would start it; stderr is kept."""
     port = free_port()
     argv = [sys.executable, "-m", "trainer.pretrain", *TINY, f"run.dir={run_dir}", *overrides]
     return [
         subprocess.Popen(
-            argv, env=rank_env(r, ranks, port), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            argv,
+            env=rank_env(r, ranks, port, device),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for r in range(ranks)
     ]
@@ -57,8 +62,8 @@ def finish(processes: list[subprocess.Popen[str]], timeout_s: float = 200) -> li
     return [(p.returncode, err) for p in processes for _, err in [p.communicate(timeout=timeout_s)]]
 
 
-def pretrain(run_dir: Path, *overrides: str, ranks: int = 1) -> None:
-    ended = finish(start(run_dir, *overrides, ranks=ranks))
+def pretrain(run_dir: Path, *overrides: str, ranks: int = 1, device: str = "cpu") -> None:
+    ended = finish(start(run_dir, *overrides, ranks=ranks, device=device))
     assert all(code == 0 for code, _ in ended), "\n".join(err[-3000:] for _, err in ended)
 
 
