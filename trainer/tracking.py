@@ -8,6 +8,7 @@ keep equal rows once. All starts of a run share one MLflow run, found again by a
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import logging
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -142,7 +143,7 @@ class _Shipper:
         while not self._given_up.is_set():
             closing = self._closing.is_set()
             try:
-                client = client or self._connect()
+                client = client or _alone(self.uri, self._connect)
                 self._ship(client)
                 if closing:
                     client.set_terminated(self._state["run_id"], self._status)
@@ -189,8 +190,7 @@ class _Shipper:
         tag = self._state["uuid"]
         found = client.search_runs([experiment_id], f"tags.`{TAG}` = '{tag}'", max_results=1)
         run = found[0] if found else client.create_run(experiment_id, run_name=self._cfg.run.name, tags={TAG: tag})
-        run_id: str = run.info.run_id
-        return run_id
+        return str(run.info.run_id)
 
     def _describe(self, client: MlflowClient, run_id: str) -> None:
         """The config, once: as params, cut to MLflow's length, and whole as an artifact where the server takes one."""
@@ -251,6 +251,15 @@ def _load_state(path: Path, uri: str, experiment: str) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({e!r}): delete it, the journal then goes to a new MLflow run") from None
     publish_json(path, state)  # before a run is made for it: the tag must outlive a kill
     return state
+
+
+def _alone(uri: str, connect: Callable[[], MlflowClient]) -> MlflowClient:
+    """MLflow makes a database file in steps that two processes at once would spoil."""
+    if not uri.startswith("sqlite:///"):
+        return connect()
+    with Path(uri.removeprefix("sqlite:///") + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return connect()
 
 
 def _has_run(client: MlflowClient, run_id: str) -> bool:

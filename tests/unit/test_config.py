@@ -163,7 +163,7 @@ def test_an_impossible_layout_is_refused(cfg: PretrainConfig, world_size: int, m
         (lambda: ScheduleConfig(ScheduleKind.linear, floor=2.0), "floor=2.0 is a share of optim.lr"),
         (
             lambda: ScheduleConfig(ScheduleKind.linear, warmup=-1),
-            "warmup=-1, cooldown=0, end=None: lengths are not negative",
+            "warmup=-1, cooldown=0, end=None: none may be negative",
         ),
         (lambda: OptimConfig("o", 0.0, ScheduleConfig(ScheduleKind.linear)), "lr=0.0 must be positive"),
         (lambda: OptimConfig("o", 1.0, ScheduleConfig(ScheduleKind.linear), beta2=1.0), "beta2=1.0 < 1"),
