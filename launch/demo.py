@@ -38,7 +38,7 @@ def demo() -> dict[str, Any]:
     shards = [f"tokenizer={ROOT}/tokenizer", f"output={ROOT}/data", "val_fraction=0.05", "shard_tokens=100000"]
     run("data_pipeline.shards", "write", "corpus=pydocs", *shards)
     run("data_pipeline.shards", "verify", f"path={ROOT}/data")
-    ranks = len(list(Path("/dev").glob("nvidia[0-9]*"))) or 2
+    ranks = min(2, len(list(Path("/dev").glob("nvidia[0-9]*"))) or 2)  # a GPU serves one rank
     say(f"Training on {ranks} ranks; half way, rank 0 is killed with SIGKILL")
     train(ranks)
     say("A sample, on one rank")
@@ -46,7 +46,10 @@ def demo() -> dict[str, Any]:
     sample = json.loads(run("trainer.generate", f"checkpoint={RUN.root}", *prompt, capture=True))["text"][0]
     print(sample)
     say(f"The run's curves: .venv/bin/mlflow ui --backend-store-uri sqlite:///{ROOT.resolve()}/mlflow.db")
-    return {**results(), "sample": sample, "seconds": round(time.monotonic() - started, 1)}
+    found = results()
+    if not found["resumed_at"] or found["final_val_loss"] > 0.8 * found["unigram_entropy"]:
+        raise UserError(f"the run did not resume, or did not learn: {json.dumps(found)}")
+    return {**found, "sample": sample, "seconds": round(time.monotonic() - started, 1)}
 
 
 def train(ranks: int) -> None:
@@ -128,6 +131,8 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(f"{__doc__}\nIt takes no arguments, and starts by deleting {ROOT}.")
     try:
         print(json.dumps(demo()))
     except UserError as e:

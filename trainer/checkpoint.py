@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +28,7 @@ import torch.distributed as dist
 
 from data_pipeline.config import UserError
 from data_pipeline.manifest import TOKENIZER
-from trainer.config import ModelConfig
+from trainer.config import CheckpointConfig, ModelConfig
 from trainer.engine import Engine
 from trainer.fragments import get_optimizer_step, owned, set_optimizer_step
 from trainer.model.gpt import GPT
@@ -87,7 +88,6 @@ def save(
         write_file(aside / MANIFEST, [_json({"format": FORMAT, "files": dict(sorted(files.items()))})])
         fsync_folder(aside)
         run.publish(aside, step, generation)
-        run.prune(engine.cfg.checkpoint.keep, engine.cfg.checkpoint.keep_best)
 
     try:
         together(what, lambda: aside.mkdir(parents=True) if is_main else None)
@@ -97,7 +97,16 @@ def save(
         if is_main:
             shutil.rmtree(aside, ignore_errors=True)
         raise
+    if is_main:
+        _prune(run, engine.cfg.checkpoint)
     return run.checkpoint(step, generation)
+
+
+def _prune(run: RunFolder, cfg: CheckpointConfig) -> None:
+    try:
+        run.prune(cfg.keep, cfg.keep_best)
+    except (UserError, OSError) as e:  # the checkpoint stands; what is left over costs room, not the run
+        print(f"checkpoint: an old one is not removed: {e}", file=sys.stderr, flush=True)
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -69,6 +70,9 @@ class ModelConfig:
             raise UserError(f"model.n_embd={self.n_embd} is not a multiple of model.n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout={self.dropout}: give 0 <= dropout < 1")
+        for key in ("init_std", "layer_norm_eps"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise UserError(f"model.{key}={getattr(self, key)}: give a positive number")
 
     @property
     def head_dim(self) -> int:
@@ -114,12 +118,13 @@ class OptimConfig:
     grad_clip: float = 1.0  # global norm; 0 = no clipping
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.weight_decay < 0 or self.grad_clip < 0:
+        # nan passes every comparison that is asked the other way round
+        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf and 0 <= self.grad_clip < math.inf):
             raise UserError(
                 f"optim: lr={self.lr} must be positive, weight_decay={self.weight_decay} and "
-                f"grad_clip={self.grad_clip} not negative"
+                f"grad_clip={self.grad_clip} not negative, all finite"
             )
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 < self.eps < math.inf):
             raise UserError(
                 f"optim: 0 <= beta1={self.beta1} < 1, 0 <= beta2={self.beta2} < 1 and eps={self.eps} > 0 must hold"
             )
@@ -160,6 +165,12 @@ class EvalConfig:
     every: int = MISSING  # steps; 0 = only at the end
     windows: int | None = None  # validation windows used, from the first on; null = all
 
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise UserError(f"eval.every={self.every}: give a number of steps, or 0 to validate only at the end")
+        if self.windows is not None and self.windows < 1:
+            raise UserError(f"eval.windows={self.windows}: give at least 1, or null for all")
+
 
 @dataclass
 class CheckpointConfig:
@@ -169,9 +180,9 @@ class CheckpointConfig:
     keep_best: bool = True  # and the one with the lowest validation loss
 
     def __post_init__(self) -> None:
-        if self.every_steps < 0 or self.every_minutes < 0 or self.keep < 1:
+        if self.every_steps < 0 or not 0 <= self.every_minutes < math.inf or self.keep < 1:
             raise UserError(
-                f"checkpoint: every_steps={self.every_steps} and every_minutes={self.every_minutes} are not negative, "
+                f"checkpoint: every_steps={self.every_steps} and every_minutes={self.every_minutes} are not negative and finite, "
                 f"keep={self.keep} at least 1"
             )
 
@@ -233,7 +244,7 @@ class GenerateConfig:
             )
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens}: give at least 1")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature={self.temperature}: give 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k={self.top_k}: give at least 1, or null")

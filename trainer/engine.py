@@ -47,8 +47,6 @@ class Engine:
         self.grad_accum_steps = geometry.grad_accum_steps
         self._micro_steps = 0
         self._norm: float | None = None
-        if cfg.deterministic and mesh.device.type == "cuda":  # a CPU always is
-            make_deterministic()
         self.adam = adamw(model, cfg.optim)
         self.adam.gate = self._gate
         quiet()
@@ -114,10 +112,6 @@ class Engine:
         finally:
             self.deepspeed.train()
 
-    def close(self) -> None:
-        """Let go of DeepSpeed's hooks and buffers."""
-        self.deepspeed.destroy()
-
     def _loss_sum(self, batch: Batch) -> Tensor:
         return self.deepspeed(*(t.to(self.mesh.device, non_blocking=True) for t in batch))
 
@@ -139,6 +133,7 @@ def deepspeed_config(cfg: PretrainConfig, geometry: Geometry, numel: int) -> dic
         "gradient_clipping": cfg.optim.grad_clip,
         "zero_optimization": {"stage": cfg.parallel.zero_stage, "reduce_bucket_size": min(REDUCE_BUCKET, numel)},
         "zero_allow_untested_optimizer": True,  # it is torch's AdamW with a gate
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro step
         "communication_data_type": "fp32",  # otherwise bf16 would sum over ranks what fp32 has accumulated
     }
     if cfg.precision is Precision.bf16:
@@ -154,7 +149,8 @@ def quiet() -> None:
 
 
 def make_deterministic() -> None:
-    """The same bits on every run of the same layout; must come before the first matrix product on a GPU."""
+    """The same bits on every run of the same layout; before the first collective and matrix product on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")  # one order of summing, whatever NCCL's tuner thinks of the moment
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from conf.schema import run
 from data_pipeline.config import UserError
+from data_pipeline.manifest import TOKENIZER
 from trainer.config import GenerateConfig, ModelConfig
 from trainer.run_folder import STATE, RunFolder, model_of
 from trainer.world import read_world
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from data_pipeline.bpe import Tokenizer
     from trainer.model.gpt import GPT
+
+
+BATCH = 16  # prompts at a time: their keys and values for n_ctx tokens lie in memory
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def continue_prompts(
 ) -> list[list[int]]:
     """Each prompt with its continuation, which ends after `eot`.
 
-    Prompts of one length run as one batch. A prompt's draws depend on `seed` and its place in the list alone.
+    Prompts of one length run in batches of up to BATCH. A prompt's draws depend on `seed` and its place in the list.
     """
     import torch
 
@@ -98,7 +102,8 @@ def continue_prompts(
     by_length: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(i)
-    for members in by_length.values():
+    batches = [m[i : i + BATCH] for m in by_length.values() for i in range(0, len(m), BATCH)]
+    for members in batches:
         draws = torch.stack([_uniform(seed, i, max_new_tokens) for i in members])
         for i, row in zip(
             members, _continue_batch(model, [prompts[i] for i in members], sampler, draws, eot), strict=True
@@ -121,7 +126,7 @@ def _continue_batch(
     ended = [False] * len(rows)
     with torch.inference_mode():
         for u_B in u_BN.to(device).unbind(1):
-            next_B = sampler(model.logits(new_BT, cache)[:, -1], u_B)
+            next_B = sampler(model.logits(new_BT, cache, last=True)[:, -1], u_B)
             for r, token in enumerate(next_B.tolist()):
                 if not ended[r]:
                     rows[r].append(token)
@@ -135,14 +140,16 @@ def _continue_batch(
 def _uniform(seed: int, prompt: int, n: int) -> torch.Tensor:
     import torch
 
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + prompt)
+    from trainer.parallel import stable_seed
+
+    generator = torch.Generator().manual_seed(stable_seed("sample", seed, prompt))
     return torch.rand(n, generator=generator, dtype=torch.float64)
 
 
 def _tokenizer(checkpoint: Path) -> Tokenizer | None:
     from data_pipeline.bpe import Tokenizer
 
-    path = checkpoint / "tokenizer.json"
+    path = checkpoint / TOKENIZER
     return Tokenizer.load(str(path)) if path.is_file() else None
 
 
@@ -157,12 +164,12 @@ def _prompts(cfg: GenerateConfig, tokenizer: Tokenizer | None) -> list[list[int]
         text = sys.stdin.read() if cfg.prompt_file == "-" else Path(str(cfg.prompt_file)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"prompt_file={cfg.prompt_file}: {e}") from None
-    return [tokenizer.encode(line) for line in text.splitlines()]
+    return [tokenizer.encode(line) for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def _check(prompts: list[list[int]], cfg: GenerateConfig, model: ModelConfig) -> None:
     if not prompts:
-        raise UserError(f"prompt_file={cfg.prompt_file} holds no line: give at least one prompt")
+        raise UserError("no prompt: prompt_ids is an empty list, or prompt_file an empty file: give at least one")
     for i, ids in enumerate(prompts):
         if not ids:
             raise UserError(f"prompt {i} is empty: a model continues at least one token")

@@ -8,26 +8,23 @@ Steps are counted by what is done: the row, the validation and the checkpoint of
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from data_pipeline.config import Geometry, UserError
 from data_pipeline.loader import IGNORE, Batch, TrainLoader, validation_batches
-from data_pipeline.manifest import TOKENIZER, Manifest, publish
-from data_pipeline.plan import Ledger, Order
+from data_pipeline.manifest import TOKENIZER, Manifest
+from data_pipeline.plan import Order
 from trainer import checkpoint, parallel
-from trainer.arithmetic import flops_per_token, param_count
-from trainer.config import PretrainConfig
-from trainer.engine import Engine
+from trainer.arithmetic import flops_per_token
+from trainer.config import Precision, PretrainConfig
+from trainer.engine import NonFiniteError
 from trainer.metrics import Speed, peak_flops, peak_memory_gib, progress_line
-from trainer.model.gpt import GPT
-from trainer.model.init import initialise
 from trainer.run_folder import RunFolder
 from trainer.schedule import lr_at
+from trainer.start import build_engine, introduction, ledger_of, take_run
 from trainer.tracking import Tracker
 from trainer.world import World
 
@@ -38,17 +35,19 @@ class Trainer:
     def __init__(
         self, cfg: PretrainConfig, config_text: str, world: World, geometry: Geometry, train: Manifest, val: Manifest
     ) -> None:
-        self.cfg, self.config_text, self.train_data, self.val_data = cfg, config_text, train, val
+        self.cfg, self.config_text, self.geometry = cfg, config_text, geometry
+        self.train_data, self.val_data = train, val
         self.mesh = parallel.start(world, cfg.parallel)
         self.run = RunFolder(cfg.run.dir)
-        self.generation, found = self._agree_on_start()
+        self.generation, found = take_run(self.run, self.mesh, config_text)
         state = checkpoint.read_state(found) if found else {}
         self.step: int = state.get("step", 0)
         self.tokens: int = state.get("tokens", 0)
-        self.val_loss: float | None = None
+        self.val_loss: float | None = None  # of this step, where it was validated
+        self.best_val_loss: float | None = state.get("best_val_loss")
         self.order = Order([s.windows(cfg.model.n_ctx) for s in train.shards], cfg.data.lanes, cfg.seed)
         self.ledger = ledger_of(state.get("data"), self.step, geometry)
-        self.engine = self._build_engine(found, geometry)
+        self.engine = build_engine(cfg, geometry, self.mesh, found)
         self.loader = TrainLoader(
             train,
             self.order,
@@ -61,19 +60,20 @@ class Trainer:
             pin=self.mesh.device.type == "cuda",
             channel=parallel.channel(self.mesh),
         )
-        dtype = torch.bfloat16 if cfg.precision.value == "bf16" else torch.float32
+        dtype = torch.bfloat16 if cfg.precision is Precision.bf16 else torch.float32
         self.speed = Speed(flops_per_token(cfg.model), peak_flops(self.mesh.device, dtype) * world.world_size)
-        self.tracker = Tracker(cfg, self.run, self.generation, resumed_at=self.step) if world.is_main else None
+        self.tracker: Tracker | None = None  # on rank 0
+        checkpoint.together(f"{self.run.root} takes no metrics", self._open_tracker)
         self.saved_at = time.monotonic()
         if world.is_main:
-            self._introduce(found, geometry)
+            print(introduction(cfg, geometry, self.mesh, train, self.order, self.ledger, found), flush=True)
 
     def train(self) -> None:
         """To max_steps. Raises UserError where data, numbers or the disk stop it; the last checkpoint stands."""
         cfg = self.cfg
         self.speed.start()
         while self.step < cfg.max_steps:
-            loss, grad_norm, lr, save_now = self._update(self.loader.next())
+            loss, grad_norm, lr, save_now = self._update()
             self.step += 1
             self.tokens += cfg.tokens_per_step
             self.speed.step(cfg.tokens_per_step)
@@ -83,17 +83,21 @@ class Trainer:
                 self._log(loss, grad_norm, lr)
             if last or due(self.step, cfg.eval.every):
                 self._evaluate()
-            if last or save_now or due(self.step, cfg.checkpoint.every_steps):
+            if last or save_now or due(self.step, cfg.checkpoint.every_steps) or self._is_best():
                 self._save(last)
 
-    def _update(self, batches: list[Batch]) -> tuple[torch.Tensor, float, float, bool]:
+    def _update(self) -> tuple[torch.Tensor, float, float, bool]:
         """One optimizer step.
 
         Returns this rank's part of the loss (nats per token; the parts add up over dp), the global gradient norm, the
         learning rate, and whether rank 0's clock asks for a checkpoint.
+
+        Raises:
+            UserError: on every rank, with no weight changed: data that one cannot read, or a norm that is not finite.
         """
         cfg = self.cfg
-        valid, clock = self._agree_on_step(batches)
+        batches, unread = self._read()
+        valid, clock = self._agree_on_step(batches, unread)
         loss = torch.zeros((), device=self.mesh.device)
         for micro_step, batch in enumerate(batches):
             parallel.seed_dropout(self.mesh, cfg.seed, self.step, micro_step)
@@ -106,15 +110,35 @@ class Trainer:
             max_steps=cfg.max_steps,
             tokens_per_step=cfg.tokens_per_step,
         )
-        grad_norm = self.engine.step(lr)  # waits for the device, once
-        return loss / valid, grad_norm, lr, bool(clock)
+        try:
+            grad_norm = self.engine.step(lr)  # waits for the device, once
+        except NonFiniteError:
+            if unread is None and valid.isnan():
+                unread = UserError("another rank could not read its data and says why: this step is not made")
+            if unread is None:
+                raise
+            raise unread from None
+        return loss / valid, grad_norm, lr, cfg.checkpoint.every_minutes > 0 and bool(clock)
 
-    def _agree_on_step(self, batches: list[Batch]) -> torch.Tensor:
-        """[valid tokens of the step over all ranks, rank 0's wish to save by the clock], not waited for."""
+    def _read(self) -> tuple[list[Batch], UserError | None]:
+        """The step's batches; where they cannot be read, empty ones and the reason."""
+        try:
+            return self.loader.next(), None
+        except UserError as error:
+            nothing = torch.zeros(self.geometry.micro_batch_size, self.cfg.model.n_ctx, dtype=torch.int64)
+            return [Batch(nothing, nothing)] * self.geometry.grad_accum_steps, error
+
+    def _agree_on_step(self, batches: list[Batch], unread: UserError | None) -> torch.Tensor:
+        """[valid tokens of the step over all ranks, rank 0's wish to save by the clock], not waited for.
+
+        A rank that could not read makes the count NaN: it takes part in the step, so that no one waits for it, and
+        the gradient is NaN everywhere, which the engine refuses with the one look at the device that it takes anyway.
+        """
         minutes = self.cfg.checkpoint.every_minutes
         wish = self.mesh.world.is_main and 0 < minutes * 60 <= time.monotonic() - self.saved_at
-        valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        facts = torch.tensor([valid / self.mesh.tp, float(wish)], dtype=torch.float32).to(self.mesh.device)
+        valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches) if self.mesh.tp_rank == 0 else 0
+        facts = torch.tensor([float("nan") if unread else valid, float(wish)], dtype=torch.float64)
+        facts = facts.to(self.mesh.device)
         dist.all_reduce(facts)
         return facts
 
@@ -155,6 +179,7 @@ class Trainer:
             sums[0] += self.engine.evaluate(batch)
             sums[1] += (batch.labels != IGNORE).sum()
         dist.all_reduce(sums, group=self.mesh.dp_group)
+        dist.broadcast(sums, src=0)  # the decision whether this is the best is taken on equal bits
         total, tokens = sums.tolist()
         self.val_loss = total / tokens
         if self.tracker is not None:
@@ -165,10 +190,18 @@ class Trainer:
             )
         self.speed.start()  # validation is no training time
 
+    def _is_best(self) -> bool:
+        """Where the best checkpoint is kept, a validation better than all before is worth one."""
+        if not self.cfg.checkpoint.keep_best or self.val_loss is None:
+            return False
+        return self.best_val_loss is None or self.val_loss < self.best_val_loss
+
     def _save(self, last: bool) -> None:
-        if self.tracker is not None:
-            self.tracker.flush()  # a resumed run finds the journal at least as far as its checkpoint
-        cfg = self.cfg
+        cfg, tracker = self.cfg, self.tracker
+        # A resumed run finds the journal at least as far as its checkpoint.
+        checkpoint.together(f"step {self.step} is not saved", lambda: tracker.flush() if tracker else None)
+        if self._is_best():
+            self.best_val_loss = self.val_loss
         data = {
             "source": self.train_data.source,
             "sha256": self.train_data.sha256,
@@ -182,7 +215,12 @@ class Trainer:
             self.engine,
             self.run,
             step=self.step,
-            state={"tokens": self.tokens, "val_loss": self.val_loss, "data": data},
+            state={
+                "tokens": self.tokens,
+                "val_loss": self.val_loss,
+                "best_val_loss": self.best_val_loss,
+                "data": data,
+            },
             generation=self.generation,
             config_text=self.config_text,
             tokenizer=self.train_data.root / TOKENIZER,
@@ -193,56 +231,9 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.speed.start()
 
-    def _build_engine(self, found: Path | None, geometry: Geometry) -> Engine:
-        """One path for fresh and resumed: weights into the plain module, ZeRO around it, then masters and moments."""
-        cfg = self.cfg
-        model = GPT(
-            cfg.model, self.mesh, sequence_parallel=cfg.parallel.sequence_parallel, recompute=cfg.parallel.recompute
-        ).to(self.mesh.device)
-        if found:
-            checkpoint.load_weights(found, model, self.mesh)
-        else:
-            initialise(model, cfg.model, cfg.seed)
-        engine = Engine(model, cfg, geometry, self.mesh)
-        if found:
-            checkpoint.restore(found, engine)
-        return engine
-
-    def _agree_on_start(self) -> tuple[int, Path | None]:
-        """Rank 0 takes the generation and freezes the config; then all ranks look for the last checkpoint.
-
-        Raises:
-            UserError: they do not see the same one.
-        """
-        generation = torch.zeros((), dtype=torch.int64, device=self.mesh.device)
+    def _open_tracker(self) -> None:
         if self.mesh.world.is_main:
-            generation += self.run.take_generation()
-            publish(self.run.config, self.config_text.encode())
-        dist.broadcast(generation, src=0)
-        found = self.run.latest()
-        step = self.run.state(found)["step"] if found else 0
-        bounds = torch.tensor([step, -step], device=self.mesh.device)
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
-        if bounds[0] != -bounds[1]:
-            raise UserError(
-                f"the ranks' last checkpoints in run.dir={self.run.root} go from step {-bounds[1]} to step "
-                f"{bounds[0]}: give a folder that all nodes share"
-            )
-        return int(generation), found
-
-    def _introduce(self, found: Path | None, geometry: Geometry) -> None:
-        cfg, mesh = self.cfg, self.mesh
-        print(
-            f"{cfg.run.name}: {cfg.model.name}, {param_count(cfg.model):,} parameters in {cfg.precision.value} on "
-            f"{mesh.world.world_size} {mesh.device.type} ranks "
-            f"(dp={mesh.dp} tp={mesh.tp} ZeRO-{cfg.parallel.zero_stage})\n"
-            f"  a step: {geometry.windows_per_step} windows of {cfg.model.n_ctx} tokens = dp {geometry.dp} x "
-            f"micro batch {geometry.micro_batch_size} x {geometry.grad_accum_steps} micro steps\n"
-            f"  data: {self.train_data.tokens:,} tokens, {self.order.windows:,} windows; the run takes "
-            f"{self.order.epoch(self.ledger.position(cfg.max_steps)):.2f} epochs\n"
-            f"  {self.run.root}: " + (f"goes on from {found.name}" if found else "starts from nothing"),
-            flush=True,
-        )
+            self.tracker = Tracker(self.cfg, self.run, self.generation, resumed_at=self.step)
 
     def __enter__(self) -> Trainer:
         return self
@@ -258,13 +249,3 @@ class Trainer:
 def due(step: int, every: int) -> bool:
     """True each `every` steps; never for 0."""
     return every > 0 and step % every == 0
-
-
-def ledger_of(data: dict[str, Any] | None, step: int, geometry: Geometry) -> Ledger:
-    """The run's ledger so far; a batch size that has changed since the checkpoint becomes an event from `step` on."""
-    if data is None:
-        return Ledger.start(geometry.windows_per_step)
-    ledger = Ledger.from_json(data["ledger"])
-    if ledger.windows_per_step(step) == geometry.windows_per_step:
-        return ledger
-    return ledger.then(step, ledger.position(step), geometry.windows_per_step)

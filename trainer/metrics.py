@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -55,7 +56,6 @@ def progress_line(step: int, max_steps: int, metrics: Mapping[str, float], eta_s
     """`step 100/1500  loss 3.412  val 3.500  lr 4.0e-03  12.3k tok/s  mfu 41%  eta 3m12s`, less what is unknown."""
     forms: dict[str, Callable[[float], str]] = {
         "train/loss": lambda v: f"loss {v:.3f}",
-        "val/loss": lambda v: f"val {v:.3f}",
         "optim/lr": lambda v: f"lr {v:.1e}",
         "speed/tokens_per_s": lambda v: f"{_short(v)} tok/s",
         "speed/mfu": lambda v: f"mfu {100 * v:.0f}%",
@@ -112,7 +112,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, tflops in PEAK_TFLOPS.items():
-            if known.lower() in name.lower():
+            if re.search(rf"\b{known}\b", name, re.IGNORECASE):  # a whole word: no A1000 is an A100
                 return tflops * 1e12
     return max(_measured_flops(device, kind) for kind in {torch.float32, dtype})
 

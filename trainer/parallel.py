@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 @contextmanager
 def _hidden(module: str) -> Iterator[None]:
     sys.modules.setdefault(module, None)  # type: ignore[arg-type]
-    yield
-    if sys.modules[module] is None:
-        del sys.modules[module]
+    try:
+        yield
+    finally:
+        if sys.modules[module] is None:
+            del sys.modules[module]
 
 
 # DeepSpeed looks for its device when it is imported, and takes two seconds for an MLflow that only its autotuner uses:

@@ -5,9 +5,11 @@ Everything that can be refused is refused here, before torch is imported.
 
 from __future__ import annotations
 
+import hashlib
+
 from conf.schema import freeze, run
 from data_pipeline.config import UserError
-from data_pipeline.manifest import Manifest, read_manifest
+from data_pipeline.manifest import TOKENIZER, Manifest, read_manifest
 from trainer.config import PretrainConfig, Resume, check_layout
 from trainer.run_folder import RunFolder, check_model, model_of
 from trainer.schedule import lr_at
@@ -34,7 +36,12 @@ def pretrain(cfg: PretrainConfig) -> None:
 def check_data(cfg: PretrainConfig, train: Manifest, val: Manifest) -> None:
     """Raises UserError where the shards do not fit the model."""
     n_ctx = cfg.model.n_ctx
+    if train.tokenizer_sha256 != val.tokenizer_sha256:
+        raise UserError(f"{train.root} and {val.root} were written with different tokenizers: write both anew")
     for manifest in (train, val):
+        tokenizer = manifest.root / TOKENIZER
+        if not tokenizer.is_file() or hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest.tokenizer_sha256:
+            raise UserError(f"{tokenizer} is not the tokenizer that the shards were written with: put it back")
         if manifest.vocab_size != cfg.model.vocab_size:
             raise UserError(
                 f"{manifest.root} was written with a vocabulary of {manifest.vocab_size}, model={cfg.model.name} has "
@@ -70,13 +77,13 @@ def check_resume(cfg: PretrainConfig, train: Manifest) -> None:
     now = {"seed": cfg.seed, "lanes": cfg.data.lanes, "n_ctx": cfg.model.n_ctx, "sha256": train.sha256}
     knobs = {"seed": "seed", "lanes": "data.lanes", "n_ctx": "model.n_ctx", "sha256": f"data.path={cfg.data.path}"}
     for key, knob in knobs.items():
-        then = state["data"].get(key)
+        then = state.get("data", {}).get(key)
         if then != now[key]:
             raise UserError(
                 f"{knob} is {now[key]}, {latest.name} of {cfg.run.dir} was trained with {then}: "
                 "the order of the data hangs on it; give the old value, or another run.name"
             )
-    if state["step"] > cfg.max_steps:
+    if state.get("step", 0) > cfg.max_steps:
         raise UserError(
             f"max_steps={cfg.max_steps}, but {cfg.run.dir} is at step {state['step']}: give more, or another run.name"
         )

@@ -11,6 +11,7 @@ checkpoints/.step-….tmp/              one that is being written or deleted
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -103,7 +104,7 @@ class RunFolder:
         """
         try:
             name = self.pointer.read_text(encoding="ascii", errors="replace").strip()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         if _NAME.fullmatch(name) and (self.checkpoints / name).is_dir():
             return self.checkpoints / name
@@ -120,7 +121,7 @@ class RunFolder:
         published = self.published()
         kept = {*published[-keep:], self.latest()}
         if best:
-            losses = {p: loss for p in published if (loss := self.state(p).get("val_loss")) is not None}
+            losses = {p: loss for p in published if (loss := self._val_loss(p)) is not None}
             kept.add(min(losses, key=lambda p: losses[p]) if losses else None)
         gone = [p for p in published if p not in kept]
         for p in gone:  # out of sight first: a half-deleted checkpoint is never listed
@@ -131,6 +132,11 @@ class RunFolder:
     def state(checkpoint: Path) -> dict[str, Any]:
         """A checkpoint's state.json as it stands: step, tokens, data state, val_loss, model, versions."""
         return read_json(checkpoint / STATE)
+
+    def _val_loss(self, checkpoint: Path) -> float | None:
+        """None where it was not validated, or is no number to rank by."""
+        loss = self.state(checkpoint).get("val_loss")
+        return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
     def _newest_generation(self) -> int:
         return max((int(p.name) for p in self.generations.glob("*") if p.name.isdecimal()), default=0)

@@ -21,7 +21,7 @@ def lr_at(
     """
     at, after, run_end = step, step + 1, max_steps
     if schedule.unit is Unit.tokens:
-        at, after, run_end = tokens, tokens + tokens_per_step, max_steps * tokens_per_step
+        at, after, run_end = tokens, tokens + tokens_per_step, tokens + (max_steps - step) * tokens_per_step
     end = run_end if schedule.end is None else schedule.end
     if schedule.warmup + schedule.cooldown > end:
         raise UserError(

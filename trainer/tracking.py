@@ -13,6 +13,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import threading
@@ -56,10 +57,15 @@ def check_tracking(cfg: TrackingConfig) -> None:
     scheme, mark, rest = (cfg.uri or "sqlite:///").partition("://")
     if not mark and scheme != "databricks":
         raise UserError(f"tracking.uri={cfg.uri} has no scheme: give http://HOST:PORT, or sqlite:///FILE")
-    if scheme in ("http", "https") and "@" in rest.partition("/")[0]:
+    is_server = scheme in ("http", "https")
+    user = "@" in rest.partition("/")[0]
+    password = re.match(r"[^:/@]*:[^@]*@", rest) or re.search(r"[?&]password=", rest, re.IGNORECASE)
+    if user if is_server else password:
+        cure = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        if not is_server:
+            cure = "where the database's own client looks (PostgreSQL: PGPASSWORD or ~/.pgpass)"
         raise UserError(
-            f"tracking.uri={scheme}://… holds a password, which would be written into the run folder: "
-            "put it into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            f"tracking.uri={scheme}://… holds a password, which would be written into the run folder: put it into {cure}"
         )
 
 

@@ -59,7 +59,11 @@ def start(run_dir: Path, *overrides: str, ranks: int = 1, device: str = "cpu") -
 
 def finish(processes: list[subprocess.Popen[str]], timeout_s: float = 200) -> list[tuple[int, str]]:
     """Exit code and stderr of each rank."""
-    return [(p.returncode, err) for p in processes for _, err in [p.communicate(timeout=timeout_s)]]
+    try:
+        return [(p.returncode, err) for p in processes for _, err in [p.communicate(timeout=timeout_s)]]
+    finally:
+        for p in processes:
+            p.kill()
 
 
 def pretrain(run_dir: Path, *overrides: str, ranks: int = 1, device: str = "cpu") -> None:
@@ -70,11 +74,15 @@ def pretrain(run_dir: Path, *overrides: str, ranks: int = 1, device: str = "cpu"
 def kill_at(processes: list[subprocess.Popen[str]], journal: Path, step: int, rank: int, timeout_s: float = 200) -> int:
     """SIGKILL one rank once `step` is logged; the others end by themselves. Returns the last step logged."""
     deadline = time.monotonic() + timeout_s
-    while not (journal.exists() and any(row.step >= step for row in read_journal(journal))):
-        dead = [p for p in processes if p.poll() is not None]
-        assert not dead, f"a rank ended before step {step}: {dead[0].communicate()[1][-3000:]}"
-        assert time.monotonic() < deadline, f"step {step} was not reached in {timeout_s} s"
-        time.sleep(0.005)
-    processes[rank].kill()
-    finish(processes)
+    try:
+        while not (journal.exists() and any(row.step >= step for row in read_journal(journal))):
+            dead = [p for p in processes if p.poll() is not None]
+            assert not dead, f"a rank ended before step {step}: {dead[0].communicate()[1][-3000:]}"
+            assert time.monotonic() < deadline, f"step {step} was not reached in {timeout_s} s"
+            time.sleep(0.005)
+        processes[rank].kill()
+        finish(processes)
+    finally:  # none may live on into the next test
+        for p in processes:
+            p.kill()
     return read_journal(journal)[-1].step

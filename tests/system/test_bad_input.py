@@ -65,16 +65,21 @@ def test_an_empty_corpus_is_one_line(tmp_path: Path) -> None:
     assert str(tmp_path / "texts") in line and "corpus.path" in line
 
 
-def test_a_flipped_byte_in_a_shard_stops_the_run_with_its_name_and_the_checkpoint_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_flipped_byte_in_a_shard_stops_every_rank_with_its_name_and_the_checkpoint_stays(
+    tmp_path: Path, ranks: int
+) -> None:
+    """Only rank 0's lanes meet the bad shards first or alone: the other rank must not wait for it, nor update."""
     data, run = make_data(tmp_path / "data"), tmp_path / "run"
-    pretrain(run, f"data.path={data}", "max_steps=4")
-    for shard in (data / "train").glob("*.tar"):
-        body = bytearray(shard.read_bytes())
-        body[len(body) // 3] ^= 1
-        shard.write_bytes(body)
-    [(code, err)] = finish(start(run, f"data.path={data}", "max_steps=40", "checkpoint.every_steps=100"))
-    last = err.strip().splitlines()[-1]
-    assert code == 2 and last.startswith("error: ") and ".tar" in last, err
+    pretrain(run, f"data.path={data}", "max_steps=4", ranks=ranks)
+    shard = data / "train" / "00000.tar"
+    body = bytearray(shard.read_bytes())
+    body[len(body) // 3] ^= 1
+    shard.write_bytes(body)
+    ended = finish(start(run, f"data.path={data}", "max_steps=400", "checkpoint.every_steps=1000", ranks=ranks))
+    lines = [err.strip().splitlines()[-1] for _, err in ended]
+    assert [code for code, _ in ended] == [2] * ranks and all("Traceback" not in err for _, err in ended), ended
+    assert any("00000.tar" in line for line in lines) and all(line.startswith("error: ") for line in lines), lines
     assert RunFolder(run).latest() == run / "checkpoints" / "step-00000004.gen-0001"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import ROOT
+from tests.ranks import ROOT, free_port
 from tests.system.runs import pretrain
 from trainer.run_folder import RunFolder
 
@@ -95,7 +95,7 @@ def test_a_prompt_that_does_not_fit_or_a_wrong_id_is_refused_in_one_line(run: Pa
     [
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "trainer.pretrain"],
         [
-            *("-m", "deepspeed.launcher.runner", "--num_gpus=2", "--no_local_rank", "--master_port=29631"),
+            *("-m", "deepspeed.launcher.runner", "--num_gpus=2", "--no_local_rank", f"--master_port={free_port()}"),
             *("--module", "trainer.pretrain"),
         ],
         ["-m", "trainer.pretrain"],

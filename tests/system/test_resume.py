@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.runs import kill_at, make_data, pretrain, start
+from tests.system.runs import finish, kill_at, make_data, pretrain, start
 from trainer.journal import read_journal
 from trainer.run_folder import RunFolder
 
@@ -59,3 +59,61 @@ def test_resume_is_exact_after_five_kills_at_random_steps(tmp_path: Path, precis
     check_kills(
         tmp_path, kills, 64, f"precision={precision}", f"parallel.zero_stage={zero}", "checkpoint.every_steps=3"
     )
+
+
+def test_what_resume_asks_for_is_held_and_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
+    common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=3", "checkpoint.every_minutes=1e-6")
+    [(code, err)] = finish(start(tmp_path / "run", *common, "resume=must"))
+    assert code == 2 and "holds no checkpoint" in err
+    pretrain(tmp_path / "run", *common)
+    steps = [p.name for p in RunFolder(tmp_path / "run").published()]
+    assert steps == ["step-00000002.gen-0001", "step-00000003.gen-0001"], (
+        "by the clock each step, of which two are kept"
+    )
+    [(code, err)] = finish(start(tmp_path / "run", *common, "resume=never"))
+    assert code == 2 and "holds step-00000003.gen-0001" in err
+    before = story(tmp_path / "run")
+    pretrain(tmp_path / "run", *common, "resume=must")
+    assert story(tmp_path / "run") == before
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    """A rate that ruins the model late: the lowest validation loss is not the last."""
+    data = make_data(tmp_path / "data")
+    good = (f"data.path={data}", "eval.every=2", "checkpoint.keep=1", "checkpoint.every_steps=2")
+    pretrain(tmp_path / "run", *good, "max_steps=8")
+    pretrain(tmp_path / "run", *good, "max_steps=14", "optim.lr=3.0", "optim.schedule.kind=constant")
+    val = {step: m["val/loss"] for step, m in story(tmp_path / "run") if "val/loss" in m}
+    best = min(val, key=lambda step: val[step])
+    assert best < 14
+    kept = [int(p.name[5:13]) for p in RunFolder(tmp_path / "run").published()]
+    assert kept == [best, 14]
+
+
+@pytest.mark.slow
+def test_another_layout_goes_on_with_the_same_windows_and_the_loss_within_rounding(tmp_path: Path) -> None:
+    common = (f"data.path={make_data(tmp_path / 'data')}", "eval.every=4", "optim.schedule.kind=constant")
+    pretrain(tmp_path / "whole", *common, "max_steps=16")
+    run = tmp_path / "run"
+    pretrain(run, *common, "max_steps=4", ranks=2)
+    pretrain(run, *common, "max_steps=8", "parallel=tp2", ranks=2)
+    pretrain(run, *common, "max_steps=12", "parallel=zero3", "micro_batch_size=1", ranks=2)
+    pretrain(run, *common, "max_steps=16", "parallel.recompute=full")
+    for (step, ours), (_, whole) in zip(story(run), story(tmp_path / "whole"), strict=True):
+        assert ours["data/position"] == whole["data/position"]
+        for key in ("train/loss", "val/loss", "optim/grad_norm"):
+            assert ours.get(key) == pytest.approx(whole.get(key), rel=2e-5), (step, key)
+
+
+@pytest.mark.slow
+def test_a_batch_size_that_changes_goes_on_from_the_same_position(tmp_path: Path) -> None:
+    common = (f"data.path={make_data(tmp_path / 'data')}",)
+    pretrain(tmp_path / "run", *common, "max_steps=3")
+    pretrain(tmp_path / "run", *common, "max_steps=5", "tokens_per_step=1024")
+    assert [m["data/position"] for _, m in story(tmp_path / "run")] == [0, 8, 16, 24, 40]
+    latest = RunFolder(tmp_path / "run").latest()
+    assert latest is not None
+    assert RunFolder.state(latest)["data"]["ledger"] == [
+        {"step": 0, "position": 0, "windows_per_step": 8},
+        {"step": 3, "position": 24, "windows_per_step": 16},
+    ]

@@ -47,9 +47,13 @@ class GPT(nn.Module):
         logits_TBV = self.wte(self._hidden(tokens_BT, None), head=True)
         return token_loss(logits_TBV, labels_BT.t(), self.mesh)
 
-    def logits(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits [B, T, V] of the token after each. With `cache` the tokens continue what it holds, and it grows."""
-        logits_TBV = self.wte(self._hidden(tokens_BT, cache), head=True)
+    def logits(self, tokens_BT: Tensor, cache: KVCache | None = None, *, last: bool = False) -> Tensor:
+        """Logits [B, T, V] of the token after each; `last`: after the last alone, [B, 1, V] (no sequence parallelism).
+
+        With `cache` the tokens continue what it holds, and it grows by them.
+        """
+        x_TBC = self._hidden(tokens_BT, cache)
+        logits_TBV = self.wte(x_TBC[-1:] if last else x_TBC, head=True)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         return gather_vocab(logits_TBV, self.mesh)[..., : self.cfg.vocab_size].transpose(0, 1)
