@@ -66,7 +66,8 @@ TRICKY = [
 
 
 def test_gpt2_ids_equal_tiktokens_on_any_text(gpt2: Tokenizer, slow_gpt2: Tokenizer, peer: tiktoken.Encoding) -> None:
-    assert (gpt2.engine, slow_gpt2.engine) == ("fastokens", "tokenizers")
+    assert gpt2.engine == ("fastokens" if find_spec("fastokens") else "tokenizers")
+    assert slow_gpt2.engine == "tokenizers"
 
     @settings(max_examples=150, deadline=None)
     @given(st.lists(st.text() | st.text("'aelstv \n\t1é"), max_size=4))

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.config import UserError
@@ -34,6 +34,7 @@ def write(path: Path, *rows: Row) -> None:
     writer.close()
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(width=64), min_size=1, max_size=20), st.floats(0, 2e9))
 def test_floats_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, values: list[float], at: float) -> None:
     path = tmp_path_factory.mktemp("journal") / "metrics.jsonl"

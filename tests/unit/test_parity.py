@@ -50,7 +50,7 @@ def assert_close(a: Tensor, b: Tensor, what: str) -> None:
 @pytest.mark.parametrize("norm", Norm, ids=lambda n: n.value)
 @pytest.mark.parametrize("size", SIZES)
 def test_logits_and_every_gradient_equal_hugging_face(size: str, norm: Norm, mesh: Mesh) -> None:
-    torch.seed()  # fresh weights and tokens on every run
+    seed = torch.seed()  # fresh weights and tokens on every run
     cfg = config(size, norm)
     ours, hf = GPT(cfg, mesh).eval(), theirs(cfg).eval()
     state = random_state(cfg)
@@ -64,11 +64,11 @@ def test_logits_and_every_gradient_equal_hugging_face(size: str, norm: Norm, mes
     with torch.no_grad():
         ours_logits = ours.logits(tokens)
     hf_logits = hf(input_ids=tokens).logits
-    assert_close(ours_logits, hf_logits, "logits")
+    assert_close(ours_logits, hf_logits, f"logits, seed={seed}")
 
     loss = ours(tokens, labels)
     hf_loss = F.cross_entropy(hf_logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    assert_close(loss, hf_loss, "loss")
+    assert_close(loss, hf_loss, f"loss, seed={seed}")
     loss.backward()
     hf_loss.backward()
     hf_grads = from_hf({n: p.grad for n, p in hf.named_parameters() if p.grad is not None}, cfg)
@@ -77,7 +77,7 @@ def test_logits_and_every_gradient_equal_hugging_face(size: str, norm: Norm, mes
     grads["wte.weight"] = grads["wte.weight"][: cfg.vocab_size]
     assert grads.keys() == hf_grads.keys()
     for name, grad in grads.items():
-        assert_close(grad, hf_grads[name], f"gradient of {name}")
+        assert_close(grad, hf_grads[name], f"gradient of {name}, seed={seed}")
 
 
 @pytest.mark.parametrize("norm", Norm, ids=lambda n: n.value)

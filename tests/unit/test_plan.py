@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import tracemalloc
 import zlib
 from collections import Counter
 
@@ -127,6 +127,7 @@ def test_every_dp_gives_the_same_global_batches(shards: list[int], lanes: int, d
         assert all(len(r) == 36 // dp and sorted(r) == r.tolist() for r in ranks)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**12), st.integers(1, 6), st.sampled_from([1, 2, 3, 4, 6, 12]))
 def test_a_rank_serves_whole_lanes_and_each_lane_equally(position: int, rounds: int, dp: int) -> None:
     for rank in range(dp):
@@ -188,14 +189,13 @@ def test_an_order_without_windows_or_lanes_is_refused() -> None:
         Order([3], 0, 0)
 
 
-def test_a_hundred_thousand_shards_start_at_once_and_seek_in_milliseconds() -> None:
-    begin = time.perf_counter()
+def test_a_seek_among_a_hundred_thousand_shards_holds_megabytes_not_an_epoch() -> None:
+    tracemalloc.start()
     order = Order(np.full(100_000, 4882), 1024, 1337)
-    order.windows_at(rank_positions(0, 1024, 1024, 7, 1024))
-    started = time.perf_counter()
     order.windows_at(rank_positions(order.windows * 9 // 10 // 1024 * 1024, 1024, 1024, 7, 1024))
-    assert started - begin < 1.0
-    assert time.perf_counter() - started < 0.1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 << 20  # an epoch's order is 488 million windows, 4 GB
 
 
 def test_the_ledger_gives_each_step_its_positions() -> None:

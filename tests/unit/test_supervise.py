@@ -98,7 +98,9 @@ def test_failures_between_new_checkpoints_are_not_counted(tmp_path: Path) -> Non
 def test_no_process_of_a_failed_start_lives_on(tmp_path: Path) -> None:
     """Neither a deaf one in the group nor an orphan in a session of its own, both deaf to SIGTERM."""
     deaf = f"trap '' TERM; echo $BASHPID >> {tmp_path}/pids; while true; do sleep 0.1; done"
-    script = f'({deaf}) & setsid bash -c "{deaf.replace("$", chr(92) + "$")}" & sleep 0.5; exit 1'
+    up = f"for i in {{1..300}}; do [ $(wc -l < {tmp_path}/pids) -ge $want ] && break; sleep 0.1; done"
+    want = f"touch {tmp_path}/pids; want=$(($(wc -l < {tmp_path}/pids) + 2))"
+    script = f'{want}; ({deaf}) & setsid bash -c "{deaf.replace("$", chr(92) + "$")}" & {up}; exit 1'
     done = supervise(tmp_path, "bash", "-c", script, max_restarts=1, grace_s=0.3)
     assert done.returncode == 1
     pids = [int(p) for p in (tmp_path / "pids").read_text().split()]
