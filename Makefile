@@ -7,14 +7,19 @@
 #
 # Each makes its own .venv on first use. With another interpreter: make demo PYTHON=python3.12
 PYTHON ?= python3
-# Free space that the installation asks for, in GB: torch with CUDA takes most of it, without CUDA 3 will do.
+# Free space that the installation asks for, in GB: an estimate for torch with CUDA; without CUDA it takes 2.1, 3 will do.
 DISK_GB ?= 6
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # Its interpreter may be gone, and its scripts carry the path of the folder they were made in.
-SOUND := $(RUN) -c '' 2>/dev/null && grep -qs '$(CURDIR)/$(VENV)/' $(VENV)/bin/pip
+SOUND := $(RUN) -c '' 2>/dev/null && grep -qsF "$$(pwd -P)/$(VENV)/" $(VENV)/bin/pip
+# Who names an interpreter gets its version; who names none keeps the one that is there.
+ifneq ($(origin PYTHON),file)
+VERSION := -c 'import sys; print(sys.version_info[:2])' 2>/dev/null
+SOUND := $(SOUND) && [ "$$($(RUN) $(VERSION))" = "$$($(PYTHON) $(VERSION))" ]
+endif
 
 $(shell $(SOUND) || rm -f $(STAMP))
 
@@ -27,7 +32,7 @@ test: $(STAMP)
 	@$(RUN) -m pytest
 
 test-slow: $(STAMP)
-	@$(RUN) -m pytest -m "slow and not gpu" --timeout 900
+	@$(RUN) -m pytest -m slow --timeout 900
 
 check: $(STAMP)
 	@$(RUN) -m ruff check .
@@ -42,10 +47,19 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(SOUND) || { $(check_machine); rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	@$(SOUND) || { $(check_machine); $(tell_anew); rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	@echo "Installing into $(VENV): some minutes, once"
-	@$(RUN) -m pip install -c constraints.txt -e '.[data,tracking,test,dev]'
+	@$(RUN) -m pip install -c constraints.txt -e '.[data,tracking,test,dev]' || { $(tell_failed); }
 	@touch $@
+
+define tell_anew
+[ ! -e $(VENV) ] || echo "Making $(VENV) anew: it is damaged, of another folder or of another Python"
+endef
+
+define tell_failed
+echo "error: the installation failed, pip says why above; it needs a package index (the network, or PIP_INDEX_URL)" >&2; \
+exit 1
+endef
 
 define check_machine
 fail() { echo "error: $$*" >&2; exit 1; }; \
@@ -56,5 +70,5 @@ $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
   fail "$(PYTHON) has no venv module; install it (on Debian and Ubuntu: python3-venv), or make PYTHON=/path/to/python3"; \
 free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'); \
 [ $$free -ge $(DISK_GB) ] || \
-  fail "$$free GB free in $(CURDIR), the installation asks for $(DISK_GB): make room, or make DISK_GB=3 without CUDA"
+  fail "$$free GB free in $$PWD, the installation asks for $(DISK_GB): make room, or make DISK_GB=3 without CUDA"
 endef

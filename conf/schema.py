@@ -6,6 +6,7 @@ The only Python in conf/. Hydra only composes; what an entry gets is a plain, ch
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -27,6 +28,7 @@ from launch.config import SuperviseConfig
 from trainer.config import GenerateConfig, PretrainConfig
 
 T = TypeVar("T")
+HYDRAS = (HydraException, OmegaConfBaseException, ValueError)  # ValueError: a group set to null
 Entry = tuple[str, Callable[[Any], None]]
 
 CONF = Path(__file__).resolve().parent
@@ -46,7 +48,10 @@ for _name, _schema in ROOTS.items():
 
 
 def run(entries: Mapping[str, Entry] | Entry) -> None:
-    """The body of `if __name__ == "__main__"`: compose, check, call; a user's mistake ends in one line and exit code 2.
+    """The body of `if __name__ == "__main__"`: compose, check, call.
+
+    A user's mistake ends in one line and exit code 2; what the machine refuses (a full disk, a missing file) in one
+    line and exit code 1, for it may pass: `launch.supervise` tries again.
 
     `entries` is (root, function), or one such pair for each command word that stands first on the command line.
     `--help` explains the groups and the values, `--cfg job` prints the config that the run would get.
@@ -55,17 +60,20 @@ def run(entries: Mapping[str, Entry] | Entry) -> None:
     try:
         root, function = _choose(entries, argv)
         if {"--help", "-h"} & set(argv):
-            print(explain(root))
+            _show(explain(root))
         elif "--cfg" in argv:
             at = argv.index("--cfg")
             if argv[at + 1 : at + 2] != ["job"]:
                 raise UserError("--cfg: write --cfg job, which prints the config that the run would get")
-            print(OmegaConf.to_yaml(_compose(root, argv[:at] + argv[at + 2 :])), end="")
+            _show(OmegaConf.to_yaml(_compose(root, argv[:at] + argv[at + 2 :])).rstrip("\n"))
         else:
             function(load(root, argv))
     except UserError as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -139,12 +147,19 @@ def explain(root: str) -> str:
     return "\n".join(lines)
 
 
+def _show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, head for one, has seen enough; what Python flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _choose(entries: Mapping[str, Entry] | Entry, argv: list[str]) -> Entry:
     """The (root, function) that is asked for; takes the command word off `argv`."""
     if isinstance(entries, tuple):
         return entries
     if argv[:1] in (["--help"], ["-h"]):
-        print("\n".join(opening_comment(CONF / f"{root}.yaml") for root, _ in entries.values()))
+        _show("\n".join(opening_comment(CONF / f"{root}.yaml") for root, _ in entries.values()))
         sys.exit(0)
     word = argv.pop(0) if argv else "nothing"
     if word not in entries:
@@ -160,11 +175,11 @@ def _compose(root: str, overrides: Sequence[str]) -> DictConfig:
     with initialize_config_module("conf", version_base="1.3"):
         try:
             return _resolved(root, quoted)
-        except (HydraException, OmegaConfBaseException) as e:
+        except HYDRAS as e:
             for i, text in enumerate(overrides):  # the first without which the rest before it composes
                 try:
                     _resolved(root, quoted[: i + 1])
-                except (HydraException, OmegaConfBaseException) as cause:
+                except HYDRAS as cause:
                     raise UserError(_complaint(root, text, cause)) from None
             raise UserError(_flat(e)) from None
 
@@ -205,7 +220,8 @@ def _complaint(root: str, override: str, error: Exception) -> str:
     if key in groups(root):
         if value in options(key):
             return f"{override}: {_flat(error)}"
-        return f"{override}: give one of {', '.join(options(key))}{_near(value, options(key))}"
+        unset = "" if groups(root)[key] else ", or leave it out"
+        return f"{override}: give one of {', '.join(options(key))}{unset}{_near(value, options(key))}"
     expected = _type_of(ROOTS[root], key)
     if expected is None:
         known = [k for k in _keys(ROOTS[root]) if not key.startswith(f"{k}.")]

@@ -148,9 +148,15 @@ def batch_geometry(*, tokens_per_step: int, n_ctx: int, micro_batch_size: int, l
     if lanes % dp:
         good = [d for d in range(1, lanes + 1) if lanes % d == 0]
         near = sorted(good, key=lambda d: (abs(d - dp), d))[:2]
+        fit = [n for n in range(dp, windows + 1, dp) if windows % n == 0]
+        fit = sorted(sorted(fit, key=lambda n: abs(n - lanes))[:2])
+        new_run = f"data.lanes={' or '.join(map(str, fit))}"
+        if not fit:
+            tokens = _nearest(tokens_per_step, n_ctx * dp)
+            new_run = f"data.lanes={dp} and tokens_per_step={tokens} ({dp} ranks cannot share {windows} windows a step)"
         raise UserError(
             f"dp={dp} does not divide data.lanes={lanes}: run on dp={' or '.join(map(str, sorted(near)))} "
-            f"(dp = ranks / parallel.tp), or start a new run with data.lanes={_nearest(lanes, dp)}"
+            f"(dp = ranks / parallel.tp), or start a new run with {new_run}"
         )
     if micro_batch_size < 1 or (windows // dp) % micro_batch_size:
         raise UserError(

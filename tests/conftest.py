@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu" if not Path("/dev/nvidia0").exists() else "cuda")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # also beside a GPU: tests/gpu start processes of their own there
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"

@@ -111,8 +111,10 @@ MISTAKES: list[tuple[str, str, str]] = [
         "prompt_ids=3",
         "prompt_ids=3: give a list [a, b, ...], each a list [a, b, ...], each an integer or null",
     ),
-    ("pretrain", "optim=gpt4", "optim=gpt4: give one of gpt1, gpt3, small (did you mean gpt3?)"),
+    ("pretrain", "optim=gpt4", "optim=gpt4: give one of gpt1, gpt2, gpt3, small (did you mean gpt3?)"),
     ("pretrain", "data=", "data=: give one of shards"),
+    ("pretrain", "model=null", "model=null: give one of demo, gpt1"),
+    ("pretrain", "experiment=null", "experiment=null: give one of demo, gpt1, or leave it out"),
     ("pretrain", "max_steps", "max_steps: write it as key=value"),
     ("pretrain", "+max_step=3", "+max_step=3: keys are neither added nor removed, give key=value"),
     ("pretrain", "~seed", "~seed: keys are neither added nor removed, give key=value"),
@@ -191,6 +193,23 @@ def test_a_command_prints_help_config_or_one_line(argv: list[str], code: int, ou
         True,
         True,
     ), result
+
+
+def test_what_the_machine_refuses_is_one_line_and_an_exit_code_that_may_be_tried_again(tmp_path: Path) -> None:
+    code = "from conf.schema import run; run(('verify', lambda cfg: open(cfg.path)))"
+    result = python(code, f"path={tmp_path}/absent", cwd=CONF.parent)
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: \[Errno 2\] No such file or directory: '.*absent'\n", result.stderr), result.stderr
+
+
+def test_help_may_be_cut_off_by_its_reader() -> None:
+    read, write = os.pipe()
+    os.close(read)  # a reader that is gone before the first byte
+    code = "from conf.schema import run; run(('pretrain', print))"
+    argv = (sys.executable, "-c", code, "--help")
+    result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, cwd=CONF.parent)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("root", ROOTS)

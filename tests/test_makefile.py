@@ -35,7 +35,8 @@ def python(folder: Path, before: str) -> Path:
 
 
 def make(folder: Path, *args: object) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # this may itself run under make
+    """`make` as from a fresh shell: this may itself run under make."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS")) and k != "PYTHON"}
     return subprocess.run(["make", *map(str, args)], cwd=folder, env=env, capture_output=True, text=True, timeout=60)
 
 
@@ -65,7 +66,7 @@ def venv(checkout: Path, made_in: Path, interpreter: str = sys.executable) -> Pa
     """An installed .venv, as far as the Makefile looks at one; returns its stamp."""
     (checkout / ".venv/bin").mkdir(parents=True)
     (checkout / ".venv/bin/python").symlink_to(interpreter)
-    (checkout / ".venv/bin/pip").write_text(f"#!{made_in}/.venv/bin/python\n")
+    (checkout / ".venv/bin/pip").write_text(f"#!{made_in.resolve()}/.venv/bin/python\n")
     stamp = checkout / ".venv/.installed"
     stamp.touch()
     return stamp
@@ -91,6 +92,36 @@ def test_changed_requirements_are_installed(checkout: Path, change: str) -> None
 def test_a_venv_without_its_interpreter_is_made_anew(checkout: Path) -> None:
     venv(checkout, made_in=checkout, interpreter="/nowhere/python3")
     assert "pip install" in plan(checkout)
+
+
+def test_a_venv_of_another_python_is_made_anew_where_one_is_named(checkout: Path) -> None:
+    other = python(checkout, "import sys; sys.version_info = (3, 99)")
+    venv(checkout, made_in=checkout)
+    named = make(checkout, "-n", "check", f"PYTHON={other}").stdout
+    assert "pip install" in named and "of another Python" in named
+    (checkout / ".venv/.installed").touch()
+    assert "pip install" not in make(checkout, "-n", "check").stdout
+
+
+def test_a_failed_installation_ends_in_one_plain_line(checkout: Path) -> None:
+    venv(checkout, made_in=checkout).unlink()
+    stub = checkout / "no-index"
+    stub.write_text(f'#!/bin/sh\n[ "$2" = pip ] && exit 7\nexec {sys.executable} "$@"\n')
+    stub.chmod(0o755)
+    (checkout / ".venv/bin/python").unlink()
+    (checkout / ".venv/bin/python").symlink_to(stub)
+    result = make(checkout, "check", f"PYTHON={sys.executable}")
+    assert result.returncode != 0 and "error: the installation failed" in result.stderr
+    assert not (checkout / ".venv/.installed").exists()
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "c++ [x]"])
+def test_any_name_of_a_folder_will_do(checkout: Path, name: str) -> None:
+    (checkout / name).mkdir()
+    for path in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(checkout / path, checkout / name)
+    venv(checkout / name, made_in=checkout / name)
+    assert "pip install" not in plan(checkout / name)
 
 
 def test_a_venv_of_another_folder_is_made_anew(checkout: Path) -> None:

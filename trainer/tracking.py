@@ -41,6 +41,7 @@ TAG = "gradus.run"
 PERIOD_S = 1.0  # between two looks at the journal
 CLOSE_S = 10.0  # what close() waits for a server that does not answer; six times that for one that is only slow
 BATCH = 1000  # MLflow's limit of metrics in a request
+PASSWORD = r"[^:/@]*:[^@]*@|.*[?&]password="  # in what follows a database's scheme
 PARAMS, PARAM_CHARS = 100, 6000  # and of params in a request, and of characters in a param
 
 
@@ -57,16 +58,11 @@ def check_tracking(cfg: TrackingConfig) -> None:
     scheme, mark, rest = (cfg.uri or "sqlite:///").partition("://")
     if not mark and scheme != "databricks":
         raise UserError(f"tracking.uri={cfg.uri} has no scheme: give http://HOST:PORT, or sqlite:///FILE")
-    is_server = scheme in ("http", "https")
-    user = "@" in rest.partition("/")[0]
-    password = re.match(r"[^:/@]*:[^@]*@", rest) or re.search(r"[?&]password=", rest, re.IGNORECASE)
-    if user if is_server else password:
-        cure = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        if not is_server:
-            cure = "where the database's own client looks (PostgreSQL: PGPASSWORD or ~/.pgpass)"
-        raise UserError(
-            f"tracking.uri={scheme}://… holds a password, which would be written into the run folder: put it into {cure}"
-        )
+    cure, secret = "where the database's own client looks (PostgreSQL: PGPASSWORD or ~/.pgpass)", PASSWORD
+    if scheme in ("http", "https"):
+        cure, secret = "into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD", r"[^/]*@"
+    if re.match(secret, rest):
+        raise UserError(f"tracking.uri={scheme}://… holds a password, which the run folder would show: put it {cure}")
 
 
 def tracking_uri(cfg: TrackingConfig, root: Path) -> str:

@@ -61,6 +61,7 @@ def test_geometry_is_what_dealing_windows_out_one_by_one_gives() -> None:
     assert outcomes == {True, False}
 
 
+NAN = float("nan")
 GOOD = {"tokens_per_step": 4096, "n_ctx": 128, "micro_batch_size": 4, "lanes": 8, "dp": 2}
 
 
@@ -81,6 +82,16 @@ GOOD = {"tokens_per_step": 4096, "n_ctx": 128, "micro_batch_size": 4, "lanes": 8
         ({"tokens_per_step": 1280}, "= 10 windows a step, not a multiple of data.lanes=8", {"tokens_per_step": 1024}),
         ({"dp": 3}, "dp=3 does not divide data.lanes=8: run on dp=2 or 4", {"dp": 4}),
         ({"dp": 16}, "dp=16 does not divide data.lanes=8", {"lanes": 16, "micro_batch_size": 2}),
+        (
+            {"tokens_per_step": 1024, "dp": 3, "micro_batch_size": 1},
+            "data.lanes=3 and tokens_per_step=768 or 1152 (3 ranks cannot share 8 windows a step)",
+            {"tokens_per_step": 1152, "lanes": 3},
+        ),
+        (
+            {"tokens_per_step": 24 * 128, "dp": 3},
+            "or start a new run with data.lanes=6 or 12",
+            {"lanes": 12},
+        ),
         (
             {"micro_batch_size": 5},
             "micro_batch_size=5 does not divide the 16 windows of a rank",
@@ -155,6 +166,7 @@ def test_an_impossible_layout_is_refused(cfg: PretrainConfig, world_size: int, m
         (lambda: ModelConfig("m", 0, 4, 64, 64, 100), "model.n_layer=0: give at least 1"),
         (lambda: ModelConfig("m", 2, 4, 66, 64, 100), "model.n_embd=66 is not a multiple of model.n_head=4"),
         (lambda: ModelConfig("m", 2, 4, 64, 64, 100, dropout=1.0), "model.dropout=1.0: give 0 <= dropout < 1"),
+        (lambda: ModelConfig("m", 2, 4, 64, 64, 100, init_std=-1.0), "model.init_std=-1.0: give a positive number"),
         (lambda: ScheduleConfig(ScheduleKind.wsd), "cooldown=0 with kind=wsd: a cooldown goes with wsd"),
         (
             lambda: ScheduleConfig(ScheduleKind.cosine, cooldown=5),
@@ -167,6 +179,16 @@ def test_an_impossible_layout_is_refused(cfg: PretrainConfig, world_size: int, m
         ),
         (lambda: OptimConfig("o", 0.0, ScheduleConfig(ScheduleKind.linear)), "lr=0.0 must be positive"),
         (lambda: OptimConfig("o", 1.0, ScheduleConfig(ScheduleKind.linear), beta2=1.0), "beta2=1.0 < 1"),
+        (lambda: OptimConfig("o", NAN, ScheduleConfig(ScheduleKind.linear)), "lr=nan must be positive"),
+        (lambda: OptimConfig("o", 1.0, ScheduleConfig(ScheduleKind.linear), weight_decay=NAN), "weight_decay=nan and"),
+        (
+            lambda: OptimConfig("o", 1.0, ScheduleConfig(ScheduleKind.linear), grad_clip=NAN),
+            "grad_clip=nan not negative",
+        ),
+        (lambda: OptimConfig("o", 1.0, ScheduleConfig(ScheduleKind.linear), eps=NAN), "eps=nan > 0 must hold"),
+        (lambda: EvalConfig(every=-5), "eval.every=-5: give a number of steps"),
+        (lambda: EvalConfig(every=5, windows=0), "eval.windows=0: give at least 1, or null for all"),
+        (lambda: CheckpointConfig(every_steps=1, every_minutes=NAN), "every_minutes=nan must be 0 or more and finite"),
         (lambda: ParallelConfig("p", tp=0), "parallel.tp=0: give at least 1"),
         (lambda: ParallelConfig("p", zero_stage=0), "parallel.zero_stage=0: give 1, 2 or 3"),
         (lambda: ParallelConfig("p", sequence_parallel=True), "there is nothing to split"),
@@ -175,6 +197,7 @@ def test_an_impossible_layout_is_refused(cfg: PretrainConfig, world_size: int, m
         (lambda: GenerateConfig("c", prompt="a", top_p=0.0), "top_p=0.0: give 0 < top_p <= 1, or null"),
         (lambda: GenerateConfig("c", prompt="a", top_k=0), "top_k=0: give at least 1, or null"),
         (lambda: GenerateConfig("c", prompt="a", temperature=-1.0), "temperature=-1.0: give 0 (greedy) or more"),
+        (lambda: GenerateConfig("c", prompt="a", temperature=NAN), "temperature=nan: give 0 (greedy) or more"),
         (lambda: GenerateConfig("c", prompt="a", max_new_tokens=0), "max_new_tokens=0: give at least 1"),
         (lambda: BpeTrainConfig(output="o", vocab_size=256), "vocab_size=256: a byte-level vocabulary has 256 bytes"),
         (

@@ -58,6 +58,9 @@ def test_mlflow_missing_is_refused_with_its_cure(monkeypatch: pytest.MonkeyPatch
         ("127.0.0.1:5000", r"tracking.uri=127.0.0.1:5000 has no scheme: give http://HOST:PORT"),
         ("mlruns", "tracking.uri=mlruns has no scheme"),
         ("https://me:hunter2@host/mlflow", "MLFLOW_TRACKING_PASSWORD"),
+        ("postgresql://me:hunter2@host/mlflow", "PGPASSWORD"),
+        ("mysql+pymysql://me:hunter2/3@host/mlflow", "where the database's own client looks"),
+        ("postgresql://host/mlflow?user=me&password=hunter2", "PGPASSWORD"),
     ],
 )
 def test_address_that_cannot_be_right_is_refused_before_training(uri: str, message: str) -> None:
