@@ -53,7 +53,7 @@ class Speed:
 
 
 def progress_line(step: int, max_steps: int, metrics: Mapping[str, float], eta_s: float | None = None) -> str:
-    """`step 100/1500  loss 3.412  val 3.500  lr 4.0e-03  12.3k tok/s  mfu 41%  eta 3m12s`, less what is unknown."""
+    """`step 100/1500  loss 3.412  lr 4.0e-03  12.3k tok/s  mfu 41%  eta 3m12s`, less what is unknown."""
     forms: dict[str, Callable[[float], str]] = {
         "train/loss": lambda v: f"loss {v:.3f}",
         "optim/lr": lambda v: f"lr {v:.1e}",

@@ -62,7 +62,7 @@ def test_resume_is_exact_after_five_kills_at_random_steps(tmp_path: Path, precis
 
 
 def test_what_resume_asks_for_is_held_and_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
-    common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=3", "checkpoint.every_minutes=1e-6")
+    common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=3", "checkpoint.every_minutes=1e-9")
     [(code, err)] = finish(start(tmp_path / "run", *common, "resume=must"))
     assert code == 2 and "holds no checkpoint" in err
     pretrain(tmp_path / "run", *common)

@@ -35,13 +35,12 @@ def test_speed_counts_the_window_and_not_what_is_no_step() -> None:
 def test_progress_line_reads_as_promised() -> None:
     metrics = {
         "train/loss": 3.41234,
-        "val/loss": 3.5,
         "optim/lr": 4e-3,
         "speed/tokens_per_s": 12_345,
         "speed/mfu": 0.412,
     }
     line = progress_line(100, 1500, metrics, 192.4)
-    assert line == "step 100/1500  loss 3.412  val 3.500  lr 4.0e-03  12.3k tok/s  mfu 41%  eta 3m12s"
+    assert line == "step 100/1500  loss 3.412  lr 4.0e-03  12.3k tok/s  mfu 41%  eta 3m12s"
     assert progress_line(1, 2, {"train/loss": float("nan")}) == "step 1/2  loss nan"
 
 
