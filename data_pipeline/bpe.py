@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,12 +36,16 @@ class Tokenizer:
         try:
             self._body = json.loads(raw)
             added = {t["content"]: t["id"] for t in self._body["added_tokens"]}
+            self._plain = [t for t in self._body["added_tokens"] if not t["special"]]  # a special token is no text
             ids = {**self._body["model"]["vocab"], **added}
+            if not all(type(i) is int and i >= 0 for i in ids.values()):
+                raise ValueError("an id that is no number")
             self.vocab_size: int = max(ids.values()) + 1
+            self.eot_id: int | None = ids.get(EOT)
+            self.unk_id: int | None = ids.get(self._body["model"].get("unk_token"))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise UserError(f"{name}: not a tokenizer.json of Hugging Face's tokenizers ({e!r})") from None
-        self.eot_id: int | None = ids.get(EOT)
-        self.unk_id: int | None = ids.get(self._body["model"].get("unk_token"))
+        self.name = name
 
     @classmethod
     def load(cls, where: str | Path) -> Tokenizer:
@@ -73,7 +78,8 @@ class Tokenizer:
     def byte_level(self) -> bool:
         """Byte-level BPE with GPT-2's pattern: the kind for which fastokens' ids are proved."""
         body = self._body
-        return body["pre_tokenizer"] == BYTE_LEVEL and body["model"]["type"] == "BPE" and not body["normalizer"]
+        plain_bpe = body["model"].get("type") == "BPE" and not body.get("normalizer")
+        return plain_bpe and body.get("pre_tokenizer") == BYTE_LEVEL
 
     @cached_property
     def engine(self) -> str:
@@ -85,11 +91,10 @@ class Tokenizer:
 
     @cached_property
     def _encode(self) -> Callable[[list[str]], list[np.ndarray]]:
-        added = [t for t in self._body["added_tokens"] if not t["special"]]  # a special token is no text
         clean = json.dumps(
-            {**self._body, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
+            {**self._body, "added_tokens": self._plain, "post_processor": None, "truncation": None, "padding": None}
         )
-        encode = _fastokens(clean) if self.engine == "fastokens" else _tokenizers(clean)
+        encode = self._opened(_fastokens if self.engine == "fastokens" else _tokenizers, clean)
         if self.eot_id is not None and self.eot_id in encode([EOT])[0]:
             raise UserError(
                 f"this vocabulary makes {EOT} from plain text: its merges or pattern are not those of a GPT"
@@ -101,11 +106,17 @@ class Tokenizer:
         if self.engine == "fastokens":
             import fastokens
 
-            return fastokens.Tokenizer.from_json_str(self.raw.decode()).decode
+            return self._opened(fastokens.Tokenizer.from_json_str, self.raw.decode()).decode
         import tokenizers
 
-        decoder = tokenizers.Tokenizer.from_buffer(self.raw)
+        decoder = self._opened(tokenizers.Tokenizer.from_str, self.raw.decode())
         return lambda ids: decoder.decode(ids, skip_special_tokens=False)
+
+    def _opened(self, library: Callable[[str], Any], tokenizer_json: str) -> Any:
+        try:
+            return library(tokenizer_json)
+        except Exception as e:  # the libraries raise plain ones
+            raise UserError(f"{self.name}: {self.engine} cannot use this vocabulary ({e}): make it anew") from None
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -189,10 +200,15 @@ def train(cfg: BpeTrainConfig) -> None:
     report = Report()
     tokenizer = train_bpe((d.text for d in documents(cfg.corpus, report)), cfg.vocab_size)
     path = Path(cfg.output) / TOKENIZER
-    if path.exists() and path.read_bytes() != tokenizer.raw:
-        raise UserError(f"{path} holds another vocabulary, which shards may have been made with: give another output=")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(path.parent)
+    try:
+        if path.exists() and path.read_bytes() != tokenizer.raw:
+            raise UserError(
+                f"{path} holds another vocabulary, which shards may have been made with: give another output="
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path.parent)
+    except OSError as e:
+        raise UserError(f"output={cfg.output}: {e.strerror}: give a folder that can be written") from None
     report.print()
     print(f"{path}: {tokenizer.vocab_size:,} tokens, sha256 {tokenizer.sha256}")
 

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,10 @@ from data_pipeline.config import UserError
 FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+REPORT = "report.json"  # beside the sources: what was kept of the corpus and what was dropped
+SPLITS = ("train", "val")
+_MEMBER = re.compile(r"\d+\.npy")
+_MOST = 1 << 48  # bytes or tokens of a shard: 256 TB, and a line of many such still adds up in 64 bits
 _ANEW = "write the shards anew"
 
 
@@ -113,13 +118,18 @@ def read_manifest(root: Path | str) -> Manifest:
         raise UserError(f"{path}: damaged manifest ({e}): {_ANEW}") from None
     if manifest.dtype not in ("uint16", "uint32"):
         raise UserError(f"{path}: damaged manifest (dtype={manifest.dtype!r}, not uint16 or uint32): {_ANEW}")
+    size, eot = manifest.vocab_size, manifest.eot_id
+    known = type(size) is int and 0 < size <= 1 << 32
+    if not known or (eot is not None and not (type(eot) is int and 0 <= eot < size)):
+        raise UserError(f"{path}: damaged manifest (vocab_size={size!r}, eot_id={eot!r}): {_ANEW}")
     for shard in shards:
         numbers = (shard.bytes, shard.documents, shard.tokens)
         if not isinstance(shard.name, str) or Path(shard.name).name != shard.name:  # a path could point anywhere
             raise UserError(f"{path}: damaged manifest (shard name {shard.name!r} is not a file name): {_ANEW}")
-        if any(type(n) is not int or n < 0 for n in numbers):
+        if not isinstance(shard.sha256, str) or any(type(n) is not int or not 0 <= n < _MOST for n in numbers):
             raise UserError(
-                f"{path}: damaged manifest (shard {shard.name}: bytes, documents, tokens = {numbers}): {_ANEW}"
+                f"{path}: damaged manifest (shard {shard.name}: bytes, documents, tokens = {numbers}, "
+                f"sha256 {shard.sha256!r}): {_ANEW}"
             )
     return manifest
 
@@ -141,8 +151,11 @@ def read_index(path: Path) -> ShardIndex:
     body = read_json(path, _ANEW)
     try:
         blocks = tuple(Block(**b) for b in body["blocks"])
+        for block in blocks:
+            if not _MEMBER.fullmatch(block.member) or type(block.crc32) is not int:
+                raise ValueError(f"block {block.member!r} with crc32 {block.crc32!r}")
         return ShardIndex(blocks, tuple(body["document_ids"]), tuple(body["document_tokens"]))
-    except (TypeError, KeyError) as e:
+    except (TypeError, KeyError, ValueError) as e:
         raise UserError(f"{path}: damaged index ({e}): {_ANEW}") from None
 
 

@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.bpe import Tokenizer
+from data_pipeline.bpe import EOT, Tokenizer
 from data_pipeline.config import ShardsConfig, UserError, VerifyConfig
 from data_pipeline.manifest import (
     FORMAT,
+    REPORT,
+    SPLITS,
     Block,
     Manifest,
     ShardIndex,
@@ -34,12 +36,12 @@ from data_pipeline.manifest import (
     write_index,
     write_manifest,
 )
+from data_pipeline.prepare import encode, read
 from data_pipeline.prepare.encode import Encoded, Job, encode_all, tasks
-from data_pipeline.prepare.progress import SPLITS, Finished, Progress, claimed
+from data_pipeline.prepare.progress import Finished, Progress, claimed
 from data_pipeline.prepare.read import Input, empty, inputs, records
 from data_pipeline.prepare.report import Dropped, Report
 
-REPORT = "report.json"
 WORTH_A_WORKER = 16 << 20  # bytes of input; below it, starting a process costs more than it saves
 
 
@@ -113,6 +115,10 @@ def write(cfg: ShardsConfig) -> None:
                 print(
                     "fastokens is not installed: the same ids, 30 times slower (pip install fastokens)", file=sys.stderr
                 )
+            if tokenizer.eot_id is None:
+                print(
+                    f"tokenizer={cfg.tokenizer} has no {EOT}: documents are packed without a separator", file=sys.stderr
+                )
             report = _write_shards(cfg, tokenizer, files, progress)
             _finish(cfg, tokenizer, progress, report)
     except OSError as e:
@@ -137,6 +143,7 @@ def _plan(cfg: ShardsConfig, tokenizer: Tokenizer, files: list[Input]) -> dict[s
         "val_fraction": cfg.val_fraction,
         "shard_tokens": cfg.shard_tokens,
         "block_tokens": cfg.block_tokens,
+        "task, block, line, file bytes of this version": [encode.TASK, read.BLOCK, read.MAX_LINE, read.MAX_FILE],
     }
 
 
@@ -217,10 +224,10 @@ def _finish(cfg: ShardsConfig, tokenizer: Tokenizer, progress: Progress, report:
     progress.done = True
     progress.save()
     print(f"{progress.folder}: {_totals(progress)}")
-    if cfg.val_fraction and not progress.shards["val"]:
+    if not progress.shards["val"]:
         print(
             f"val_fraction={cfg.val_fraction}: none of the {report.kept} documents fell into validation, there is no "
-            f"{progress.folder / 'val'}: give a larger val_fraction and another output=",
+            f"{progress.folder / 'val'}, which trainer.pretrain needs: give a larger val_fraction and another output=",
             file=sys.stderr,
         )
 

@@ -16,9 +16,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.bpe import Tokenizer
 from data_pipeline.config import UserError
 from data_pipeline.manifest import (
     MANIFEST,
+    REPORT,
+    SPLITS,
     TOKENIZER,
     Block,
     Manifest,
@@ -28,6 +31,7 @@ from data_pipeline.manifest import (
     index_name,
     index_path,
     read_index,
+    read_json,
     read_manifest,
 )
 
@@ -40,11 +44,15 @@ def verify(root: Path) -> None:
     Raises:
         UserError: there is a defect, or no source.
     """
-    sources = [root] if (root / MANIFEST).exists() else sorted(p.parent for p in root.glob(f"*/{MANIFEST}"))
+    below = {p.parent for p in root.glob("*/*") if p.name == MANIFEST or p.suffix == ".tar"}
+    folders = [root] if (root / MANIFEST).exists() else sorted(below)
+    sources = [folder for folder in folders if (folder / MANIFEST).exists()]
     if not sources:
         raise UserError(f"path={root}: no {MANIFEST} there or one folder below: give what `shards write` made")
     manifests = [read_manifest(source) for source in sources]
-    defects = [line for manifest in manifests for line in _source(manifest)]
+    defects = [f"{folder}: shards, but no {MANIFEST}" for folder in folders if folder not in sources]
+    defects += [line for manifest in manifests for line in _source(manifest)]
+    defects += _report(root / REPORT, manifests)
     for line in defects:
         print(line)
     if defects:
@@ -54,18 +62,45 @@ def verify(root: Path) -> None:
     print(f"{root}: ok, {len(sources)} sources, {shards} shards, {documents:,} documents, {tokens:,} tokens")
 
 
+def _report(path: Path, manifests: list[Manifest]) -> Iterator[str]:
+    """Where the writer's report lies beside the sources: what its counts of a split and the sources differ in."""
+    if not path.is_file():
+        return
+    report = read_json(path, "write the shards anew")
+    found = {m.root.name: {"documents": m.documents, "tokens": m.tokens} for m in manifests}
+    for split in SPLITS:
+        promised, counts = report.get(split), found.get(split, {"documents": 0, "tokens": 0})
+        if not isinstance(promised, dict) or not counts.items() <= promised.items():
+            yield f"{path}: {split} {promised}, the shards hold {counts}"
+
+
 def _source(manifest: Manifest) -> Iterator[str]:
     """Every defect of one source, as lines `file[, member]: what`."""
-    tokenizer = manifest.root / TOKENIZER
-    found = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else "none"
-    if found != manifest.tokenizer_sha256:
-        yield f"{tokenizer}: sha256 {found}, the manifest says {manifest.tokenizer_sha256}"
+    yield from _tokenizer(manifest, manifest.root / TOKENIZER)
     expected = {name for shard in manifest.shards for name in (shard.name, index_name(shard.name))}
     for path in sorted(manifest.root.iterdir()):
         if OURS.fullmatch(path.name) and path.name not in expected:
             yield f"{path}: not in the manifest"
     for shard in manifest.shards:
         yield from _shard(manifest, shard)
+
+
+def _tokenizer(manifest: Manifest, path: Path) -> Iterator[str]:
+    raw = path.read_bytes() if path.is_file() else None
+    found = "none" if raw is None else hashlib.sha256(raw).hexdigest()
+    if raw is None or found != manifest.tokenizer_sha256:
+        yield f"{path}: sha256 {found}, the manifest says {manifest.tokenizer_sha256}"
+        return
+    try:
+        tokenizer = Tokenizer(raw, str(path))
+    except UserError as e:
+        yield str(e)
+        return
+    if (tokenizer.vocab_size, tokenizer.eot_id) != (manifest.vocab_size, manifest.eot_id):
+        yield (
+            f"{path}: {tokenizer.vocab_size} ids, end-of-text {tokenizer.eot_id}; "
+            f"the manifest says {manifest.vocab_size} and {manifest.eot_id}"
+        )
 
 
 def _shard(manifest: Manifest, shard: ShardInfo) -> Iterator[str]:
@@ -92,10 +127,10 @@ def _shard(manifest: Manifest, shard: ShardInfo) -> Iterator[str]:
             f"{index_path(manifest, shard)}: {counts[0]} documents with {counts[1]} lengths and {counts[2]} tokens in "
             f"blocks of {blocks}, the manifest says {shard.documents} documents and {shard.tokens} tokens"
         )
-    yield from _members(manifest, path, index)
+    yield from _members(manifest, path, shard, index)
 
 
-def _members(manifest: Manifest, path: Path, index: ShardIndex) -> Iterator[str]:
+def _members(manifest: Manifest, path: Path, shard: ShardInfo, index: ShardIndex) -> Iterator[str]:
     """Walk the tar beside the index, block by block."""
     blocks = {b.member.removesuffix(".npy"): b for b in index.blocks}
     unseen = {f"{key}.{part}" for key in blocks for part in ("npy", "json")}
@@ -106,6 +141,9 @@ def _members(manifest: Manifest, path: Path, index: ShardIndex) -> Iterator[str]
             for member in tar:
                 if member.name not in unseen or member.type != tarfile.REGTYPE:
                     yield f"{path}, {member.name}: not in the index, or twice in the shard"
+                    continue
+                if member.issparse() or member.size > shard.bytes:  # a hole of any size would be filled with zeros
+                    yield f"{path}, {member.name}: claims {member.size} bytes in a shard of {shard.bytes}"
                     continue
                 data = tar.extractfile(member).read()  # type: ignore[union-attr]
                 unseen.remove(member.name)
@@ -146,7 +184,8 @@ def _block(
     if ids.size and ids.max() >= manifest.vocab_size:
         yield f"token {ids.max()} in a vocabulary of {manifest.vocab_size}"
     lengths = [n for _, n in found]
-    if any(type(n) is not int or n < 0 for n in lengths) or sum(lengths) != len(ids):
+    least = 0 if manifest.eot_id is None else 1
+    if any(type(n) is not int or n < least for n in lengths) or sum(lengths) != len(ids):
         yield f"its documents' lengths {lengths[:5]} do not add up to its {len(ids)} tokens"
     elif manifest.eot_id is not None:
         ends = [end - 1 for end in accumulate(lengths)]

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import UserError
-from data_pipeline.manifest import ShardInfo, publish_json, read_json
+from data_pipeline.manifest import SPLITS, ShardInfo, publish_json, read_json
 from data_pipeline.prepare.encode import Place
 
 PROGRESS = "progress.json"
-SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -51,21 +50,26 @@ class Progress:
             progress = cls(folder, plan, {split: [] for split in SPLITS})
             progress.save()
             return progress
-        body = read_json(folder / PROGRESS, "delete the folder and write the shards anew")
-        if not any(body["shards"].values()):  # begun, but nothing is lost by another plan
-            body["plan"] = plan
-        for key in sorted(plan | body["plan"]):
-            old, new = body["plan"].get(key), plan.get(key)
+        cure = "delete the folder and write the shards anew"
+        body = read_json(folder / PROGRESS, cure)
+        try:
+            shards = {
+                split: [Finished(ShardInfo(**f["info"]), tuple(f["end"]), f["unknown"]) for f in body["shards"][split]]
+                for split in SPLITS
+            }
+            begun, done = {**body["plan"]}, body["done"]
+        except (KeyError, TypeError) as e:
+            raise UserError(f"{folder / PROGRESS}: damaged ({e!r}): {cure}") from None
+        if not any(shards.values()):  # begun, but nothing is lost by another plan
+            begun = plan
+        for key in sorted(plan | begun):
+            old, new = begun.get(key), plan.get(key)
             if old != new:
                 raise UserError(
                     f"output={folder} was begun with {key}={old}, now {key}={new}: "
                     f"give another output=, or delete that folder"
                 )
-        shards = {
-            split: [Finished(ShardInfo(**f["info"]), tuple(f["end"]), f["unknown"]) for f in found]
-            for split, found in body["shards"].items()
-        }
-        progress = cls(folder, plan, shards, body["done"])
+        progress = cls(folder, plan, shards, done)
         progress._check()
         return progress
 

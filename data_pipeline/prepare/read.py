@@ -109,15 +109,39 @@ def inputs(corpus: CorpusConfig) -> list[Input]:
 def _find(where: str) -> tuple[Path, list[Path]]:
     path = Path(where)
     if path.is_dir():
-        walk = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
-        visible = (p for p in walk if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        return path, [p for p in visible if p.is_file()]
+        return path, [p for p in _walk(path) if p.is_file()]
     if path.is_file():
         return path.parent, [path]
     if not glob.has_magic(where):
         raise UserError(f"corpus.path={where}: no such file or folder")
     fixed = next(p for p in path.parents if not glob.has_magic(str(p)))
-    return fixed, [p for p in fixed.glob(str(path.relative_to(fixed))) if p.is_file()]
+    found = fixed.glob(str(path.relative_to(fixed)))
+    return fixed, [p for p in found if p.is_file() and not any(_hidden(part) for part in p.relative_to(fixed).parts)]
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    """What is in a folder and below, links to folders followed; each folder is entered once, whatever leads there.
+
+    Raises:
+        UserError: a folder that cannot be read.
+    """
+
+    def refuse(e: OSError) -> None:
+        raise UserError(f"corpus.path={top}: {e.filename}: {e.strerror}: make it readable, or name another path")
+
+    seen = set()
+    for folder, below, names in os.walk(top, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = sorted(name for name in below if not _hidden(name))
+        yield from (Path(folder) / name for name in names if not _hidden(name))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def records(corpus: CorpusConfig, files: list[Input]) -> Iterator[Record | Dropped]:

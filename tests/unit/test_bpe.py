@@ -145,6 +145,17 @@ def test_bad_vocabularies_texts_and_ids_are_one_line_errors(gpt2: Tokenizer, fol
     for junk in (b"", b"[1]", b"{}", b'{"added_tokens": [], "model": {"vocab": {}}}', b"[" * 100_000, b"\xff"):
         with pytest.raises(UserError, match=r"x.json: not a tokenizer.json"):
             Tokenizer(junk, "x.json")
+    good = json.loads(train_bpe(["ab ab ab"], 258).raw)
+    unspecial = good | {"added_tokens": [{"id": 257, "content": EOT}]}
+    with pytest.raises(UserError, match=r"x.json: not a tokenizer.json .*special"):
+        Tokenizer(json.dumps(unspecial).encode(), "x.json")
+    for engine in ("fastokens", "tokenizers") if find_spec("fastokens") else ("tokenizers",):
+        bad = good | {"model": good["model"] | {"merges": [["nothing", "there"]]}}
+        tokenizer = Tokenizer(json.dumps(bad).encode(), "x.json")
+        tokenizer.__dict__["engine"] = engine
+        for use in (lambda t=tokenizer: t.encode("a"), lambda t=tokenizer: t.decode([1])):
+            with pytest.raises(UserError, match=f"x.json: {engine} cannot use this vocabulary"):
+                use()
     with pytest.raises(UserError, match=r"ids=\[50257, -1\]: this vocabulary has the ids 0 to 50256"):
         gpt2.decode([1, 50257, -1])
     with pytest.raises(UserError, match=r"not Unicode .* at character 1"):
@@ -238,6 +249,21 @@ def test_gpt1_equals_hugging_faces_tokenizer_and_has_no_separator(shared_data: P
     assert ours.unk_id not in ours.encode("<unk>")
 
 
+def test_gpt1_from_two_small_files_equals_hugging_faces_tokenizer(tmp_path: Path) -> None:
+    from transformers import OpenAIGPTTokenizer
+
+    merges = [("l", "o"), ("lo", "w</w>"), ("e", "r</w>"), ("lo", "w"), ("low", "er</w>")]
+    letters = [c + end for c in "abcdefghijklmnopqrstuvwxyz,.!" for end in ("", "</w>")]
+    words = ["<unk>", *letters, *("".join(m) for m in merges)]
+    (tmp_path / "encoder_bpe_40000.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (tmp_path / "vocab_40000.bpe").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+    ours, peer = Tokenizer.load(tmp_path), OpenAIGPTTokenizer({w: i for i, w in enumerate(words)}, merges)
+    assert (ours.vocab_size, ours.eot_id, ours.unk_id, ours.engine) == (len(words), None, 0, "tokenizers")
+    for text in ["Low, lower LOWEST!", "slow\n\nfellow.", "caf\u00e9 \u65e5 7"]:
+        assert ours.encode(text) == peer.encode(text, add_special_tokens=False)
+    assert ours.encode("lower") == [words.index("lower</w>")] and ours.decode(ours.encode("Low lower")) == "low lower"
+
+
 def test_gpt2_test_vectors(shared_data: Path, gpt2: Tokenizer, slow_gpt2: Tokenizer) -> None:
     cases = [json.loads(line) for line in (shared_data / "tokenizers/gpt2/vectors.jsonl").read_text().splitlines()]
     assert len(cases) == 128
@@ -256,6 +282,8 @@ def test_train_encode_decode_as_commands(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(UserError, match=r"holds another vocabulary.*give another output="):
         bpe.train(BpeTrainConfig(corpus, 301, str(tmp_path / "out")))
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == first
+    with pytest.raises(UserError, match=r"output=.*a.txt: Not a directory: give a folder|output=.*a.txt: File exists"):
+        bpe.train(BpeTrainConfig(corpus, 300, str(tmp_path / "in" / "a.txt")))
     capsys.readouterr()
     bpe.encode(BpeCodeConfig(str(tmp_path / "out"), text="the fox"))
     line = capsys.readouterr().out

@@ -65,6 +65,13 @@ def test_windows_share_one_token_and_a_short_tail_is_unused() -> None:
         ({"shards": [{"name": "x.tar", "bytes": -1, "sha256": "", "documents": 1, "tokens": 1}]}, r"\(-1, 1, 1\)"),
         ({"shards": [{"name": "x.tar"}]}, "damaged manifest"),
         ({"surprise": 1}, "damaged manifest"),
+        ({"vocab_size": "50257"}, "vocab_size='50257', eot_id=299"),
+        ({"eot_id": 300}, "vocab_size=300, eot_id=300"),
+        (
+            {"shards": [{"name": "x.tar", "bytes": 1, "sha256": "", "documents": 1, "tokens": 10**30}]},
+            "tokens = .*10{30}",
+        ),
+        ({"shards": [{"name": "x.tar", "bytes": 1, "sha256": 5, "documents": 1, "tokens": 1}]}, "sha256 5"),
     ],
 )
 def test_a_damaged_manifest_is_one_line_that_names_it(tmp_path: Path, change: dict, message: str) -> None:
@@ -73,6 +80,15 @@ def test_a_damaged_manifest_is_one_line_that_names_it(tmp_path: Path, change: di
     publish_json(tmp_path / MANIFEST, body | change)
     with pytest.raises(UserError, match=f"manifest.json: .*{message}.*write the shards anew"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"member": 3}, {"member": "x.y.npy"}, {"member": "../0.npy"}, {"crc32": None}])
+def test_a_damaged_index_is_one_line_that_names_it(tmp_path: Path, change: dict) -> None:
+    block = {"member": "000000.npy", "tokens": 1, "crc32": 1}
+    path = tmp_path / "00000.idx.json"
+    publish_json(path, {"blocks": [block | change], "document_ids": ["a"], "document_tokens": [1]})
+    with pytest.raises(UserError, match=r"00000.idx.json: damaged index .*write the shards anew"):
+        read_index(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"format": 1', "\xff"])

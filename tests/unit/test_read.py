@@ -73,6 +73,41 @@ def test_a_glob_and_a_single_file_name_documents_relative_to_their_folder(tmp_pa
     assert [d.id for d in read_all(corpus(tmp_path / "x" / "b.md"))[0]] == ["b.md"]
 
 
+def test_hidden_files_are_left_alone_in_a_glob_as_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    for name in ("a.txt", ".b.txt", ".git/c.txt"):
+        (tmp_path / name).write_text(name)
+    for where in (tmp_path, tmp_path / "*.txt", tmp_path / "**" / "*.txt"):
+        assert [d.id for d in read_all(corpus(where))[0]] == ["a.txt"]
+
+
+def test_links_to_folders_are_followed_and_no_folder_is_read_twice(tmp_path: Path) -> None:
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "in" / "b" / "1.txt").write_text("one")
+    (tmp_path / "out" / "2.txt").write_text("two")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "out")
+    (tmp_path / "in" / "b" / "loop").symlink_to(tmp_path / "in")
+    assert [(d.id, d.text) for d in read_all(corpus(tmp_path / "in"))[0]] == [
+        ("again/2.txt", "two"),
+        ("b/1.txt", "one"),
+    ]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(20):  # a path that is longer than the system takes: refused even to root, unlike a mode of 0
+        os.mkdir("x" * 250, dir_fd=here)
+        below = os.open("x" * 250, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    with pytest.raises(UserError, match=r"corpus.path=.*x{250}: File name too long: make it readable"):
+        read_all(corpus(tmp_path))
+
+
 def test_a_name_that_is_not_unicode_becomes_one(tmp_path: Path) -> None:
     Path(os.fsdecode(bytes(tmp_path) + b"/\xff.txt")).write_text("text")
     assert [d.id for d in read_all(corpus(tmp_path))[0]] == ["\\xff.txt"]
@@ -197,3 +232,10 @@ def test_pydocs_runs_nothing_it_reads(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(pydocs, "root", lambda: tmp_path)
     found, _ = read_all(CorpusConfig(name="pydocs", format=CorpusFormat.pydocs))
     assert [(d.id, d.text) for d in found] == [("evil.py", "Prose.")]
+
+
+@pytest.mark.slow
+def test_pydocs_is_a_corpus_worth_training_on() -> None:
+    found, _ = read_all(CorpusConfig(name="pydocs", format=CorpusFormat.pydocs))
+    assert len(found) >= 600
+    assert 1_500_000 < sum(len(d.text.encode()) for d in found) < 4_000_000
