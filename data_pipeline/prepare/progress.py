@@ -45,6 +45,8 @@ class Progress:
             UserError: the folder holds other work, or a finished shard of it is gone.
         """
         if not (folder / PROGRESS).exists():
+            for left in folder.glob(f".{PROGRESS}.*.tmp"):  # of a write that was killed as it began
+                left.unlink()
             if any(folder.iterdir()):
                 raise UserError(f"output={folder}: not empty, and not begun by this command: give a new folder")
             progress = cls(folder, plan, {split: [] for split in SPLITS})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -20,11 +21,12 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from data_pipeline import shards
+from data_pipeline import manifest, shards
 from data_pipeline.bpe import Tokenizer, train_bpe
 from data_pipeline.config import CorpusConfig, CorpusFormat, ShardsConfig, UserError, VerifyConfig
 from data_pipeline.manifest import index_path, read_index, read_manifest, write_index
 from data_pipeline.prepare import encode, progress, read
+from data_pipeline.stream import ShardStream, read_shard
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven other animals watch from their den"
 
@@ -72,12 +74,12 @@ def tree(root: Path) -> dict[str, str]:
 def test_every_document_is_there_once_with_its_tokens_and_where_it_came_from(home: Path, written: Path) -> None:
     tokenizer, texts, seen = Tokenizer.load(home), texts_of(home), {}
     for split in ("train", "val"):
-        manifest = read_manifest(written / split)
-        assert Tokenizer.load(manifest.root).sha256 == manifest.tokenizer_sha256
-        for shard in manifest.shards:
-            index = read_index(index_path(manifest, shard))
+        source = read_manifest(written / split)
+        assert Tokenizer.load(source.root).sha256 == source.tokenizer_sha256
+        for shard in source.shards:
+            index = read_index(index_path(source, shard))
             in_shard = []
-            samples = wds.WebDataset(str(manifest.root / shard.name), shardshuffle=False)
+            samples = wds.WebDataset(str(source.root / shard.name), shardshuffle=False)
             for sample, block in zip(samples, index.blocks, strict=True):
                 ids = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
                 assert ids.dtype == np.uint16 and len(ids) == block.tokens
@@ -91,7 +93,7 @@ def test_every_document_is_there_once_with_its_tokens_and_where_it_came_from(hom
                     in_shard.append((d["id"], d["tokens"]))
             assert in_shard == list(zip(index.document_ids, index.document_tokens, strict=True))
             assert (len(in_shard), sum(n for _, n in in_shard)) == (shard.documents, shard.tokens)
-            assert shard.tokens >= 2500 or shard is manifest.shards[-1]
+            assert shard.tokens >= 2500 or shard is source.shards[-1]
     assert set(seen) == set(texts)
     for name, split in seen.items():
         in_val = int(hashlib.sha256(texts[name].encode()).hexdigest()[:16], 16) / 16**16 < 0.1
@@ -117,42 +119,60 @@ def test_any_number_of_workers_writes_the_same_bytes(
         assert tree(tmp_path / "one" / split) == tree(written / split)
 
 
-def test_the_split_does_not_depend_on_order_or_company(home: Path) -> None:
+def test_a_larger_val_fraction_takes_what_a_smaller_one_took_and_none_takes_nothing(home: Path) -> None:
     texts = list(texts_of(home).values())
-    assert {t: encode.split_of(t, 0.1) for t in texts} == {t: encode.split_of(t, 0.1) for t in reversed(texts)}
     assert {encode.split_of(t, 0.0) for t in texts} == {"train"}
     small = {t for t in texts if encode.split_of(t, 0.1) == "val"}
     assert small < {t for t in texts if encode.split_of(t, 0.3) == "val"}
 
 
-def test_a_write_that_stops_anywhere_goes_on_and_ends_with_the_same_bytes(
-    home: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_write_that_stops_before_any_publication_goes_on_and_ends_with_the_same_bytes(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stops before each publication in turn, as a kill would; finished shards are not touched again."""
-    rename, expected = shards.rename, tree(written)
-    calls = 0
+    """Every rename in turn is the one that a kill forestalls; shards that were finished are not touched again."""
+    sizes = {"shard_tokens": 6000, "val_fraction": 0.2}
+    shards.write(config(home, tmp_path / "whole", **sizes))
+    expected, rename, left = tree(tmp_path / "whole"), manifest.rename, -1
 
     def stop(aside: Path, path: Path) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
+        nonlocal left
+        if left == 0:
             raise KeyboardInterrupt
+        left -= 1
         rename(aside, path)
 
-    monkeypatch.setattr(shards, "rename", stop)
-    stops, finished = 0, {}
-    while True:
-        calls = 0
+    for module in (shards, manifest):
+        monkeypatch.setattr(module, "rename", stop)
+    for published in itertools.count():
+        out, left = tmp_path / str(published), published
         try:
-            shards.write(config(home, tmp_path / "out"))
+            shards.write(config(home, out, **sizes))
             break
         except KeyboardInterrupt:
-            stops += 1
-        now = {p: p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*.tar"))}
-        assert finished.items() <= now.items()
-        finished = now
-    assert stops >= 3
-    assert tree(tmp_path / "out") == expected
+            left = -1
+        known = json.loads((out / "progress.json").read_text())["shards"] if published else {}
+        finished = {
+            p: p.stat().st_mtime_ns for s, found in known.items() for p in (out / s / f["info"]["name"] for f in found)
+        }
+        shards.write(config(home, out, **sizes))
+        assert tree(out) == expected
+        assert finished == {p: p.stat().st_mtime_ns for p in finished}
+    assert published >= 3 * sum(name.endswith(".tar") for name in expected) + 6  # and manifests, report, progress
+
+
+def test_what_write_wrote_is_read_back_as_the_texts_tokens_with_the_separator_between(
+    home: Path, written: Path
+) -> None:
+    tokenizer, texts = Tokenizer.load(home), texts_of(home)
+    order: dict[str, list[int | None]] = {"train": [], "val": []}
+    for text in texts.values():
+        order[encode.split_of(text, 0.1)] += [*tokenizer.encode(text), tokenizer.eot_id]
+    for split, expected in order.items():
+        source = read_manifest(written / split)
+        read_back = np.concatenate([read_shard(source, shard) for shard in source.shards])
+        assert read_back.tolist() == expected
+        windows = ShardStream(source, n_ctx=16).windows(np.array([0]), np.array([3]))
+        assert windows.tolist() == [expected[48:65]]
 
 
 @pytest.mark.slow
@@ -194,7 +214,11 @@ def group_lives(group: int) -> bool:
 
 
 def test_a_second_write_finds_all_done_and_other_work_is_refused(
-    home: Path, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: Path,
+    written: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = tree(written)
     shards.write(config(home, written))
@@ -214,6 +238,15 @@ def test_a_second_write_finds_all_done_and_other_work_is_refused(
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"taken: not empty, and not begun by this command"):
         shards.write(config(home, tmp_path / "taken"))
+    shutil.copytree(written, tmp_path / "torn")
+    for body in ("{}", json.dumps({"plan": 3, "shards": {"train": [], "val": []}, "done": False})):
+        (tmp_path / "torn" / "progress.json").write_text(body)
+        with pytest.raises(UserError, match=r"progress.json: damaged .*: delete the folder and write the shards anew"):
+            shards.write(config(home, tmp_path / "torn"))
+    with monkeypatch.context() as other_version:
+        other_version.setattr(encode, "TASK", encode.TASK + 1)
+        with pytest.raises(UserError, match=r"begun with task, block, line, file bytes of this version=\[1048576, "):
+            shards.write(config(home, written))
     with progress.claimed(tmp_path / "busy"), pytest.raises(UserError, match="another write is at work there"):
         shards.write(config(home, tmp_path / "busy"))
     assert tree(written) == before
@@ -252,18 +285,24 @@ def die(task: encode.Task) -> None:
     os._exit(9)
 
 
-def test_a_large_vocabulary_takes_four_bytes_and_one_without_separator_stores_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
+def test_ids_take_two_bytes_as_long_as_all_fit_and_a_vocabulary_without_separator_stores_none(
+    tmp_path: Path, vocab_size: int, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("ab" * 10)
     body = json.loads(train_bpe(["abab"], 257).raw)
-    body["added_tokens"][0] |= {"content": "<|big|>", "id": 70_000}
+    body["added_tokens"][0] |= {"content": "<|big|>", "id": vocab_size - 1}
     del body["model"]["vocab"]["<|endoftext|>"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(body))
     corpus = CorpusConfig(name="text", format=CorpusFormat.text, path=str(tmp_path / "in"))
     shards.write(ShardsConfig(corpus=corpus, tokenizer=str(tmp_path), output=str(tmp_path / "out"), val_fraction=0.0))
-    manifest = read_manifest(tmp_path / "out" / "train")
-    assert (manifest.dtype, manifest.vocab_size, manifest.eot_id) == ("uint32", 70_001, None)
-    assert manifest.tokens == 20
+    err = capsys.readouterr().err
+    assert "has no <|endoftext|>: documents are packed without a separator" in err
+    assert "val_fraction=0.0: none of the 1 documents" in err and "which trainer.pretrain needs" in err
+    source = read_manifest(tmp_path / "out" / "train")
+    assert (source.dtype, source.vocab_size, source.eot_id) == (dtype, vocab_size, None)
+    assert source.tokens == 20
     shards.verify(VerifyConfig(str(tmp_path / "out")))
 
 
@@ -287,6 +326,19 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: tokens_at(path)])
 
 
+def hollow(path: Path) -> None:
+    """A tar of one byte that says its first block is 400 MiB of zeros, in pax's words for a sparse file."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("000000.npy")
+        info.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(400 << 20)}
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"x"))
+
+
+def edit(path: Path, **change: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
 def lie(path: Path) -> None:
     index = read_index(path)
     write_index(path, type(index)(index.blocks, (*index.document_ids[:-1], "liar"), index.document_tokens))
@@ -295,7 +347,14 @@ def lie(path: Path) -> None:
 TAR = "train/00001.tar"
 DEFECTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a flipped token": (lambda p: flip(p / TAR, tokens_at(p / TAR)), [TAR + ": sha256", TAR + ", 000000: crc32"]),
-    "a flipped byte between samples": (lambda p: flip(p / TAR, 400), [TAR + ": sha256"]),
+    "a flipped byte in a header": (lambda p: flip(p / TAR, 400), [TAR + ": sha256"]),
+    "a member with a hole": (lambda p: hollow(p / TAR), [TAR + ", 000000.npy: claims 419430400 bytes in a shard of"]),
+    "a source without its manifest": (lambda p: (p / "val/manifest.json").unlink(), ["val: shards, but no manifest"]),
+    "a source that is gone": (lambda p: shutil.rmtree(p / "val"), ["report.json: val {'documents': "]),
+    "a manifest of another vocabulary": (
+        lambda p: edit(p / "val/manifest.json", vocab_size=401),
+        ["val/tokenizer.json: 400 ids, end-of-text 399; the manifest says 401 and 399"],
+    ),
     "a missing sample": (
         lambda p: rewrite(p / TAR, lambda m: m.__delitem__(slice(2, 4))),
         [TAR + ", 000001.npy: missing", TAR + ", 000001.json: missing"],
@@ -330,7 +389,7 @@ def test_verify_finds(defect: str, written: Path, tmp_path: Path, capsys: pytest
     shards.verify(VerifyConfig(str(tmp_path / "out")))
     assert f"{tmp_path / 'out'}: ok, 2 sources, " in capsys.readouterr().out
     damage(tmp_path / "out")
-    with pytest.raises(UserError, match=r"\d+ defects in 2 sources, listed above"):
+    with pytest.raises(UserError, match=r"\d+ defects in [12] sources, listed above"):
         shards.verify(VerifyConfig(str(tmp_path / "out")))
     out = capsys.readouterr().out
     for line in expected:
