@@ -5,18 +5,23 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import sys
 import tomllib
+from collections.abc import Iterator
 from importlib.metadata import distribution
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from conf.schema import ROOTS, load, options, thaw
+from conf.schema import ROOTS, freeze, load, options, thaw
 from docs.generate_config import TARGET, page
 from trainer.arithmetic import param_count
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, PretrainConfig, check_layout
+from trainer.schedule import lr_at
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -33,12 +38,29 @@ def commands(text: str) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def module_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
-    """What a line runs of ours, behind python, torchrun or deepspeed."""
+class Line(NamedTuple):
+    """What a documented line runs of ours, behind python, torchrun or deepspeed."""
+
+    page: str
+    module: str
+    arguments: list[str]
+    ranks: int
+
+
+def lines(page: str, words: list[str]) -> Iterator[Line]:
     if "--" in words:  # launch.supervise ... -- COMMAND
-        return module_and_arguments(words[words.index("--") + 1 :])
+        at = words.index("--")
+        yield from [*lines(page, words[:at]), *lines(page, words[at + 1 :])]
+        return
     at = next((i for i, word in enumerate(words) if word in ("-m", "--module")), None)
-    return None if at is None else (words[at + 1], words[at + 2 :])
+    if at is not None and words[at + 1].split(".")[0] in ("data_pipeline", "trainer", "launch"):
+        yield Line(page, words[at + 1], words[at + 2 :], ranks(words[:at]))
+
+
+def ranks(launcher: list[str]) -> int:
+    """How many it starts. deepspeed takes all GPUs: eight on the machine that the README speaks of."""
+    given = dict(pairwise(launcher))
+    return int(given.get("--nnodes", 1)) * int(given.get("--nproc-per-node", 8 if "deepspeed" in launcher else 1))
 
 
 def root_of(module: str, arguments: list[str]) -> tuple[str, list[str]]:
@@ -47,10 +69,7 @@ def root_of(module: str, arguments: list[str]) -> tuple[str, list[str]]:
     (entries,) = [
         node.args[0]
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == "run"
-        and module.split(".")[0] != "launch"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "run"
     ]
     if isinstance(entries, ast.Dict):
         pair = {ast.literal_eval(key): value for key, value in zip(entries.keys, entries.values, strict=True) if key}[
@@ -63,34 +82,44 @@ def root_of(module: str, arguments: list[str]) -> tuple[str, list[str]]:
     return ast.literal_eval(pair.elts[0]), arguments
 
 
-def documented() -> list[tuple[str, str, list[str]]]:
-    found = []
-    for path in PAGES:
-        for words in commands(path.read_text(encoding="utf-8")):
-            ours = module_and_arguments(words)
-            if ours and ours[0].split(".")[0] in ("data_pipeline", "trainer", "launch"):
-                found.append((path.relative_to(ROOT).as_posix(), *ours))
-    return found
+DOCUMENTED = [
+    line
+    for path in PAGES
+    for words in commands(path.read_text(encoding="utf-8"))
+    for line in lines(path.relative_to(ROOT).as_posix(), words)
+]
 
 
-@pytest.mark.parametrize(
-    ("page", "module", "arguments"), documented(), ids=lambda x: x if isinstance(x, str) else " ".join(x)
-)
-def test_every_documented_command_exists_and_its_arguments_compose(
-    page: str, module: str, arguments: list[str]
-) -> None:
-    assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
-    if module.startswith("launch."):
-        return
-    root, overrides = root_of(module, arguments)
-    assert isinstance(load(root, [o for o in overrides if "=" in o]), ROOTS[root])
+@pytest.mark.parametrize("line", DOCUMENTED, ids=lambda line: " ".join([line.module, *line.arguments]))
+def test_every_documented_command_gets_a_config_that_its_ranks_can_train(line: Line) -> None:
+    root, overrides = root_of(line.module, line.arguments)
+    cfg = load(root, overrides)
+    assert isinstance(cfg, ROOTS[root])
+    if isinstance(cfg, PretrainConfig):
+        check_layout(cfg, line.ranks)
+        run = {"max_steps": cfg.max_steps, "tokens_per_step": cfg.tokens_per_step}
+        rates = [
+            lr_at(cfg.optim.schedule, 1.0, step=s, tokens=s * cfg.tokens_per_step, **run) for s in range(cfg.max_steps)
+        ]
+        assert max(rates) > 0.99 and rates[-1] < 0.2  # warm-up and decay both fit into the run
+
+
+def test_runs_of_the_readme_do_not_resume_one_another() -> None:
+    """Another number of ranks would go on with the other's checkpoint instead of starting."""
+    starts = {}
+    for line in DOCUMENTED:
+        if line.module == "trainer.pretrain":
+            cfg = load("pretrain", line.arguments)
+            assert starts.setdefault(cfg.run.dir, (line.ranks, freeze(cfg))) == (line.ranks, freeze(cfg)), cfg.run.dir
+    assert len(starts) > 3
 
 
 def test_the_readme_shows_the_whole_way() -> None:
-    assert {module for page, module, _ in documented() if page == "README.md"} >= {
+    assert {line.module for line in DOCUMENTED if line.page == "README.md"} >= {
         "data_pipeline.shards",
         "trainer.pretrain",
         "trainer.generate",
+        "launch.supervise",
     }
 
 
@@ -117,6 +146,10 @@ def test_every_make_target_in_the_documents_exists() -> None:
         assert set(re.findall(r"`make ([a-z-]+)", path.read_text(encoding="utf-8"))) <= targets
 
 
+@pytest.mark.skipif(
+    Path(sys.prefix).resolve() != (ROOT / ".venv").resolve(),
+    reason="constraints.txt is what `make` installs into .venv; this Python is another",
+)
 def test_constraints_pin_what_the_project_asks_for() -> None:
     """A version for each package that pyproject.toml asks for, directly or not: the one that is installed."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]

@@ -182,8 +182,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every_steps < 0 or not 0 <= self.every_minutes < math.inf or self.keep < 1:
             raise UserError(
-                f"checkpoint: every_steps={self.every_steps} and every_minutes={self.every_minutes} must be 0 or more and "
-                f"finite, keep={self.keep} at least 1"
+                f"checkpoint: every_steps={self.every_steps} and every_minutes={self.every_minutes} must be 0 or more "
+                f"and finite, keep={self.keep} at least 1"
             )
 
 
