@@ -50,15 +50,11 @@ def test_resume_is_exact_after_kill(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("zero", [1, 3])
-def test_resume_is_exact_after_five_kills_at_random_steps(tmp_path: Path, precision: str, zero: int) -> None:
+@pytest.mark.parametrize(("precision", "zero", "kills"), [("fp32", 1, 5), ("bf16", 1, 5), ("bf16", 3, 2)])
+def test_resume_is_exact_after_kills_at_random_steps(tmp_path: Path, precision: str, zero: int, kills: int) -> None:
     rng = random.Random(f"{precision} {zero}")
-    steps = sorted(rng.sample(range(5, 60), 5))
-    kills = [(step, rng.randrange(2)) for step in steps]
-    check_kills(
-        tmp_path, kills, 64, f"precision={precision}", f"parallel.zero_stage={zero}", "checkpoint.every_steps=3"
-    )
+    at = [(step, rng.randrange(2)) for step in sorted(rng.sample(range(4, 34), kills))]
+    check_kills(tmp_path, at, 36, f"precision={precision}", f"parallel.zero_stage={zero}", "checkpoint.every_steps=3")
 
 
 def test_what_resume_asks_for_is_held_and_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
