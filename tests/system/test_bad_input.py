@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.ranks import ROOT
 from tests.system.runs import TINY, finish, make_data, pretrain, start
+from tests.system.test_resume import story
 from trainer.run_folder import RunFolder
 
 
@@ -93,3 +96,29 @@ def test_a_run_folder_of_another_model_is_refused_before_training_and_kept(data:
         args = [a for a in [*TINY, "max_steps=9"] if a.split("=")[0] != override.split("=")[0]]
         assert operand in refused("trainer.pretrain", *args, f"run.dir={run}", f"data.path={data}", override)
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 7 MiB: room for three checkpoints of the test model and no fourth."""
+    place = tmp_path / "small disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here ({mounted.stderr.decode().strip()})")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_stops_every_rank_in_one_line_and_the_run_goes_on_when_there_is_room(
+    data: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    common = (f"data.path={data}", "max_steps=40", "checkpoint.keep=9", "model.dropout=0.1")
+    for code, err in finish(start(small_disk / "run", *common, ranks=2)):
+        assert code == 2 and "No space left on device" in err and "Traceback" not in err, err
+    latest = RunFolder(small_disk / "run").latest()
+    assert latest is not None and latest.name == "step-00000012.gen-0001"
+    shutil.copytree(small_disk / "run", tmp_path / "run")
+    pretrain(tmp_path / "run", *common, ranks=2)
+    pretrain(tmp_path / "whole", *common, ranks=2)
+    assert story(tmp_path / "run") == story(tmp_path / "whole")
