@@ -113,9 +113,8 @@ class TrainLoader:
         self._stop.set()
         if self._thread is None:
             return
-        while (
-            not self._ready.empty()
-        ):  # frees a thread that waits to put; it puts at most once more, into an empty queue
+        # Frees a thread that waits to put; it puts at most once more, into an empty queue.
+        while not self._ready.empty():
             self._ready.get_nowait()
         self._thread.join(timeout=5)  # not for ever: a read may hang in a dead file system, and the thread is a daemon
 

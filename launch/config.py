@@ -25,7 +25,7 @@ class SuperviseConfig:
     def __post_init__(self) -> None:
         if self.max_restarts < 0:
             raise UserError(f"max_restarts={self.max_restarts}: give 0 (never restart) or more")
-        if not 0 <= self.backoff_s <= self.max_backoff_s or self.grace_s < 0:
+        if not 0 <= self.backoff_s <= self.max_backoff_s or not self.grace_s >= 0:
             raise UserError(
                 f"backoff_s={self.backoff_s}, max_backoff_s={self.max_backoff_s}, grace_s={self.grace_s}: "
                 "give 0 <= backoff_s <= max_backoff_s and 0 <= grace_s"

@@ -62,10 +62,12 @@ def save(
     config_text: str,
     tokenizer: Path | None,
     hf: bool = False,
+    eot_id: int | None = None,
 ) -> Path:
     """Write and publish the checkpoint of `step`, then prune. Collective.
 
-    `state`: what the loop wants back, JSON; `val_loss` in it ranks checkpoints. `hf`: add Hugging Face's files.
+    `state`: what the loop wants back, JSON; `val_loss` in it ranks checkpoints. `hf`: add Hugging Face's files,
+    in which `eot_id` is the end-of-text token.
 
     Raises:
         UserError: on every rank, when any could not write; the checkpoints published before stand.
@@ -84,7 +86,7 @@ def save(
             text[TOKENIZER] = tokenizer.read_bytes()
         files |= {name: write_file(aside / name, [body]) for name, body in text.items()}
         if hf:
-            files |= _write_hf(aside, engine.cfg.model)
+            files |= _write_hf(aside, engine.cfg.model, eot_id)
         write_file(aside / MANIFEST, [_json({"format": FORMAT, "files": dict(sorted(files.items()))})])
         fsync_folder(aside)
         run.publish(aside, step, generation)
@@ -199,12 +201,12 @@ def _write_fragments(engine: Engine, folder: Path) -> dict[str, Any]:
     }
 
 
-def _write_hf(folder: Path, cfg: ModelConfig) -> dict[str, dict[str, Any]]:
+def _write_hf(folder: Path, cfg: ModelConfig, eot_id: int | None) -> dict[str, dict[str, Any]]:
     """Hugging Face's two files, from the fragments that all ranks have just written."""
     weights = to_hf(dict(Source(folder)), cfg)
     return {
         "model.safetensors": write_safetensors(folder / "model.safetensors", weights),
-        "config.json": write_file(folder / "config.json", [_json(hf_config(cfg))]),
+        "config.json": write_file(folder / "config.json", [_json(hf_config(cfg, eot_id))]),
     }
 
 

@@ -113,11 +113,10 @@ class Trainer:
         try:
             grad_norm = self.engine.step(lr)  # waits for the device, once
         except NonFiniteError:
-            if unread is None and valid.isnan():
-                unread = UserError("another rank could not read its data and says why: this step is not made")
-            if unread is None:
+            if not valid.isnan():
                 raise
-            raise unread from None
+            others = UserError("another rank could not read its data and says why: this step is not made")
+            raise unread or others from None
         return loss / valid, grad_norm, lr, cfg.checkpoint.every_minutes > 0 and bool(clock)
 
     def _read(self) -> tuple[list[Batch], UserError | None]:
@@ -225,6 +224,7 @@ class Trainer:
             config_text=self.config_text,
             tokenizer=self.train_data.root / TOKENIZER,
             hf=last,
+            eot_id=self.train_data.eot_id,
         )
         if self.mesh.world.is_main:
             print(f"step {self.step}/{cfg.max_steps}  saved {path}", flush=True)

@@ -59,6 +59,7 @@ def test_greedy_on_one_rank_from_two_equals_transformers(run: Path) -> None:
     prompts = [[5, 80, 300], [7], [9, 9, 400]]
     ours = generate(run, f"prompt_ids={json.dumps(prompts)}", "temperature=0", "max_new_tokens=40")["ids"]
     model = AutoModelForCausalLM.from_pretrained(RunFolder(run).latest())
+    assert model.config.eos_token_id == VOCAB - 1, "where transformers stops by itself too"
     for prompt, ids in zip(prompts, ours, strict=True):
         with torch.no_grad():
             theirs = model.generate(

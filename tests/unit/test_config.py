@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 
 from data_pipeline.config import BpeTrainConfig, DataConfig, ShardsConfig, UserError, batch_geometry
+from launch.config import SuperviseConfig
 from trainer.config import (
     CheckpointConfig,
     EvalConfig,
@@ -206,6 +207,7 @@ def test_an_impossible_layout_is_refused(cfg: PretrainConfig, world_size: int, m
         ),
         (lambda: ShardsConfig(workers=-1), "workers=-1: give the number of processes"),
         (lambda: DataConfig("d", "p", lanes=0), "data.lanes=0: give at least 1"),
+        (lambda: SuperviseConfig(grace_s=float("nan")), "grace_s=nan: give 0 <= backoff_s"),
     ],
 )
 def test_a_value_out_of_range_is_refused_where_it_is_declared(make: object, message: str) -> None:

@@ -52,8 +52,8 @@ def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     return out
 
 
-def hf_config(cfg: ModelConfig) -> dict[str, Any]:
-    """What `config.json` says beside the weights."""
+def hf_config(cfg: ModelConfig, eot_id: int | None = None) -> dict[str, Any]:
+    """What `config.json` says beside the weights; `eot_id` is where transformers' own `generate` stops."""
     shared = {
         "vocab_size": cfg.vocab_size,
         "n_positions": cfg.n_ctx,
@@ -66,8 +66,8 @@ def hf_config(cfg: ModelConfig) -> dict[str, Any]:
         "layer_norm_epsilon": cfg.layer_norm_eps,
         "initializer_range": cfg.init_std,
         "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": None,
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
     }
     if cfg.norm is Norm.post:  # its "gelu" is the tanh form
         return {"model_type": "openai-gpt", "architectures": ["OpenAIGPTLMHeadModel"], "afn": "gelu", **shared}
