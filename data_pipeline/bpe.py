@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.config import BpeCodeConfig, BpeTrainConfig, UserError
+from data_pipeline.config import UserError
 from data_pipeline.manifest import TOKENIZER, publish
+from data_pipeline.prepare.config import BpeCodeConfig, BpeTrainConfig
 from data_pipeline.vocab import BYTE_LEVEL, EOT, GPT1_FILES, GPT2_FILES, byte_level, find_gpt2_file, gpt1, gpt2
 
 
@@ -73,6 +74,11 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Publish `tokenizer.json` in `folder`, atomically."""
         publish(folder / TOKENIZER, self.raw)
+
+    def token(self, id_: int) -> str:
+        """How the vocabulary writes an id; KeyError where it has none such."""
+        ids = {**self._body["model"]["vocab"], **{t["content"]: t["id"] for t in self._body["added_tokens"]}}
+        return {i: name for name, i in ids.items()}[id_]
 
     @property
     def byte_level(self) -> bool:

@@ -1,10 +1,9 @@
-"""What a user may say about data, and what is refused before any work starts. Standard library only."""
+"""What a user may say about the data of a run, and what is refused before any work starts. Standard library only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 
@@ -12,165 +11,176 @@ class UserError(Exception):
     """A mistake that the user can mend. The message is one line: every operand, and the knob to turn."""
 
 
+class Passing(UserError):
+    """What may pass by itself, such as a server that does not answer: exit code 1, so that a supervisor tries again."""
+
+
 MISSING: Any = "???"  # OmegaConf's mark for "must be given"; written out so that this file needs no OmegaConf
 
 
-class CorpusFormat(Enum):
-    pydocs = "pydocs"
-    text = "text"
-    jsonl = "jsonl"
+class OnBadShard(Enum):
+    stop = "stop"  # the run ends and names the shard
+    skip = "skip"  # all ranks go on without it, from the same step on; the ledger says so
 
 
 @dataclass
-class CorpusConfig:
-    """Where documents come from. `path` is a file, a folder (searched through) or a glob; pydocs has none."""
+class SourceConfig:
+    """One of the mixture's sources: the folder that `data_pipeline.shards write` made."""
 
-    name: str = MISSING
-    format: CorpusFormat = MISSING
-    path: str | None = None
-    text_key: str = "text"  # jsonl: the field that holds the text
-    id_key: str = "id"  # jsonl: the field that names the document; lines without it are named file:line
+    path: str = MISSING  # holds train/ and perhaps val/: below data.path, or absolute, or a URL, or pipe:COMMAND {}
+    weight: float = 1.0  # share of the windows, beside the other sources' weights; 0 = not drawn until a stage says so
+    max_epochs: int | None = None  # refuse a run that would repeat it more often; null = repeat as needed
 
     def __post_init__(self) -> None:
-        if self.format is not CorpusFormat.pydocs and not self.path:
+        if not 0 <= self.weight < float("inf"):
+            raise UserError(f"a source's weight={self.weight}: give 0 or more")
+        if self.max_epochs is not None and self.max_epochs < 1:
+            raise UserError(f"a source's max_epochs={self.max_epochs}: give at least 1, or null")
+
+
+@dataclass
+class StageConfig:
+    """What changes at a step; null = stays. Each source goes on where it is."""
+
+    step: int = MISSING
+    weights: dict[str, float] | None = None  # of the sources that change
+    n_ctx: int | None = None  # at most model.n_ctx
+    tokens_per_step: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("n_ctx", "tokens_per_step"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"data.stages: step {self.step}: {key}={value}: give at least 1, or null for as before")
+        for name, weight in (self.weights or {}).items():
+            if not 0 <= weight < float("inf"):
+                raise UserError(f"data.stages: step {self.step}: the weight of {name} is {weight}: give 0 or more")
+
+
+@dataclass
+class RampConfig:
+    """A batch that grows with the tokens trained on, linearly, in multiples of data.lanes windows."""
+
+    start: int | None = None  # tokens per step at first; null = no ramp
+    over: int = 0  # tokens until it is full
+
+    def __post_init__(self) -> None:
+        if (self.start is None) != (self.over == 0) or (self.start or 1) < 1 or self.over < 0:
             raise UserError(
-                f"corpus={self.name} reads {self.format.value} files: say where, corpus.path=FILE_OR_FOLDER"
+                f"batch_ramp: start={self.start} tokens per step and over={self.over} tokens go together, both positive"
             )
 
 
 @dataclass
-class BpeTrainConfig:
-    """`python -m data_pipeline.bpe train`: learn a byte-level BPE vocabulary."""
+class CacheConfig:
+    """Where blocks of sources that are not local folders are kept: on each node, shared by its ranks."""
 
-    corpus: CorpusConfig = MISSING
-    vocab_size: int = 2048  # 256 bytes + merges + <|endoftext|>
-    output: str = MISSING  # folder that receives tokenizer.json
-
-    def __post_init__(self) -> None:
-        if not 257 <= self.vocab_size <= 2**31:
-            raise UserError(
-                f"vocab_size={self.vocab_size}: a byte-level vocabulary has 256 bytes and <|endoftext|>, "
-                f"give at least 257"
-            )
-
-
-@dataclass
-class BpeCodeConfig:
-    """`python -m data_pipeline.bpe encode|decode`: text to a JSON list of ids and back."""
-
-    tokenizer: str = MISSING  # "gpt2", or a folder (or file) that holds a tokenizer
-    text: str | None = None  # encode: null = standard input
-    ids: list[int] | None = None  # decode: null = a JSON list on standard input
-
-
-@dataclass
-class ShardsConfig:
-    """`python -m data_pipeline.shards write`: documents to tar shards with manifests."""
-
-    corpus: CorpusConfig = MISSING
-    tokenizer: str = MISSING  # "gpt2", or a folder (or file) that holds a tokenizer
-    output: str = MISSING  # receives train/ and val/
-    val_fraction: float = 0.01  # of the documents, chosen by content hash
-    shard_tokens: int = 5_000_000  # a shard is closed at the first document past this many tokens
-    block_tokens: int = 65_536  # one tar member holds about this many tokens: the unit of reading and of checksums
-    workers: int = 0  # processes; 0 = one for each core
+    dir: str | None = None  # a folder on a local disk; needed where a source is a URL or a pipe:
+    limit_gib: float = 50.0  # the least recently used shards make room for others
 
     def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"val_fraction={self.val_fraction}: give a share of the documents, 0 <= val_fraction < 1")
-        if not 0 < self.block_tokens <= self.shard_tokens:
-            raise UserError(
-                f"block_tokens={self.block_tokens} and shard_tokens={self.shard_tokens}: "
-                f"give 0 < block_tokens <= shard_tokens"
-            )
-        if self.workers < 0:
-            raise UserError(f"workers={self.workers}: give the number of processes, or 0 for one for each core")
+        if not 0 < self.limit_gib < float("inf"):
+            raise UserError(f"data.cache.limit_gib={self.limit_gib}: give a number above 0")
 
 
 @dataclass
-class VerifyConfig:
-    """`python -m data_pipeline.shards verify`: re-read every byte of a source and compare it with its manifest."""
+class FetchConfig:
+    """How long a place that shards come from may take, and how often it is asked again."""
 
-    path: str = MISSING
+    timeout_s: float = 30.0  # 1 MiB, or what is asked for where that is less, must arrive within it
+    retries: int = 6  # after the first try, with waits of 0.25 s, 0.5 s, 1 s, ... up to 30 s between them
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout_s < 1e6:
+            raise UserError(f"data.fetch.timeout_s={self.timeout_s}: give seconds, more than 0")
+        if self.retries < 0:
+            raise UserError(f"data.fetch.retries={self.retries}: give 0 or more")
 
 
 @dataclass
 class DataConfig:
-    """What a run trains on: the folder that `data_pipeline.shards write` made."""
+    """What a run trains on: sources and how they are mixed."""
 
     name: str = MISSING
-    path: str = MISSING  # holds train/ and val/, each with a manifest.json
+    path: str = MISSING  # the sources' paths lie below it
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # by names of your own
     lanes: int = MISSING  # fixed for the run; every data-parallel size that divides it gives the same batches
+    stages: list[StageConfig] = field(default_factory=list)
+    document_mask: bool = False  # a token sees its own document alone, positions start anew with each
+    on_bad_shard: OnBadShard = OnBadShard.stop  # a shard that is lost for good
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    fetch: FetchConfig = field(default_factory=FetchConfig)
 
     def __post_init__(self) -> None:
         if self.lanes < 1:
             raise UserError(f"data.lanes={self.lanes}: give at least 1")
+        if not self.sources:
+            raise UserError("data.sources is empty: give data.sources.NAME.path=FOLDER")
+        bad = [name for name in self.sources if not name.replace("_", "").replace("-", "").isalnum()]
+        if bad:
+            raise UserError(f"data.sources: {bad[0]!r} is no name of a source: give letters, digits, - and _")
+        steps = [stage.step for stage in self.stages]
+        if steps != sorted(set(steps)) or (steps and steps[0] < 0):
+            raise UserError(f"data.stages start at steps {steps}: give 0 or more, each later than the one before")
+        for stage in self.stages:
+            unknown = [name for name in stage.weights or () if name not in self.sources]
+            if unknown:
+                raise UserError(
+                    f"data.stages: step {stage.step} weighs {unknown[0]}, which is none of data.sources "
+                    f"({', '.join(self.sources)}): give its path with data.sources.{unknown[0]}.path"
+                )
+
+    def where(self, name: str, split: str) -> str:
+        """The folder, URL or pipe of a source's split."""
+        return _join(_join(self.path, self.sources[name].path), split)
+
+
+def _join(root: str, path: str) -> str:
+    """`path` below `root`, unless it stands for itself; in a pipe's command, {} is what lies below."""
+    if path.startswith(("/", "pipe:")) or "://" in path:
+        return path
+    if path == ".":
+        return root
+    if root.startswith("pipe:"):
+        return root.replace("{}", f"{path}/{{}}")
+    folder, mark, query = root.partition("?") if "://" in root else (root, "", "")
+    return f"{folder.rstrip('/')}/{path}{mark}{query}"
+
+
+@dataclass
+class OrderConfig:
+    """`python -m data_pipeline.order`: which windows and documents the steps of a run are made of."""
+
+    data: DataConfig = MISSING
+    steps: str | None = None  # FIRST:END, or one step; null = step 0, and with find all that the run has made
+    dp: int = 1
+    rank: int | None = None  # data-parallel rank; null = all, one after the other
+    find: str | None = None  # a document's id: only the windows that hold it
+    checkpoint: str | None = None  # a run's folder or a checkpoint, instead of data, n_ctx, tokens_per_step and seed
+    n_ctx: int = 1024
+    tokens_per_step: int = 524288
+    batch_ramp: RampConfig = field(default_factory=RampConfig)
+    seed: int = 1337
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dp < 1 or (self.rank is not None and not 0 <= self.rank < self.dp):
+            raise UserError(f"dp={self.dp} and rank={self.rank}: give at least 1 rank, and rank from 0 to dp - 1")
+        if self.n_ctx < 1:
+            raise UserError(f"n_ctx={self.n_ctx}: give the tokens of a window, at least 1")
+        if self.step_range is not None and not self.step_range:
+            raise UserError(f"steps={self.steps}: give FIRST:END with FIRST below END, such as 1000:1002, or one step")
+        if self.find is not None and self.steps is None and self.checkpoint is None:
+            raise UserError(
+                f"find={self.find}: say in which steps, as in steps=0:5000, or of which run, checkpoint=DIR"
+            )
 
     @property
-    def train(self) -> Path:
-        return Path(self.path) / "train"
-
-    @property
-    def val(self) -> Path:
-        return Path(self.path) / "val"
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How one step's windows fall on ranks and micro steps."""
-
-    windows_per_step: int
-    windows_per_rank: int
-    micro_batch_size: int  # windows per rank per micro step
-    grad_accum_steps: int
-    lanes: int
-    dp: int
-
-
-def batch_geometry(*, tokens_per_step: int, n_ctx: int, micro_batch_size: int, lanes: int, dp: int) -> Geometry:
-    """Derive `grad_accum_steps` from what is declared.
-
-    Raises:
-        UserError: a number that does not divide, with the nearest ones that do.
-    """
-    if tokens_per_step < 1 or tokens_per_step % n_ctx:
-        raise UserError(
-            f"tokens_per_step={tokens_per_step} is not a multiple of model.n_ctx={n_ctx}: "
-            f"give tokens_per_step={_nearest(tokens_per_step, n_ctx * lanes)}"
-        )
-    windows = tokens_per_step // n_ctx
-    if windows % lanes:
-        raise UserError(
-            f"tokens_per_step={tokens_per_step} / model.n_ctx={n_ctx} = {windows} windows a step, not a "
-            f"multiple of data.lanes={lanes}: give tokens_per_step={_nearest(tokens_per_step, n_ctx * lanes)}, "
-            f"or data.lanes that divides {windows}"
-        )
-    if lanes % dp:
-        good = [d for d in range(1, lanes + 1) if lanes % d == 0]
-        near = sorted(good, key=lambda d: (abs(d - dp), d))[:2]
-        fit = [n for n in range(dp, windows + 1, dp) if windows % n == 0]
-        fit = sorted(sorted(fit, key=lambda n: abs(n - lanes))[:2])
-        new_run = f"data.lanes={' or '.join(map(str, fit))}"
-        if not fit:
-            tokens = _nearest(tokens_per_step, n_ctx * dp)
-            new_run = f"data.lanes={dp} and tokens_per_step={tokens} ({dp} ranks cannot share {windows} windows a step)"
-        raise UserError(
-            f"dp={dp} does not divide data.lanes={lanes}: run on dp={' or '.join(map(str, sorted(near)))} "
-            f"(dp = ranks / parallel.tp), or start a new run with {new_run}"
-        )
-    if micro_batch_size < 1 or (windows // dp) % micro_batch_size:
-        raise UserError(
-            f"micro_batch_size={micro_batch_size} does not divide the {windows // dp} windows of a rank "
-            f"(tokens_per_step={tokens_per_step} / model.n_ctx={n_ctx} / dp={dp}): give micro_batch_size="
-            f"{_divisor_near(windows // dp, micro_batch_size)}"
-        )
-    return Geometry(windows, windows // dp, micro_batch_size, windows // dp // micro_batch_size, lanes, dp)
-
-
-def _nearest(value: int, multiple: int) -> str:
-    low = value // multiple * multiple
-    return f"{low} or {low + multiple}" if low else str(low + multiple)
-
-
-def _divisor_near(n: int, wish: int) -> int:
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wish), d))
+    def step_range(self) -> range | None:
+        """None where nothing is said; empty where it is no range of steps."""
+        if self.steps is None:
+            return None
+        first, mark, end = self.steps.partition(":")
+        if not all(part.isascii() and part.isdecimal() and len(part) <= 12 for part in (first, end if mark else first)):
+            return range(0)
+        return range(int(first), int(end) if mark else int(first) + 1)

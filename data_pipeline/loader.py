@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,13 +14,15 @@ import torch
 from torch import Tensor
 
 from data_pipeline.config import UserError
+from data_pipeline.geometry import micro_batch_at
 from data_pipeline.manifest import Manifest
-from data_pipeline.plan import Ledger, Order, rank_positions
-from data_pipeline.stream import ShardStream, shard_windows
+from data_pipeline.plan import Plan, Windows, rank_positions
+from data_pipeline.stream import IGNORE, ShardStream, shard_windows
 
-IGNORE = -100  # the label that no loss counts
-_READ_WINDOWS = 128  # windows that a rank reads at once, or those of one step where they are more
+_PLAN_WINDOWS = 2048  # of a rank that are planned at once, since a plan costs more than its windows
+_READ_WINDOWS = 64  # that are read at once, or a step's where they are more: few enough for the processor's cache
 _READ_AHEAD = 2  # such reads wait to be used
+_PATIENCE = 5.0  # seconds for the thread to end
 
 
 class Batch(NamedTuple):
@@ -30,6 +30,7 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # [B, T] int64
     labels: Tensor  # [B, T] int64
+    segment_ids: Tensor | None = None  # [B, T] int32: the documents inside each window, counted from 0; None: not told
 
 
 class Item(NamedTuple):
@@ -57,7 +58,10 @@ class TrainLoader:
     """Batches of one rank, step after step, from `step` on.
 
     Args:
-        micro_batch_size: windows of a micro batch; divides the rank's windows of every step.
+        stream: reads the shards; None on a rank whose channel reads for it. Closed with the loader.
+        micro_batch_size: windows of a micro batch; where they do not divide a step's of a rank (a batch ramp), the
+            largest number below that does.
+        document_mask: tell which document each token is of, and give no label across documents.
         step: the first step that `next` serves.
         pin: page-locked memory, for copies to a GPU.
         channel: absent where each rank reads for itself (tp = 1).
@@ -67,28 +71,27 @@ class TrainLoader:
 
     def __init__(
         self,
-        manifest: Manifest,
-        order: Order,
-        ledger: Ledger,
-        n_ctx: int,
+        plan: Plan,
+        stream: ShardStream | None,
         *,
         dp_rank: int,
         dp: int,
         micro_batch_size: int,
+        document_mask: bool = False,
         step: int = 0,
         pin: bool = False,
         channel: Channel | None = None,
     ) -> None:
         self.step, self.crc32 = step, 0
-        self._order, self._ledger, self._n_ctx, self._dp_rank, self._dp = order, ledger, n_ctx, dp_rank, dp
-        self._micro_batch_size, self._pin, self._channel = micro_batch_size, pin, channel
+        self._plan, self._stream, self._dp_rank, self._dp = plan, stream, dp_rank, dp
+        self._micro_batch_size, self._channel = micro_batch_size, channel
+        self._rows = partial(_Rows, segments=document_mask, pin=pin)
         self._error: Exception | None = None
         self._stop = threading.Event()
         self._ready: queue.Queue[list[Item]] = queue.Queue(_READ_AHEAD)
         self._taken: deque[Item] = deque()
         self._thread: threading.Thread | None = None
-        if channel is None or channel.reads:
-            stream = ShardStream(manifest, n_ctx, open_shards=max(1, order.lanes // dp))
+        if stream is not None:
             self._thread = threading.Thread(target=self._read_ahead, args=(stream, step), name="loader", daemon=True)
             self._thread.start()
 
@@ -96,7 +99,8 @@ class TrainLoader:
         """All micro batches of the next step, in order; waits where reading is behind.
 
         Raises:
-            UserError: what went wrong in reading, on every rank of the tensor-parallel group; again at each call.
+            UserError: what went wrong in reading, on every rank of the tensor-parallel group; again at each call. On
+                the rank that reads, LostShard where it was a shard that is lost for good.
         """
         if self._error is None:
             item = _exchange(self._channel, self._take)
@@ -111,12 +115,15 @@ class TrainLoader:
         """End the thread. May be called twice."""
         self._error = self._error or RuntimeError("next() of a loader that is closed")
         self._stop.set()
-        if self._thread is None:
+        if self._thread is None or self._stream is None:
             return
+        self._stream.stop()
         # Frees a thread that waits to put; it puts at most once more, into an empty queue.
         while not self._ready.empty():
             self._ready.get_nowait()
-        self._thread.join(timeout=5)  # not for ever: a read may hang in a dead file system, and the thread is a daemon
+        self._thread.join(timeout=_PATIENCE)  # not for ever: a read may hang in a dead file system
+        if not self._thread.is_alive():  # else the thread does it, should it come back
+            self._stream.close()
 
     def _take(self) -> Item:
         if not self._taken:
@@ -124,50 +131,100 @@ class TrainLoader:
         return self._taken.popleft()
 
     def _read_ahead(self, stream: ShardStream, step: int) -> None:
-        """The thread: reads several steps at once where steps are small, since a read costs more than its bytes."""
-        many = max(1, _READ_WINDOWS * self._dp // self._ledger.windows_per_step(step))
-        while not self._stop.is_set():
-            try:
-                items = self._read_steps(stream, range(step, step + many))
-            except Exception as error:
-                if many > 1:  # the steps before the one that fails are good: read them one by one
-                    many = 1
-                    continue
-                items = [Item([], 0, error)]
-            self._ready.put(items)
-            if items[-1].error is not None:
-                return
-            step += many
+        """The thread."""
+        items: list[Item] = []
+        try:
+            for steps, windows in self._planned(stream, step):
+                self._read(stream, steps, windows, items)
+                self._ready.put(items)
+                items = []
+                if self._stop.is_set():
+                    return
+        except Exception as error:  # the steps before the one that fails are good
+            self._ready.put([*items, Item([], 0, error)])
+        finally:
+            if self._stop.is_set():
+                stream.close()
 
-    def _read_steps(self, stream: ShardStream, steps: range) -> list[Item]:
-        lanes, of = self._order.lanes, self._ledger
-        at = [rank_positions(of.position(s), of.windows_per_step(s), lanes, self._dp_rank, self._dp) for s in steps]
-        size = self._micro_batch_size
-        for step, positions in zip(steps, at, strict=True):
-            if len(positions) % size:
-                raise UserError(
-                    f"micro_batch_size={size} does not divide this rank's {len(positions)} windows of step {step}"
-                )
-        windows = stream.windows(*self._order.windows_at(np.concatenate(at)))
-        batches = _batches(windows, size, self._pin)
-        cuts = np.cumsum([0, *map(len, at)]).tolist()
-        return [Item(batches[a // size : b // size], zlib.crc32(windows[a:b].data)) for a, b in pairwise(cuts)]
+    def _planned(self, stream: ShardStream, step: int) -> Iterator[tuple[range, Windows]]:
+        """Steps that are read together, and their windows; planned many at a time, and told to the stream before."""
+        steps, windows = self._plan_from(step)
+        yield steps[:1], windows.rows(slice(len(windows.source) // len(steps)))  # alone, so that it comes soon
+        ahead = self._plan_from(step + 1)
+        while True:
+            steps, windows = ahead
+            ahead = self._plan_from(steps.stop)
+            stream.expect(ahead[1], self._n_ctx(steps.stop))
+            each = len(windows.source) // len(steps)
+            many = max(1, _READ_WINDOWS // each)
+            for first in range(0, len(steps), many):
+                yield steps[first : first + many], windows.rows(slice(first * each, (first + many) * each))
+
+    def _plan_from(self, step: int) -> tuple[range, Windows]:
+        """Some steps from `step` on that lie in one segment of the ledger, and this rank's windows of them."""
+        ledger, lanes = self._plan.ledger, self._plan.lanes
+        each = ledger.segment(step).windows_per_step
+        end = step + max(1, _PLAN_WINDOWS * self._dp // each)
+        steps = range(step, min([end, *(s.step for s in ledger.segments if s.step > step)]))
+        at = rank_positions(ledger.position(step), each * len(steps), lanes, self._dp_rank, self._dp)
+        return steps, self._plan.windows_at(at)
+
+    def _read(self, stream: ShardStream, steps: range, windows: Windows, items: list[Item]) -> None:
+        each = len(windows.source) // len(steps)
+        size = micro_batch_at(each, self._micro_batch_size)
+        rows = self._rows(len(windows.source), self._n_ctx(steps.start))
+        for batches in rows.batches(size, each):
+            first = len(items) * each
+            items.append(Item(batches, rows.read(stream, windows.rows(slice(first, first + each)), first)))
+
+    def _n_ctx(self, step: int) -> int:
+        return self._plan.ledger.segment(step).n_ctx
+
+
+class _Rows:
+    """The memory of some windows, and their micro batches as views of it."""
+
+    def __init__(self, n: int, n_ctx: int, *, segments: bool, pin: bool) -> None:
+        self.n_ctx = n_ctx
+        self.tokens, self.labels = (torch.empty((n, n_ctx), dtype=torch.int64, pin_memory=pin) for _ in range(2))
+        self.segments = torch.empty((n, n_ctx), dtype=torch.int32, pin_memory=pin) if segments else None
+
+    def read(self, stream: ShardStream, windows: Windows, first: int = 0) -> int:
+        """Fill the rows from `first` on with windows; returns their checksum."""
+        here = slice(first, first + len(windows.source))
+        segments = None if self.segments is None else self.segments.numpy()[here]
+        return stream.read(windows, self.n_ctx, self.tokens.numpy()[here], self.labels.numpy()[here], segments)
+
+    def fill(self, first: int) -> None:
+        """Rows from `first` on hold no window: token 0, no label that counts."""
+        self.tokens[first:], self.labels[first:] = 0, IGNORE
+        if self.segments is not None:
+            self.segments[first:] = 0
+
+    def batches(self, size: int, each: int) -> Iterator[list[Batch]]:
+        """Micro batches of `size` rows, those of `each` rows together."""
+        parts = [part.split(size) for part in (self.tokens, self.labels, self.segments) if part is not None]
+        batches = [Batch(*views) for views in zip(*parts, strict=True)]
+        return (batches[n : n + each // size] for n in range(0, len(batches), each // size))
 
 
 def validation_batches(
     manifest: Manifest,
+    stream: ShardStream | None,
     n_ctx: int,
     *,
     dp_rank: int,
     dp: int,
     micro_batch_size: int,
     windows: int | None = None,
+    document_mask: bool = False,
     pin: bool = False,
     channel: Channel | None = None,
 ) -> Iterator[Batch]:
     """The first `windows` windows of a source (None: all), dealt to the ranks in turn.
 
-    Every rank gets the same number of batches; what is missing to the last is filled with IGNORE labels.
+    `stream` reads `manifest` alone (None on a rank whose channel reads for it). Every rank gets the same number of
+    batches; what is missing to the last is filled with IGNORE labels.
 
     Raises:
         UserError: at the call, a source with fewer windows; while iterating, as `TrainLoader.next`.
@@ -180,16 +237,20 @@ def validation_batches(
             f"eval.windows={windows}, but {manifest.root} holds {ends[-1]} windows of model.n_ctx={n_ctx} + 1 tokens "
             f"({manifest.tokens} tokens): give 1 to {ends[-1]}, or null for all"
         )
-    stream, deal = ShardStream(manifest, n_ctx), dp * micro_batch_size
+    deal = dp * micro_batch_size
 
     def read(first: int) -> Item:
         at = np.arange(first, min(first + micro_batch_size, total))
         shards = np.searchsorted(ends, at, side="right")
+        rows = _Rows(micro_batch_size, n_ctx, segments=document_mask, pin=pin)
         try:
-            tokens = stream.windows(shards, at - (ends - counts)[shards])
+            assert stream is not None
+            window = at - (ends - counts)[shards]
+            crc32 = rows.read(stream, Windows(np.zeros_like(at), shards, window * n_ctx))
         except Exception as error:
             return Item([], 0, error)
-        return Item(_batches(tokens, micro_batch_size, pin), zlib.crc32(tokens.data))
+        rows.fill(len(at))
+        return Item(next(rows.batches(micro_batch_size, micro_batch_size)), crc32)
 
     def serve() -> Iterator[Batch]:
         for start in range(0, total, deal):
@@ -199,16 +260,6 @@ def validation_batches(
             yield from item.batches
 
     return serve()
-
-
-def _batches(windows: np.ndarray, micro_batch_size: int, pin: bool) -> list[Batch]:
-    """Windows [n, T + 1] as micro batches; at least one, the last filled with token 0 and IGNORE labels."""
-    n, n_ctx = len(windows), windows.shape[1] - 1
-    full = max(1, -(-n // micro_batch_size)) * micro_batch_size
-    tokens, labels = (torch.empty((full, n_ctx), dtype=torch.int64, pin_memory=pin) for _ in range(2))
-    tokens.numpy()[:n], labels.numpy()[:n] = windows[:, :-1], windows[:, 1:]
-    tokens[n:], labels[n:] = 0, IGNORE
-    return [Batch(*pair) for pair in zip(tokens.split(micro_batch_size), labels.split(micro_batch_size), strict=True)]
 
 
 def _exchange(channel: Channel | None, read: Callable[[], Item]) -> Item:

@@ -5,7 +5,7 @@ A *source* is a folder:
     manifest.json     what is here: shards with bytes, sha256, documents, tokens; dtype; tokenizer hash
     tokenizer.json    the tokenizer the ids were made with
     00000.tar         a webdataset tar; each sample is a block of whole documents' token ids
-    00000.idx.json    the shard's index: blocks (member, tokens, crc32) and documents (id, tokens)
+    00000.idx.json    the shard's index: its sha256, blocks (member, tokens, crc32, offset) and documents (id, tokens)
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import io
 import json
 import os
 import re
+import stat
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.config import UserError
+from data_pipeline.config import Passing, UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 REPORT = "report.json"  # beside the sources: what was kept of the corpus and what was dropped
 SPLITS = ("train", "val")
+MOST_JSON = 256 << 20  # bytes of a manifest or an index: both are held whole
 _MEMBER = re.compile(r"\d+\.npy")
 _MOST = 1 << 48  # bytes or tokens of a shard: 256 TB, and a line of many such still adds up in 64 bits
 _ANEW = "write the shards anew"
@@ -51,7 +54,8 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a source holds. `root` is where it was read from."""
+    """What a source holds. `root` is the folder it was read from; where that is the copy of small files in a cache,
+    `origin` is the place that the shards come from (data_pipeline/remote/fetch.py), and the indexes with them."""
 
     root: Path
     source: str
@@ -61,6 +65,7 @@ class Manifest:
     eot_id: int | None  # ends each document; None where the vocabulary has none (GPT-1)
     tokenizer_sha256: str
     shards: tuple[ShardInfo, ...]
+    origin: str | None = None  # not written
 
     @cached_property
     def tokens(self) -> int:
@@ -82,25 +87,33 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Block:
-    """One tar member's tokens: the unit of checksums."""
+    """One tar member's tokens: the unit of checksums and of reading.
+
+    They are the bytes [offset, offset + tokens * itemsize) of the shard, behind the tar's header and numpy's.
+    """
 
     member: str
     tokens: int
     crc32: int
+    offset: int
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What is inside a shard, in order. Token offsets follow by adding up."""
+    """What is inside a shard, in order. Token offsets follow by adding up.
+
+    `shard_sha256` says which shard this is: an index beside a shard that was replaced is not the manifest's.
+    """
 
     blocks: tuple[Block, ...]
     document_ids: tuple[str, ...]
     document_tokens: tuple[int, ...]
+    shard_sha256: str
 
 
 def write_manifest(manifest: Manifest) -> None:
     """Publish `manifest.json` in `manifest.root`, atomically."""
-    body = {k: v for k, v in asdict(manifest).items() if k != "root"}
+    body = {k: v for k, v in asdict(manifest).items() if k not in ("root", "origin")}
     publish_json(manifest.root / MANIFEST, {"format": FORMAT, **body})
 
 
@@ -113,7 +126,7 @@ def read_manifest(root: Path | str) -> Manifest:
         raise UserError(f"{path}: not a manifest of format {FORMAT}: {_ANEW}")
     try:
         shards = tuple(ShardInfo(**s) for s in body.pop("shards"))
-        manifest = Manifest(root=root, shards=shards, **body)
+        manifest = Manifest(root=root, shards=shards, origin=None, **body)
     except (TypeError, KeyError) as e:
         raise UserError(f"{path}: damaged manifest ({e}): {_ANEW}") from None
     if manifest.dtype not in ("uint16", "uint32"):
@@ -124,7 +137,8 @@ def read_manifest(root: Path | str) -> Manifest:
         raise UserError(f"{path}: damaged manifest (vocab_size={size!r}, eot_id={eot!r}): {_ANEW}")
     for shard in shards:
         numbers = (shard.bytes, shard.documents, shard.tokens)
-        if not isinstance(shard.name, str) or Path(shard.name).name != shard.name:  # a path could point anywhere
+        name = shard.name
+        if not isinstance(name, str) or name in ("", ".", "..") or {"/", "\0"} & set(name):  # a path leads out
             raise UserError(f"{path}: damaged manifest (shard name {shard.name!r} is not a file name): {_ANEW}")
         if not isinstance(shard.sha256, str) or any(type(n) is not int or not 0 <= n < _MOST for n in numbers):
             raise UserError(
@@ -143,20 +157,80 @@ def index_name(shard: str) -> str:
 
 
 def write_index(path: Path, index: ShardIndex) -> None:
-    publish_json(path, {"format": FORMAT, **asdict(index)}, indent=None)
+    publish(path, _lean({"format": FORMAT, **asdict(index)}) + b"\n")
 
 
 def read_index(path: Path) -> ShardIndex:
-    """Raises UserError where the index is missing or damaged."""
+    """Raises UserError where the index is missing, damaged or of another format."""
     body = read_json(path, _ANEW)
+    if body.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: not an index of format {FORMAT}: {_ANEW}")
     try:
-        blocks = tuple(Block(**b) for b in body["blocks"])
-        for block in blocks:
-            if not _MEMBER.fullmatch(block.member) or type(block.crc32) is not int:
-                raise ValueError(f"block {block.member!r} with crc32 {block.crc32!r}")
-        return ShardIndex(blocks, tuple(body["document_ids"]), tuple(body["document_tokens"]))
+        index = ShardIndex(
+            tuple(Block(**b) for b in body.pop("blocks")),
+            tuple(body.pop("document_ids")),
+            tuple(body.pop("document_tokens")),
+            **body,
+        )
+        for block in index.blocks:
+            numbers = (block.tokens, block.crc32, block.offset)
+            if not _MEMBER.fullmatch(block.member) or not _are_counts(numbers):
+                raise ValueError(f"block {block.member!r}: tokens, crc32, offset = {numbers}")
+        if not {*map(type, index.document_ids)} <= {str}:
+            raise ValueError("document_ids are not all text")
+        if not _are_counts(index.document_tokens):
+            raise ValueError("document_tokens are not all whole numbers of 0 or more")
+        return index
     except (TypeError, KeyError, ValueError) as e:
         raise UserError(f"{path}: damaged index ({e}): {_ANEW}") from None
+
+
+def _are_counts(numbers: Sequence[Any]) -> bool:
+    """Whether all are integers of 0 or more that a shard can count to."""
+    return not numbers or (set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < _MOST)
+
+
+def index_of(manifest: Manifest, shard: ShardInfo, path: Path | None = None) -> ShardIndex:
+    """A shard's index, held against the manifest.
+
+    Raises:
+        UserError: as `read_index`; the index of another shard, or blocks that lie outside it or over one another.
+    """
+    path = path or index_path(manifest, shard)
+    index, itemsize = read_index(path), manifest.numpy_dtype.itemsize
+    counts = len(index.document_ids), len(index.document_tokens), sum(index.document_tokens)
+    if index.shard_sha256 != shard.sha256:
+        raise UserError(f"{path}: of shard sha256 {index.shard_sha256!r}, the manifest says {shard.sha256}: {_ANEW}")
+    blocks = sum(b.tokens for b in index.blocks)
+    if counts != (shard.documents, shard.documents, shard.tokens) or blocks != shard.tokens:
+        raise UserError(f"{path}: its index counts other tokens than the manifest's {shard.tokens}: {_ANEW}")
+    if shard.tokens * itemsize > shard.bytes:
+        raise UserError(f"{path}: {shard.bytes} bytes cannot hold the manifest's {shard.tokens} tokens: {_ANEW}")
+    end = 0
+    for block in index.blocks:
+        if block.offset < end or block.offset + block.tokens * itemsize > shard.bytes:
+            raise UserError(
+                f"{path}: sample {block.member}: bytes from {block.offset} for {block.tokens} tokens, in a shard of "
+                f"{shard.bytes} whose sample before ends at {end}: {_ANEW}"
+            )
+        end = block.offset + block.tokens * itemsize
+    return index
+
+
+def provenance(origins: Sequence[dict[str, str]], tokens: Sequence[int]) -> bytes:
+    """What a block's .json says of its documents: columns, so that no word is said for each document again.
+
+    `source` is the block's; `paths` and `urls` are there where a document has one, a path only where it is not the id.
+    """
+    body: dict[str, Any] = {"source": origins[0]["source"], "ids": [o["id"] for o in origins], "tokens": list(tokens)}
+    paths = [o["path"] if o["path"] != o["id"] else None for o in origins]
+    urls = [o.get("url") for o in origins]
+    body |= {name: column for name, column in (("paths", paths), ("urls", urls)) if any(x is not None for x in column)}
+    return _lean(body)
+
+
+def _lean(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def encode_block(ids: np.ndarray) -> bytes:
@@ -182,8 +256,8 @@ def decode_block(data: bytes, dtype: np.dtype[Any]) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=at)
 
 
-def publish_json(path: Path, body: dict[str, Any], indent: int | None = 1) -> None:
-    publish(path, (json.dumps(body, ensure_ascii=False, indent=indent) + "\n").encode())
+def publish_json(path: Path, body: dict[str, Any]) -> None:
+    publish(path, (json.dumps(body, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def publish(path: Path, data: bytes) -> None:
@@ -207,11 +281,18 @@ def rename(aside: Path, path: Path) -> None:
 
 
 def read_json(path: Path, cure: str) -> dict[str, Any]:
-    """Raises UserError, ending in `cure`, where `path` is missing or not a JSON object."""
+    """Raises UserError, ending in `cure`, where `path` is missing or no JSON object; Passing where it can't be read."""
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:  # a fifo would wait
+            if not stat.S_ISREG((status := os.fstat(f.fileno())).st_mode):
+                raise UserError(f"{path}: not a regular file: {cure}")
+            if status.st_size > MOST_JSON:
+                raise UserError(f"{path}: {status.st_size} bytes, at most {MOST_JSON} are read: {cure}")
+            body = json.loads(f.read(status.st_size).decode())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
         raise UserError(f"{path}: {(e.strerror or str(e)).lower()}: {cure}") from None
+    except OSError as e:
+        raise Passing(f"{path}: {(e.strerror or str(e)).lower()}: mend it, then try again") from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON ({e}): {cure}") from None
     if not isinstance(body, dict):

@@ -1,203 +1,244 @@
-"""The order of the data: pure functions from (seed, position) to windows. No I/O; numpy only.
+"""The order of the data: pure functions from (seed, ledger, position) to windows. No I/O; numpy only.
 
-*Window* j of a shard is its tokens [j n_ctx, (j + 1) n_ctx], end inclusive. W is the number of windows of the source,
-L the number of lanes. A *position* p = 0, 1, 2, … counts the windows of the run; it lies in epoch e = p // W and is of
-lane p % L. In epoch e:
+A *position* p = 0, 1, 2, … counts the windows of the run; its *lane* is p mod L, its *column* p div L. The number of
+lanes L is fixed for the run.
 
-1.  The shards are shuffled by (seed, e) and laid end to end: a line of W places, each one window.
-2.  The line is cut into L intervals, lane after lane; lane l's has n(l, e) places, as many as the epoch has positions
-    of l. Since these are every L-th of W consecutive integers, n(l, e) is W // L, or one more for the W % L lanes from
-    e W % L on (cyclically), so where an interval starts has a closed form.
-3.  Lane l's j-th position of the epoch takes the j-th place of its interval, and within the part of one shard that lies
-    in the interval, the windows are shuffled by (seed, e, l, shard).
-
-Each epoch serves each window exactly once, for any shards and any L:
-    The positions of epoch e are W consecutive integers. Lane l owns n(l, e) of them; its j-th is the one with
-    (p - e W) // L = j, and takes place j of an interval of n(l, e) places: one to one. The n(l, e) add up to W, so the
-    intervals tile the line: positions and places, one to one. Lane interval and shard meet in one run of places, and
-    permuting each run permutes the line: places and windows, one to one. No remainder is dropped, and a shard is cut
-    only where an interval ends, so that it is read by one lane, or by neighbours.
+1.  The ledger says which positions a step takes, and by which weights they are drawn (`ledger.py`).
+2.  The mixture says of which source lane l's draw in a column is (`mixture.py`), and so how many windows of that source
+    the lane has drawn before: its k-th.
+3.  The source says which window the lane's k-th is (`epochs.py`), each epoch in another order, each window once.
 
 The data-parallel size does not matter:
-    `Order` has never heard of it. A step takes the positions [p, p + w) of the run, w a multiple of L, so as many from
-    each lane; rank r of dp, which divides L, takes those of lanes [r L / dp, (r + 1) L / dp). These sets are disjoint
-    and their union is the step's, whatever dp is.
+    `Plan` has never heard of it. A step takes the positions [p, p + w), w a multiple of L, so as many from each lane;
+    rank r of dp, which divides L, takes those of lanes [r L / dp, (r + 1) L / dp). These sets are disjoint and their
+    union is the step's, whatever dp is.
 
-Position is not step: the `Ledger` says where each step stands. A mixture draws, for each lane, a source by a table; the
-lane's k-th draw of a source is that source's position k L + lane in an `Order` of its own, so that what is said here
-holds for each source.
+Events keep each source's place:
+    What a lane has drawn of a source is a sum over the ledger's segments, of closed forms. A change of weights starts
+    a new table and changes no count; a jump draws what it jumps over; another n_ctx or a lost shard starts a new
+    `Order` of the source with what the old one left of its epoch. All of it is computed from the ledger when a plan
+    is made: there is no state to save, and any position is a look-up away.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from itertools import pairwise
-from typing import Any
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline.config import UserError
+from data_pipeline.epochs import Order, Rest
+from data_pipeline.ledger import Ledger, Segment
+from data_pipeline.mixture import Mixture
 
-_SHARDS, _WINDOWS = 0, 1  # what a permutation is for: the second part of its key
+
+class Windows(NamedTuple):
+    """Windows by source (a number in `Plan.names`), shard (in its manifest) and first token in it: [n] int64 each."""
+
+    source: np.ndarray
+    shard: np.ndarray
+    start: np.ndarray
+
+    def rows(self, rows: slice) -> Windows:
+        return Windows(*(part[rows] for part in self))
+
+
+@dataclass(frozen=True, eq=False)
+class _Weights:
+    """From `column` on, lanes draw by `mixture`; `base[s, l]`: what lane l has drawn of source s before."""
+
+    column: int
+    mixture: Mixture
+    base: np.ndarray
+
+    def drawn(self, source: int, column: int) -> np.ndarray:
+        """What each lane has drawn of a source before `column`: [lanes]."""
+        lanes = np.arange(self.base.shape[1])
+        return self.base[source] + self.mixture.drawn(source, lanes, column - self.column)
 
 
 @dataclass(frozen=True)
-class Segment:
-    """From `step` on, the run stands at `position` and each step takes `windows_per_step`."""
+class _Era:
+    """From segment number `segment` on, a source is served by `order`; lane l had drawn `base[l]` of it before."""
 
-    step: int
-    position: int
-    windows_per_step: int
-
-    def position_at(self, step: int) -> int:
-        return self.position + (step - self.step) * self.windows_per_step
+    segment: int
+    base: np.ndarray
+    rest: Rest  # what the era before left
+    order: Order | None  # None: there is no window, and nothing is drawn
 
 
-@dataclass(frozen=True)
-class Ledger:
-    """Which positions each step took: one segment for the start, one for each event since (a jump, another batch).
-
-    Raises:
-        UserError: segments that do not start at step 0, go back, or take no windows.
-    """
-
-    segments: tuple[Segment, ...]
-
-    def __post_init__(self) -> None:
-        if not self.segments or self.segments[0].step != 0 or self.segments[0].position < 0:
-            raise UserError(f"ledger {self.segments}: the first segment starts at step 0 and a position of 0 or more")
-        if any(s.windows_per_step < 1 for s in self.segments):
-            raise UserError(f"ledger {self.segments}: each step takes at least 1 window")
-        for a, b in pairwise(self.segments):
-            if b.step < a.step or b.position < a.position_at(b.step):
-                raise UserError(
-                    f"ledger: step {b.step} at position {b.position} goes back: the step before it ends at position "
-                    f"{a.position_at(b.step)} (segment from step {a.step}); windows are never served anew"
-                )
-
-    @classmethod
-    def start(cls, windows_per_step: int) -> Ledger:
-        return cls((Segment(0, 0, windows_per_step),))
-
-    def then(self, step: int, position: int, windows_per_step: int) -> Ledger:
-        """This ledger and one more event; raises UserError for one that goes back."""
-        return Ledger((*self.segments, Segment(step, position, windows_per_step)))
-
-    def position(self, step: int) -> int:
-        """The first position of `step`."""
-        return self._at(step).position_at(step)
-
-    def windows_per_step(self, step: int) -> int:
-        return self._at(step).windows_per_step
-
-    def step_of(self, position: int) -> int | None:
-        """The step that takes `position`; None where an event jumped over it."""
-        n = bisect_right(self.segments, position, key=lambda s: s.position) - 1
-        if n < 0:
-            return None
-        segment = self.segments[n]
-        step = segment.step + (position - segment.position) // segment.windows_per_step
-        jumped = n + 1 < len(self.segments) and step >= self.segments[n + 1].step
-        return None if jumped else step
-
-    def to_json(self) -> list[dict[str, int]]:
-        return [asdict(s) for s in self.segments]
-
-    @classmethod
-    def from_json(cls, body: Any) -> Ledger:
-        try:
-            segments = tuple(Segment(**s) for s in body)
-            if not all(type(v) is int for s in segments for v in asdict(s).values()):
-                raise TypeError("segments hold integers")
-        except TypeError as e:
-            raise UserError(f"damaged ledger ({e}): resume from another checkpoint") from None
-        return cls(segments)
-
-    def _at(self, step: int) -> Segment:
-        if step < 0:
-            raise UserError(f"step={step}: steps count from 0")
-        return self.segments[bisect_right(self.segments, step, key=lambda s: s.step) - 1]
-
-
-class Order:
-    """One source's windows, shuffled anew in each epoch; see the top of the file.
+class Plan:
+    """The windows of every step of a run, for any number of data-parallel ranks.
 
     Args:
-        shard_windows: how many windows each shard of the manifest holds; 0 is allowed.
+        shard_tokens: of each source, how many tokens each shard of its manifest holds.
+        ledger: what has happened, and what is planned.
         lanes: fixed for the run.
         seed: fixed for the run.
 
     Raises:
-        UserError: no window at all, or no lane.
+        UserError: a source that is drawn but not given or without a window, or positions that lanes do not divide. A
+            source that is not given, and not drawn in the end, is refused only where its windows are asked for.
     """
 
-    def __init__(self, shard_windows: Sequence[int] | np.ndarray, lanes: int, seed: int) -> None:
-        self.shard_windows = np.asarray(shard_windows, dtype=np.int64)
-        self.windows = int(self.shard_windows.sum())
-        self.lanes = lanes
-        self.seed = seed
-        if self.windows < 1 or lanes < 1:
-            raise UserError(
-                f"{self.windows} windows in {len(self.shard_windows)} shards, data.lanes={lanes}: give at least 1 each"
-            )
-        self._line = lru_cache(maxsize=2)(self._lay_line)  # a step may end one epoch and start the next
-        self._shuffles: dict[
-            int, tuple[tuple[int, int], np.ndarray]
-        ] = {}  # lane -> its latest (epoch, shard), permutation
+    def __init__(
+        self, shard_tokens: Mapping[str, Sequence[int] | np.ndarray], ledger: Ledger, *, lanes: int, seed: int
+    ) -> None:
+        self.ledger, self.lanes, self.seed = ledger, lanes, seed
+        self.names = tuple(sorted({*shard_tokens, *(n for s in ledger.segments for n in s.weights)}))
+        self._tokens = [np.asarray(shard_tokens.get(name, ()), np.int64) for name in self.names]
+        self._weights: list[_Weights] = []  # of each segment
+        self._eras: list[list[_Era]] = [[] for _ in self.names]
+        for number, segment in enumerate(ledger.segments):
+            if segment.position % lanes or segment.windows_per_step % lanes:
+                raise UserError(
+                    f"step {segment.step} at position {segment.position} with {segment.windows_per_step} windows per "
+                    f"step: both must be multiples of data.lanes={lanes}"
+                )
+            self._weights.append(self._weights_of(number, segment))
+            for source in range(len(self.names)):
+                self._open_era(number, segment, source)
 
-    def epoch(self, position: int) -> float:
-        """How often the source has been served before `position`."""
-        return position / self.windows
-
-    def windows_at(self, positions: np.ndarray | range) -> tuple[np.ndarray, np.ndarray]:
-        """Shard numbers and window numbers at `positions`: [n] and [n] int64.
-
-        Costs O(log shards) for each position, and O(windows of a shard) where a lane enters a shard.
-        """
+    def windows_at(self, positions: np.ndarray | range) -> Windows:
+        """The windows at `positions`, which must lie in one segment of the ledger: [n]."""
         p = np.asarray(positions, dtype=np.int64)
-        shards, indices = np.empty_like(p), np.empty_like(p)
-        epochs = p // self.windows
-        for epoch in np.unique(epochs):
-            at = np.flatnonzero(epochs == epoch)
-            shards[at], indices[at] = self._in_epoch(int(epoch), p[at])
-        return shards, indices
+        if not len(p):
+            return Windows(p, p, p)
+        number = self.ledger.number_at(int(p.min()))
+        if self.ledger.number_at(int(p.max())) != number:
+            raise ValueError(f"positions {p.min()} to {p.max()} lie in more than one segment of the ledger")
+        weights, lane = self._weights[number], p % self.lanes
+        source, drawn = weights.mixture.draw(p // self.lanes - weights.column, lane)
+        drawn += weights.base[source, lane]
+        out = Windows(source, np.empty_like(p), np.empty_like(p))
+        for s in np.unique(source):
+            rows = np.flatnonzero(source == s)
+            era = self._era(int(s), number)
+            q = (drawn[rows] - era.base[lane[rows]]) * self.lanes + lane[rows]
+            if era.order is None:
+                raise UserError(
+                    f"source {self.names[s]}, drawn at position {p.min()}, is not given: add it to data.sources"
+                )
+            out.shard[rows], out.start[rows] = era.order.windows_at(q)
+        return out
 
-    def _in_epoch(self, epoch: int, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        line, ends = self._line(epoch)
-        lane = p % self.lanes
-        start, stop = self._interval(epoch, lane), self._interval(epoch, lane + 1)
-        place = start + p % self.windows // self.lanes
-        k = np.searchsorted(ends, place, side="right")  # the k-th shard of the line; shards without windows are skipped
-        shard = line[k]
-        begin = ends[k] - self.shard_windows[shard]
-        low, high = np.maximum(begin, start), np.minimum(ends[k], stop)  # the run of places of this lane in this shard
-        index = low - begin
-        for rows in _groups(lane * len(line) + k):
-            n = rows[0]
-            shuffle = self._shuffle(epoch, int(lane[n]), int(shard[n]), int(high[n] - low[n]))
-            index[rows] += shuffle[place[rows] - low[n]]
-        return shard, index
+    def positions(self, step: int, dp_rank: int = 0, dp: int = 1) -> np.ndarray:
+        """The positions, ascending, that one data-parallel rank takes in a step: [windows per step / dp]."""
+        return rank_positions(
+            self.ledger.position(step), self.ledger.segment(step).windows_per_step, self.lanes, dp_rank, dp
+        )
 
-    def _interval(self, epoch: int, lane: np.ndarray) -> np.ndarray:
-        """Where the interval of `lane` starts: the places of the lanes below it. Lane L starts at W."""
-        first = epoch * self.windows % self.lanes  # the lane of the epoch's first position
-        each, more = divmod(self.windows, self.lanes)  # lanes first … first + more - 1 (mod L) have one place more
-        return lane * each + np.clip(lane - first, 0, more) + np.minimum(lane, max(0, first + more - self.lanes))
+    def step(self, step: int, dp_rank: int = 0, dp: int = 1) -> tuple[np.ndarray, Windows]:
+        """Positions and windows of one rank in a step, in the order in which it gets them."""
+        positions = self.positions(step, dp_rank, dp)
+        return positions, self.windows_at(positions)
 
-    def _lay_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        line = permutation(len(self.shard_windows), self.seed, _SHARDS, epoch)
-        return line, np.cumsum(self.shard_windows[line])
+    def drawn(self, name: str, position: int) -> int:
+        """How many windows of a source the run has drawn before `position`."""
+        return int(self._drawn(self.names.index(name), position).sum())
 
-    def _shuffle(self, epoch: int, lane: int, shard: int, n: int) -> np.ndarray:
-        """The permutation of a lane's part of a shard. A lane only walks on, so only its latest is kept."""
-        held, shuffle = self._shuffles.get(lane, (None, None))
-        if shuffle is None or held != (epoch, shard):
-            shuffle = permutation(n, self.seed, _WINDOWS, epoch, lane, shard)
-            self._shuffles[lane] = (epoch, shard), shuffle
-        return shuffle
+    def epoch(self, name: str, position: int) -> float:
+        """How often the source has been gone through before `position`."""
+        source = self.names.index(name)
+        era = self._era(source, self.ledger.number_at(position))
+        draws = float((self._drawn(source, position) - era.base).sum())
+        return era.order.epoch(draws) if era.order else float(era.rest.epoch)
+
+    def passes(self, name: str, position: int) -> int:
+        """In how many epochs of the source windows have been drawn before `position`: 1 while none is repeated."""
+        source = self.names.index(name)
+        era = self._era(source, self.ledger.number_at(position - 1))
+        return era.order.begun(self._drawn(source, position) - era.base) if era.order else era.rest.begun
+
+    def unread(self) -> list[tuple[int, str, int]]:
+        """(step, source, tokens) of each event that set some aside until the source's next epoch."""
+        found = (
+            (self.ledger.segments[era.segment].step, name, era.rest.aside_tokens)
+            for name, eras in zip(self.names, self._eras, strict=True)
+            for era in eras
+        )
+        return [event for event in found if event[2]]
+
+    def positions_of(self, name: str, shard: int, start: int, stop: int, until: int) -> np.ndarray:
+        """The positions before `until` whose window holds any of the tokens [start, stop) of a shard, ascending."""
+        source = self.names.index(name)
+        eras = self._eras[source]
+        found = []
+        for era, after in zip(eras, [*eras[1:], None], strict=True):
+            end = min(until, self.ledger.segments[after.segment].position) if after else until
+            if era.order is not None and end > self.ledger.segments[era.segment].position:
+                columns = -(-end // self.lanes) * self.lanes  # whole ones; what is beyond `end` is left out below
+                most = int((self._drawn(source, columns) - era.base).max()) * self.lanes
+                q = _places_of(era.order, shard, most)
+                _, at = era.order.windows_at(q)
+                q = q[(at < stop) & (at + era.order.n_ctx >= start)]
+                lane = q % self.lanes
+                found.append(self._position_of(source, lane, era.base[lane] + q // self.lanes, end))
+        return np.sort(np.concatenate(found)) if found else np.empty(0, np.int64)
+
+    def _position_of(self, source: int, lane: np.ndarray, draw: np.ndarray, until: int) -> np.ndarray:
+        """Where each lane's draw number `draw` of a source is in the run; those from `until` on are left out."""
+        found = []
+        runs = list(dict.fromkeys(self._weights))
+        for weights, after in zip(runs, [*runs[1:], None], strict=True):
+            end = min(until, after.column * self.lanes) if after else until
+            here = (draw >= weights.base[source, lane]) & (weights.mixture.counts[source] > 0)
+            number = draw[here] - weights.base[source, lane[here]]
+            column = weights.column + weights.mixture.column_of(source, lane[here], number)
+            position = column * self.lanes + lane[here]
+            found.append(position[position < end])
+        return np.concatenate(found)
+
+    def _drawn(self, source: int, position: int) -> np.ndarray:
+        """What each lane has drawn of a source before `position`, a multiple of lanes: [lanes]."""
+        return self._weights[self.ledger.number_at(max(0, position - 1))].drawn(source, position // self.lanes)
+
+    def _era(self, source: int, number: int) -> _Era:
+        return next(era for era in reversed(self._eras[source]) if era.segment <= number)
+
+    def _weights_of(self, number: int, segment: Segment) -> _Weights:
+        counts = tuple(segment.weights.get(name, 0) for name in self.names)
+        column = segment.position // self.lanes
+        if not number:
+            return _Weights(column, Mixture(counts, self.lanes), np.zeros((len(self.names), self.lanes), np.int64))
+        before = self._weights[-1]
+        if counts == tuple(before.mixture.counts.tolist()):
+            return before
+        return _Weights(
+            column, Mixture(counts, self.lanes), np.stack([before.drawn(s, column) for s in range(len(self.names))])
+        )
+
+    def _open_era(self, number: int, segment: Segment, source: int) -> None:
+        """A new order of the source, where this segment needs one."""
+        name, eras = self.names[source], self._eras[source]
+        lost, n_ctx = segment.lost.get(name, ()), segment.n_ctx
+        if number:
+            before = self.ledger.segments[number - 1]
+            if (before.n_ctx, before.lost.get(name, ())) == (n_ctx, lost) and eras[-1].order is not None:
+                return
+        drawn = self._weights[number].drawn(source, segment.position // self.lanes)
+        rest = Rest.none()
+        if eras and (old := eras[-1].order):
+            rest = old.after(drawn - eras[-1].base, n_ctx, lost)
+        elif eras:
+            rest = Rest.none(eras[-1].rest.epoch, eras[-1].rest.era + 1, eras[-1].rest.begun)
+        order, tokens = None, self._tokens[source]
+        if any(not 0 <= shard < len(tokens) for shard in lost) and len(tokens):
+            raise UserError(f"ledger: source {name} has lost shards {list(lost)} of {len(tokens)}: of another source?")
+        if len(tokens) or (segment.weights.get(name) and not self._was_removed(source)):
+            try:
+                order = Order(tokens, n_ctx, self.lanes, _source_seed(self.seed, name), lost, rest)
+            except UserError as e:
+                if segment.weights.get(name):
+                    raise UserError(f"source {name} at step {segment.step}: {e}") from None
+        eras.append(_Era(number, drawn, rest, order))
+
+    def _was_removed(self, source: int) -> bool:
+        """The run has drawn a source that is no longer there, and goes on without it."""
+        return not len(self._tokens[source]) and not self.ledger.segments[-1].weights.get(self.names[source])
 
 
 def rank_positions(position: int, windows_per_step: int, lanes: int, dp_rank: int, dp: int) -> np.ndarray:
@@ -210,30 +251,27 @@ def rank_positions(position: int, windows_per_step: int, lanes: int, dp_rank: in
         raise UserError(
             f"windows per step={windows_per_step} must be a multiple of data.lanes={lanes}, and that of dp={dp}"
         )
-    p = np.arange(position, position + windows_per_step, dtype=np.int64)
-    return p[p % lanes // (lanes // dp) == dp_rank]
+    each = lanes // dp
+    columns = position + lanes * np.arange(windows_per_step // lanes, dtype=np.int64)
+    first = columns[:, None] + (np.arange(each) + dp_rank * each - position) % lanes
+    return np.sort(first, axis=1).ravel()
 
 
-def permutation(n: int, *key: int) -> np.ndarray:
-    """A permutation of range(n) that depends on `key` alone, on every machine and with every version of numpy: [n].
-
-    The values sorted are all different, so that no sort can order them otherwise.
-    """
-    folded = 0
-    for part in key:
-        folded = int(splitmix64(folded ^ part, 1)[0])
-    return np.argsort(splitmix64(folded, n)).astype(np.int32 if n < 2**31 else np.int64)
-
-
-def splitmix64(seed: int, n: int) -> np.ndarray:
-    """The first n outputs of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), all different: [n] uint64."""
-    z = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed % 2**64)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def _places_of(order: Order, shard: int, most: int) -> np.ndarray:
+    """The source's positions below `most` whose window is of `shard`, pass after pass."""
+    lanes = np.arange(order.lanes)
+    found = [np.empty(0, np.int64)]
+    for number in range(int(order.pass_of(np.array([max(most - 1, 0)]))[0]) + 1):
+        line, first = order.line(number), order.first(number)
+        start = order.interval(number, lanes)
+        for k in np.flatnonzero(line.shard == shard):
+            place = np.arange(line.ends[k] - line.count[k], line.ends[k])
+            lane = np.searchsorted(order.interval(number, lanes + 1), place, side="right")
+            found.append(first + (lane - first) % order.lanes + (place - start[lane]) * order.lanes)
+    q = np.concatenate(found)
+    return q[q < most]
 
 
-def _groups(values: np.ndarray) -> list[np.ndarray]:
-    """The rows of each distinct value, in ascending order of the values."""
-    rows = np.argsort(values, kind="stable")
-    return np.split(rows, np.flatnonzero(np.diff(values[rows])) + 1)
+def _source_seed(seed: int, name: str) -> int:
+    """Sources of equal shards are not shuffled alike: 63 bits of (seed, name)."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest(), "big") >> 1

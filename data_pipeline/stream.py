@@ -1,29 +1,87 @@
-"""Reading the windows that the plan asks for, each block checked as it arrives.
+"""The tokens of the windows that the plan asks for, each block checked as it arrives.
 
-A rank holds the shards its lanes are in as plain arrays of tokens; a window is a slice of one. webdataset opens a shard
-(its `gopen`). Its tar iterator is not used: it takes each member whole, whatever size it claims, and unpacks what is
-compressed, so that a crafted tar could fill the memory; here a member's bytes go straight to their place in the array.
+A shard in use is one array of tokens; its blocks are read into it when a window first needs them, and a window is a
+slice of it (open_shard.py). A shard that lies afar comes through the node's cache (remote/).
 """
 
 from __future__ import annotations
 
-import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
-from data_pipeline.config import UserError
-from data_pipeline.manifest import Block, Manifest, ShardInfo, index_path, read_index
+from data_pipeline.config import DataConfig, FetchConfig, Passing, UserError
+from data_pipeline.manifest import MANIFEST, Manifest, ShardIndex, ShardInfo, index_of, read_manifest
+from data_pipeline.open_shard import OpenShard, room_for_files
+from data_pipeline.plan import Windows
+from data_pipeline.remote.ahead import ReadAhead
+from data_pipeline.remote.cache import Cache, CacheFull
+from data_pipeline.remote.entry import Entry, NoSource, is_there, mirror
+from data_pipeline.remote.places import Lost, Unreachable, is_remote, refuse_password, shown
 
-_NPY_HEADER = 4096  # bytes at most; numpy writes 128
+IGNORE = -100  # the label that no loss counts
 
 
 class ShardError(UserError):
-    """A shard that does not hold what its manifest says. Names the shard and, where there is one, the sample."""
+    """A shard that cannot be read. Names the shard and, where there is one, the sample."""
+
+
+class LostShard(ShardError):
+    """A shard that is lost for good: gone, truncated, replaced or damaged, and no better when read again.
+
+    `source` is its source's number in the stream, `shard` its number in that source.
+    """
+
+    def __init__(self, message: str, source: int, shard: int) -> None:
+        super().__init__(message)
+        self.source, self.shard = source, shard
+
+
+class UnreachableShard(ShardError, Passing):
+    """A shard that cannot be read now: no answer, or this machine is short of files, memory or a disk that works."""
+
+
+def open_source(path: str | Path, cache: Cache | None) -> Manifest:
+    """The manifest of a source: a folder, or what `data_pipeline/remote/places.py` knows (then through the cache).
+
+    Raises:
+        NoSource: there is none.
+        UserError: it is damaged or cannot be reached; a source afar and no cache.
+    """
+    if is_remote(str(path)):
+        refuse_password(str(path))
+        if cache is None:
+            raise UserError(f"{shown(str(path))}: not a local folder: give data.cache.dir=FOLDER on each node's disk")
+        return mirror(str(path), cache)
+    try:
+        return read_manifest(path)
+    except Passing:
+        raise
+    except UserError as e:
+        raise (e if (Path(path) / MANIFEST).exists() else NoSource(str(e))) from None
+
+
+def open_cache(cfg: DataConfig) -> Cache | None:
+    """The cache that the config names, if it names one."""
+    return Cache(cfg.cache, cfg.fetch) if cfg.cache.dir is not None else None
+
+
+def index_at(manifest: Manifest, number: int, cache: Cache | None) -> ShardIndex:
+    """The index of a shard, wherever it lies.
+
+    Raises:
+        ShardError: it is missing, damaged or another shard's.
+    """
+    shard = manifest.shards[number]
+    with _named(manifest, shard, cache, 0, number):
+        if manifest.origin is None:
+            return index_of(manifest, shard)
+        assert cache is not None
+        with closing(Entry(cache, manifest, shard, tokens=False)) as entry:
+            return entry.index
 
 
 def shard_windows(manifest: Manifest, n_ctx: int) -> np.ndarray:
@@ -43,97 +101,200 @@ def shard_windows(manifest: Manifest, n_ctx: int) -> np.ndarray:
 
 
 class ShardStream:
-    """Windows of one source.
+    """Windows of some sources. For one thread; `stop` alone may come from another.
 
     Args:
-        open_shards: decoded shards kept from one call to the next, those used last; a rank needs one for each of its
-            lanes. During a call, all that it touches are held.
+        manifests: of the sources, in the order of the plan's names.
+        open_shards: shards kept from one call to the next, those used last; a rank needs one for each of its lanes.
+            During a call, all that it touches are held.
+        cache: where sources that are not local folders are kept.
     """
 
-    def __init__(self, manifest: Manifest, n_ctx: int, open_shards: int = 1) -> None:
-        self.manifest, self.n_ctx, self.open_shards = manifest, n_ctx, open_shards
-        self._open: dict[int, np.ndarray] = {}  # shard number -> [windows, n_ctx + 1], a view; last used last
+    def __init__(
+        self,
+        manifests: Sequence[Manifest],
+        *,
+        open_shards: int,
+        cache: Cache | None = None,
+        fetch: FetchConfig | None = None,
+    ) -> None:
+        self._manifests, self._open_shards, self._cache = tuple(manifests), open_shards, cache
+        self._fetch = fetch or (cache.fetch if cache else FetchConfig())
+        self._open: dict[tuple[int, int], OpenShard] = {}
+        self._closed = False
+        self._dtype = np.result_type(*(m.numpy_dtype for m in self._manifests))
+        self._clock, self._span = 0, 0
+        self._ahead: ReadAhead | None = None
+        self._afar = {s for s, m in enumerate(self._manifests) if m.origin is not None}
+        self._expected: set[tuple[int, int, int]] = set()  # windows, so that each is hinted at once
+        room_for_files(open_shards, 2 if self._afar else 1)
+        if cache is not None:
+            cache.most_indexes = max(cache.most_indexes, open_shards)
 
-    def windows(self, shards: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """Tokens of the windows (shards[i], indices[i]): [n, n_ctx + 1] in the manifest's dtype.
+    def read(
+        self,
+        windows: Windows,
+        n_ctx: int,
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        segments: np.ndarray | None = None,
+    ) -> int:
+        """Fill `tokens` and `labels`, [n, n_ctx] int64: label t is the token that follows token t.
+
+        Args:
+            segments: [n, n_ctx] int32; gets the number of each token's document within its window, 0, 1, 2, ..., and a
+                label that lies in the next document becomes IGNORE. A document's end-of-text token is its last.
+
+        Returns:
+            The crc32 of the windows' tokens, [n, n_ctx + 1] in the manifests' (widest) dtype.
 
         Raises:
-            ShardError: a shard that is missing, truncated, replaced or damaged.
+            LostShard, ShardError: a shard that is lost; one that cannot be reached now.
+            RuntimeError: the stream is closed.
         """
-        out = np.empty((len(shards), self.n_ctx + 1), dtype=self.manifest.numpy_dtype)
-        last_row = {int(shard): row for row, shard in enumerate(shards)}
-        for shard in sorted(last_row, key=last_row.__getitem__):
-            rows = np.flatnonzero(shards == shard)
-            windows = self._open.pop(shard, None)
-            if windows is None:
-                tokens = read_shard(self.manifest, self.manifest.shards[shard])
-                windows = sliding_window_view(tokens, self.n_ctx + 1)[:: self.n_ctx]
-            self._open[shard] = windows
-            out[rows] = windows[indices[rows]]
-        for shard in list(self._open)[: -self.open_shards]:
-            del self._open[shard]
-        return out
+        if self._closed:
+            raise RuntimeError("a window of a stream that is closed")
+        clock, span = self._clock, n_ctx + 1
+        self._span = span
+        self.expect(windows, n_ctx)  # what lies afar comes side by side, not window after window
+        sources, shards, starts = (column.tolist() for column in windows)
+        text = np.empty((len(starts), span), self._dtype)
+        for i, key in enumerate(zip(sources, shards, strict=True)):
+            start, held = starts[i], self._open.get(key)
+            if held is None:
+                held = self._enter(*key)
+            stop = start + span
+            if start < 0 or stop > held.size:
+                raise IndexError(f"window {start} to {stop} of {self._manifests[key[0]].shards[key[1]]}")
+            if held.missing and not held.has(start, stop):
+                self._load(key, held, start, stop)
+            held.used = clock + i
+            text[i] = held.tokens[start:stop]
+        tokens[:], labels[:] = text[:, :-1], text[:, 1:]
+        if segments is not None:
+            self._mark_documents(windows, n_ctx, labels, segments)
+        self._clock = clock + len(starts)
+        if self._expected:
+            self._expected.difference_update(zip(sources, shards, starts, strict=True))
+        if len(self._open) > self._open_shards:
+            for key in sorted(self._open, key=lambda k: self._open[k].used)[: -self._open_shards]:
+                self._open.pop(key).close()
+        return zlib.crc32(text.data)
+
+    def expect(self, windows: Windows, n_ctx: int | None = None) -> None:
+        """Windows that `read` will soon be asked for: what of them lies afar is fetched meanwhile. Does not wait."""
+        if not self._afar or self._closed:
+            return
+        span = self._span if n_ctx is None else n_ctx + 1
+        wanted: dict[tuple[int, int], list[int]] = {}
+        for window in zip(*(column.tolist() for column in windows), strict=True):
+            source, shard, start = window
+            if source not in self._afar or window in self._expected:
+                continue
+            self._expected.add(window)
+            held = self._open.get((source, shard))
+            if held is None or not held.has(start, start + span):
+                wanted.setdefault((source, shard), []).append(start)
+        for key, starts in wanted.items():
+            if self._ahead is None:
+                assert self._cache is not None
+                self._ahead = ReadAhead(self._cache)
+            manifest = self._manifests[key[0]]
+            self._ahead.want(manifest, manifest.shards[key[1]], starts, span)
+
+    def stop(self) -> None:
+        """Read nothing more: what `read` is at ends with an error. For a thread that then waits for the one who reads;
+        who reads closes."""
+        self._closed = True
+        if (ahead := self._ahead) is not None:
+            ahead.close()
+
+    def close(self) -> None:
+        """Let go of every shard, and end the reading ahead. May be called twice."""
+        self.stop()
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _mark_documents(self, windows: Windows, n_ctx: int, labels: np.ndarray, segments: np.ndarray) -> None:
+        segments[:] = 0
+        keys = windows.source << 32 | windows.shard
+        for key in np.unique(keys).tolist():
+            rows = np.flatnonzero(keys == key)
+            row, cut = self._open[key >> 32, key & 0xFFFFFFFF].cuts(windows.start[rows], n_ctx)
+            labels[rows[row], cut - 1] = IGNORE
+            row, cut = row[cut < n_ctx], cut[cut < n_ctx]
+            segments[rows[row], cut] = 1
+        np.cumsum(segments, axis=1, out=segments)
+
+    def _enter(self, source: int, number: int) -> OpenShard:
+        if self._closed:
+            raise RuntimeError("a shard of a stream that is closed")
+        manifest = self._manifests[source]
+        shard = manifest.shards[number]
+        with _named(manifest, shard, self._cache, source, number):
+            try:
+                held = OpenShard(manifest, shard, self._cache)
+            except CacheFull:  # it may be what is read ahead that is in the way
+                if self._ahead is None:
+                    raise
+                self._ahead.stop(self._fetch.timeout_s)
+                self._expected.clear()  # what it dropped may be told again
+                held = OpenShard(manifest, shard, self._cache)
+        self._open[source, number] = held
+        return held
+
+    def _load(self, key: tuple[int, int], held: OpenShard, start: int, stop: int) -> None:
+        manifest = self._manifests[key[0]]
+        with _named(manifest, manifest.shards[key[1]], self._cache, *key):
+            held.need(start, stop)
 
 
-def read_shard(manifest: Manifest, shard: ShardInfo) -> np.ndarray:
+def read_shard(manifest: Manifest, shard: ShardInfo, cache: Cache | None = None) -> np.ndarray:
     """All tokens of a shard: [tokens] in the manifest's dtype.
 
     Raises:
         ShardError: the shard is missing, truncated, replaced or damaged.
     """
+    with _named(manifest, shard, cache, 0, manifest.shards.index(shard) if shard in manifest.shards else 0):
+        held = OpenShard(manifest, shard, cache)
+        try:
+            held.need(0, held.size)
+        finally:
+            held.close()
+    return held.tokens
+
+
+@contextmanager
+def _named(manifest: Manifest, shard: ShardInfo, cache: Cache | None, source: int, number: int) -> Iterator[None]:
+    """What goes wrong with a shard, as an error that names it and says what to do."""
     if Path(shard.name).name != shard.name:
         raise ShardError(f"{manifest.root}: shard {shard.name!r} is not the name of a file in that folder")
-    path = (manifest.root / shard.name).absolute()  # gopen runs a path that starts with "pipe:"
-    blocks, dtype = read_index(index_path(manifest, shard)).blocks, manifest.numpy_dtype
-    _check_size(path, shard, manifest)
-    counts = [block.tokens for block in blocks]
-    if not all(type(n) is int for n in counts) or sum(counts) != shard.tokens:
-        raise ShardError(f"{path}: its index counts other tokens than the manifest's {shard.tokens}: {_cure(manifest)}")
-    if shard.tokens * dtype.itemsize > shard.bytes:
-        raise ShardError(
-            f"{path}: {shard.bytes} bytes cannot hold the manifest's {shard.tokens} tokens: {_cure(manifest)}"
-        )
-    from webdataset.gopen import gopen  # brings torch along: only where shards are read
-
-    tokens, filled, member = np.empty(shard.tokens, dtype), 0, "(none)"
+    afar = None if manifest.origin is None else cache
+    if manifest.origin is None or cache is None:
+        where = str((manifest.root / shard.name).absolute())
+        cure = f"restore it, and check the others with `python -m data_pipeline.shards verify path={manifest.root}`"
+    else:
+        url = cache.place(manifest.origin).url
+        where = url.replace("{}", shard.name) if "{}" in url else f"{url}/{shard.name}"
+        cure = "restore it there, or go on without it (data.on_bad_shard=skip)"
     try:
-        with gopen(str(path)) as f, tarfile.open(fileobj=f, mode="r:") as tar:
-            members = iter(tar)
-            for block in blocks:
-                member = block.member
-                _read_block(members, f, block, tokens[filled : filled + block.tokens])
-                filled += block.tokens
-    except (OSError, ValueError, tarfile.TarError) as e:
-        raise ShardError(f"{path}: sample {member}: {e}: {_cure(manifest)}") from None
-    return tokens
-
-
-def _check_size(path: Path, shard: ShardInfo, manifest: Manifest) -> None:
-    try:
-        size = path.stat().st_size
+        yield
+    except Lost as e:
+        if not is_there(manifest, cache):
+            raise UnreachableShard(
+                f"{where}: {e}, and the source's {MANIFEST} is not there either: restore it, then resume"
+            ) from None
+        raise LostShard(f"{where}: {e}: {cure}", source, number) from None
+    except Unreachable as e:
+        raise UnreachableShard(
+            f"{where}: {e}: mend the way there or give other data.fetch.retries and timeout_s, then resume"
+        ) from None
+    except MemoryError:
+        raise UnreachableShard(
+            f"{where}: its {shard.tokens} tokens are more than the memory of this machine has left: fewer data.lanes "
+            f"a rank hold fewer shards"
+        ) from None
     except OSError as e:
-        raise ShardError(f"{path}: {e.strerror}: {_cure(manifest)}") from None
-    if size != shard.bytes:
-        what = "truncated" if size < shard.bytes else "replaced"
-        raise ShardError(f"{path}: {what}, {size} bytes where the manifest says {shard.bytes}: {_cure(manifest)}")
-
-
-def _read_block(members: Iterator[tarfile.TarInfo], f: BinaryIO, block: Block, tokens: np.ndarray) -> None:
-    """Fill `tokens`, [block.tokens], from its member. Raises ValueError for what differs from the index.
-
-    The member's own header is not parsed: dtype and length are the index's, and the checksum holds the bytes to them.
-    """
-    member = next((m for m in members if m.name == block.member), None)
-    if member is None:
-        raise ValueError("missing")
-    header = member.size - tokens.nbytes
-    if len(tokens) != block.tokens or not member.isreg() or not 0 <= header <= _NPY_HEADER:
-        raise ValueError(f"{member.size} bytes, which are not the {block.tokens} tokens of the index")
-    f.seek(member.offset_data + header)
-    f.readinto(tokens.data)  # type: ignore[attr-defined]
-    if (found := zlib.crc32(tokens.data)) != block.crc32:
-        raise ValueError(f"checksum {found:08x} where the index says {block.crc32:08x}")
-
-
-def _cure(manifest: Manifest) -> str:
-    return f"restore it, and check the others with `python -m data_pipeline.shards verify path={manifest.root}`"
+        blamed = where if afar is None else f"{where}: data.cache.dir={afar.dir}"
+        at = f" ({e.filename})" if e.filename else ""
+        raise UnreachableShard(f"{blamed}: {e.strerror or e}{at}: mend it, then resume") from None

@@ -53,6 +53,7 @@ def verify(root: Path) -> None:
     defects = [f"{folder}: shards, but no {MANIFEST}" for folder in folders if folder not in sources]
     defects += [line for manifest in manifests for line in _source(manifest)]
     defects += _report(root / REPORT, manifests)
+    defects += [line for m in manifests if m.root != root for line in _report(m.root / REPORT, [m])]  # of an import
     for line in defects:
         print(line)
     if defects:
@@ -122,6 +123,8 @@ def _shard(manifest: Manifest, shard: ShardInfo) -> Iterator[str]:
     except (UserError, TypeError) as e:
         yield f"{index_path(manifest, shard)}: {e}"
         return
+    if index.shard_sha256 != shard.sha256:
+        yield f"{index_path(manifest, shard)}: of shard {index.shard_sha256}, the manifest says {shard.sha256}"
     if counts != (shard.documents, shard.documents, shard.tokens) or blocks != shard.tokens:
         yield (
             f"{index_path(manifest, shard)}: {counts[0]} documents with {counts[1]} lengths and {counts[2]} tokens in "
@@ -135,6 +138,7 @@ def _members(manifest: Manifest, path: Path, shard: ShardInfo, index: ShardIndex
     blocks = {b.member.removesuffix(".npy"): b for b in index.blocks}
     unseen = {f"{key}.{part}" for key in blocks for part in ("npy", "json")}
     halves: dict[str, dict[str, bytes]] = {}
+    ends: dict[str, int] = {}  # where a block's tokens end
     documents: list[tuple[Any, Any]] = []
     try:
         with path.open("rb") as f, tarfile.open(fileobj=f, mode="r|") as tar:
@@ -148,9 +152,11 @@ def _members(manifest: Manifest, path: Path, shard: ShardInfo, index: ShardIndex
                 data = tar.extractfile(member).read()  # type: ignore[union-attr]
                 unseen.remove(member.name)
                 key, _, part = member.name.partition(".")
+                if part == "npy":
+                    ends[key] = member.offset_data + member.size
                 halves.setdefault(key, {})[part] = data
                 if len(halves[key]) == 2:
-                    for defect in _block(manifest, blocks[key], halves.pop(key), documents):
+                    for defect in _block(manifest, blocks[key], halves.pop(key), ends[key], documents):
                         yield f"{path}, {key}: {defect}"
     except (tarfile.TarError, OSError, ValueError) as e:
         yield f"{path}: not a whole tar ({e})"
@@ -166,18 +172,23 @@ def _members(manifest: Manifest, path: Path, shard: ShardInfo, index: ShardIndex
 
 
 def _block(
-    manifest: Manifest, block: Block, parts: dict[str, bytes], documents: list[tuple[Any, Any]]
+    manifest: Manifest, block: Block, parts: dict[str, bytes], end: int, documents: list[tuple[Any, Any]]
 ) -> Iterator[str]:
-    """What is wrong with one block; its documents' (id, tokens) are added to `documents`."""
+    """What is wrong with one block whose tokens end at byte `end`; its documents' (id, tokens) go to `documents`."""
     try:
         ids = decode_block(parts["npy"], manifest.numpy_dtype)
-        found = [(d["id"], d["tokens"]) for d in json.loads(parts["json"])["documents"]]
+        about = json.loads(parts["json"])
+        found = list(zip(about["ids"], about["tokens"], strict=True))
+        if any(len(about[column]) != len(found) for column in ("paths", "urls") if column in about):
+            raise ValueError(f"other numbers of paths or urls than the {len(found)} documents")
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         yield f"not a block of documents ({e})"
         return
     documents += found
     if len(ids) != block.tokens:
         yield f"{len(ids)} tokens, the index says {block.tokens}"
+    if end - ids.nbytes != block.offset:
+        yield f"tokens from byte {end - ids.nbytes}, the index says {block.offset}"
     crc32 = zlib.crc32(ids.tobytes())
     if crc32 != block.crc32:
         yield f"crc32 {crc32:08x}, the index says {block.crc32:08x}"

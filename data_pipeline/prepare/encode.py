@@ -10,7 +10,6 @@ import hashlib
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,9 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.bpe import Tokenizer
-from data_pipeline.config import CorpusConfig, UserError
-from data_pipeline.prepare.read import Document, Record, parse
+from data_pipeline.config import UserError
+from data_pipeline.prepare.config import CorpusConfig
+from data_pipeline.prepare.files import Document
+from data_pipeline.prepare.read import Record, parse
 from data_pipeline.prepare.report import Dropped
+from data_pipeline.prepare.workers import follow_parent
 
 TASK = 1 << 20  # bytes of input a task has at least
 Place = tuple[int, int]  # (task, item of that task): where in the corpus a document stands
@@ -150,16 +152,8 @@ def _start(job: Job) -> None:
     os.environ["RAYON_NUM_THREADS"] = "1"  # the processes are the parallelism
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    follow_parent()
     _encoder = Encoder(job)
-
-
-def _follow_parent() -> None:
-    """A pool's worker would outlive a main process that was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _run(task: Task) -> list[Encoded | Dropped]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,8 +38,10 @@ class Progress:
     done: bool = False
 
     @classmethod
-    def open(cls, folder: Path, plan: dict[str, Any]) -> Progress:
+    def open(cls, folder: Path, plan: dict[str, Any], splits: Sequence[str] = SPLITS) -> Progress:
         """What is there, or a fresh start; what a killed write left half done is cleared away.
+
+        A split's shards lie in the folder of that name in `folder`; an import's one split, ".", is `folder` itself.
 
         Raises:
             UserError: the folder holds other work, or a finished shard of it is gone.
@@ -49,21 +51,21 @@ class Progress:
                 left.unlink()
             if any(folder.iterdir()):
                 raise UserError(f"output={folder}: not empty, and not begun by this command: give a new folder")
-            progress = cls(folder, plan, {split: [] for split in SPLITS})
+            progress = cls(folder, plan, {split: [] for split in splits})
             progress.save()
             return progress
         cure = "delete the folder and write the shards anew"
         body = read_json(folder / PROGRESS, cure)
         try:
             shards = {
-                split: [Finished(ShardInfo(**f["info"]), tuple(f["end"]), f["unknown"]) for f in body["shards"][split]]
-                for split in SPLITS
+                split: [Finished(ShardInfo(**f["info"]), tuple(f["end"]), f["unknown"]) for f in found]
+                for split, found in body["shards"].items()
             }
             begun, done = {**body["plan"]}, body["done"]
-        except (KeyError, TypeError) as e:
+        except (KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{folder / PROGRESS}: damaged ({e!r}): {cure}") from None
         if not any(shards.values()):  # begun, but nothing is lost by another plan
-            begun = plan
+            begun, shards = plan, {split: [] for split in splits}
         for key in sorted(plan | begun):
             old, new = begun.get(key), plan.get(key)
             if old != new:
@@ -71,6 +73,8 @@ class Progress:
                     f"output={folder} was begun with {key}={old}, now {key}={new}: "
                     f"give another output=, or delete that folder"
                 )
+        if set(shards) != set(splits):
+            raise UserError(f"{folder / PROGRESS}: damaged (shards of {', '.join(shards)}): {cure}")
         progress = cls(folder, plan, shards, done)
         progress._check()
         return progress
@@ -107,6 +111,8 @@ class Progress:
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Make the folder and hold it: two writes into one output would spoil each other."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output={folder}: no folder, but a file is there: give another output=")
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:

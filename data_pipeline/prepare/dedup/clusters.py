@@ -1,0 +1,143 @@
+"""Which documents go because the same is there already: one decision over the keys of all parts.
+
+First those of one address, of what is left those of one text, of what is left those that are nearly the same: all that
+are linked, link by link, are one group. Of each group one stays: of the best quality score, then of the oldest date,
+then the first. Where a member is in another corpus, all of this one go, and the other corpus stays as it is.
+
+Memory: STAYING_BYTES a document all the time, and beside it MEMBER_BYTES for each that is sorted at once. Where
+`memory_gib` is too small for all at once, the keys are gone through in several rounds, each with a range of them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.manifest import publish, publish_json
+from data_pipeline.prepare.dedup.documents import Documents, Other, Reader
+from data_pipeline.prepare.dedup.groups import MEMBER_BYTES, Forest, Members, settle
+from data_pipeline.prepare.dedup.keys import KeysFile
+from data_pipeline.prepare.dedup.near import join_near
+from data_pipeline.prepare.dedup.words import U64, mix
+from data_pipeline.prepare.recipe import DedupConfig, MinHashConfig
+
+KINDS = {"the same URL": 1, "the same text": 2, "nearly the same text": 3}
+LARGEST = 10  # groups that are named
+SUMMARY = "clusters.json"
+
+
+@dataclass
+class Groups:
+    """Groups of one kind; a size counts this corpus alone, and is 1 where the rest is in another corpus."""
+
+    groups: int = 0
+    documents: int = 0  # in them
+    sizes: dict[int, int] = field(default_factory=dict)  # how many groups have this size
+    largest: list[dict[str, Any]] = field(default_factory=list)  # {size, and of what stays: part and row, or corpus}
+
+
+@dataclass
+class Report:
+    documents: int
+    stay: int = 0
+    removed: dict[str, int] = field(default_factory=dict)  # by reason
+    groups: dict[str, Groups] = field(default_factory=dict)  # by the reason within the corpus
+
+
+def reasons(others: Sequence[str] = ()) -> list[str | None]:
+    """What each code means, given the names of the other corpora in order; None, stays, is that of code 0."""
+    return [None, *(kind + place for place in ("", *(f" as in {name}" for name in others)) for kind in KINDS)]
+
+
+def find(keys: Path, others: Sequence[Other], cfg: DedupConfig, out: Path) -> Report:
+    """Decide over all parts in the folder `keys`, in the order of their names.
+
+    Publishes for each part OUT/NAME.npy, a code for each row [rows] uint8 (see `reasons`), and then OUT/clusters.json.
+
+    Raises:
+        UserError: a file that is missing, damaged or made with other settings; more documents than `memory_gib` is for.
+    """
+    docs = Documents(keys, others, cfg)
+    names = [other.name for other in others]
+    report = Report(docs.total - docs.own)
+    for kind, code in KINDS.items():
+        found = _decide(docs, code, cfg)
+        if found is not None:
+            report.groups[kind] = found
+    counts = np.zeros(256, np.int64)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, codes in docs.parts():
+        counts += np.bincount(codes, minlength=256)
+        data = io.BytesIO()
+        np.lib.format.write_array(data, codes, version=(1, 0), allow_pickle=False)
+        publish(out / f"{name}.npy", data.getvalue())
+    report.stay = int(counts[0])
+    report.removed = {why: int(n) for why, n in zip(reasons(names), counts, strict=False) if why and n}
+    publish_json(out / SUMMARY, asdict(report))
+    return report
+
+
+def _decide(docs: Documents, code: int, cfg: DedupConfig) -> Groups | None:
+    """Take out the doubles of one kind; None where the recipe doesn't ask."""
+    if code == 1:
+        return _settle(docs, code, lambda _, file: file.column("url")) if cfg.url else None
+    if code == 2:
+        return _settle(docs, code, lambda _, file: file.column("text")) if cfg.text else None
+    if cfg.minhash is None:
+        return None
+    forest = _linked(docs, cfg.minhash)
+    joined = forest.joined()
+
+    def group(start: int, file: KeysFile) -> U64:
+        index = np.arange(start, start + file.rows)
+        return np.where(joined[index], mix(forest.root(index).astype(np.uint64) + np.uint64(1)), np.uint64(0))
+
+    return _settle(docs, code, group)
+
+
+def _settle(docs: Documents, code: int, read: Reader) -> Groups:
+    sizes: Counter[int] = Counter()
+    largest: list[tuple[int, int]] = []  # -size, index
+    for rows in docs.rounds(read):
+        best = settle(docs.ranked(rows), docs.most, partial(docs.lose, kind=code))
+        best = best.take((best.size > 1) | ((best.index < docs.own) & (best.size > 0)))
+        found, counts = np.unique(best.size, return_counts=True)
+        sizes.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+        first = np.lexsort((best.index, -best.size))[:LARGEST]
+        largest += zip((-best.size[first]).tolist(), best.index[first].tolist(), strict=True)
+        largest = sorted(largest)[:LARGEST]
+    documents = sum(size * count for size, count in sizes.items())
+    named = [{"size": -size, **docs.place(index)} for size, index in largest]
+    return Groups(sizes.total(), documents, dict(sorted(sizes.items())), named)
+
+
+def _linked(docs: Documents, minhash: MinHashConfig) -> Forest:
+    """All that are nearly the same, joined."""
+    forest = Forest(docs.total)
+    for band in range(minhash.bands):
+
+        def read(_: int, file: KeysFile, band: int = band) -> U64:
+            return file.band(band)
+
+        if minhash.min_jaccard is None:
+            for rows in docs.rounds(read):
+                plain = (Members.plain(keys, start + at) for start, _, at, keys in rows)
+                settle(plain, docs.most, forest.join)
+        else:
+            cost = 24 * (minhash.bands + 4)  # what is read, and twice as much while it is put in order
+            for rows in docs.rounds(read, cost):
+                compared = (
+                    (start + at, file.column("bands")[:, at], file.set_sizes()[at])
+                    for start, file, at, _ in rows
+                    if len(at)
+                )
+                join_near(compared, band, minhash, docs.most * MEMBER_BYTES // cost, docs.sets, forest)
+        forest.flatten()
+    return forest

@@ -1,0 +1,181 @@
+"""What is kept of each document to tell whether it is there twice: a part's keys, in one file beside the part.
+
+A keys file is safetensors of n rows, one for each document of the part, in order:
+
+    url, text   [n] uint64        of the address, of the text's plain form; 0 = it has none
+    bands       [bands, n] uint64 MinHash, where the recipe has it; 0 = none
+    score       [n] float32       of the quality model; NaN = none
+    date        [n] int64         seconds since 1970 (UTC); NO_DATE, which is later than any = none or not ISO 8601
+    grams       [any] uint32      where the recipe compares them: each row's set of n-grams, sorted
+    gram_ends   [n] int64         where each row's set ends
+
+Keys are 64 bits: among a billion documents two that differ have the same key with a chance of 3%.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import numpy.typing as npt
+from datatrove.data import Document
+
+from data_pipeline.config import UserError
+from data_pipeline.manifest import publish
+from data_pipeline.prepare.dedup.minhash import MinHash
+from data_pipeline.prepare.dedup.words import U64, pieces, plain
+from data_pipeline.prepare.recipe import DedupConfig, MinHashConfig
+
+FORMAT = 1
+ENDING = ".safetensors"
+NO_DATE = np.iinfo(np.int64).max
+_PORTS = {"http": ":80", "https": ":443"}
+
+
+def url_key(url: str | None) -> int:
+    """64 bits of the address, 0 for none. http and https are one, and the host's letters have no case; the scheme's own
+    port, the fragment, and slashes at the end of the path count for nothing. The query stays as it is."""
+    if not url or not url.strip():
+        return 0
+    try:
+        parts = urlsplit(url.strip())
+    except ValueError:  # brackets that hold no IPv6 address
+        return _key(url.strip().encode("utf-8", "surrogatepass"))
+    host = parts.netloc.lower().removesuffix(_PORTS.get(parts.scheme, "\0"))
+    scheme = "" if parts.scheme in _PORTS else parts.scheme + ":"
+    query = f"?{parts.query}" if parts.query else ""
+    return _key(f"{scheme}//{host}{parts.path.rstrip('/')}{query}".encode("utf-8", "surrogatepass"))
+
+
+def text_key(text: str) -> int:
+    """64 bits of the text but for case, punctuation and spaces; 0 where nothing else is in it."""
+    import xxhash
+
+    total, digest = 0, xxhash.xxh3_64()
+    for piece in pieces(text):
+        words = plain(piece)
+        total += len(words)
+        digest.update(words)
+    return max(1, digest.intdigest()) if total else 0
+
+
+def write_keys(path: Path, docs: Sequence[Document], cfg: DedupConfig) -> None:
+    """Publish the keys of a part's documents, in their order, atomically; the same bytes each time."""
+    from safetensors.numpy import save
+
+    texts = [doc.text for doc in docs]
+    columns: dict[str, np.ndarray] = {
+        "url": np.array([url_key(doc.metadata.get("url")) for doc in docs], np.uint64),
+        "text": np.array([text_key(text) for text in texts], np.uint64),
+        "score": np.array([doc.metadata.get("score", np.nan) for doc in docs], np.float32),
+        "date": np.array([_seconds(doc.metadata.get("date")) for doc in docs], np.int64),
+    }
+    if cfg.minhash:
+        minhash = _minhash(*settings_of(cfg.minhash))
+        columns["bands"] = np.ascontiguousarray(minhash.bands_of(texts).T)
+        if cfg.minhash.min_jaccard is not None:
+            columns["grams"], columns["gram_ends"] = minhash.sets_of(texts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    publish(path, save(columns, {"made": _made(cfg.minhash)}))
+
+
+def settings_of(minhash: MinHashConfig) -> tuple[int, int, int, int]:
+    """What the bands depend on."""
+    return minhash.bands, minhash.rows, minhash.ngram, minhash.seed
+
+
+class KeysFile:
+    """One part's keys, read column by column; open only while it is read, for there may be many.
+
+    Raises:
+        UserError: not such a file, or made with other settings of `minhash` than these.
+    """
+
+    def __init__(self, path: Path, minhash: MinHashConfig | None) -> None:
+        self.path = path
+        with self._open() as file:
+            made = (file.metadata() or {}).get("made", "a program unknown")
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            columns = {name: (column.get_dtype(), column.get_shape()) for name, column in found.items()}
+        if minhash and made != _made(minhash):
+            raise UserError(f"{path}: made with {made}, wanted is {_made(minhash)}: {_ANEW}")
+        self.rows = columns["url"][1][0] if "url" in columns else 0
+        wanted = {"url": "U64", "text": "U64", "score": "F32", "date": "I64"}
+        if minhash and minhash.min_jaccard is not None:
+            wanted["gram_ends"] = "I64"
+        for name, dtype in wanted.items():
+            self._check(name, columns, dtype, [self.rows])
+        if minhash:
+            self._check("bands", columns, "U64", [minhash.bands, self.rows])
+
+    def _check(self, name: str, columns: dict[str, tuple[str, list[int]]], dtype: str, shape: list[int]) -> None:
+        if columns.get(name) != (dtype, shape):
+            raise UserError(f"{self.path}: damaged: {name} is {columns.get(name)}, not {(dtype, shape)}: {_ANEW}")
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                yield file
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{self.path}: not a keys file ({e}): {_ANEW}") from None
+
+    def column(self, name: str) -> np.ndarray:
+        """url, text, score, date or gram_ends, [rows]; bands, [bands, rows]."""
+        with self._open() as file:
+            return file.get_tensor(name)
+
+    def band(self, band: int) -> U64:
+        """[rows]"""
+        with self._open() as file:
+            return file.get_slice("bands")[band]
+
+    def set_sizes(self) -> npt.NDArray[np.int64]:
+        """How many n-grams each row has, [rows]."""
+        return np.diff(self.column("gram_ends"), prepend=0)
+
+    def sets(self, rows: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.uint32]]:
+        """The n-grams of these rows."""
+        edges = np.concatenate([[0], self.column("gram_ends")])
+        with self._open() as file:
+            grams = file.get_slice("grams")
+            for row in rows.tolist():
+                yield grams[int(edges[row]) : int(edges[row + 1])]
+
+
+_ANEW = "make the corpus anew with this recipe, data_pipeline.prepare.run"
+
+
+def _made(minhash: MinHashConfig | None) -> str:
+    if minhash is None:
+        return f"format {FORMAT}, no minhash"
+    bands, rows, ngram, seed = settings_of(minhash)
+    sets = "" if minhash.min_jaccard is None else ", n-gram sets"
+    return f"format {FORMAT}, bands={bands} rows={rows} ngram={ngram} seed={seed}{sets}"
+
+
+@cache
+def _minhash(bands: int, rows: int, ngram: int, seed: int) -> MinHash:
+    return MinHash(MinHashConfig(bands, rows, ngram, seed=seed))
+
+
+def _key(data: bytes) -> int:
+    import xxhash
+
+    return max(1, xxhash.xxh3_64_intdigest(data))
+
+
+def _seconds(date: str | None) -> int:
+    try:
+        when = datetime.fromisoformat(date or "")
+    except ValueError:
+        return int(NO_DATE)
+    return int((when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp())

@@ -1,0 +1,171 @@
+"""The recipes: which stages a corpus goes through, and which steps its documents take, as in the papers' figures.
+
+    links, fetch (WebText) submissions -> links -> archives of their pages
+    filter       records -> documents that pass every rule                     a task for some input files
+    duplicates   which documents are another one again                         one task
+    overlaps     how often the evaluation sets' n-grams occur in what is left  as filter
+    finish       without duplicates and evaluation text, masked -> documents/  as filter
+    report       what became of all                                            one task
+
+Penedo et al. 2024 (FineWeb), figures 1 and 9; Brown et al. 2020, appendices A and C; Radford et al. 2019, section 2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config import UserError
+from data_pipeline.prepare.away import inputs_at
+from data_pipeline.prepare.config import CorpusFormat, PrepareConfig, RawConfig
+from data_pipeline.prepare.decontaminate import Decontaminate
+from data_pipeline.prepare.dedup.clusters import SUMMARY
+from data_pipeline.prepare.extract import Extract
+from data_pipeline.prepare.files import Input
+from data_pipeline.prepare.funnel import WriteReport
+from data_pipeline.prepare.parts import Parts, TokenCount
+from data_pipeline.prepare.quality import Quality
+from data_pipeline.prepare.readers import OfTask, ReadAgain, reader_of, tasks_of
+from data_pipeline.prepare.recipe import RecipeConfig
+from data_pipeline.prepare.rules.bad_words import BadWords
+from data_pipeline.prepare.rules.c4 import C4
+from data_pipeline.prepare.rules.fineweb import FineWeb
+from data_pipeline.prepare.rules.gopher import GopherQuality, GopherRepetition
+from data_pipeline.prepare.rules.language import Language
+from data_pipeline.prepare.rules.length import Length
+from data_pipeline.prepare.rules.pii import Pii
+from data_pipeline.prepare.rules.urls import Urls
+from data_pipeline.prepare.stages import (
+    SETS,
+    CountOverlaps,
+    Duplicates,
+    FetchPages,
+    FindDuplicates,
+    Keys,
+    ReportOverlaps,
+    Stage,
+    TrainQuality,
+    WriteLinks,
+)
+from data_pipeline.prepare.step import Step
+from data_pipeline.prepare.web.robots import token
+from data_pipeline.prepare.web.weblinks import LINKS, Linked, end_of
+
+MIB = 1 << 20
+
+
+def filters(recipe: RecipeConfig, work: Path) -> list[Step]:
+    """What is asked of each document by itself."""
+    return taken(
+        (recipe.links and recipe.links.pages, lambda _: Linked(work / "links")),  # what was fetched was linked
+        (recipe.url, Urls),
+        (recipe.extractor, lambda extractor: Extract(extractor, recipe.limits)),
+        (recipe.language, Language),
+        (recipe.gopher_repetition, GopherRepetition),
+        (recipe.gopher_quality, GopherQuality),
+        (recipe.c4, C4),
+        (recipe.fineweb, FineWeb),
+        (recipe.bad_words, BadWords),
+        (recipe.length, Length),
+        (recipe.quality, Quality),
+    )
+
+
+def finishing(recipe: RecipeConfig, work: Path) -> list[Step]:
+    """What is done when all documents have been looked at."""
+    return taken(
+        (recipe.dedup, Duplicates),
+        (recipe.decontaminate, lambda cfg: Decontaminate(cfg, work / "overlaps")),
+        (recipe.pii, Pii),
+    )
+
+
+def taken(*choices: tuple[Any, Callable[[Any], Step]]) -> list[Step]:
+    """The steps that the recipe has, of (its config or None, what makes it)."""
+    return [make(cfg) for cfg, make in choices if cfg is not None]
+
+
+def stages_of(cfg: PrepareConfig, out: Path) -> Iterator[tuple[Path, Stage]]:
+    """(folder of its logs, stage) of a whole run, in order.
+
+    Raises:
+        UserError: no input, or a file that a step needs is not there.
+    """
+    corpus, model = cfg.corpus, cfg.corpus.quality
+    if corpus.format is not CorpusFormat.several:
+        yield from of_corpus(corpus, cfg, out)
+        return
+    for name, source in corpus.sources.items():
+        if model and source.recipe.quality and source.recipe.quality.model == model.output:
+            yield out / "quality" / "logs", Stage("train the quality model", TrainQuality(model), 1)
+        yield from of_corpus(source, cfg, out / name)
+
+
+def of_corpus(corpus: RawConfig, cfg: PrepareConfig, out: Path) -> Iterator[tuple[Path, Stage]]:
+    """The stages of one corpus; what is not published at the end lies in OUT/work."""
+    recipe, work = corpus.recipe, out / "work"
+    more: dict[str, Path] = {}
+    parts = partial(Parts, part_bytes=cfg.part_mib * MIB, tokens=TokenCount(cfg.tokenizer) if cfg.tokenizer else None)
+    again = recipe.dedup is not None or recipe.decontaminate is not None  # documents are looked at once more
+    stages, files, tasks = source_of(corpus, cfg, work)
+    first = parts(
+        files=files,
+        read=reader_of(corpus, work / "inputs"),
+        steps=filters(recipe, work) + ([] if again else finishing(recipe, work)),
+        documents=work / "documents" if again else out / "documents",
+        marks=work / "filter",
+        beside=Keys(recipe.dedup, work / "keys") if recipe.dedup else None,
+    )
+    stages.append(Stage("filter", first, tasks))
+    if recipe.dedup:
+        stages.append(Stage("duplicates", FindDuplicates(recipe.dedup, work / "keys", work / "duplicates"), 1))
+        more["duplicates"] = work / "duplicates" / SUMMARY
+    once_more = OfTask(work / "documents"), ReadAgain(work / "duplicates" if recipe.dedup else None)
+    if recipe.decontaminate:
+        overlaps = work / "overlaps"
+        stages.append(Stage("overlaps", CountOverlaps(recipe.decontaminate, *once_more, overlaps), tasks))
+        stages.append(Stage("evaluation sets", ReportOverlaps(recipe.decontaminate, overlaps), 1))
+        more["evaluation"] = overlaps / SETS
+    if again:
+        last = parts(*once_more, finishing(recipe, work), documents=out / "documents", marks=work / "finish")
+        stages.append(Stage("finish", last, tasks))
+    marks = [(name, work / name) for name in ("links", "fetch", "filter", "finish")]
+    stages.append(Stage("report", WriteReport(corpus.name, out, marks, more), 1))
+    yield from ((work / "logs" / stage.name.replace(" ", "-"), stage) for stage in stages)
+
+
+def source_of(
+    corpus: RawConfig, cfg: PrepareConfig, work: Path
+) -> tuple[list[Stage], Callable[[int], list[Input]], int]:
+    """The stages that come before a corpus can be read, the files of each task, and how many tasks there are.
+
+    Raises:
+        UserError: no file there, or links without a way to their pages.
+    """
+    found = files_of("input", str(corpus.path))
+    links, fetch = corpus.recipe.links, corpus.recipe.fetch
+    if links is None:
+        return [], (tasks := tasks_of(found, cfg.task_mib * MIB)).__getitem__, len(tasks)
+    end_of(links.until)
+    before = [Stage("links", WriteLinks(found, links, work / "links"), 1)]
+    if links.pages:
+        tasks = tasks_of(files_of("corpus.recipe.links.pages", links.pages), cfg.task_mib * MIB)
+        return before, tasks.__getitem__, len(tasks)
+    if not (fetch and fetch.agent):
+        raise UserError(
+            f"corpus={corpus.name}: where are the pages? corpus.recipe.links.pages=WARC_FILES that hold them, or "
+            f"corpus.recipe.fetch.agent='NAME (ADDRESS)', under which they are asked for"
+        )
+    token(fetch.agent)
+    pages = work / "pages"
+    step = FetchPages(work / "links" / LINKS, fetch, pages, work / "fetch")
+    return [*before, Stage("fetch", step, fetch.files)], OfTask(pages, "pages-{task:05d}-*.warc.gz"), fetch.files
+
+
+def files_of(key: str, where: str) -> list[Input]:
+    found = inputs_at(where, key)
+    if not found:
+        raise UserError(f"{key}={where}: no file there: name a file, a folder, a glob with files or a URL")
+    return found

@@ -1,0 +1,52 @@
+"""C4's list of bad words (Raffel et al. 2020, section 2.2), from a file of the user's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from datatrove.data import Document
+from xxhash import xxh3_64_intdigest
+
+from data_pipeline.prepare.recipe import BadWordsConfig
+from data_pipeline.prepare.rules import lists
+from data_pipeline.prepare.step import Step
+
+WORD = re.compile(r"\w+")
+
+
+class BadWords(Step):
+    """Drops a document that has an entry of the list between characters that are no part of a word, in any case: the
+    decision of datatrove's C4BadWordsFilter in English. Of those that have one the share `keep` stays, chosen by a hash
+    of the document's id.
+
+    Raises:
+        UserError: the file cannot be read, or has no word.
+    """
+
+    def __init__(self, config: BadWordsConfig) -> None:
+        super().__init__("bad_words")
+        self.keep = config.keep
+        entries = sorted(lists.words(config.file, "bad_words.file"))
+        self.words = frozenset(entry for entry in entries if WORD.fullmatch(entry))
+        self.phrases: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # by their first word; "" where that is a mark
+        for entry in sorted(set(entries) - self.words):
+            first = WORD.match(entry)
+            pattern = re.compile(rf"(?:\W|^){re.escape(entry)}(?:\W|$)")
+            self.phrases.setdefault(first.group() if first else "", []).append((entry, pattern))
+
+    def apply(self, docs: Sequence[Document]) -> list[str | None]:
+        return [
+            "document_removed_with_badwords" if self.has_one(doc.text) and not self.stays(doc) else None for doc in docs
+        ]
+
+    def has_one(self, text: str) -> bool:
+        small = text.lower()
+        words = {"", *WORD.findall(small)}
+        if not self.words.isdisjoint(words):
+            return True
+        near = (pair for first in self.phrases.keys() & words for pair in self.phrases[first])
+        return any(entry in small and pattern.search(small) for entry, pattern in near)
+
+    def stays(self, doc: Document) -> bool:
+        return xxh3_64_intdigest(f"bad words {doc.id}".encode("utf-8", "surrogatepass")) < self.keep * 2**64

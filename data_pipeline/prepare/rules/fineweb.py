@@ -1,0 +1,41 @@
+"""FineWeb's own rules (Penedo et al. 2024, section 3.6), as datatrove takes them: its decisions, its names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from datatrove.data import Document
+
+from data_pipeline.prepare.recipe import FineWebConfig
+from data_pipeline.prepare.rules.repeats import repeated
+from data_pipeline.prepare.rules.words import STOPS, read
+from data_pipeline.prepare.step import Step
+
+
+class FineWeb(Step):
+    """Drops lists: lines without a stop at their end, short lines, lines said twice, few words to a line."""
+
+    def __init__(self, config: FineWebConfig) -> None:
+        super().__init__("fineweb")
+        self.config = config
+
+    def apply(self, docs: Sequence[Document]) -> list[str | None]:
+        return [self.reason(doc.text) for doc in docs]
+
+    def reason(self, text: str) -> str | None:
+        c = self.config
+        all_lines = text.split("\n")
+        lines = [line for line in all_lines if line and not line.isspace()]
+        if not lines:
+            return "empty"
+        if sum(line[-1] in STOPS for line in lines) / len(lines) < c.line_punct_thr:
+            return "line_punct_ratio"
+        if sum(len(line) <= c.short_line_length for line in lines) / len(lines) > c.short_line_thr:
+            return "short_line_ratio"
+        breaks = len(all_lines) - 1
+        if repeated(lines)[1] / (len(text) - breaks) > c.char_duplicates_ratio:
+            return "char_dup_ratio"
+        most = c.new_line_ratio * len(text.split())  # there are at least as many words, and they cost more to find
+        if breaks > most and breaks / len(read(text).kinds) > c.new_line_ratio:
+            return "list_ratio"
+        return None

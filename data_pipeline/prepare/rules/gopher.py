@@ -1,0 +1,99 @@
+"""The rules of Gopher's MassiveText (Rae et al. 2021, section A.1), as FineWeb takes them: datatrove's decisions and
+datatrove's names for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from datatrove.data import Document
+
+from data_pipeline.prepare.recipe import GopherQualityConfig, GopherRepetitionConfig
+from data_pipeline.prepare.rules.repeats import Grams, repeated
+from data_pipeline.prepare.rules.words import Text, read
+from data_pipeline.prepare.step import Step
+
+
+class GopherRepetition(Step):
+    """Drops what repeats its own lines, paragraphs or n-grams."""
+
+    def __init__(self, config: GopherRepetitionConfig) -> None:
+        super().__init__("gopher_repetition")
+        self.config = config
+
+    def apply(self, docs: Sequence[Document]) -> list[str | None]:
+        return [self.reason(doc.text) for doc in docs]
+
+    def reason(self, text: str) -> str | None:
+        c = self.config
+        if not text:
+            return "empty"
+        stripped = text.strip().split("\n\n")  # a third line break is before the text that follows, or alone
+        paragraphs = [p for p in (part.lstrip("\n") for part in stripped) if p] or [""]
+        count, characters = repeated(paragraphs)
+        if count / len(paragraphs) > c.dup_para_frac:
+            return "dup_para_frac"
+        if characters / len(text) > c.dup_para_char_frac:
+            return "dup_para_char_frac"
+        lines = [line for line in text.split("\n") if line]
+        lines += [""] * (text.startswith("\n") + text.endswith("\n"))  # datatrove's, which count as one said twice
+        count, characters = repeated(lines)
+        if count / len(lines) > c.dup_line_frac:
+            return "dup_line_frac"
+        if characters / len(text) > c.dup_line_char_frac:
+            return "dup_line_char_frac"
+        return self.reason_of_grams(Grams(read(text)), len(text))
+
+    def reason_of_grams(self, grams: Grams, size: int) -> str | None:
+        for n, share in self.config.top_n_grams.items():
+            if grams.most_frequent(n, share * size) / size > share:
+                return f"top_{n}_gram"
+        enough = min(self.config.dup_n_grams.values(), default=0.0) * size
+        bounds: list[tuple[int, int]] = []  # an n-gram that is there again is made of shorter ones that are
+        for n, share in self.config.dup_n_grams.items():
+            if any(m <= n and most / size <= share for m, most in bounds):
+                continue
+            bounds.append((n, grams.covered(n, enough)))
+            if bounds[-1][1] / size > share and grams.duplicated(n) / size > share:
+                return f"duplicated_{n}_n_grams"
+        return None
+
+
+class GopherQuality(Step):
+    """Drops what does not look like prose: by number and length of words, symbols, bullets and stop words."""
+
+    def __init__(self, config: GopherQualityConfig) -> None:
+        super().__init__("gopher_quality")
+        self.config = config
+        self.stop_words = frozenset(config.stop_words)
+        self.whole_stop_words = frozenset(word for word in config.stop_words if Text(word).words == [word])
+
+    def apply(self, docs: Sequence[Document]) -> list[str | None]:
+        return [self.reason(read(doc.text)) for doc in docs]
+
+    def reason(self, text: Text) -> str | None:
+        c, total = self.config, len(text.kinds)
+        words = int(text.is_word.sum())
+        if words < c.min_words or not words:
+            return "gopher_short_doc"
+        if words > c.max_words:
+            return "gopher_long_doc"
+        mean = int(text.lengths[text.is_word].sum()) / words
+        if mean < c.min_mean_word_length:
+            return "gopher_below_avg_threshold"
+        if mean > c.max_mean_word_length:
+            return "gopher_above_avg_threshold"
+        if text.text.count("#") / total > c.max_symbol_word_ratio:
+            return "gopher_too_many_hashes"
+        if (text.text.count("...") + text.text.count("…")) / total > c.max_symbol_word_ratio:
+            return "gopher_too_many_ellipsis"
+        lines = text.text.splitlines()
+        if sum(line.lstrip().startswith(("•", "-")) for line in lines) / len(lines) > c.max_bullet_lines:
+            return "gopher_too_many_bullets"
+        if sum(line.rstrip().endswith(("...", "…")) for line in lines) / len(lines) > c.max_ellipsis_lines:
+            return "gopher_too_many_end_ellipsis"
+        if int(text.has_letter.sum()) / total < c.min_alpha_words:
+            return "gopher_below_alpha_threshold"
+        whole = self.whole_stop_words.intersection(text.runs)  # most texts have enough that stand alone
+        if len(whole) < c.min_stop_words and len(self.stop_words.intersection(text.words)) < c.min_stop_words:
+            return "gopher_enough_stop_words"
+        return None

@@ -1,0 +1,31 @@
+"""How long a document may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from datatrove.data import Document
+
+from data_pipeline.prepare.recipe import LengthConfig
+from data_pipeline.prepare.step import Step
+
+
+class Length(Step):
+    """Drops what has too few or too many characters, or too few tokens (metadata["tokens"], counted before)."""
+
+    def __init__(self, config: LengthConfig) -> None:
+        super().__init__("length")
+        self.config = config
+
+    def apply(self, docs: Sequence[Document]) -> list[str | None]:
+        return [self.reason(doc) for doc in docs]
+
+    def reason(self, doc: Document) -> str | None:
+        c, size = self.config, len(doc.text)
+        if size < c.min_chars:
+            return "too few characters"
+        if c.max_chars is not None and size > c.max_chars:
+            return "too many characters"
+        if c.min_tokens and doc.metadata["tokens"] < c.min_tokens:
+            return "too few tokens"
+        return None

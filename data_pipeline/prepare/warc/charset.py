@@ -1,0 +1,69 @@
+"""Bytes of a page to text, as a browser would, but for pages that are wrong about themselves."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+
+BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+WIDER = {
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+    "gbk": "gb18030",
+    "big5": "big5hkscs",
+    "iso8859-11": "cp874",
+}  # what these names mean on the web (WHATWG Encoding Standard)
+NON_ASCII = bytes(range(128, 256))
+LOST = "\N{REPLACEMENT CHARACTER}"
+
+
+def decode(html: bytes, charset: str | None) -> str:
+    """The text of `html`; `charset` is what the HTTP header says. Bytes that stand for nothing become U+FFFD.
+
+    A byte order mark decides, or the zeros of UTF-16; then bytes that are UTF-8 are that, whatever is declared; then
+    what the HTTP header says, the page's own meta tag, and what the bytes look like: the first that fits all bytes, or
+    else loses the fewest.
+    """
+    for bom, name in BOMS:
+        if html.startswith(bom):
+            return html[len(bom) :].decode(name, "replace")
+    if b"\0" in html and max(zeros := (html[::2].count(0), html[1::2].count(0))) > len(html) // 4:
+        return html.decode("utf-16-be" if zeros[0] > zeros[1] else "utf-16-le", "replace")
+    if (text := _utf8(html)) is not None:
+        return text
+    best = None
+    for name in _guesses(html, charset):
+        text = html.decode(name, "replace")
+        if best is None or text.count(LOST) < best.count(LOST):
+            best = text
+        if LOST not in text:
+            break
+    return best or ""
+
+
+def _utf8(html: bytes) -> str | None:
+    """The text if it is UTF-8: most of what is not ASCII is well formed, which in another charset is no accident."""
+    if html.isascii():  # ISO-2022-JP, UTF-16 of English?
+        return html.decode("ascii") if b"\x1b" not in html and b"\0" not in html else None
+    try:
+        return html.decode("utf-8")
+    except UnicodeDecodeError:
+        text = html.decode("utf-8", "replace")
+    lost = text.count(LOST)
+    formed = len(text) - len(html.translate(None, NON_ASCII)) - lost
+    return text if formed > lost else None
+
+
+def _guesses(html: bytes, charset: str | None) -> Iterator[str]:
+    """Python's names of what the page may be written in; each only made where the one before did not fit."""
+    from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
+
+    zeros = b"\0" in html
+    declared = map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
+    if declared and zeros >= declared.startswith("utf-16"):  # markup in UTF-16 has zeros: without them it is wrong
+        yield WIDER.get(declared, declared)
+    for from_meta in (True, False):
+        found = detect_encoding(html, from_html_meta=from_meta)
+        if found and zeros >= found.startswith("utf-16"):
+            yield WIDER.get(found, found)
+    yield "cp1252"

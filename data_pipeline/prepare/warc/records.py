@@ -1,0 +1,210 @@
+"""One record of a web archive, header and content apart, to a document."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from codecs import BOM_UTF8
+from contextlib import suppress
+from dataclasses import dataclass
+
+from datatrove.data import Document
+
+from data_pipeline.prepare.report import Dropped
+from data_pipeline.prepare.warc.charset import decode
+from data_pipeline.prepare.warc.tape import BOMB, MIB
+
+TOO_LARGE = "it is larger than limits.page_mib"
+EMPTY, NOT_HTTP, NOT_OK = "empty", "not an HTTP response", "an HTTP status other than 200"
+NOT_WEB, NOT_TEXT, BAD_ENCODING = (
+    "a file not of the web",
+    "neither HTML nor plain text",
+    "its Content-Encoding cannot be undone",
+)
+TYPES = ("warcinfo", "request", "metadata", "revisit", "continuation")
+PAGES = ("text/html", "application/xhtml+xml")
+BINARY = (b"%PDF", b"\x89PNG", b"GIF8", b"\xff\xd8\xff", b"PK\3\4", b"\x1f\x8b", b"RIFF", b"Rar!", b"\xd0\xcf\x11\xe0")
+TAG = re.compile(rb"<(!doctype html|html|head|body|title|meta|p|div|table|span|a|br|h\d)\b", re.IGNORECASE)
+ROOT = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]{0,200}>\s*)?<(!doctype html|html|head|body)\b", re.IGNORECASE)
+END_OF_HEADER = re.compile(rb"\r?\n\r?\n")
+CHARSET = re.compile(r"charset\s*=\s*[\"']?([^\s\"';,]+)", re.IGNORECASE)
+DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
+ARC = re.compile(r"(.+?) [0-9a-f.:]+ (\d{14}) (\S*)(?: .*)? (\d{1,15})\s*", re.IGNORECASE)
+CHUNK = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    type: str
+    length: int | None  # None: it says none
+    url: str | None = None
+    date: str | None = None  # ISO 8601
+    id: str | None = None
+    mime: str = ""
+    unix: bool = False  # its lines end with LF, not CRLF
+
+
+def parse_header(held: bytearray, begin: int, end: int) -> tuple[Header | None, int]:
+    """The header of the record that starts at held[begin], and its bytes; None (of 1 byte) if it does not end."""
+    if held[begin : begin + 5].upper() != b"WARC/":
+        line = held.index(b"\n", begin) + 1
+        return _arc(held[begin:line].decode("utf-8", "replace")), line - begin
+    blank = END_OF_HEADER.search(held, begin, end)
+    if blank is None:
+        return None, 1
+    _, fields = _fields(held[begin : blank.start()].decode("utf-8", "replace"))
+    length, date = fields.get("content-length", ""), fields.get("warc-date", "")
+    header = Header(
+        type=fields.get("warc-type", "").lower(),
+        length=int(length) if re.fullmatch(r"[0-9]{1,15}", length) else None,
+        url=fields.get("warc-target-uri", "").strip("<>") or None,
+        date=date if DATE.fullmatch(date) else None,
+        id=fields.get("warc-record-id", "").strip("<>") or None,
+        mime=_mime(fields),
+        unix=b"\r" not in blank[0],
+    )
+    return header, blank.end() - begin
+
+
+def _arc(line: str) -> Header:
+    """URL, address, date, type and length; version 2 has more before the length."""
+    found = ARC.fullmatch(line)
+    if not found:
+        return Header("", None)
+    url, day, mime, length = found.groups()
+    date = f"{day[:4]}-{day[4:6]}-{day[6:8]}T{day[8:10]}:{day[10:12]}:{day[12:]}Z"
+    kind = "warcinfo" if url.startswith("filedesc:") else "response"
+    return Header(kind, int(length), url, date, mime=mime.lower())
+
+
+def _fields(text: str) -> tuple[str, dict[str, str]]:
+    """The first line, and the fields by their names in lower case; of one that is repeated, all values."""
+    first, *lines = text.split("\n")
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if colon:
+            name, value = name.strip().lower(), value.strip()
+            fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return first.strip(), fields
+
+
+def _mime(fields: dict[str, str]) -> str:
+    return re.split("[;,]", fields.get("content-type", ""), maxsplit=1)[0].strip().lower()
+
+
+def document(header: Header, content: bytes, most: int, ratio: float, source: str, path: str) -> Document | Dropped:
+    """`most` bytes may come out of a Content-Encoding, `ratio` times what went in (of more than 1 MiB)."""
+    mime, charset = header.mime, None
+    if header.type == "response":
+        http = END_OF_HEADER.search(content, 0, 1 << 16)
+        if not content.startswith(b"HTTP/") or not http:
+            return Dropped(NOT_HTTP, path)
+        status, fields = _fields(content[: http.start()].decode("latin-1"))
+        if status.split()[1:2] != ["200"]:
+            return Dropped(NOT_OK, path)
+        mime, content = _mime(fields), content[http.end() :]
+        charset = CHARSET.search(fields.get("content-type", ""))
+        if mime and mime not in PAGES and mime != "text/plain":
+            return Dropped(NOT_TEXT, path)
+        found = decoded(content, fields, most, ratio)
+        if isinstance(found, str):
+            return Dropped(found, path)
+        content = found
+    elif header.type == "resource" and not (header.url or "").startswith(("http:", "https:")):
+        return Dropped(NOT_WEB, path)  # as the logs that wget keeps
+    elif header.type not in ("resource", "conversion"):
+        return Dropped(f"a {header.type} record" if header.type in TYPES else "a record of another type", path)
+    return _text(header, content, mime, charset[1] if charset else None, source, path)
+
+
+def _text(header: Header, content: bytes, mime: str, charset: str | None, source: str, path: str) -> Document | Dropped:
+    if not content.strip():
+        return Dropped(EMPTY, path)
+    if content.startswith(BINARY) or (b"\0" in content[:1024] and not _utf16(content)):
+        return Dropped(NOT_TEXT, path)
+    metadata: dict[str, object] = {"url": header.url, "date": header.date, "source": source, "path": path}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    text = ""
+    if header.type == "conversion" or (mime == "text/plain" and not ROOT.match(content)):
+        text = decode(content, charset)
+        if not text.strip():
+            return Dropped(EMPTY, path)
+    elif mime in PAGES or ROOT.match(content):
+        metadata["html"] = content
+        if charset:
+            metadata["charset"] = charset
+    else:
+        return Dropped(NOT_TEXT, path)
+    return Document(text, header.id or path, metadata=metadata)
+
+
+def _utf16(content: bytes) -> bool:
+    return content[:2] in (b"\xff\xfe", b"\xfe\xff") or content[:4] in (b"<\0!\0", b"<\0h\0", b"\0<\0!", b"\0<\0h")
+
+
+def decoded(payload: bytes, fields: dict[str, str], most: int, ratio: float) -> bytes | str:
+    """What the server meant: Transfer-Encoding and Content-Encoding undone, or why they cannot be.
+
+    Archives may keep the header of an encoding that they have undone: then bytes that are none are left as they are.
+    """
+    if "chunked" in fields.get("transfer-encoding", "").lower():
+        payload = _unchunked(payload)
+    codings = [name.strip().lower() for name in fields.get("content-encoding", "").split(",")]
+    for coding in reversed(codings[:4]):
+        found = _expanded(payload, coding, most)
+        if found is None:
+            return BAD_ENCODING
+        if len(found) > MIB and len(found) > ratio * len(payload):
+            return BOMB
+        if len(found) > most:
+            return TOO_LARGE
+        payload = found
+    return payload
+
+
+def _unchunked(payload: bytes) -> bytes:
+    parts: list[bytes] = []
+    at = 0
+    while chunk := CHUNK.match(payload, at):
+        size = int(chunk[1], 16)
+        if not size:
+            return b"".join(parts)
+        parts.append(payload[chunk.end() : chunk.end() + size])
+        at = chunk.end() + size
+        at += 2 if payload[at : at + 2] == b"\r\n" else payload[at : at + 1] == b"\n"
+    return b"".join(parts) if parts and at >= len(payload) else payload
+
+
+def _expanded(payload: bytes, coding: str, most: int) -> bytes | None:
+    """At most a byte more than `most`, or a little; None if it is not of that coding, or broken."""
+    import brotli
+    import zstandard
+
+    found = None
+    with suppress(zlib.error, brotli.error, zstandard.ZstdError):
+        if coding in ("gzip", "x-gzip"):
+            found = _inflated(payload, 31, most)
+        elif coding == "deflate":
+            wrapped = payload[:1] and payload[0] & 15 == 8 and int.from_bytes(payload[:2], "big") % 31 == 0
+            found = _inflated(payload, 15 if wrapped else -15, most)
+        elif coding == "br":
+            unzip = brotli.Decompressor()
+            found = unzip.process(payload, output_buffer_limit=most + 1)
+            found = found if unzip.is_finished() or len(found) > most else None
+        elif coding == "zstd":
+            found = zstandard.ZstdDecompressor(max_window_size=1 << 23).stream_reader(payload).read(most + 1)
+    if found is None and (coding in ("", "identity") or not payload or _is_html(payload)):
+        return payload
+    return found
+
+
+def _is_html(payload: bytes) -> bool:
+    head = payload[: 1 << 12].removeprefix(BOM_UTF8)
+    return head.lstrip()[:1] == b"<" and TAG.search(head) is not None
+
+
+def _inflated(payload: bytes, bits: int, most: int) -> bytes | None:
+    unzip = zlib.decompressobj(bits)
+    found = unzip.decompress(payload, most + 1)
+    return found if unzip.eof or len(found) > most else None

@@ -1,0 +1,1 @@
+"""Links to pages, and the polite fetcher that archives them."""
