@@ -7,7 +7,7 @@
 #
 # Each makes its own .venv on first use. With another interpreter: make demo PYTHON=python3.12
 PYTHON ?= python3
-# Free space that the installation asks for, in GB: an estimate for torch with CUDA; without CUDA it takes 2.1, 3 will do.
+# Free space that the installation asks for, in GB: an estimate for torch with CUDA; without CUDA it takes 2.6, 3 will do.
 DISK_GB ?= 6
 
 VENV := .venv
@@ -49,7 +49,7 @@ clean:
 $(STAMP): pyproject.toml constraints.txt
 	@$(SOUND) || { $(check_machine); $(tell_anew); rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	@echo "Installing into $(VENV): some minutes, once"
-	@$(RUN) -m pip install -c constraints.txt -e '.[data,tracking,test,dev]' || { $(tell_failed); }
+	@$(RUN) -m pip install -c constraints.txt -e '.[data,corpus,ray,tracking,test,dev]' || { $(tell_failed); }
 	@touch $@
 
 define tell_anew

@@ -1,19 +1,15 @@
 """Hydra's door: registers the dataclasses, composes an entry's config, freezes it, and says in one line what is wrong.
 
-The only Python in conf/. Hydra only composes; what an entry gets is a plain, checked dataclass.
+Hydra only composes; what an entry gets is a plain, checked dataclass.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from enum import Enum
 from pathlib import Path
-from types import NoneType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -23,9 +19,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_pipeline.config import BpeCodeConfig, BpeTrainConfig, ShardsConfig, UserError, VerifyConfig
-from launch.config import SuperviseConfig
-from trainer.config import GenerateConfig, PretrainConfig
+from conf.hints import inner, keys, near, type_of, wording
+from data_pipeline.config import OrderConfig, Passing, UserError
+from data_pipeline.prepare import config as prepare
+from data_pipeline.prepare import quality_config
+from launch.config import PlanConfig, SuperviseConfig
+from trainer.checkpoint_config import ExportHfConfig, GenerateConfig, ImportHfConfig
+from trainer.config import PretrainConfig
 
 T = TypeVar("T")
 HYDRAS = (HydraException, OmegaConfBaseException, ValueError)  # ValueError: a group set to null
@@ -33,12 +33,21 @@ Entry = tuple[str, Callable[[Any], None]]
 
 CONF = Path(__file__).resolve().parent
 ROOTS: dict[str, type] = {
-    "bpe_train": BpeTrainConfig,
-    "bpe_code": BpeCodeConfig,
-    "shards": ShardsConfig,
-    "verify": VerifyConfig,
+    "bpe_train": prepare.BpeTrainConfig,
+    "bpe_code": prepare.BpeCodeConfig,
+    "shards": prepare.ShardsConfig,
+    "import": prepare.ImportConfig,
+    "export": prepare.ExportConfig,
+    "verify": prepare.VerifyConfig,
+    "prepare": prepare.PrepareConfig,
+    "quality_train": quality_config.QualityTrainConfig,
+    "quality_evaluate": quality_config.QualityEvaluateConfig,
+    "order": OrderConfig,
     "pretrain": PretrainConfig,
     "generate": GenerateConfig,
+    "import_hf": ImportHfConfig,
+    "export_hf": ExportHfConfig,
+    "plan": PlanConfig,
     "supervise": SuperviseConfig,
 }
 """Each root YAML in conf/ and the dataclass that an entry gets from it."""
@@ -50,8 +59,8 @@ for _name, _schema in ROOTS.items():
 def run(entries: Mapping[str, Entry] | Entry) -> None:
     """The body of `if __name__ == "__main__"`: compose, check, call.
 
-    A user's mistake ends in one line and exit code 2; what the machine refuses (a full disk, a missing file) in one
-    line and exit code 1, for it may pass: `launch.supervise` tries again.
+    A user's mistake ends in one line and exit code 2; what the machine or a server refuses (a full disk, a missing
+    file, no answer) in one line and exit code 1, for it may pass: `launch.supervise` tries again.
 
     `entries` is (root, function), or one such pair for each command word that stands first on the command line.
     `--help` explains the groups and the values, `--cfg job` prints the config that the run would get.
@@ -68,12 +77,12 @@ def run(entries: Mapping[str, Entry] | Entry) -> None:
             _show(OmegaConf.to_yaml(_compose(root, argv[:at] + argv[at + 2 :])).rstrip("\n"))
         else:
             function(load(root, argv))
+    except (Passing, OSError) as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(1)
     except UserError as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
-    except OSError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -139,11 +148,8 @@ def explain(root: str) -> str:
     for group, default in groups(root).items():
         lines += ["", f"{group}= (without it: {default or 'none'})"]
         lines += [f"  {name:<12}  {comment}" for name, comment in options(group).items()]
-    lines += [
-        "",
-        "Values (docs/config.md explains each):",
-        *("  " + line for line in OmegaConf.to_yaml(cfg).splitlines()),
-    ]
+    values = ("  " + line for line in OmegaConf.to_yaml(cfg).splitlines())
+    lines += ["", "Values (docs/config.md explains each):", *values]
     return "\n".join(lines)
 
 
@@ -192,9 +198,7 @@ def _resolved(root: str, overrides: list[str]) -> DictConfig:
 
 def _check_form(text: str) -> None:
     if text.startswith("--local_rank"):
-        raise UserError(
-            f"{text}: comes from DeepSpeed's launcher, start it with: deepspeed --no_local_rank --module ..."
-        )
+        raise UserError(f"{text}: comes from DeepSpeed's launcher, start it with: deepspeed --no_local_rank")
     if text.startswith("-"):
         raise UserError(
             f"{text}: not a flag; values are given as key=value, --help explains them, --cfg job prints them"
@@ -206,12 +210,24 @@ def _check_form(text: str) -> None:
 
 
 def _quote(schema: type, override: str) -> str:
-    """Text is taken as it stands, so that prompt='Hello, {world}' and a path with '=' need no second pair of quotes."""
+    """Text is taken as it stands, so that prompt='Hello, {world}' and a path with '=' need no second pair of quotes.
+
+    In a mapping whose keys are the user's own, data.sources.NAME.path=X becomes data.sources={NAME: {path: X}}, which
+    Hydra merges also where NAME is not there yet. So it is with a section that may be null: recipe.length.min_chars=9
+    becomes recipe={length: {min_chars: 9}}, which opens it with its own values.
+    """
     key, _, value = override.partition("=")
-    is_text = _type_of(schema, key) in (str, str | None)
-    if not is_text or value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
-        return override
-    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    is_text = type_of(schema, key) in (str, str | None)
+    if is_text and value != "null" and not (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        value = QuotedString(value, Quote.single).with_quotes()
+    parts = key.split(".")
+    for n in range(1, len(parts) + 1):
+        hint, below = (type_of(schema, ".".join(parts[:end])) for end in (n, n + 1))
+        opens = inner(below) is not below and (n + 1 < len(parts) or value.startswith("{"))
+        if get_origin(hint) is dict or (n < len(parts) and opens):
+            nested = "".join(f"{{{part}: " for part in parts[n:]) + value + "}" * (len(parts) - n)
+            return f"++{'.'.join(parts[:n])}={nested}"
+    return f"{key}={value}"
 
 
 def _complaint(root: str, override: str, error: Exception) -> str:
@@ -219,48 +235,16 @@ def _complaint(root: str, override: str, error: Exception) -> str:
     key, _, value = override.partition("=")
     if key in groups(root):
         if value in options(key):
-            return f"{override}: {_flat(error)}"
+            return f"{override}: {_flat(error)} (it may be an option of another command)"
         unset = "" if groups(root)[key] else ", or leave it out"
-        return f"{override}: give one of {', '.join(options(key))}{unset}{_near(value, options(key))}"
-    expected = _type_of(ROOTS[root], key)
+        return f"{override}: give one of {', '.join(options(key))}{unset}{near(value, options(key))}"
+    expected = type_of(ROOTS[root], key)
     if expected is None:
-        known = [k for k in _keys(ROOTS[root]) if not key.startswith(f"{k}.")]
-        return f"{key}: no such key{_near(key, known) or '; --cfg job prints all keys'}"
+        known = [k for k in keys(ROOTS[root]) if not key.startswith(f"{k}.")]
+        return f"{key}: no such key{near(key, known) or '; --cfg job prints all keys'}"
     if expected is str or "${" in value:
         return f"{override}: {_flat(error)}"
-    return f"{override}: give {_wording(expected, key)}"
-
-
-def _near(word: str, known: Sequence[str] | dict[str, str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def _keys(schema: Any, prefix: str = "") -> list[str]:
-    out = []
-    for f in fields(schema):
-        hint = get_type_hints(schema)[f.name]
-        out += [prefix + f.name, *(_keys(hint, f"{prefix}{f.name}.") if is_dataclass(hint) else ())]
-    return out
-
-
-def _type_of(schema: Any, key: str) -> Any:
-    """The type that the dataclasses declare for a dotted key; None where there is no such key."""
-    for name in key.split("."):
-        schema = get_type_hints(schema).get(name) if is_dataclass(schema) else None
-    return schema
-
-
-def _wording(hint: Any, key: str) -> str:
-    if NoneType in get_args(hint):
-        return _wording(get_args(hint)[0], key) + " or null"
-    if get_origin(hint) is list:
-        return f"a list [a, b, ...], each {_wording(get_args(hint)[0], key)}"
-    if is_dataclass(hint):
-        return f"its values one by one, {key}.{fields(hint)[0].name}=..."
-    if issubclass(hint, Enum):
-        return "one of " + ", ".join(member.name for member in hint)
-    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}[hint]
+    return f"{override}: give {wording(expected, key)}"
 
 
 def _user_error_in(error: BaseException | None) -> UserError | None:

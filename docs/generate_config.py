@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import re
 import tokenize
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
+from conf.hints import inner
 from conf.schema import CONF, ROOTS, defaults, groups, opening_comment, options
 
 TARGET = Path(__file__).with_name("config.md")
@@ -38,11 +40,12 @@ def page() -> str:
 def table(root: str, schema: type) -> str:
     rows = ["| key | type | without it | |", "|---|---|---|---|"]
     chosen, said = groups(root), defaults(root)
-    for key, hint, comment in keys(schema):
+    for key, hint, comment, default in keys(schema):
         group, _, name = key.partition(".")
         if group in chosen and name == "name":
             continue  # the group's own choice
-        rows.append(f"| `{key}` | {wording(hint)} | {shown(value_at(said, key))} | {meaning(hint, comment)} |")
+        value = value_at(said, key) if default is None else default
+        rows.append(f"| `{key}` | {wording(hint)} | {shown(value)} | {meaning(hint, comment)} |")
     notes = [f"`{prefix}.*`: {doc}" for prefix, doc in docs(schema)]
     return "\n".join([*rows, "", *(f"{note}\n" for note in notes)])
 
@@ -51,25 +54,54 @@ def docs(schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, first paragraph) of each nested dataclass that says what it is."""
     hints = get_type_hints(schema)
     for f in fields(schema):
-        if is_dataclass(hints[f.name]):
-            text = ast.get_docstring(class_node(hints[f.name])) or ""
+        hint, key = hints[f.name], prefix + f.name
+        if element := next((a for a in get_args(hint) if is_dataclass(a)), None):
+            hint, key = element, f"{key}.NAME" if get_origin(hint) is dict else f"{key}[N]"
+        if is_dataclass(hint):
+            text = ast.get_docstring(class_node(hint)) or ""
             if text:
-                yield prefix + f.name, " ".join(text.split("\n\n")[0].split())
-            yield from docs(hints[f.name], f"{prefix}{f.name}.")
+                yield key, " ".join(text.split("\n\n")[0].split())
+            yield from docs(hint, f"{key}.")
 
 
-def keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, type, the comment beside it) of each value, nested dataclasses opened."""
+def keys(schema: Any, prefix: str = "", inside: bool = False) -> Iterator[tuple[str, Any, str, Any]]:
+    """(dotted key, type, the comment beside it, default) of each value, nested dataclasses opened.
+
+    The default is None where the YAML files say it; `inside` a mapping or list of dataclasses it is the dataclass's.
+    """
     hints, beside = get_type_hints(schema), comments(schema)
     for f in fields(schema):
-        if is_dataclass(hints[f.name]):
-            yield from keys(hints[f.name], f"{prefix}{f.name}.")
+        hint, key = inner(hints[f.name]), prefix + f.name
+        element = next((a for a in get_args(hint) if is_dataclass(a)), None)
+        if is_dataclass(hint) and hints[f.name] is not hint:
+            yield key, hints[f.name], beside.get(f.name, ""), "null" if f.default is None else None
+            yield from keys(hint, f"{key}.", True)
+        elif is_dataclass(hint) and inside:
+            yield from keys(hint, f"{key}.", True)
+        elif is_dataclass(hint):
+            yield from keys(hint, f"{key}.")
+        elif element is None:
+            yield key, hint, beside.get(f.name, ""), _default(f) if inside else None
+        elif isinstance(element, type) and issubclass(schema, element):  # each as this one
+            yield key, hint, beside.get(f.name, ""), None
         else:
-            yield prefix + f.name, hints[f.name], beside.get(f.name, "")
+            yield key, hint, beside.get(f.name, ""), None
+            yield from keys(element, f"{key}.NAME." if get_origin(hint) is dict else f"{key}[N].", True)
+
+
+def _default(f: Field[Any]) -> Any:
+    made = f.default if f.default_factory is MISSING else f.default_factory()
+    return "null" if made is None else made
 
 
 def comments(cls: type) -> dict[str, str]:
     """The comment on the line of each field of a dataclass, or member of an enum."""
+    if len(line := [c for c in cls.__mro__ if is_dataclass(c)]) > 1:  # an heir's fields stand in several classes
+        return {name: text for c in reversed(line) for name, text in _comments(c).items()}
+    return _comments(cls)
+
+
+def _comments(cls: type) -> dict[str, str]:
     source = inspect.getsource(cls)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     by_line = {t.start[0]: t.string.removeprefix("#").strip() for t in tokens if t.type == tokenize.COMMENT}
@@ -87,12 +119,15 @@ def class_node(cls: Any) -> ast.ClassDef:
 
 
 def wording(hint: Any) -> str:
+    if get_args(hint) == (int, str):
+        return "int or `auto`"
+    if element := next((a for a in get_args(hint) if is_dataclass(a)), None):
+        return f"{'mapping of names to' if get_origin(hint) is dict else 'list of'} {element.__name__}"
     inner = next((a for a in get_args(hint) if isinstance(a, type) and issubclass(a, Enum)), hint)
     if isinstance(inner, type) and issubclass(inner, Enum):
         return ", ".join(f"`{member.name}`" for member in inner)
-    return (hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)).replace(
-        " | None", " or null"
-    )
+    text = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    return re.sub(r"typing\.Optional\[(.*)\]", r"\1 or null", text).replace(" | None", " or null")
 
 
 def meaning(hint: Any, comment: str) -> str:

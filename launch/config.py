@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from data_pipeline.config import MISSING, UserError
+from data_pipeline.config import MISSING, DataConfig, UserError
+from trainer.config import Open, PretrainConfig
 
 
 @dataclass
@@ -30,3 +32,56 @@ class SuperviseConfig:
                 f"backoff_s={self.backoff_s}, max_backoff_s={self.max_backoff_s}, grace_s={self.grace_s}: "
                 "give 0 <= backoff_s <= max_backoff_s and 0 <= grace_s"
             )
+
+
+@dataclass
+class ClusterConfig:
+    """The machines that a run is for."""
+
+    name: str = MISSING
+    nodes: int = 1
+    gpus_per_node: int = 8
+    gpu: str = "h100_80gb"  # a row of the plan's table; a wrong name gets the list of them
+    network_gbit: float = MISSING  # of a node, all its adapters together, one direction
+    price_per_gpu_hour: float | None = None  # USD, what you pay; null = the plan's own rough assumption
+    memory_gib: float | None = None  # of one GPU, where yours has another size than the table says
+
+    def __post_init__(self) -> None:
+        for key in ("nodes", "gpus_per_node"):
+            if getattr(self, key) < 1:
+                raise UserError(f"cluster.{key}={getattr(self, key)}: give at least 1")
+        for key in ("network_gbit", "memory_gib"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"cluster.{key}={value}: give a positive number")
+        if self.price_per_gpu_hour is not None and not 0 <= self.price_per_gpu_hour < math.inf:
+            raise UserError(f"cluster.price_per_gpu_hour={self.price_per_gpu_hour}: give 0 or more, or null")
+
+
+@dataclass
+class PlanDataConfig(DataConfig):
+    """What a run trains on: for a plan only how much of it. No source is read."""
+
+    tokens: int | None = None  # in the whole run; null = max_steps x tokens_per_step
+
+
+@dataclass
+class PlanConfig(PretrainConfig):
+    """`python -m launch.plan`: what a run would need and how long it would take. It takes all that pretrain takes."""
+
+    data: PlanDataConfig = MISSING
+    max_steps: Open[int] = MISSING  # null = from data.tokens
+    cluster: ClusterConfig = MISSING
+    json: bool = False  # print JSON with every layout instead of the table
+    plot: str | None = None  # a PNG file to draw weak and strong scaling to 512 GPUs into
+
+    def __post_init__(self) -> None:
+        if self.data.tokens is not None:
+            if self.data.tokens < 1:
+                raise UserError(f"data.tokens={self.data.tokens}: give at least 1, or null")
+            self.max_steps = -(-self.data.tokens // max(1, self.tokens_per_step))  # the course counts a ramp and stages
+        if self.max_steps is None:
+            raise UserError("not given: data.tokens, how many the run is to train on (or max_steps)")
+        if self.gpu is not None:
+            raise UserError(f"gpu={self.gpu}: a plan is for cluster.gpu={self.gpu}")
+        super().__post_init__()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
+import pytest
 
 from data_pipeline.manifest import (
     TOKENIZER,
@@ -18,6 +21,7 @@ from data_pipeline.manifest import (
     ShardIndex,
     ShardInfo,
     index_path,
+    rename,
     write_index,
     write_manifest,
 )
@@ -70,14 +74,40 @@ def _make_shard(
         groups[-1].append(d)
         if sum(len(docs[i]) for i in groups[-1]) >= block_tokens:
             groups.append([])
-    path, blocks = root / f"{number:05d}.tar", []
+    path, arrays = root / f"{number:05d}.tar", []
     with TarWriter(str(path), mtime=0, encoder=False) as tar:
         for b, group in enumerate(g for g in groups if g):
             array, npy = np.concatenate([docs[i] for i in group]), io.BytesIO()
             np.save(npy, array)
-            about = {"documents": [{"id": f"{number}-{i}", "source": "test", "tokens": len(docs[i])} for i in group]}
+            about = {"source": "test", "ids": [f"{number}-{i}" for i in group], "tokens": [len(docs[i]) for i in group]}
             tar.write({"__key__": f"{b:06d}", "npy": npy.getvalue(), "json": json.dumps(about).encode()})
-            blocks.append(Block(f"{b:06d}.npy", len(array), zlib.crc32(array.tobytes())))
+            arrays.append(array)
+    with tarfile.open(path) as tar:
+        ends = [(m.name, m.offset_data + m.size) for m in tar if m.name.endswith(".npy")]
+    blocks = [
+        Block(name, len(array), zlib.crc32(array.tobytes()), end - array.nbytes)
+        for array, (name, end) in zip(arrays, ends, strict=True)
+    ]
     raw, lengths = path.read_bytes(), tuple(len(d) for d in docs)
     info = ShardInfo(path.name, len(raw), hashlib.sha256(raw).hexdigest(), len(docs), sum(lengths))
-    return info, ShardIndex(tuple(blocks), tuple(f"{number}-{i}" for i in range(len(docs))), lengths)
+    return info, ShardIndex(tuple(blocks), tuple(f"{number}-{i}" for i in range(len(docs))), lengths, info.sha256)
+
+
+def forestalled(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> Callable[[int], None]:
+    """Lets `modules` publish as often as is said, and stops the next publication as a kill would; -1: never."""
+    left = -1
+
+    def stop_after(publications: int) -> None:
+        nonlocal left
+        left = publications
+
+    def publish(aside: Path, path: Path) -> None:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        rename(aside, path)
+
+    for module in modules:
+        monkeypatch.setattr(module, "rename", publish)
+    return stop_after

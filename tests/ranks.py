@@ -43,8 +43,10 @@ def rank_env(rank: int, world_size: int, port: int, device: str = "cpu") -> dict
     }
 
 
-def run_ranks(world_size: int, target: str, *, timeout_s: float = 240.0, **kwargs: Any) -> list[Any]:
-    """What `target` ("module:function") returned on each rank, in rank order.
+def run_ranks(
+    world_size: int, target: str, *, timeout_s: float = 240.0, device: str = "cpu", **kwargs: Any
+) -> list[Any]:
+    """What `target` ("module:function") returned on each rank, in rank order; `device` cpu or cuda.
 
     Raises:
         AssertionError: a rank failed or the time ran out; carries the ranks' stderr.
@@ -55,7 +57,9 @@ def run_ranks(world_size: int, target: str, *, timeout_s: float = 240.0, **kwarg
         for rank in range(world_size):
             err = (Path(tmp) / f"{rank}.err").open("w")
             argv = [sys.executable, "-m", "tests.ranks", target, json.dumps(kwargs), str(Path(tmp) / f"{rank}.json")]
-            procs.append(subprocess.Popen(argv, env=rank_env(rank, world_size, port), stdout=err, stderr=err, cwd=ROOT))
+            procs.append(
+                subprocess.Popen(argv, env=rank_env(rank, world_size, port, device), stdout=err, stderr=err, cwd=ROOT)
+            )
         failed = _wait(procs, timeout_s)
         if failed:
             logs = "\n".join(f"--- rank {r}\n{(Path(tmp) / f'{r}.err').read_text()[-4000:]}" for r in range(world_size))

@@ -18,8 +18,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("conf", "data_pipeline", "launch", "trainer")
-CONFIGS = ("data_pipeline.config", "trainer.config")
-STREAMING = tuple(f"data_pipeline.{m}" for m in ("config", "manifest", "bpe", "plan", "stream", "loader"))
+CONFIGS = (
+    "data_pipeline.config",
+    "data_pipeline.prepare.config",
+    "data_pipeline.prepare.quality_config",
+    "data_pipeline.prepare.recipe",
+    "data_pipeline.geometry",
+    "trainer.config",
+    "trainer.checkpoint_config",
+    "trainer.model.config",
+    "trainer.optim_config",
+)
+ORDER = ("ledger", "mixture", "epochs", "plan", "stages")  # pure: the order of the data
+STREAMING = tuple(f"data_pipeline.{m}" for m in ("config", "geometry", "manifest", "bpe", *ORDER, "stream", "loader"))
 
 
 @dataclass(frozen=True)
@@ -34,12 +45,42 @@ class Room:
 
 
 ROOMS = (
-    Room(("conf/*",), (*CONFIGS, "launch.config"), ("hydra", "omegaconf")),
+    Room(("conf/*",), (*CONFIGS, "launch.config", "conf.hints"), ("hydra", "omegaconf")),
     Room(("data_pipeline/config.py",), (), ()),
-    Room(("data_pipeline/plan.py", "data_pipeline/manifest.py"), ("data_pipeline.config",), ("numpy",)),
+    Room(
+        (
+            "data_pipeline/geometry.py",
+            "data_pipeline/ledger.py",
+            "data_pipeline/prepare/config.py",
+            "data_pipeline/prepare/quality_config.py",
+            "data_pipeline/prepare/recipe.py",
+        ),
+        ("data_pipeline.config", "data_pipeline.prepare.quality_config", "data_pipeline.prepare.recipe"),
+        (),
+    ),
+    Room(("data_pipeline/manifest.py",), ("data_pipeline.config",), ("numpy",)),
+    Room(
+        tuple(f"data_pipeline/{m}.py" for m in ORDER),
+        ("data_pipeline.config", "data_pipeline.geometry", *(f"data_pipeline.{m}" for m in ORDER)),
+        ("numpy",),
+    ),
     Room(("data_pipeline/*",), ("data_pipeline",), None),
-    Room(("trainer/config.py", "trainer/arithmetic.py", "trainer/schedule.py"), CONFIGS, ()),
+    Room(
+        (
+            "trainer/*config.py",
+            "trainer/arithmetic.py",
+            "trainer/layouts.py",
+            "trainer/schedule.py",
+        ),
+        CONFIGS,
+        (),
+    ),
     Room(("trainer/world.py", "trainer/journal.py"), CONFIGS, ()),
+    Room(
+        ("trainer/plan/*",),
+        (*CONFIGS, *(f"trainer.{m}" for m in ("arithmetic", "layouts", "plan", "world"))),
+        (),
+    ),
     Room(("trainer/run_folder.py",), (*CONFIGS, "trainer.arithmetic"), ()),
     Room(("trainer/*",), ("trainer", *STREAMING), None),
     Room(("launch/config.py",), CONFIGS, ()),
@@ -48,9 +89,9 @@ ROOMS = (
         (
             "launch",
             "conf.schema",
-            "data_pipeline.config",
+            *CONFIGS,
             "data_pipeline.manifest",
-            *(f"trainer.{m}" for m in ("config", "arithmetic", "world", "run_folder", "journal")),
+            *(f"trainer.{m}" for m in ("arithmetic", "layouts", "world", "run_folder", "journal", "plan")),
         ),
         None,
     ),
@@ -58,19 +99,29 @@ ROOMS = (
 
 DOORS = {
     "torch": ("data_pipeline/loader.py", "trainer/*"),
-    "deepspeed": ("trainer/parallel.py", "trainer/fragments.py"),
+    "deepspeed": ("trainer/parallel.py", "trainer/fragments.py", "trainer/zero1.py"),
     "megatron": ("trainer/parallel.py", "trainer/model/linear.py", "trainer/loss.py"),
     "mlflow": ("trainer/tracking.py",),
-    "webdataset": ("data_pipeline/shards.py", "data_pipeline/stream.py"),
+    "matplotlib": ("trainer/mixture_plot.py", "launch/plan_plot.py", "data_pipeline/prepare/*"),
+    "webdataset": ("data_pipeline/shards.py",),
+    "urllib3": ("data_pipeline/remote/places.py", "data_pipeline/prepare/web/ask.py"),
+    "fsspec": ("data_pipeline/remote/places.py",),
+    "ray": ("data_pipeline/prepare/on_ray.py",),
     "datatrove": ("data_pipeline/prepare/*",),
-    "transformers": (),
+    "sklearn": ("data_pipeline/prepare/quality.py",),
+    "scipy": ("data_pipeline/prepare/dedup/groups.py", "data_pipeline/prepare/quality.py"),
+    "resiliparse": ("data_pipeline/prepare/warc/charset.py", "data_pipeline/prepare/page_text.py"),
+    "trafilatura": ("data_pipeline/prepare/page_text.py",),
+    "ftfy": ("data_pipeline/prepare/page_text.py",),
+    "fastwarc": ("data_pipeline/prepare/web/page_archive.py",),
+    "transformers": ("trainer/export_hf.py",),
     "hydra": ("conf/schema.py",),
     "omegaconf": ("conf/schema.py",),
     **dict.fromkeys(("pickle", "dill", "cloudpickle", "shelve"), ()),  # a file that is read must not run anything
 }
 """The files that may import a package; none = nobody."""
 
-WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 FILE_LINES, FUNCTION_LINES = 300, 60
 
 
@@ -258,4 +309,4 @@ def test_configs_and_launch_import_without_torch() -> None:
 def test_everything_imports_without_the_packages_that_a_run_may_not_use() -> None:
     names = modules("trainer/**/*.py", "data_pipeline/*.py")
     assert "trainer.loop" in names
-    import_without(("mlflow", "transformers", "tokenizers", "datatrove"), names)
+    import_without(("mlflow", "matplotlib", "transformers", "tokenizers", "datatrove"), names)

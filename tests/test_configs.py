@@ -14,17 +14,28 @@ import pytest
 
 from conf.schema import CONF, ROOTS, explain, freeze, groups, load, options, thaw
 from data_pipeline.config import UserError
+from data_pipeline.mixture import quantise
 from trainer.arithmetic import param_count
-from trainer.config import ModelConfig, PretrainConfig
+from trainer.config import PretrainConfig
+from trainer.model.config import ModelConfig
 
 NEEDED = {
     "bpe_train": ["output=vocabulary"],
     "bpe_code": ["tokenizer=gpt2"],
     "shards": ["tokenizer=gpt2", "output=data"],
+    "import": ["format=mds", "input=a", "tokenizer=gpt2", "output=data"],
+    "export": ["path=data/train", "output=a.bin"],
     "verify": ["path=data/train"],
+    "prepare": ["input=archives", "output=crawl"],
+    "quality_train": ["positives=[good]", "negatives=[raw]", "output=model.safetensors"],
+    "quality_evaluate": ["classifier=model.safetensors", "positives=[good]", "negatives=[raw]", "output=evaluation"],
+    "order": [],
     "pretrain": ["data.path=data", "max_steps=10"],
+    "plan": ["data.tokens=1_000_000"],
     "supervise": ["run.dir=runs/a"],
     "generate": ["checkpoint=runs/a", "prompt=It was"],
+    "import_hf": ["source=gpt2", "out=checkpoint"],
+    "export_hf": ["checkpoint=runs/a", "out=exported"],
 }
 """What each root cannot do without."""
 
@@ -32,6 +43,8 @@ NEEDED = {
 def test_every_yaml_is_a_root_or_an_option_of_one() -> None:
     reached = {f"{group}/{option}.yaml" for root in ROOTS for group in groups(root) for option in options(group)}
     reached |= {f"{root}.yaml" for root in ROOTS}
+    inside = [re.findall(r"- /(\w+/\w+)@", path.read_text()) for path in (CONF / "corpus").glob("*.yaml")]
+    reached |= {f"{option}.yaml" for found in inside for option in found}  # of a recipe
     assert reached == {path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")}
 
 
@@ -43,10 +56,25 @@ def test_every_root_composes_with_what_it_needs_and_with_no_less(root: str) -> N
             load(root, NEEDED[root][:i] + NEEDED[root][i + 1 :])
 
 
+def takes(root: str, group: str, option: str) -> bool:
+    """Whether an option of a group is for this root: a corpus with a recipe is for `prepare` alone, pydocs is not."""
+    if group != "corpus":
+        return True
+    return option != "pydocs" if root == "prepare" else "recipe:" not in (CONF / f"corpus/{option}.yaml").read_text()
+
+
+def test_a_corpus_of_another_command_is_refused_in_one_line() -> None:
+    for root in ("shards", "bpe_train"):
+        with pytest.raises(UserError, match=r"^corpus=webtext: .*option of another command"):
+            load(root, [*NEEDED[root], "corpus=webtext"])
+    with pytest.raises(UserError, match=r"corpus=pydocs: is clean text already: data_pipeline.shards write"):
+        load("prepare", [*NEEDED["prepare"], "corpus=pydocs"])
+
+
 def rounds() -> Iterator[tuple[str, dict[str, str]]]:
     """(root, {group: option}), each option at least once; several groups at a time, since Hydra takes its time."""
     for root in ROOTS:
-        every = {group: list(options(group)) for group in groups(root)}
+        every = {group: [o for o in options(group) if takes(root, group, o)] for group in groups(root)}
         for i in range(max(map(len, every.values()), default=0)):
             yield root, {group: names[i % len(names)] for group, names in every.items()}
 
@@ -56,7 +84,17 @@ def test_every_option_composes(root: str, chosen: dict[str, str]) -> None:
     experiment = chosen.pop("experiment", None)  # sets groups itself
     if chosen.get("corpus", "pydocs") != "pydocs":
         chosen["corpus.path"] = "texts"
-    cfg = load(root, [*NEEDED[root], *(f"{group}={option}" for group, option in chosen.items())])
+    needed = NEEDED[root]
+    if chosen.get("corpus") == "gpt3_mix":
+        names = ("webtext2", "wikipedia", "books1", "books2", "crawl_sample", "common_crawl")
+        chosen |= {f"corpus.sources.{name}.path": name for name in names}
+        del chosen["corpus.path"]
+        needed = [word for word in needed if not word.startswith("input=")]
+    if chosen.get("executor") == "slurm":
+        chosen["executor.partition"] = "main"
+    if chosen.get("data") == "mix":
+        chosen["data.sources.mine.path"] = "mine"
+    cfg = load(root, [*needed, *(f"{group}={option}" for group, option in chosen.items())])
     for group in set(chosen) & set(groups(root)):
         name = getattr(cfg, group).name
         assert getattr(name, "value", name) == chosen[group]
@@ -105,16 +143,22 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("pretrain", "optim.lr=fast", "optim.lr=fast: give a number"),
     ("pretrain", "deterministic=perhaps", "deterministic=perhaps: give true or false"),
     ("pretrain", "model.norm=mid", "model.norm=mid: give one of pre, post"),
+    ("pretrain", "model.attention=DX", "model.attention=DX: no letter X, give letters of DBSF, repeated over the"),
+    (
+        "pretrain",
+        "model.band=9",
+        "model.band=9 is for attention B, of which model.attention=D has none: set it to null",
+    ),
     ("pretrain", "optim.schedule=wsd", "optim.schedule=wsd: give its values one by one, optim.schedule.kind=..."),
     (
         "generate",
         "prompt_ids=3",
         "prompt_ids=3: give a list [a, b, ...], each a list [a, b, ...], each an integer or null",
     ),
-    ("pretrain", "optim=gpt4", "optim=gpt4: give one of gpt1, gpt2, gpt3, small (did you mean gpt3?)"),
-    ("pretrain", "data=", "data=: give one of shards"),
+    ("pretrain", "optim=gpt4", "optim=gpt4: give one of gpt1, gpt2, gpt3, muon, small (did you mean gpt3?)"),
+    ("pretrain", "data=", "data=: give one of gpt3_mix, mix, shards"),
     ("pretrain", "model=null", "model=null: give one of demo, gpt1"),
-    ("pretrain", "experiment=null", "experiment=null: give one of demo, gpt1, or leave it out"),
+    ("pretrain", "experiment=null", "experiment=null: give one of demo, gpt1_bookcorpus, "),
     ("pretrain", "max_steps", "max_steps: write it as key=value"),
     ("pretrain", "+max_step=3", "+max_step=3: keys are neither added nor removed, give key=value"),
     ("pretrain", "~seed", "~seed: keys are neither added nor removed, give key=value"),
@@ -202,6 +246,14 @@ def test_what_the_machine_refuses_is_one_line_and_an_exit_code_that_may_be_tried
     assert re.fullmatch(r"error: \[Errno 2\] No such file or directory: '.*absent'\n", result.stderr), result.stderr
 
 
+def test_what_may_pass_is_one_line_and_an_exit_code_that_may_be_tried_again(tmp_path: Path) -> None:
+    code = "from conf.schema import run; from data_pipeline.stream import *\ndef f(cfg): raise {}\nrun(('verify', f))"
+    passing = ("Passing('x')", "UnreachableShard('x')")
+    for error, exit_code in (*dict.fromkeys(passing, 1).items(), ("LostShard('x', 0, 0)", 2), ("UserError('x')", 2)):
+        result = python(code.format(error), f"path={tmp_path}", cwd=CONF.parent)
+        assert (result.returncode, result.stderr) == (exit_code, "error: x\n"), error
+
+
 def test_help_may_be_cut_off_by_its_reader() -> None:
     read, write = os.pipe()
     os.close(read)  # a reader that is gone before the first byte
@@ -228,3 +280,68 @@ def test_a_wrong_value_in_an_option_file_is_told_in_one_line(tmp_path: Path) -> 
     code = "import sys; from conf.schema import run; run(('pretrain', print))"
     result = python(code, "data.path=d", "max_steps=1", "model=mine", cwd=tmp_path)
     assert result.returncode == 2 and re.fullmatch(r"error: model=mine: .*'many'.*\n", result.stderr), result.stderr
+
+
+def test_sources_of_a_mixture_are_given_whole_or_value_by_value() -> None:
+    needed = [*NEEDED["pretrain"], "data=mix"]
+    whole = load("pretrain", [*needed, "data.sources={web: {path: web, weight: 3}, books: {path: /b}}"])
+    by_values = load(
+        "pretrain",
+        [*needed, "data.sources.web.path=web", "data.sources.books.path=/b", "data.sources.web.weight=3"],
+    )
+    assert whole == by_values
+    assert [whole.data.where(name, "train") for name in ("web", "books")] == ["data/web/train", "/b/train"]
+    url = load("pretrain", [*needed, "data.sources.web.path=http://host/a={b}?c"])
+    assert url.data.where("web", "val") == "http://host/a={b}/val?c"
+    more = load("pretrain", [*NEEDED["pretrain"], "data.sources.shards.weight=5", "data.sources.more.path=x"])
+    assert (more.data.sources["shards"].weight, more.data.sources["more"].path) == (5, "x")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.sources.web.weigth=3", "data.sources.web.weigth: no such key"),
+        ("data.sources.web.weight=x", "data.sources.web.weight=x: give a number"),
+        ("data.sources.web.weight=3", "not given: data.sources.web.path"),
+        ("data.sources=5", "data.sources=5: give a mapping {name: value, ...}"),
+        ("data.sources={a: {pat: x}}", "data.sources={a: {pat: x}}: give a mapping"),
+        ("data.sources.a/b.path=x", "data.sources: 'a/b' is no name of a source"),
+        ("data.stages=[{stp: 3}]", "data.stages=[{stp: 3}]: give a list [a, b, ...]"),
+        ("data.stages=[{step: 3, weights: {q: 1}}]", "data.stages: step 3 weighs q, which is none of data.sources"),
+        ("data.stages=[{step: 3}, {step: 3}]", "data.stages start at steps [3, 3]"),
+        ("batch_ramp.start=5", "batch_ramp: start=5 tokens per step and over=0 tokens go together"),
+        ("data.on_bad_shard=ignore", "data.on_bad_shard=ignore: give one of stop, skip"),
+    ],
+)
+def test_a_mistake_in_a_mixture_ends_in_one_line(override: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load("pretrain", [*NEEDED["pretrain"], override])
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+
+
+def test_a_section_that_may_be_null_is_opened_by_one_of_its_values() -> None:
+    given = ["corpus=common_crawl", "input=a", "output=b"]
+    assert load("prepare", given).corpus.recipe.length is None
+    for word in ("corpus.recipe.length.min_chars=9", "corpus.recipe.length={min_chars: 9}"):
+        length = load("prepare", [*given, word]).corpus.recipe.length
+        assert (length.min_chars, length.max_chars) == (9, None)
+    words = ["corpus.recipe.decontaminate.sets=[x,y]", "corpus.recipe.dedup=null"]
+    recipe = load("prepare", [*given, *words]).corpus.recipe
+    assert (recipe.decontaminate.sets, recipe.decontaminate.ngram, recipe.dedup) == (["x", "y"], 13, None)
+    nested = load("prepare", ["corpus=books", *given[1:], "corpus.recipe.dedup.minhash={bands: 2, rows: 3, ngram: 4}"])
+    assert nested.corpus.recipe.dedup.minhash.rows == 3 and nested.corpus.recipe.dedup.text
+    with pytest.raises(UserError, match=r"not given: corpus.recipe.bad_words.file"):
+        load("prepare", [*given, "corpus.recipe.bad_words.keep=0.5"])
+
+
+def test_gpt3s_classifier_is_trained_when_all_that_it_learns_from_is_made() -> None:
+    names = ("webtext2", "wikipedia", "books1", "books2", "crawl_sample", "common_crawl")
+    cfg = load("prepare", ["corpus=gpt3_mix", "output=o", *(f"corpus.sources.{name}.path=x" for name in names)])
+    assert tuple(cfg.corpus.sources) == names
+    assert [*cfg.corpus.quality.positives, *cfg.corpus.quality.negatives] == [f"o/{n}/documents" for n in names[:5]]
+
+
+def test_gpt3s_mixture_is_its_table_divided_by_its_sum() -> None:
+    cfg = load("pretrain", [*NEEDED["pretrain"], "data=gpt3_mix"])
+    shares = {"common_crawl": 60, "webtext2": 22, "books1": 8, "books2": 8, "wikipedia": 3}  # of 101
+    assert quantise({name: source.weight for name, source in cfg.data.sources.items()}) == shares

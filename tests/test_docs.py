@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from importlib.metadata import distribution
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from conf.schema import ROOTS, freeze, load, options, thaw
+from data_pipeline.prepare.recipe import MinHashConfig, QualityConfig
+from data_pipeline.stages import plan_ledger
 from docs.generate_config import TARGET, page
+from launch.config import PlanConfig
+from launch.plan import cluster_of
+from tests.benchmarks import attention, checkpoint, corpus, extraction, loader, scale, train_speed
+from tests.fixtures import make_source
 from trainer.arithmetic import param_count
-from trainer.config import ModelConfig, PretrainConfig, check_layout
+from trainer.config import PretrainConfig
+from trainer.layouts import check_layout
+from trainer.model.config import ModelConfig
+from trainer.plan.auto import settle
+from trainer.plan.choose import rows
 from trainer.schedule import lr_at
+from trainer.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = (checkpoint, corpus, extraction, loader, scale)
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
@@ -95,12 +110,15 @@ def test_every_documented_command_gets_a_config_that_its_ranks_can_train(line: L
     root, overrides = root_of(line.module, line.arguments)
     cfg = load(root, overrides)
     assert isinstance(cfg, ROOTS[root])
-    if isinstance(cfg, PretrainConfig):
+    if isinstance(cfg, PlanConfig):
+        assert rows(cfg, cluster_of(cfg.cluster)[0])[0].fits
+    if type(cfg) is PretrainConfig:  # a plan is for other ranks than those that make it
+        cfg, _ = settle(cfg, World(0, line.ranks, 0, line.ranks))
         check_layout(cfg, line.ranks)
-        run = {"max_steps": cfg.max_steps, "tokens_per_step": cfg.tokens_per_step}
-        rates = [
-            lr_at(cfg.optim.schedule, 1.0, step=s, tokens=s * cfg.tokens_per_step, **run) for s in range(cfg.max_steps)
-        ]
+        steps, each = cfg.max_steps, cfg.tokens_per_step
+        run = {"max_steps": steps, "step_tokens": each, "end_tokens": steps * each}
+        looked = [*range(0, steps, 1 + steps // 20000), steps - 1]
+        rates = [lr_at(cfg.optim.schedule, 1.0, step=s, tokens=s * each, **run) for s in looked]
         assert max(rates) > 0.99 and rates[-1] < 0.2  # warm-up and decay both fit into the run
 
 
@@ -116,11 +134,27 @@ def test_runs_of_the_readme_do_not_resume_one_another() -> None:
 
 def test_the_readme_shows_the_whole_way() -> None:
     assert {line.module for line in DOCUMENTED if line.page == "README.md"} >= {
+        "data_pipeline.prepare.run",
         "data_pipeline.shards",
         "trainer.pretrain",
         "trainer.generate",
         "launch.supervise",
     }
+
+
+def test_the_readmes_way_into_the_shards_without_us_finds_each_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert "data_pipeline" not in code
+    rng = np.random.default_rng(0)
+    shards = [[rng.integers(0, 50257, n) for n in rng.integers(1, 90, 30)] for _ in range(3)]
+    make_source(tmp_path / "data/mine/train", shards)
+    monkeypatch.chdir(tmp_path)
+    seen: dict[str, Any] = {}
+    exec(code, seen)
+    expected = {f"{s}-{i}": ids.tolist() for s, documents in enumerate(shards) for i, ids in enumerate(documents)}
+    assert {name: ids.tolist() for name, ids in seen["documents"].items()} == expected
 
 
 def test_parameter_counts_in_the_readme_are_those_of_the_models() -> None:
@@ -176,3 +210,87 @@ def closure(todo: list[Requirement]) -> dict[str, str]:
             needs = [Requirement(r) for r in distribution(name).requires or []]
             todo += [r for r in needs if r.marker is None or r.marker.evaluate({"extra": extra})]
     return {name: version for name, version in found.items() if name not in ("setuptools", "pip", "wheel")}
+
+
+def several_sources() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8").split("## Several sources")[1].split("\n## ")[0]
+
+
+SOURCES = ("data=mix", "data.sources.web.path=web", "data.sources.books.path=books", "max_steps=5000")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        tuple(shlex.split(given))
+        for row in re.findall(r"^\| [^|]* \| (.*) \|$", several_sources(), re.MULTILINE)
+        for given in re.findall(r"`([^`]*=[^`]*)`", row)
+    ],
+    ids=" ".join,
+)
+def test_every_way_to_change_a_mixture_gives_a_run_that_can_be_planned(overrides: tuple[str, ...]) -> None:
+    given = [o.replace("NAME", "web") for o in overrides]
+    data = SOURCES[-1:] if "data=gpt3_mix" in given else SOURCES
+    path = ["data.path=data"] if "data=gpt3_mix" in given else []
+    cfg = load("pretrain", [*data, *path, "data.lanes=16", *given])
+    assert isinstance(cfg, PretrainConfig)
+    check_layout(cfg, 8)
+    plan_ledger(cfg.data, n_ctx=cfg.model.n_ctx, tokens_per_step=cfg.tokens_per_step, ramp=cfg.batch_ramp)
+
+
+CORPUS = (ROOT / "docs" / "corpus.md").read_text(encoding="utf-8")
+IN_TEXT = re.sub(r"^```.*?^```", "", CORPUS, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "override", sorted(set(re.findall(r"`(corpus\.recipe\.[^`]*=[^`]*)`", IN_TEXT))), ids=lambda text: text
+)
+def test_every_way_to_change_a_recipe_changes_it(override: str) -> None:
+    given = ["corpus=common_crawl", "corpus.recipe.dedup=null", "input=archives", "output=crawl"]
+    assert load("prepare", [*given, *shlex.split(override)]).corpus.recipe != load("prepare", given).corpus.recipe
+
+
+RECIPES = ("common_crawl", "webtext", "books", "common_crawl corpus.recipe.decontaminate.sets=[a]")
+
+
+def test_the_values_that_the_corpus_page_states_are_the_recipes() -> None:
+    known: dict[str, set[str]] = {}
+    for words in RECIPES:
+        recipe = load("prepare", [*f"corpus={words}".split(), "input=in", "output=out"]).corpus.recipe
+        for section, values in vars(recipe).items():
+            for key, value in vars(values).items() if is_dataclass(values) else ():
+                shown = f"{value:g}" if isinstance(value, float) else str(value)
+                known.setdefault(f"{section}.{key}", set()).add(shown)
+    stated = re.findall(r"`([a-z]\w+\.\w+)=([\w.-]+)`", IN_TEXT)
+    assert len(stated) > 15
+    for key, value in stated:
+        if not key.startswith(("corpus.", "executor.")):
+            assert value in known[key], f"{key}={value}, the recipes have {known[key]}"
+
+
+def test_numbers_of_the_corpus_page_are_those_of_its_formulas_presets_and_benchmark() -> None:
+    kept = re.findall(r"(\d+\.?\d*)% at ([\d.]+)", CORPUS)
+    assert len(kept) == 2
+    for percent, score in kept:
+        assert f"{100 * (2 - float(score)) ** -QualityConfig.alpha:.2g}" == percent
+    ((similarity, cases),) = re.findall(r"Jaccard similarity ([\d.]+) in (\d+) cases of 100", CORPUS)
+    fineweb = thaw(ROOT / "conf/minhash/fineweb.yaml", MinHashConfig)
+    found = 1 - (1 - float(similarity) ** fineweb.rows) ** fineweb.bands
+    assert round(100 * found) == int(cases)
+    (preset,) = re.findall(r"(corpus\.recipe\.dedup\.minhash='\{.*?\}')", CORPUS)
+    given = ["corpus=books", "input=in", "output=out", *shlex.split(preset)]
+    assert load("prepare", given).corpus.recipe.dedup.minhash == thaw(ROOT / "conf/minhash/gpt3.yaml", MinHashConfig)
+    ((best, fast),) = re.findall(r"F1 is ([\d.]+) and ([\d.]+)", CORPUS)
+    measured = json.loads((ROOT / "docs/benchmarks/extraction.json").read_text())["engines"]
+    assert [f"{measured[name]['f1']:.2f}" for name in ("best", "fast")] == [best, fast]
+
+
+@pytest.mark.parametrize(
+    "markdown",
+    [bench.markdown for bench in (attention, checkpoint, corpus, extraction, loader, scale, train_speed)],
+    ids=lambda f: f.__module__,
+)
+def test_the_numbers_of_a_benchmark_are_those_of_its_result(markdown: Callable[[dict[str, Any]], str]) -> None:
+    page = ROOT / "docs" / "benchmarks" / f"{markdown.__module__.rpartition('.')[2]}.md"
+    result = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert markdown(result) in page.read_text(encoding="utf-8"), "print it anew with --markdown"

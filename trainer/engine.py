@@ -1,4 +1,4 @@
-"""DeepSpeed's door: one engine for ZeRO 1-3, fp32 and bf16, configured from our config only.
+"""One engine for ZeRO 1-3, in fp32, bf16 and fp8, configured from our config only.
 
 What is promised here and not by DeepSpeed itself: the gradient is that of (sum of losses over all ranks and micro
 steps / global count of valid tokens), a step whose gradient is not finite changes nothing, and the optimizer's state
@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.config import Geometry, UserError
+from data_pipeline.config import UserError
+from data_pipeline.geometry import Geometry
 from data_pipeline.loader import Batch
 from trainer import parallel
-from trainer.config import Precision, PretrainConfig
-from trainer.fragments import create_state
+from trainer.arithmetic import REDUCE_BUCKET
+from trainer.config import Offload, Precision, PretrainConfig
+from trainer.fragments import create_state, places
+from trainer.muon import GatedMuon, muon
 from trainer.optim import adamw
+from trainer.optim_config import Kind
 from trainer.parallel import Mesh
-
-REDUCE_BUCKET = (
-    500_000_000  # elements; DeepSpeed allocates this many for ZeRO-2 and 3, so never more than the model has
-)
+from trainer.zero1 import flatten
 
 
 class NonFiniteError(UserError):
@@ -38,16 +39,16 @@ class NonFiniteError(UserError):
 class Engine:
     """A model under ZeRO. Collective: every rank calls the same methods in the same order.
 
-    One step is `grad_accum_steps` x `backward`, then `step`.
+    One step is some `backward`, the last of them with `last=True`, then `step`. Steps may differ in how many, and
+    micro batches in how many windows they hold.
     """
 
     def __init__(self, model: nn.Module, cfg: PretrainConfig, geometry: Geometry, mesh: Mesh) -> None:
         self.cfg = cfg
         self.mesh = mesh
-        self.grad_accum_steps = geometry.grad_accum_steps
-        self._micro_steps = 0
+        self._complete = False  # the last backward of the step was made
         self._norm: float | None = None
-        self.adam = adamw(model, cfg.optim)
+        self.adam = adamw(model, cfg.optim) if cfg.optim.kind is Kind.adamw else muon(model, cfg.optim)
         self.adam.gate = self._gate
         quiet()
         numel = sum(p.numel() for p in model.parameters())
@@ -62,24 +63,32 @@ class Engine:
         if cfg.parallel.sequence_parallel:
             parallel.register_sequence_parallel_hooks(self.module, mesh)
         create_state(self.deepspeed.optimizer, self.adam)
+        if isinstance(self.adam, GatedMuon):
+            dtype = torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16
+            self.adam.attach(places(self.module, self.adam), mesh, cfg.model.n_head, dtype)
+        # Elsewhere ZeRO averages gradients over dp; the division by the number of micro steps is switched off.
+        flat = flatten(self.deepspeed, mesh)
+        if not flat and has_flat(cfg):
+            raise RuntimeError(f"DeepSpeed made a {type(self.deepspeed.optimizer)} where zero1.py knows BF16_Optimizer")
+        self._averaged_over = 1 if flat else mesh.dp
 
     @property
     def module(self) -> nn.Module:
         return self.deepspeed.module
 
-    def backward(self, batch: Batch, global_valid_tokens: float | Tensor) -> Tensor:
-        """Forward and backward of one micro batch.
+    def backward(self, batch: Batch, global_valid_tokens: float | Tensor, last: bool) -> Tensor:
+        """Forward and backward of one micro batch; `last` of its step or not, on every rank alike.
 
         `global_valid_tokens`: labels that count, over all data-parallel ranks and micro steps of this step.
         Returns the detached sum of -log p over this rank's valid labels, fp32 scalar, equal on all tp ranks.
         """
+        if self._complete:
+            raise RuntimeError("backward after the last one of a step: step first")
+        self._complete = last
+        self.deepspeed.set_gradient_accumulation_boundary(last)  # not every so many: a step may have any number
         loss_sum = self._loss_sum(batch)
-        # ZeRO averages gradients over dp; the division by the number of micro steps is switched off.
-        scale = torch.as_tensor(self.mesh.dp / global_valid_tokens, dtype=torch.float32, device=loss_sum.device)
+        scale = torch.as_tensor(self._averaged_over / global_valid_tokens, dtype=torch.float32, device=loss_sum.device)
         self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
-        self._micro_steps += 1
-        if self._micro_steps < self.grad_accum_steps:
-            self.deepspeed.step()  # not at the boundary: only counts
         return loss_sum.detach()
 
     def step(self, lr: float) -> float:
@@ -88,12 +97,12 @@ class Engine:
         Raises:
             NonFiniteError: on every rank, with weights and moments unchanged.
         """
-        if self._micro_steps != self.grad_accum_steps:
-            raise RuntimeError(f"step after {self._micro_steps} of {self.grad_accum_steps} micro steps")
-        self._micro_steps = 0
+        if not self._complete:
+            raise RuntimeError("step before a backward with last=True")
+        self._complete = False
         self._norm = None
         for group in self.adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
         self.deepspeed.step()
         norm = self._grad_norm()  # where a wrapper saw inf or nan by itself, it never came to the gate
         if not math.isfinite(norm):
@@ -113,7 +122,7 @@ class Engine:
             self.deepspeed.train()
 
     def _loss_sum(self, batch: Batch) -> Tensor:
-        return self.deepspeed(*(t.to(self.mesh.device, non_blocking=True) for t in batch))
+        return self.deepspeed(*(t.to(self.mesh.device, non_blocking=True) for t in batch if t is not None))
 
     def _gate(self) -> bool:
         return math.isfinite(self._grad_norm())
@@ -125,20 +134,31 @@ class Engine:
         return self._norm
 
 
+def has_flat(cfg: PretrainConfig) -> bool:
+    """Whether `zero1.py` does the work between backward and update."""
+    parallel = cfg.parallel
+    return cfg.precision is not Precision.fp32 and parallel.zero_stage == 1 and parallel.offload is Offload.none
+
+
 def deepspeed_config(cfg: PretrainConfig, geometry: Geometry, numel: int) -> dict[str, Any]:
     """DeepSpeed's JSON, all of it; `numel` = parameters on this rank before ZeRO."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": geometry.micro_batch_size,
-        "gradient_accumulation_steps": geometry.grad_accum_steps,
+        "gradient_accumulation_steps": 1,  # what `backward(last=...)` says counts; so nothing is ever divided by it
         "gradient_clipping": cfg.optim.grad_clip,
         "zero_optimization": {"stage": cfg.parallel.zero_stage, "reduce_bucket_size": min(REDUCE_BUCKET, numel)},
-        "zero_allow_untested_optimizer": True,  # it is torch's AdamW with a gate
+        "zero_allow_untested_optimizer": True,  # torch's AdamW or our Muon, each with a gate
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro step
         "communication_data_type": "fp32",  # otherwise bf16 would sum over ranks what fp32 has accumulated
     }
-    if cfg.precision is Precision.bf16:
+    if cfg.precision is not Precision.fp32:
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}  # the gate is the check, without a second pass
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if cfg.parallel.offload is Offload.cpu:
+        zero = config["zero_optimization"]
+        for part in ("offload_optimizer", "offload_param")[: 2 if cfg.parallel.zero_stage == 3 else 1]:
+            zero[part] = {"device": "cpu", "pin_memory": True}
+        config["zero_force_ds_cpu_optimizer"] = False  # its own CPU Adam is compiled at run time; torch's is not
     return config
 
 

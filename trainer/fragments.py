@@ -1,7 +1,9 @@
-"""What a rank owns under ZeRO: views of its fp32 masters and Adam moments, for every wrapper of DeepSpeed.
+"""What a rank owns under ZeRO: views of its fp32 masters and moments, for every wrapper of DeepSpeed.
 
 Private names of DeepSpeed in this file: `p._hp_mapping` (ZeRO-1, 2, BF16_Optimizer), `p.ds_tensor`, `p.ds_numel`,
-`p.ds_process_group` and `optimizer.fp32_partitioned_groups_flat` (ZeRO-3).
+`p.ds_shape`, `p.ds_process_group`, `p._z3_optimizer` with its `grad_position`, `get_param_id`, `sub_group_to_group_id`
+and `fp32_partitioned_groups_flat` (ZeRO-3). ZeRO-3's public `safe_get_local_fp32_param` will not do: with offload it is
+a copy on the GPU, and writing to it would restore nothing.
 """
 
 from __future__ import annotations
@@ -12,17 +14,32 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor, nn
 
-KINDS = ("master", "exp_avg", "exp_avg_sq")
+ADAMW, MUON = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where ZeRO keeps elements [start, start + length) of a parameter: at `offset` of `flat`.
+
+    `length` 0: other dp ranks own all of it; `flat` is then known under ZeRO-3 only.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    flat: Tensor | None
+    offset: int
+    start: int
+    length: int
 
 
 @dataclass(frozen=True)
 class Fragment:
     """Elements [start, start + length) of one flattened parameter as it lies on this tp rank.
 
-    `views`: for each of KINDS a 1-D fp32 view of what the optimizer works on; writing to it restores.
+    `views`: for "master" and each of the optimizer's moments of this parameter (`ADAMW` or `MUON`) a 1-D fp32 view of
+    what the optimizer works on; writing to it restores.
     """
 
     name: str
@@ -32,21 +49,22 @@ class Fragment:
 
 
 def create_state(zero: Any, adam: torch.optim.Optimizer) -> None:
-    """Zero moments for every flat of ZeRO's, as AdamW itself would make them at its first step.
+    """Zero moments for every flat of ZeRO's, as the optimizer itself would make them at its first step.
 
-    Made at the start of every run, so that a fresh run and a resumed one are the same code.
+    Made at the start of every run, so that a fresh run and a resumed one are the same code. A group with a momentum is
+    Muon's, the others are AdamW's.
     """
-    for flat in _flats(zero, adam):
+    for flat, group in _flats(zero, adam):
+        moments = MUON if "momentum" in group else ADAMW
         adam.state[flat] = {
             "step": torch.zeros((), dtype=torch.float32, device=flat.device),  # where fused AdamW wants it
-            "exp_avg": torch.zeros_like(flat.data),
-            "exp_avg_sq": torch.zeros_like(flat.data),
+            **{kind: torch.zeros_like(flat.data) for kind in moments},
         }
 
 
 def get_optimizer_step(adam: torch.optim.Optimizer) -> int:
     """Updates made so far."""
-    return int(next(iter(adam.state.values()))["step"])
+    return max(int(state["step"]) for state in adam.state.values())
 
 
 def set_optimizer_step(adam: torch.optim.Optimizer, step: int) -> None:
@@ -54,34 +72,38 @@ def set_optimizer_step(adam: torch.optim.Optimizer, step: int) -> None:
         state["step"].fill_(step)
 
 
-def owned(module: nn.Module, adam: torch.optim.Optimizer) -> Iterator[Fragment]:
-    """This rank's fragments, without communication. Together the dp ranks' tile each parameter."""
+def places(module: nn.Module, adam: torch.optim.Optimizer) -> Iterator[Place]:
+    """Every parameter's place on this rank, without communication. Together the dp ranks' tile each parameter."""
     p: Any  # a parameter with what DeepSpeed hangs on it
     for name, p in module.named_parameters():
         if hasattr(p, "ds_id"):
             width = p.ds_tensor.numel()  # the same on every rank; the last ones are filled up with padding
             start = width * dist.get_rank(p.ds_process_group)
             length = max(0, min(width, p.ds_numel - start))
-            flats = {k: _local_zero3(p, k) for k in KINDS}
-            offset = 0
+            zero = p._z3_optimizer
+            group, offset, _ = zero.grad_position[zero.get_param_id(p)]
+            yield Place(name, tuple(p.ds_shape), zero.fp32_partitioned_groups_flat[group], offset, start, length)
         elif p._hp_mapping is not None:
-            mapping = p._hp_mapping
-            flat = adam.param_groups[mapping.param_group_index]["params"][0]
-            start, length = mapping.lp_fragment_address.start, mapping.hp_fragment_address.numel
-            offset = mapping.hp_fragment_address.start
-            flats = {k: flat if k == "master" else adam.state[flat][k] for k in KINDS}
+            here, there = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
+            flat = adam.param_groups[p._hp_mapping.param_group_index]["params"][0]
+            yield Place(name, tuple(p.shape), flat, here.start, there.start, here.numel)
         else:
-            continue  # another rank owns all of it
-        if length:
-            yield Fragment(name, start, length, {k: f.detach().narrow(0, offset, length) for k, f in flats.items()})
+            yield Place(name, tuple(p.shape), None, 0, 0, 0)
 
 
-def _local_zero3(p: Tensor, kind: str) -> Tensor:
-    return safe_get_local_fp32_param(p) if kind == "master" else safe_get_local_optimizer_state(p, kind)
+def owned(module: nn.Module, adam: torch.optim.Optimizer) -> Iterator[Fragment]:
+    """This rank's fragments, without communication. Together the dp ranks' tile each parameter."""
+    for at in places(module, adam):
+        if at.length and at.flat is not None:
+            moments = {kind: x for kind, x in adam.state[at.flat].items() if kind != "step"}
+            views = {"master": at.flat, **moments}
+            views = {kind: x.detach().narrow(0, at.offset, at.length) for kind, x in views.items()}
+            yield Fragment(at.name, at.start, at.length, views)
 
 
-def _flats(zero: Any, adam: torch.optim.Optimizer) -> list[Tensor]:
-    """The fp32 tensors that AdamW updates: ZeRO-3 keeps them outside of the parameter groups."""
+def _flats(zero: Any, adam: torch.optim.Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
+    """The fp32 tensors that are updated and the group of each: ZeRO-3 keeps them outside of the parameter groups."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):
-        return list(zero.fp32_partitioned_groups_flat)
-    return [p for group in adam.param_groups for p in group["params"]]
+        flats = enumerate(zero.fp32_partitioned_groups_flat)
+        return [(flat, adam.param_groups[zero.sub_group_to_group_id[i]]) for i, flat in flats]
+    return [(flat, group) for group in adam.param_groups for flat in group["params"]]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from conf.schema import run
 from data_pipeline.config import UserError
 from data_pipeline.manifest import TOKENIZER
-from trainer.config import GenerateConfig, ModelConfig
-from trainer.run_folder import STATE, RunFolder, model_of
+from trainer.checkpoint_config import GenerateConfig
+from trainer.model.config import ModelConfig
+from trainer.run_folder import RunFolder, find_checkpoint, model_of
 from trainer.world import read_world
 
 if TYPE_CHECKING:
@@ -63,17 +64,6 @@ def generate(cfg: GenerateConfig) -> None:
         print(json.dumps({"ids": ids, "text": text}, ensure_ascii=False))
     else:
         print("\n---\n".join(text) if tokenizer else "\n".join(map(str, ids)))
-
-
-def find_checkpoint(path: str) -> Path:
-    """A checkpoint folder as it is, a run folder's latest otherwise."""
-    folder = Path(path)
-    if (folder / STATE).is_file():
-        return folder
-    latest = RunFolder(folder).latest()
-    if latest is None:
-        raise UserError(f"checkpoint={path} is neither a checkpoint nor a run folder that holds one")
-    return latest
 
 
 def load_model(checkpoint: Path, cfg: ModelConfig) -> GPT:

@@ -24,23 +24,34 @@ class Speed:
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self._clock = clock
-        self._steps: deque[tuple[float, int]] = deque(maxlen=window)  # (seconds, tokens)
+        self._steps: deque[tuple[float, int, float]] = deque(maxlen=window)  # (seconds, tokens, seconds of waiting)
+        self._waited = 0.0
         self.start()
 
     def start(self) -> None:
         """The clock runs from here: call it after what is no step (validation, a checkpoint)."""
         self._since = self._clock()
 
+    def wait(self, seconds: float) -> None:
+        """Of the step that is under way, so long was waited for data."""
+        self._waited += seconds
+
     def step(self, tokens: int) -> None:
         """A step over `tokens` tokens, counted over all ranks, has just ended."""
         now = self._clock()
-        self._steps.append((now - self._since, tokens))
-        self._since = now
+        self._steps.append((now - self._since, tokens, self._waited))
+        self._since, self._waited = now, 0.0
 
     @property
     def tokens_per_s(self) -> float:
-        seconds = sum(s for s, _ in self._steps)
-        return sum(n for _, n in self._steps) / seconds if seconds > 0 else 0.0
+        seconds = sum(s for s, *_ in self._steps)
+        return sum(n for _, n, _ in self._steps) / seconds if seconds > 0 else 0.0
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the time that was waited for data, 0..1."""
+        seconds = sum(s for s, *_ in self._steps)
+        return sum(w for *_, w in self._steps) / seconds if seconds > 0 else 0.0
 
     @property
     def mfu(self) -> float:

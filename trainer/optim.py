@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from trainer.config import OptimConfig
+from trainer.optim_config import OptimConfig
 
 
 class GatedAdamW(torch.optim.AdamW):
@@ -19,11 +19,15 @@ class GatedAdamW(torch.optim.AdamW):
     """
 
     gate: Callable[[], bool] | None = None
+    grad_scale: Tensor | None = None  # what gradients are divided by while they are read: clipping without a pass
 
     def step(self, closure: Any = None) -> Any:
         if self.gate is None or self.gate():
-            return super().step(closure)
+            self.update()
         return None
+
+    def update(self) -> None:
+        super().step()
 
 
 def param_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:

@@ -162,7 +162,7 @@ class TpChannel:
         payload = self._broadcast(torch.empty(shape, dtype=torch.int64))
         if failed:
             return Item([], crc32, UserError(bytes(payload.flatten().tolist()).decode()))
-        return Item([Batch(*pair) for pair in payload], crc32)
+        return Item([Batch(b[0], b[1], *(s.int() for s in b[2:])) for b in payload], crc32)
 
     def _broadcast(self, values: Tensor) -> Tensor:
         values = values.to(self.mesh.device)
@@ -171,9 +171,10 @@ class TpChannel:
 
 
 def _payload(item: Item) -> Tensor:
-    """Tokens and labels as int64 [micro steps, 2, B, T], or the bytes of the error's text as [bytes, 1, 1, 1]."""
+    """Tokens, labels and segment ids where there are any, as int64 [micro steps, 2 or 3, B, T]; or the bytes of the
+    error's text as [bytes, 1, 1, 1]."""
     if item.error is None:
-        return torch.stack([torch.stack(batch) for batch in item.batches])
+        return torch.stack([torch.stack([t.long() for t in batch if t is not None]) for batch in item.batches])
     text = str(item.error) or type(item.error).__name__
     return torch.tensor(list(text.encode())).reshape(-1, 1, 1, 1)
 

@@ -2,6 +2,7 @@
 
 config.yaml                           the frozen config of the last start
 metrics.jsonl                         the journal
+mixture.png                           what the run is fed, where that is more than one source in one way
 generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time
 checkpoints/latest                    the name of the checkpoint to resume from
 checkpoints/step-00000100.gen-0001/   a published checkpoint
@@ -10,6 +11,7 @@ checkpoints/.step-….tmp/              one that is being written or deleted
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -23,12 +25,13 @@ from typing import Any
 
 from data_pipeline.config import UserError
 from trainer.arithmetic import param_count
-from trainer.config import ModelConfig, Norm
+from trainer.model.config import ModelConfig, Norm
 
 STATE = "state.json"
 WEIGHTS = "weights"  # prefix of the files that hold them
 MAX_JSON_BYTES = 256 << 20
-SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "n_ctx", "vocab_size", "norm", "layer_norm_eps")
+ATTENTION_FIELDS = ("attention", "band", "stride", "summary")
+SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "n_ctx", "vocab_size", "norm", "layer_norm_eps", *ATTENTION_FIELDS)
 _NAME = re.compile(r"step-(\d{8,})\.gen-(\d{4,})")
 
 
@@ -39,6 +42,7 @@ class RunFolder:
         self.root = Path(root)
         self.config = self.root / "config.yaml"
         self.metrics = self.root / "metrics.jsonl"
+        self.mixture = self.root / "mixture.png"
         self.checkpoints = self.root / "checkpoints"
         self.generations = self.root / "generations"
         self.pointer = self.checkpoints / "latest"
@@ -58,9 +62,9 @@ class RunFolder:
         fsync_folder(self.generations)
         for leftover in self.checkpoints.glob(".*.tmp"):
             if leftover.is_dir():
-                shutil.rmtree(leftover)
+                _remove(leftover)
             else:
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)  # the pointer's: a stranded start may just have moved it
         return generation
 
     def fence(self, generation: int) -> None:
@@ -95,6 +99,18 @@ class RunFolder:
         pointer.replace(self.pointer)
         fsync_folder(self.checkpoints)
         return final
+
+    def settled(self, step: int, generation: int) -> bool:
+        """Whether the checkpoint is no longer on its way: removed, or published and the pointer moved to it."""
+        if self.aside(step, generation).exists():
+            return False
+        final = self.checkpoint(step, generation)
+        try:
+            return (
+                not final.exists() or self.pointer.read_text(encoding="ascii", errors="replace").strip() == final.name
+            )
+        except FileNotFoundError:
+            return False
 
     def latest(self) -> Path | None:
         """The checkpoint to resume from; None where the run has published none.
@@ -142,10 +158,21 @@ class RunFolder:
         return max((int(p.name) for p in self.generations.glob("*") if p.name.isdecimal()), default=0)
 
 
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as e:  # a stranded start still writes into it, and will publish nothing: left to the next start
+        if e.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+            raise
+
+
 def model_of(path: Path, state: dict[str, Any]) -> ModelConfig:
     """The model that a state describes, not bigger than the weights beside it: no claim makes anyone allocate."""
     try:
         cfg = ModelConfig(**{**state["model"], "norm": Norm(state["model"]["norm"])})
+        numbers = (cfg.band, cfg.stride, cfg.summary)
+        if not isinstance(cfg.attention, str) or not all(isinstance(n, int | None) for n in numbers):
+            raise TypeError(f"attention={cfg.attention!r} with {numbers}")
         count, size = param_count(cfg), sum(f.stat().st_size for f in path.glob(f"{WEIGHTS}-*"))
         if not isinstance(count, int) or 4 * count > size:
             raise ValueError(f"{count} parameters, but the weights have {size} bytes")
@@ -154,13 +181,27 @@ def model_of(path: Path, state: dict[str, Any]) -> ModelConfig:
         raise UserError(f"{path / STATE}: damaged: no model ({e}): use another checkpoint") from None
 
 
-def check_model(path: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
+def find_checkpoint(path: str, key: str = "checkpoint") -> Path:
+    """A checkpoint folder as it is, a run folder's latest otherwise; `key` is what the user gave it as."""
+    folder = Path(path)
+    if (folder / STATE).is_file():
+        return folder
+    latest = RunFolder(folder).latest()
+    if latest is None:
+        raise UserError(f"{key}={path} is neither a checkpoint nor a run folder that holds one")
+    return latest
+
+
+def check_model(path: Path, theirs: ModelConfig, ours: ModelConfig, otherwise: str = "another run.dir") -> None:
     """Raises UserError where weights of one model cannot be the other's."""
     pairs = {f.name: (getattr(theirs, f.name), getattr(ours, f.name)) for f in fields(ModelConfig)}
+    layers = range(min(theirs.n_layer, ours.n_layer))
+    if all(theirs.kind(i) == ours.kind(i) for i in layers):  # DB and DBDB are the same
+        del pairs["attention"]
     differ = [f"model.{k}={_show(a)} (here {_show(b)})" for k, (a, b) in pairs.items() if k in SHAPE_FIELDS and a != b]
     if differ:
         raise UserError(
-            f"{path} is a checkpoint of another model: {', '.join(differ)}: give its model=, or another run.dir"
+            f"{path} is a checkpoint of another model: {', '.join(differ)}: give its model=, or {otherwise}"
         )
 
 
@@ -168,7 +209,7 @@ def _show(value: Any) -> str:
     return str(value.value if isinstance(value, Norm) else value)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object of bounded size.
 
     Raises:
@@ -176,8 +217,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise UserError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} that such a file may have: damaged")
+        if size > most:
+            raise UserError(f"{path}: {size} bytes, more than the {most} that such a file may have: damaged")
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: the checkpoint is incomplete, use another one") from None

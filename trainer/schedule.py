@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 from data_pipeline.config import UserError
-from trainer.config import ScheduleConfig, ScheduleKind, Unit
+from trainer.optim_config import ScheduleConfig, ScheduleKind, Unit
 
 
 def lr_at(
-    schedule: ScheduleConfig, lr: float, *, step: int, tokens: int, max_steps: int, tokens_per_step: int
+    schedule: ScheduleConfig, lr: float, *, step: int, max_steps: int, tokens: int, step_tokens: int, end_tokens: int
 ) -> float:
     """The rate of the update after `step` updates and `tokens` tokens; `lr` is the peak.
+
+    `step_tokens`: of this update. `end_tokens`: of the run, when `max_steps` updates are made.
 
     The ramp is read at the update's end and the decay at its start, so that neither the first update nor the last
     is wasted on a rate of 0. From `end` on the rate is `floor` x peak.
@@ -21,7 +23,7 @@ def lr_at(
     """
     at, after, run_end = step, step + 1, max_steps
     if schedule.unit is Unit.tokens:
-        at, after, run_end = tokens, tokens + tokens_per_step, tokens + (max_steps - step) * tokens_per_step
+        at, after, run_end = tokens, tokens + step_tokens, end_tokens
     end = run_end if schedule.end is None else schedule.end
     if schedule.warmup + schedule.cooldown > end:
         raise UserError(

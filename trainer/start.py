@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from data_pipeline.config import Geometry, UserError
-from data_pipeline.manifest import Manifest, publish
-from data_pipeline.plan import Ledger, Order
+from data_pipeline.config import UserError
+from data_pipeline.geometry import Geometry
+from data_pipeline.manifest import publish
+from data_pipeline.plan import Plan
+from data_pipeline.stages import describe, rounding
 from trainer import checkpoint
 from trainer.arithmetic import param_count
 from trainer.config import PretrainConfig
 from trainer.engine import Engine, make_deterministic
+from trainer.model import flex
+from trainer.model.compiled import describe_compile, prepare
+from trainer.model.config import ModelConfig
 from trainer.model.gpt import GPT
+from trainer.model.hf import hf_refusal
 from trainer.model.init import initialise
 from trainer.parallel import Mesh
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, find_checkpoint
+from trainer.sources import Sources
 
 
 def take_run(run: RunFolder, mesh: Mesh, config_text: str) -> tuple[int, Path | None]:
@@ -48,51 +54,106 @@ def take_run(run: RunFolder, mesh: Mesh, config_text: str) -> tuple[int, Path | 
     return generation, found
 
 
-def build_engine(cfg: PretrainConfig, geometry: Geometry, mesh: Mesh, found: Path | None) -> Engine:
-    """One path for fresh and resumed: weights into the plain module, ZeRO around it, then masters and moments."""
+def beginning(cfg: PretrainConfig, found: Path | None) -> Path | None:
+    """The checkpoint whose weights a new run starts from, the same on all ranks; None where it has none. Collective.
+
+    Rank 0 looks, for the run that wrote it may be going on.
+    """
+    given = cfg.init_from
+    if found is not None or given is None:
+        return None
+    looked = checkpoint.together(f"init_from={given} cannot be used", lambda: str(find_checkpoint(given, "init_from")))
+    return Path(looked[0])
+
+
+def build_engine(
+    cfg: PretrainConfig, geometry: Geometry, mesh: Mesh, found: Path | None, begin: Path | None = None
+) -> Engine:
+    """One path for fresh and resumed: weights into the plain module, ZeRO around it, then masters and moments.
+
+    From `found` come all of them, from `begin` the weights alone.
+    """
     if cfg.deterministic and mesh.device.type == "cuda":  # a CPU always is
         make_deterministic()
     model = GPT(cfg.model, mesh, sequence_parallel=cfg.parallel.sequence_parallel, recompute=cfg.parallel.recompute)
     model.to(mesh.device)
-    if found:
-        checkpoint.load_weights(found, model, mesh)
+    weights = found or begin
+    if weights:
+        checkpoint.load_weights(weights, model, mesh)
     else:
         initialise(model, cfg.model, cfg.seed)
+    prepare(model, cfg, mesh)
     engine = Engine(model, cfg, geometry, mesh)
     if found:
         checkpoint.restore(found, engine)
     return engine
 
 
-def ledger_of(data: dict[str, Any] | None, step: int, geometry: Geometry) -> Ledger:
-    """The run's ledger so far; a batch size that has changed since the checkpoint becomes an event from `step` on."""
-    if data is None:
-        return Ledger.start(geometry.windows_per_step)
-    ledger = Ledger.from_json(data["ledger"])
-    if ledger.windows_per_step(step) == geometry.windows_per_step:
-        return ledger
-    return ledger.then(step, ledger.position(step), geometry.windows_per_step)
-
-
 def introduction(
     cfg: PretrainConfig,
     geometry: Geometry,
     mesh: Mesh,
-    train: Manifest,
-    order: Order,
-    ledger: Ledger,
+    sources: Sources,
+    plan: Plan,
     found: Path | None,
+    begin: Path | None = None,
 ) -> str:
-    """What the run is, in four lines; what of the data no window holds is counted."""
-    n_ctx = cfg.model.n_ctx
-    unused = sum(s.tokens - (n_ctx * w + 1 if (w := s.windows(n_ctx)) else 0) for s in train.shards)
-    return (
+    """What the run is, and where its data goes; what of the data no window holds is counted."""
+    ledger, end = plan.ledger, plan.ledger.position(cfg.max_steps)
+    lines = [
         f"{cfg.run.name}: {cfg.model.name}, {param_count(cfg.model):,} parameters in {cfg.precision.value} on "
         f"{mesh.world.world_size} {mesh.device.type} ranks (dp={mesh.dp} tp={mesh.tp} "
-        f"ZeRO-{cfg.parallel.zero_stage})\n"
-        f"  a step: {geometry.windows_per_step} windows of {n_ctx} tokens = dp {geometry.dp} x "
-        f"micro batch {geometry.micro_batch_size} x {geometry.grad_accum_steps} micro steps\n"
-        f"  data: {train.tokens:,} tokens = {order.windows:,} windows, and {unused:,} tokens in tails too short for "
-        f"one; the run takes {order.epoch(ledger.position(cfg.max_steps)):.2f} epochs\n"
-        f"  {cfg.run.dir}: " + (f"goes on from {found.name}" if found else "starts from nothing")
-    )
+        f"ZeRO-{cfg.parallel.zero_stage})",
+        describe_compile(cfg, mesh),
+        f"the run: {ledger.tokens(cfg.max_steps):,} tokens in {cfg.max_steps:,} steps",
+    ]
+    for name, train in sources.train.items():
+        n_ctx = cfg.model.n_ctx
+        windows = [s.windows(n_ctx) for s in train.shards]
+        unused = sum(s.tokens - (n_ctx * w + 1 if w else 0) for s, w in zip(train.shards, windows, strict=True))
+        lines.append(
+            f"data: {name}, {train.tokens:,} tokens = {sum(windows):,} windows, and {unused:,} tokens in tails too "
+            f"short for one; the run takes {plan.epoch(name, end):.2f} epochs"
+        )
+    lines += [
+        f"data: from step {step} on, {tokens:,} tokens of {name} that make no window of the new n_ctx wait for its "
+        "next epoch"
+        for step, name, tokens in plan.unread()
+    ]
+    lines += attention_lines(cfg.model, mesh.device)
+    lines += describe(ledger, cfg.max_steps, geometry.dp, cfg.micro_batch_size)
+    lines += rounding(cfg.data)
+    lines.append(open_shards(sources, plan, mesh.dp))
+    lines.append(f"{cfg.run.dir}: {_start(cfg, found, begin)}")
+    return "\n  ".join(lines)
+
+
+def _start(cfg: PretrainConfig, found: Path | None, begin: Path | None) -> str:
+    if found:
+        passed = f"; init_from={cfg.init_from} is not read again" if cfg.init_from else ""
+        return f"goes on from {found.name}{passed}"
+    return f"starts from the weights of {begin}, with a fresh optimizer" if begin else "starts from nothing"
+
+
+def open_shards(sources: Sources, plan: Plan, dp: int) -> str:
+    """How many shards a rank holds at once, and their bytes: one of each source for each lane."""
+    lanes = plan.lanes // dp
+    largest = {name: max(s.tokens for s in m.shards) * m.numpy_dtype.itemsize for name, m in sources.train.items()}
+    mib = sum(lanes * size for size in largest.values()) >> 20
+    return f"data: {lanes * len(largest)} shards open at once on each data-parallel rank, at most {mib:,} MiB"
+
+
+def attention_lines(model: ModelConfig, device: torch.device) -> list[str]:
+    """Of a model with sparse attention: what computes it, and what its last checkpoint goes without."""
+    sparse, n = model.sparse_layers, model.n_ctx
+    if not sparse:
+        return []
+    how = "by FlexAttention, which skips what is masked"
+    if not flex.takes(device, n, n, model.head_dim, model.dropout):
+        how = "as dense attention under a mask, at a dense layer's cost"
+        if flex.takes(device, n, n, model.head_dim, 0.0):
+            how += f": FlexAttention has no dropout, and model.dropout={model.dropout}"
+    return [
+        f"attention: {model.attention}, {len(sparse)} of {model.n_layer} layers sparse, {how}",
+        f"the last checkpoint gets no Hugging Face files: {hf_refusal(model)}",
+    ]

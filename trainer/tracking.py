@@ -9,12 +9,9 @@ keep equal rows once. All starts of a run share one MLflow run, found again by a
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
 import logging
 import os
-import re
-import shlex
 import sys
 import threading
 import time
@@ -27,9 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.config import UserError
 from data_pipeline.manifest import publish_json
+from data_pipeline.plan import Plan
 from trainer import config
-from trainer.config import PretrainConfig, TrackingConfig
+from trainer.address import artifacts_of, check_tracking, tracking_uri
+from trainer.config import PretrainConfig
 from trainer.journal import JournalWriter, NewNumbers, Row
+from trainer.mixture_plot import MixturePlot
 from trainer.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -41,38 +41,7 @@ TAG = "gradus.run"
 PERIOD_S = 1.0  # between two looks at the journal
 CLOSE_S = 10.0  # what close() waits for a server that does not answer; six times that for one that is only slow
 BATCH = 1000  # MLflow's limit of metrics in a request
-PASSWORD = r"[^:/@]*:[^@]*@|.*[?&]password="  # in what follows a database's scheme
 PARAMS, PARAM_CHARS = 100, 6000  # and of params in a request, and of characters in a param
-
-
-def check_tracking(cfg: TrackingConfig) -> None:
-    """Everything that can be said before training.
-
-    Raises:
-        UserError: MLflow is not installed, or the address is none or carries a password.
-    """
-    if cfg.name is config.Tracker.none:
-        return
-    if importlib.util.find_spec("mlflow") is None:
-        raise UserError("tracking=mlflow, but mlflow is not installed: pip install gradus[tracking], or tracking=none")
-    scheme, mark, rest = (cfg.uri or "sqlite:///").partition("://")
-    if not mark and scheme != "databricks":
-        raise UserError(f"tracking.uri={cfg.uri} has no scheme: give http://HOST:PORT, or sqlite:///FILE")
-    cure, secret = "where the database's own client looks (PostgreSQL: PGPASSWORD or ~/.pgpass)", PASSWORD
-    if scheme in ("http", "https"):
-        cure, secret = "into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD", r"[^/]*@"
-    if re.match(secret, rest):
-        raise UserError(f"tracking.uri={scheme}://… holds a password, which the run folder would show: put it {cure}")
-
-
-def tracking_uri(cfg: TrackingConfig, root: Path) -> str:
-    """Where the run is tracked: `tracking.uri`, or the database beside the run folder `root`."""
-    return cfg.uri or f"sqlite:///{root.resolve().parent / 'mlflow.db'}"
-
-
-def ui_command(uri: str) -> str:
-    """The command that shows the runs in a browser; a server shows them at its own address."""
-    return uri if uri.startswith("http") else shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
 
 
 class Tracker:
@@ -83,11 +52,16 @@ class Tracker:
         self.generation = generation
         self._writer = JournalWriter(folder.metrics)
         self._writer.put(Row(resumed_at, generation, time.time(), resumed_at=resumed_at))
+        self._plot = MixturePlot(folder.mixture, cfg.run.name, cfg.max_steps)
         self._shipper = None if cfg.tracking.name is config.Tracker.none else _Shipper(cfg, folder)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Returns at once. Raises UserError where an earlier row could not be written."""
         self._writer.put(Row(step, self.generation, time.time(), {k: float(v) for k, v in metrics.items()}))
+
+    def show(self, plan: Plan, step: int) -> None:
+        """Draw mixture.png anew, in the background: what is planned from `step` on has changed."""
+        self._plot.show(plan, step)
 
     def flush(self) -> None:
         """Returns when everything logged is safe on disk. Raises UserError where it could not be written."""
@@ -102,6 +76,7 @@ class Tracker:
         try:
             self._writer.close()
         finally:
+            self._plot.close()
             if self._shipper:
                 self._shipper.close("FAILED" if failed else "FINISHED")
 
@@ -117,6 +92,7 @@ class _Shipper:
         self._news = NewNumbers(folder.metrics)
         self._known, self._closing, self._given_up = threading.Event(), threading.Event(), threading.Event()
         self._failing, self._status = False, "RUNNING"
+        self._plot_stored: int | None = None  # when it was drawn
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # fail soon, the retries are ours;
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")  # MLflow reads these at each request
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training process calls nobody unasked
@@ -147,6 +123,7 @@ class _Shipper:
             try:
                 client = client or _alone(self.uri, self._connect)
                 self._ship(client)
+                self._store_plot(client)
                 if closing:
                     client.set_terminated(self._state["run_id"], self._status)
                     return
@@ -188,7 +165,8 @@ class _Shipper:
     def _find_run(self, client: MlflowClient) -> str:
         name = self._cfg.tracking.experiment
         experiment = client.get_experiment_by_name(name)
-        experiment_id = experiment.experiment_id if experiment else client.create_experiment(name, _artifacts(self.uri))
+        place = artifacts_of(self.uri)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(name, place)
         tag = self._state["uuid"]
         found = client.search_runs([experiment_id], f"tags.`{TAG}` = '{tag}'", max_results=1)
         run = found[0] if found else client.create_run(experiment_id, run_name=self._cfg.run.name, tags={TAG: tag})
@@ -202,11 +180,21 @@ class _Shipper:
         params = [Param(k, v if len(v) <= PARAM_CHARS else v[: PARAM_CHARS - 1] + "…") for k, v in values]
         for i in range(0, len(params), PARAMS):
             client.log_batch(run_id, params=params[i : i + PARAMS])
-        try:
-            client.log_artifact(run_id, str(self._folder.config))
-        except Exception as e:  # artifacts have their own storage and credentials; metrics do not wait for them
-            _warn(f"{self._folder.config} was not stored with the run ({_cause(e)}): it stays in the run folder")
+        self._store(client, self._folder.config)
         self._save(described=True)
+
+    def _store(self, client: MlflowClient, path: Path) -> None:
+        try:
+            client.log_artifact(self._state["run_id"], str(path))
+        except Exception as e:  # artifacts have their own storage and credentials; metrics do not wait for them
+            _warn(f"{path} was not stored with the run ({_cause(e)}): it stays in the run folder")
+
+    def _store_plot(self, client: MlflowClient) -> None:
+        """mixture.png, each time that it was drawn anew; a server that is away raises before, in `_ship`."""
+        drawn = self._folder.mixture.stat().st_mtime_ns if self._folder.mixture.exists() else None
+        if drawn != self._plot_stored:
+            self._plot_stored = drawn
+            self._store(client, self._folder.mixture)
 
     def _ship(self, client: MlflowClient) -> None:
         """Send all that is complete in the journal. Raises what MLflow raises; the offset tells what has arrived."""
@@ -274,13 +262,6 @@ def _has_run(client: MlflowClient, run_id: str) -> bool:
             return False
         raise
     return True
-
-
-def _artifacts(uri: str) -> str | None:
-    """Beside a database file; a server knows its own place (without this, MLflow would take the working directory)."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return str(Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts")
 
 
 def _flat(body: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

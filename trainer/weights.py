@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data_pipeline.config import UserError
-from trainer.model.layout import ParamSpec, from_local, specs, to_local
+from data_pipeline.config import Passing, UserError
+from trainer.model.layout import ParamSpec, from_local, specs
 from trainer.run_folder import STATE, WEIGHTS, RunFolder, model_of, read_json
 
 FORMAT = 1
@@ -26,6 +26,7 @@ INDEX = "index.json"
 MANIFEST = "manifest.json"
 MOMENTS = "moments"
 CHUNK = 4 << 20  # bytes hashed and written at a time
+SYNC = 64 << 20  # bytes between two fsyncs: one at the end of a big file would be minutes in which it does not grow
 
 
 class Source(Mapping[str, Tensor]):
@@ -63,11 +64,41 @@ class Source(Mapping[str, Tensor]):
         return from_local(parts, spec)
 
     def part(self, kind: str, name: str, tp_rank: int, tp: int, start: int, length: int) -> Tensor:
-        """Elements [start, start + length) of the flattened parameter as `tp_rank` of `tp` holds it, fp32 [length]."""
-        if tp == self.tp:  # laid out as here: only this range is read
-            return self._read(kind, name, tp_rank if self.specs[name].tp_dim is not None else 0, start, length)
-        local = to_local(self.full(kind, name), specs(self.cfg, tp)[name], tp_rank, tp)
-        return local.reshape(-1)[start : start + length]
+        """Elements [start, start + length) of the flattened parameter as `tp_rank` of `tp` holds it, fp32 [length].
+
+        Only the bytes of these elements are read; where tp splits columns, the rows that they lie in.
+        """
+        dim = self.specs[name].tp_dim
+        if tp == self.tp or dim is None:  # laid out as here
+            return self._read(kind, name, 0 if dim is None else tp_rank, start, length)
+        shape = _local_shape(specs(self.cfg, tp)[name], tp)
+        width = prod(shape[1:])
+        first, last = start // width, -(-(start + length) // width)  # the rows of the slice that are wanted
+        if dim == 0:
+            rows = self._along(kind, name, tp_rank * shape[0] + first, last - first, None)
+        else:
+            rows = self._along(kind, name, tp_rank * shape[1], shape[1], (first, last))
+        return rows.reshape(-1)[start - first * width :][:length]
+
+    def _along(self, kind: str, name: str, start: int, length: int, rows: tuple[int, int] | None) -> Tensor:
+        """[start, start + length) along the dimension that tp splits, zeros where there is only padding.
+
+        `rows`: of a dimension 1, those that are wanted.
+        """
+        spec = self.specs[name]
+        dim, shape = int(rows is not None), _local_shape(spec, self.tp)
+        parts, end = [], max(start, min(start + length, spec.shape[dim]))
+        for r in range(start // shape[dim], -(-end // shape[dim]) if end > start else 0):
+            low, high = max(start - r * shape[dim], 0), min(end - r * shape[dim], shape[dim])
+            if rows is None:
+                width = prod(shape[1:])
+                parts.append(self._read(kind, name, r, low * width, (high - low) * width).view(-1, *shape[1:]))
+            else:
+                whole = self._read(kind, name, r, rows[0] * shape[1], (rows[1] - rows[0]) * shape[1])
+                parts.append(whole.view(-1, shape[1])[:, low:high])
+        missing = length - sum(p.shape[dim] for p in parts)
+        like = (missing, *shape[1:]) if rows is None else (rows[1] - rows[0], missing)
+        return torch.cat([*parts, torch.zeros(like)], dim)
 
     def _read(self, kind: str, name: str, tp_rank: int, start: int, length: int) -> Tensor:
         out = torch.empty(length, dtype=torch.float32)
@@ -170,20 +201,23 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
     """Write a new file to the disk itself (fsync); returns its bytes and sha256.
 
     Raises:
-        UserError: the disk is full or refuses, naming the file.
+        Passing: the disk is full or refuses, naming the file.
     """
-    digest, size = hashlib.sha256(), 0
+    digest, size, synced = hashlib.sha256(), 0, 0
     try:
         with path.open("xb") as f:
             for chunk in chunks:
                 for i in range(0, len(chunk), CHUNK):
                     digest.update(chunk[i : i + CHUNK])
-                    f.write(chunk[i : i + CHUNK])
-                size += len(chunk)
+                    size += f.write(chunk[i : i + CHUNK])
+                    if size - synced >= SYNC:
+                        f.flush()
+                        os.fsync(f.fileno())
+                        synced = size
             f.flush()
             os.fsync(f.fileno())
     except OSError as e:
-        raise UserError(f"{path}: {e.strerror}: give run.dir a disk with room, or a lower checkpoint.keep") from None
+        raise Passing(f"{path}: {e.strerror}: give run.dir a disk with room, or a lower checkpoint.keep") from None
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

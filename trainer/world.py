@@ -1,4 +1,4 @@
-"""Which process this is. The only reader of RANK, WORLD_SIZE and LOCAL_RANK. Standard library only."""
+"""Which process this is. The only reader of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from data_pipeline.config import UserError
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of the run."""
+    """This process among the ranks of the run; `local_world_size` of them are on its node, None where nobody says."""
 
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int | None = None
 
     @property
     def is_main(self) -> bool:
@@ -29,7 +30,7 @@ def read_world() -> World:
     Raises:
         UserError: RANK without WORLD_SIZE or the like: a launcher that set half of what is needed.
     """
-    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    keys: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     found = [k for k in keys if k in os.environ]
     if not found:
         import socket
@@ -43,8 +44,15 @@ def read_world() -> World:
         raise UserError(
             f"{', '.join(found)} in the environment but not {missing}: start with torchrun or deepspeed, or unset them"
         )
+    # torchrun's name, and DeepSpeed's launcher's
+    size = next((k for k in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if k in os.environ), None)
+    keys += (size,) if size else ()
     try:
-        return World(*(int(os.environ[k]) for k in keys))
+        world = World(*(int(os.environ[k]) for k in keys))
     except ValueError:
         given = ", ".join(f"{k}={os.environ[k]!r}" for k in keys)
         raise UserError(f"{given}: these must be integers; start with torchrun or deepspeed") from None
+    if world.local_world_size is not None and not world.local_rank < world.local_world_size <= world.world_size:
+        given = ", ".join(f"{k}={os.environ[k]}" for k in keys)
+        raise UserError(f"{given}: {size} counts the ranks of a node; start with torchrun or deepspeed, or unset it")
+    return world

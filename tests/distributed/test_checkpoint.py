@@ -22,11 +22,13 @@ from trainer.run_folder import RunFolder
 
 HERE = "tests.distributed.test_checkpoint"
 AT = 3  # steps before the checkpoint, and after it
+BANDED = {"attention": "DB", "band": 5}
 SAVED: dict[str, dict[str, Any]] = {
     "fp32 zero1": {},
     "fp32 zero3": {"zero": 3},
     "bf16 zero1": {"precision": "bf16"},
     "tp2 zero1": {"tp": 2, "sequence_parallel": True},
+    "banded": {"model": BANDED},
 }
 RESHAPED = {  # name: (saved as, loaded as)
     "tp2 zero1 -> dp2 zero3": ("tp2 zero1", {"zero": 3}),
@@ -37,16 +39,10 @@ RESHAPED = {  # name: (saved as, loaded as)
 
 def save(engine: Any, folder: Path, step: int = AT, hf: bool = False) -> str:
     """Publish in a run folder; returns the checkpoint's path."""
-    from trainer import checkpoint
-
-    folder_of_run = RunFolder(folder)
-    if engine.mesh.world.is_main and not folder_of_run.latest():
-        folder_of_run.take_generation()
-    state = {"tokens": step * 128, "val_loss": 1.0}
-    path = checkpoint.save(
-        engine, folder_of_run, step=step, state=state, generation=1, config_text="a: 1\n", tokenizer=None, hf=hf
-    )
-    return str(path)
+    saver = run.saver(engine, folder)
+    saver.save(step, {"tokens": step * 128, "val_loss": 1.0}, last=hf)
+    saver.wait()
+    return str(saver.writer.run.checkpoint(step, 1))
 
 
 def write(folder: str) -> dict[str, Any]:
@@ -104,6 +100,8 @@ def read_one_rank(written: dict[str, Any], back: dict[str, Any], disk: str | Non
                 run.config(model={"n_layer": 4, "vocab_size": 300}), mesh, load=Path(written["fp32 zero1"]["path"])
             )
         )
+        banded, other = Path(written["banded"]["path"]), run.config(model={**BANDED, "band": 4})
+        out["other attention"] = [error_of(lambda c=c: run.build(c, mesh, load=banded)) for c in (run.config(), other)]
         out["assembled"] = {
             n: list(t.shape) for n, t in checkpoint.assemble(Path(written["tp2 zero1"]["path"])).items()
         }
@@ -224,6 +222,12 @@ def test_a_checkpoint_of_another_model_names_what_differs(on_one: dict[str, Any]
     error = on_one["other model"]
     assert "model.n_layer=2 (here 4)" in error and "model.vocab_size=2500 (here 300)" in error
     assert "n_head" not in error and "\n" not in error
+
+
+def test_a_checkpoint_of_other_attention_names_what_differs(on_one: dict[str, Any]) -> None:
+    dense, narrower = on_one["other attention"]
+    assert "another model: model.attention=DB (here D), model.band=5 (here None): give its model=" in dense
+    assert "another model: model.band=5 (here 4): give its model=" in narrower
 
 
 def test_assembled_weights_have_their_true_shapes(on_one: dict[str, Any]) -> None:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from data_pipeline.config import UserError
 from data_pipeline.loader import Batch, Item
+from tests.operations import Operations
 from tests.ranks import run_ranks
-from trainer.config import ModelConfig, Norm, ParallelConfig, Recompute
+from trainer.config import ParallelConfig, Recompute
 from trainer.loss import IGNORE
+from trainer.model.config import ModelConfig, Norm
 from trainer.model.gpt import GPT, KVCache
 from trainer.model.init import initialise
 from trainer.model.layout import from_local, specs, to_local
@@ -35,6 +37,7 @@ MODELS = {
     "post": replace(BASE, norm=Norm.post),
     "odd_heads": replace(BASE, n_head=5),
     "odd_heads_post": replace(BASE, n_head=3, norm=Norm.post),
+    "sparse": replace(BASE, n_layer=4, attention="DBSF", band=5, stride=4, summary=2),
     "rank_without_a_token": replace(BASE, vocab_size=50),  # 128 padded: rank 1 holds padding alone
 }
 XL = replace(BASE, n_layer=48, n_head=25, n_embd=1600, n_ctx=1024, vocab_size=50257)
@@ -51,8 +54,10 @@ def ranks() -> list[dict[str, Any]]:
 def test_two_ranks_give_the_loss_and_every_gradient_of_one(case: str, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         errors = rank[case]["errors"]
-        assert {"loss", "logits", "wte.weight", "wpe.weight", "h.1.mlp.c_proj.bias"} <= set(errors)
+        names = {"loss", "logits", "wte.weight", "wpe.weight", "h.1.mlp.c_proj.bias"}
+        assert names | {f"{name}, segments" for name in names} <= set(errors)
         assert {name: e for name, e in errors.items() if not e <= 1e-5} == {}
+        assert rank[case]["segments_change_the_loss_by"] > 1e-3
 
 
 def test_replicated_gradients_are_the_same_bits_on_both_ranks(ranks: list[dict[str, Any]]) -> None:
@@ -71,13 +76,16 @@ def test_padding_has_no_gradient_and_stays_zero_through_training(ranks: list[dic
         assert set(padding[1]["names"]) == {"wte.weight"} | (heads if case.startswith("odd_heads") else set()), case
 
 
+@pytest.mark.parametrize("what", ["dropout", "dropout, segments"])
 @pytest.mark.parametrize("case", CASES)
 def test_dropout_gives_one_loss_on_both_ranks_and_recompute_changes_no_bit(
-    case: str, ranks: list[dict[str, Any]]
+    case: str, what: str, ranks: list[dict[str, Any]]
 ) -> None:
-    a, b = (rank[case]["dropout"] for rank in ranks)
+    a, b = (rank[case][what] for rank in ranks)
     assert a["loss"] == b["loss"] != a["other_step_loss"]
     assert a["recompute_differs"] == b["recompute_differs"] == []
+    assert a["work"]["none"] == a["work"]["selective"] == b["work"]["selective"] != a["work"]["full"]
+    assert any("c10d" in kind for kind in a["work"]["none"])
     assert a["replicated_differ"] == b["replicated_differ"] == []
 
 
@@ -121,9 +129,10 @@ def test_sequence_parallelism_refuses_a_length_that_tp_does_not_divide(ranks: li
 
 def test_channel_brings_what_rank_0_read_or_its_error(ranks: list[dict[str, Any]]) -> None:
     a, b = (rank["channel"] for rank in ranks)
-    assert (
-        a == b == {"tokens": 15, "labels": -85, "shape": [3, 2, 5], "crc32": 2**32 - 1, "error": "shard 7 is gone: ö"}
-    )
+    assert a == b
+    assert a["error"] == "shard 7 is gone: ö"
+    assert a["plain"] == {"tokens": 15, "labels": -85, "shape": [3, 2, 5], "crc32": 2**32 - 1, "segments": None}
+    assert a["packed"] == a["plain"] | {"segments": ["torch.int32", [0, 0, 1, 2, 2]], "shape": [3, 4, 5]}
     assert [rank["reads"] for rank in ranks] == [True, False]
 
 
@@ -174,6 +183,12 @@ def batch(cfg: ModelConfig, seed: int) -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
+def segments(cfg: ModelConfig, seed: int) -> Tensor:
+    """Documents of the windows of `batch`, int32: a few, one, and one for each token."""
+    few = (torch.rand(cfg.n_ctx, generator=torch.Generator().manual_seed(seed)) < 0.3).cumsum(0)
+    return torch.stack([few - few[0], torch.zeros_like(few), torch.arange(cfg.n_ctx)]).int()
+
+
 def error(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
@@ -190,9 +205,9 @@ def whole(named: dict[str, Tensor], cfg: ModelConfig, mesh: Mesh) -> dict[str, T
     return {name: from_local(over_ranks(x, mesh), layout[name]) for name, x in named.items()}
 
 
-def grads_of(model: GPT, tokens: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def grads_of(model: GPT, *batch: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    loss = model(tokens, labels)
+    loss = model(*batch)
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -200,23 +215,30 @@ def grads_of(model: GPT, tokens: Tensor, labels: Tensor) -> tuple[Tensor, dict[s
 def case(cfg: ModelConfig, mesh: Mesh, one: Mesh, split: bool) -> dict[str, Any]:
     (model, _), (reference, _) = build(cfg, mesh, split), build(cfg, one)
     tokens, labels = batch(cfg, 1)
-    loss, local = grads_of(model, tokens, labels)
-    true_loss, true = grads_of(reference, tokens, labels)
-    assert local.keys() == true.keys() == specs(cfg, 2).keys()
-    grads, true = whole(local, cfg, mesh), whole(true, cfg, one)
-    errors = {n: error(grads[n], true[n]) for n in true} | {"loss": error(loss, true_loss)}
-    with torch.no_grad():
-        errors["logits"] = error(model.logits(tokens), reference.logits(tokens))
+    errors, losses = {}, []
+    for ids, named in ((segments(cfg, 1), "{}, segments"), (None, "{}")):
+        loss, local = grads_of(model, tokens, labels, ids)
+        true_loss, true = grads_of(reference, tokens, labels, ids)
+        assert local.keys() == true.keys() == specs(cfg, 2).keys()
+        grads, true = whole(local, cfg, mesh), whole(true, cfg, one)
+        errors |= {named.format(n): error(grads[n], true[n]) for n in true}
+        errors[named.format("loss")] = error(loss, true_loss)
+        losses.append(true_loss)
+        with torch.no_grad():
+            logits = (m.logits(tokens, segment_ids_BT=ids) for m in (model, reference))
+            errors[named.format("logits")] = error(*logits)
     initialise(model, cfg, 3)
     initialise(reference, cfg, 3)
     fresh = whole(dict(model.state_dict()), cfg, mesh)
     fresh_one = whole(dict(reference.state_dict()), cfg, one)
     return {
         "errors": errors,
+        "segments_change_the_loss_by": error(*losses),
         "replicated_differ": differing(local, cfg, mesh),
         "init_differs": [n for n, p in fresh_one.items() if not torch.equal(p, fresh[n])],
         "padding": padding(cfg, mesh, split),
         "dropout": dropout(replace(cfg, dropout=0.2), mesh, split),
+        "dropout, segments": dropout(replace(cfg, dropout=0.2), mesh, split, segments(cfg, 2)),
     }
 
 
@@ -244,23 +266,27 @@ def padding(cfg: ModelConfig, mesh: Mesh, split: bool) -> dict[str, Any]:
     return {"gradient": largest, "weight": left, "names": list(pads)}
 
 
-def dropout(cfg: ModelConfig, mesh: Mesh, split: bool) -> dict[str, Any]:
+def dropout(cfg: ModelConfig, mesh: Mesh, split: bool, ids: Tensor | None = None) -> dict[str, Any]:
     tokens, labels = batch(cfg, 2)
     blocks: list[float] = []
-    results = []
+    results, work = [], {}
     for recompute in Recompute:
         model, _ = build(cfg, mesh, split, recompute=recompute)
         if recompute is Recompute.none:
             for block in model.h:
                 block.register_forward_hook(lambda _m, _i, y: blocks.append(y.double().sum().item()))
         seed_dropout(mesh, 11, 0, 0)
-        results.append(grads_of(model, tokens, labels))
-    (loss, grads), (again, regrads) = results
+        with Operations() as done:
+            results.append(grads_of(model, tokens, labels, ids))
+        work[recompute.value] = {kind: n for kind, n in done.calls.items() if "mm" in kind or "c10d" in kind}
+    loss, grads = results[0]
     seed_dropout(mesh, 11, 1, 0)
     return {
         "loss": loss.item(),
-        "other_step_loss": model(tokens, labels).item(),
-        "recompute_differs": [n for n in grads if not torch.equal(grads[n], regrads[n])] + ["loss"] * (loss != again),
+        "other_step_loss": model(tokens, labels, ids).item(),
+        "recompute_differs": [n for _, other in results for n in grads if not torch.equal(grads[n], other[n])]
+        + ["loss" for other, _ in results if loss != other],
+        "work": work,
         "replicated_differ": differing(grads, cfg, mesh),
         "blocks": blocks,
     }
@@ -279,13 +305,21 @@ def shared(mesh: Mesh) -> tuple[bool, dict[str, Any]]:
     """What arrives through the channel, with an error and then good batches sent by tp rank 0."""
     link = channel(mesh)
     assert link is not None and channel(replace(mesh, tp=1)) is None
-    steps = [Batch(torch.full((2, 5), i), torch.full((2, 5), i - 100)) for i in (0, 15, 2)]
+    plain = [Batch(torch.full((2, 5), i), torch.full((2, 5), i - 100)) for i in (0, 15, 2)]
+    ids = torch.tensor([0, 0, 1, 2, 2], dtype=torch.int32).expand(4, 5)
+    packed = [Batch(b.tokens.repeat(2, 1), b.labels.repeat(2, 1), ids) for b in plain]
     failed = link.share(Item([], 0, UserError("shard 7 is gone: ö")) if link.reads else None)
-    good = link.share(Item(steps, 2**32 - 1) if link.reads else None)
-    return link.reads, {
-        "tokens": int(good.batches[1].tokens[1, 4]),
-        "labels": int(good.batches[1].labels[0, 0]),
-        "shape": [len(good.batches), *good.batches[2].tokens.shape],
-        "crc32": good.crc32,
-        "error": str(failed.error) if isinstance(failed.error, UserError) else "",
-    }
+    out: dict[str, Any] = {"error": str(failed.error) if isinstance(failed.error, UserError) else ""}
+    for name, steps in (("plain", plain), ("packed", packed)):
+        item = link.share(Item(steps, 2**32 - 1) if link.reads else None)
+        _, batch, last = item.batches
+        out[name] = {
+            "tokens": int(batch.tokens[1, 4]),
+            "labels": int(batch.labels[0, 0]),
+            "shape": [len(item.batches), *last.tokens.shape],
+            "crc32": item.crc32,
+            "segments": None
+            if last.segment_ids is None
+            else [str(last.segment_ids.dtype), last.segment_ids[3].tolist()],
+        }
+    return link.reads, out

@@ -13,27 +13,31 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from data_pipeline.config import DataConfig, Geometry, batch_geometry
+from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.geometry import Geometry, batch_geometry
 from data_pipeline.loader import IGNORE, Batch
 from trainer import parallel
+from trainer.checkpoint_config import CheckpointConfig
 from trainer.config import (
-    CheckpointConfig,
     EvalConfig,
-    ModelConfig,
-    OptimConfig,
+    Offload,
     ParallelConfig,
     Precision,
     PretrainConfig,
+    Recompute,
     RunConfig,
-    ScheduleConfig,
-    ScheduleKind,
     Tracker,
     TrackingConfig,
 )
 from trainer.engine import Engine
+from trainer.model.config import ModelConfig
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
+from trainer.optim_config import OptimConfig, ScheduleConfig, ScheduleKind
+from trainer.run_folder import RunFolder
+from trainer.saving import Saver
 from trainer.world import read_world
+from trainer.writing import Writer
 
 WINDOWS, N_CTX = 8, 16
 
@@ -57,17 +61,34 @@ def config(
     precision: str = "fp32",
     micro_batch_size: int = 2,
     grad_clip: float = 1.0,
+    offload: str = "none",
+    recompute: str = "none",
+    optim: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
     keep: int = 10,
+    background: bool = True,
 ) -> PretrainConfig:
     return PretrainConfig(
         run=RunConfig(name="tiny", dir="unused"),
         model=model_config(**(model or {})),
-        optim=OptimConfig(name="tiny", lr=lr(0), schedule=ScheduleConfig(ScheduleKind.constant), grad_clip=grad_clip),
-        data=DataConfig(name="synthetic", path="unused", lanes=4),
-        parallel=ParallelConfig(name="tiny", tp=tp, sequence_parallel=sequence_parallel, zero_stage=zero),
+        optim=OptimConfig(
+            name="tiny",
+            lr=lr(0),
+            schedule=ScheduleConfig(ScheduleKind.constant),
+            grad_clip=grad_clip,
+            **(optim or {}),
+        ),
+        data=DataConfig(name="synthetic", path="unused", sources={"synthetic": SourceConfig(".")}, lanes=4),
+        parallel=ParallelConfig(
+            name="tiny",
+            tp=tp,
+            sequence_parallel=sequence_parallel,
+            zero_stage=zero,
+            offload=Offload(offload),
+            recompute=Recompute(recompute),
+        ),
         eval=EvalConfig(every=0),
-        checkpoint=CheckpointConfig(every_steps=0, keep=keep),
+        checkpoint=CheckpointConfig(every_steps=0, keep=keep, background=background),
         tracking=TrackingConfig(name=Tracker.none),
         tokens_per_step=WINDOWS * N_CTX,
         micro_batch_size=micro_batch_size,
@@ -76,12 +97,12 @@ def config(
     )
 
 
-def windows(step: int, vocab_size: int) -> Batch:
-    """All windows of a step, [8, 16]; a few tokens are frequent, and each window ignores another number of labels."""
+def windows(step: int, vocab_size: int, n: int = WINDOWS) -> Batch:
+    """All `n` windows of a step, [n, 16]; a few tokens are frequent, each window ignores another number of labels."""
     g = torch.Generator().manual_seed(1000 + step)
-    ids = (vocab_size * torch.rand(WINDOWS, N_CTX + 1, generator=g) ** 4).long()
+    ids = (vocab_size * torch.rand(n, N_CTX + 1, generator=g) ** 4).long()
     labels = ids[:, 1:].clone()
-    for row in range(WINDOWS):
+    for row in range(n):
         labels[row, : row % 5] = IGNORE
     return Batch(ids[:, :-1].contiguous(), labels)
 
@@ -101,7 +122,9 @@ def micro_batches(step: int, cfg: PretrainConfig, mesh: parallel.Mesh) -> tuple[
     whole = windows(step, cfg.model.vocab_size)
     size, share = cfg.micro_batch_size, WINDOWS // mesh.dp
     starts = range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share, size)
-    return [Batch(*(t[s : s + size] for t in whole)) for s in starts], int((whole.labels != IGNORE).sum())
+    return [Batch(*(t[s : s + size] for t in whole if t is not None)) for s in starts], int(
+        (whole.labels != IGNORE).sum()
+    )
 
 
 @contextmanager
@@ -116,7 +139,8 @@ def build(cfg: PretrainConfig, mesh: parallel.Mesh, seed: int = 7, load: Path | 
     """An engine with the weights of `seed`, or all that a checkpoint holds."""
     from trainer import checkpoint
 
-    model = GPT(cfg.model, mesh, sequence_parallel=cfg.parallel.sequence_parallel)
+    layout = cfg.parallel
+    model = GPT(cfg.model, mesh, sequence_parallel=layout.sequence_parallel, recompute=layout.recompute)
     initialise(model, cfg.model, seed)
     if load:
         checkpoint.load_weights(load, model, mesh)
@@ -126,10 +150,19 @@ def build(cfg: PretrainConfig, mesh: parallel.Mesh, seed: int = 7, load: Path | 
     return engine
 
 
+def saver(engine: Engine, folder: Path) -> Saver:
+    """For checkpoints of this engine in a run folder of their own, whose first start this is."""
+    run = RunFolder(folder)
+    if engine.mesh.world.is_main and not run.latest():
+        run.take_generation()
+    return Saver(engine, Writer(engine.cfg, engine.mesh, run, 1, "a: 1\n"))
+
+
 def one_step(engine: Engine, step: int) -> tuple[float, float]:
     """(loss over the step's valid labels, gradient norm)"""
     batches, valid = micro_batches(step, engine.cfg, engine.mesh)
-    loss = torch.stack([engine.backward(b, valid) for b in batches]).sum() / valid
+    losses = [engine.backward(b, valid, last=b is batches[-1]) for b in batches]
+    loss = torch.stack(losses).sum() / valid
     dist.all_reduce(loss, group=engine.mesh.dp_group)
     return loss.item(), engine.step(lr(step))
 

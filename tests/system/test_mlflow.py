@@ -17,11 +17,15 @@ from typing import Any
 import pytest
 
 from conf.schema import freeze, load
+from data_pipeline.ledger import Ledger
+from data_pipeline.plan import Plan
 from tests.ranks import ROOT, free_port
+from trainer.address import tracking_uri
 from trainer.config import PretrainConfig
 from trainer.journal import read_journal
+from trainer.mixture_plot import draw
 from trainer.run_folder import RunFolder
-from trainer.tracking import CLOSE_S, Tracker, tracking_uri
+from trainer.tracking import CLOSE_S, Tracker
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("mlflow") is None,
@@ -39,7 +43,13 @@ def config(root: Path, uri: str | None) -> PretrainConfig:
     return cfg
 
 
-def train(root: str, resumed_at: int, until: int | None, kill: bool, pause_s: float, uri: str | None) -> None:
+def plan(weights: dict[str, int]) -> Plan:
+    return Plan({name: [4000] for name in weights}, Ledger.start(8, 64, weights), lanes=4, seed=1)
+
+
+def train(
+    root: str, resumed_at: int, until: int | None, kill: bool, pause_s: float, uri: str | None, mixed: bool
+) -> None:
     """Stands for the training process; without `until` it logs on until a file named stop lies beside the run folder.
 
     Prints one JSON line of what it saw.
@@ -48,6 +58,8 @@ def train(root: str, resumed_at: int, until: int | None, kill: bool, pause_s: fl
     generation = folder.take_generation()
     folder.config.write_text(freeze(cfg))
     tracker = Tracker(cfg, folder, generation, resumed_at)
+    if mixed:
+        tracker.show(plan({"books": 1, "web": 3}), resumed_at)
     if kill:
         tracker.wait_run_id(100)
     worst_s, step = 0.0, resumed_at
@@ -61,6 +73,8 @@ def train(root: str, resumed_at: int, until: int | None, kill: bool, pause_s: fl
         time.sleep(pause_s)
     if kill:
         os.kill(os.getpid(), signal.SIGKILL)
+    if mixed:
+        tracker.show(plan({"books": 2, "web": 1}), step)
     start = time.perf_counter()
     tracker.close()
     body = {"step": step, "worst_log_ms": 1e3 * worst_s, "close_s": time.perf_counter() - start}
@@ -70,7 +84,7 @@ def train(root: str, resumed_at: int, until: int | None, kill: bool, pause_s: fl
 def start_training(root: Path, resumed_at: int, until: int | None, **more: Any) -> subprocess.Popen[str]:
     """Its stderr is the file ROOT.err."""
     given = {"root": str(root), "resumed_at": resumed_at, "until": until, "kill": False, "pause_s": 0.001, "uri": None}
-    argv = [sys.executable, "-m", "tests.system.test_mlflow", json.dumps({**given, **more})]
+    argv = [sys.executable, "-m", "tests.system.test_mlflow", json.dumps({"mixed": False, **given, **more})]
     root.parent.mkdir(exist_ok=True)
     with root.with_suffix(".err").open("a") as err:
         return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=err, text=True)
@@ -101,7 +115,7 @@ def test_one_mlflow_run_serves_all_starts_and_has_each_row_once(tmp_path: Path) 
     assert killed.wait(200) == -signal.SIGKILL
     first_id = json.loads((root / "tracking.json").read_text())["run_id"]
     beside_id = end_of(beside)["run_id"]
-    done = end_of(start_training(root, 400, 1000))
+    done = end_of(start_training(root, 400, 1000, mixed=True))
     assert done["run_id"] == first_id != beside_id
 
     client = client_of(tracking_uri(config(root, None).tracking, root))
@@ -118,6 +132,10 @@ def test_one_mlflow_run_serves_all_starts_and_has_each_row_once(tmp_path: Path) 
     stored = client.download_artifacts(first_id, "config.yaml", str(tmp_path))
     assert Path(stored).read_text() == (root / "config.yaml").read_text()
     assert len(client.search_runs([run.info.experiment_id])) == 2
+    picture = Path(client.download_artifacts(first_id, "mixture.png", str(tmp_path))).read_bytes()
+    assert picture == (root / "mixture.png").read_bytes()
+    cfg = config(root, None)
+    assert picture == draw(plan({"books": 2, "web": 1}), 1000, cfg.max_steps, cfg.run.name)  # the last that was shown
 
 
 def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:

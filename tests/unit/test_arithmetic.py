@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from trainer.arithmetic import flops_per_token, padded_n_head, padded_vocab_size, param_count
-from trainer.config import ModelConfig, Norm
+from trainer.arithmetic import attention_layers, flops_per_token, padded_n_head, padded_vocab_size, param_count
+from trainer.model.config import ModelConfig, Norm
 
 
 def model(n_layer: int, n_head: int, n_embd: int, n_ctx: int, vocab_size: int, norm: Norm = Norm.pre) -> ModelConfig:
@@ -19,6 +20,10 @@ PUBLISHED = {
     "gpt2-medium": (model(24, 16, 1024, 1024, 50257), 354_823_168),
     "gpt2-large": (model(36, 20, 1280, 1024, 50257), 774_030_080),
     "gpt2-xl": (model(48, 25, 1600, 1024, 50257), 1_557_611_200),
+    "gpt3-small": (model(12, 12, 768, 2048, 50257), 125_226_240),
+    "gpt3-medium": (model(24, 16, 1024, 2048, 50257), 355_871_744),
+    "gpt3-large": (model(24, 16, 1536, 2048, 50257), 760_300_032),
+    "gpt3-xl": (model(24, 16, 2048, 2048, 50257), 1_315_723_264),
     "gpt1": (model(12, 12, 768, 512, 40478, Norm.post), 116_534_784),
 }
 
@@ -49,6 +54,16 @@ def test_flops_are_three_forwards_of_every_matrix_and_of_attention() -> None:
     per_token = 2 * sum(math.prod(s) for s in matrices(cfg) if s != (cfg.n_ctx, cfg.n_embd))  # a multiply and an add
     per_token += cfg.n_layer * 2 * (2 * cfg.n_ctx * cfg.n_embd)  # scores and their weighted sum, over the full context
     assert flops_per_token(cfg) == 3 * per_token  # backward costs two forwards
+
+
+def test_sparse_layers_count_for_the_share_of_pairs_that_they_see() -> None:
+    dense = model(4, 4, 48, 40, 999)
+    cfg = replace(dense, attention="DB", band=8)
+    pairs = sum(min(i + 1, 8) for i in range(40))
+    attention = 12 * 48 * 40  # of a dense layer
+    assert flops_per_token(dense) - flops_per_token(cfg) == pytest.approx(2 * attention * (1 - pairs / (40 * 41 / 2)))
+    assert flops_per_token(replace(cfg, band=40)) == flops_per_token(dense)
+    assert attention_layers(dense) == 4 and attention_layers(replace(cfg, attention="B")) == pytest.approx(pairs / 205)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4, 8])

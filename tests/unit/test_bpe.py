@@ -19,7 +19,8 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from data_pipeline import bpe, vocab
 from data_pipeline.bpe import EOT, Tokenizer, train_bpe
-from data_pipeline.config import BpeCodeConfig, BpeTrainConfig, CorpusConfig, CorpusFormat, UserError
+from data_pipeline.config import UserError
+from data_pipeline.prepare.config import BpeCodeConfig, BpeTrainConfig, CorpusConfig, CorpusFormat
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # as OpenAI wrote it
 

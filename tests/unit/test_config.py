@@ -7,24 +7,16 @@ from itertools import product
 
 import pytest
 
-from data_pipeline.config import BpeTrainConfig, DataConfig, ShardsConfig, UserError, batch_geometry
+from data_pipeline.config import CacheConfig, DataConfig, SourceConfig, UserError
+from data_pipeline.geometry import batch_geometry
+from data_pipeline.prepare.config import BpeTrainConfig, ShardsConfig
+from data_pipeline.prepare.recipe import BadWordsConfig, DedupConfig, LanguageConfig, LengthConfig
 from launch.config import SuperviseConfig
-from trainer.config import (
-    CheckpointConfig,
-    EvalConfig,
-    GenerateConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    Precision,
-    PretrainConfig,
-    RunConfig,
-    ScheduleConfig,
-    ScheduleKind,
-    Tracker,
-    TrackingConfig,
-    check_layout,
-)
+from trainer.checkpoint_config import CheckpointConfig, GenerateConfig
+from trainer.config import EvalConfig, ParallelConfig, Precision, PretrainConfig, RunConfig, Tracker, TrackingConfig
+from trainer.layouts import check_layout
+from trainer.model.config import ModelConfig
+from trainer.optim_config import Kind, OptimConfig, ScheduleConfig, ScheduleKind
 
 
 def deal(tokens_per_step: int, n_ctx: int, micro_batch_size: int, lanes: int, dp: int) -> int | None:
@@ -120,7 +112,7 @@ def config(
         run=RunConfig(name="r", dir="runs/r"),
         model=ModelConfig(name="m", n_layer=2, n_head=n_head, n_embd=n_embd, n_ctx=n_ctx, vocab_size=100),
         optim=OptimConfig(name="o", lr=1e-3, schedule=ScheduleConfig(kind=ScheduleKind.constant)),
-        data=DataConfig(name="shards", path="data", lanes=8),
+        data=DataConfig(name="shards", path="data", sources={"shards": SourceConfig(".")}, lanes=8),
         parallel=ParallelConfig(name="p", tp=tp, sequence_parallel=sequence_parallel),
         eval=EvalConfig(every=10),
         checkpoint=CheckpointConfig(every_steps=10),
@@ -151,7 +143,7 @@ def test_heads_that_tp_does_not_divide_are_fine() -> None:
         (
             config(3, n_head=6, n_embd=66, sequence_parallel=True),
             3,
-            "splits model.n_ctx=128, which parallel.tp=3 does not",
+            "splits n_ctx=128 (model.n_ctx, or data.stages from step 0 on), which parallel.tp=3 does not",
         ),
         (config(1), 3, "dp=3 does not divide data.lanes=8"),
     ],
@@ -168,6 +160,40 @@ def test_an_impossible_layout_is_refused(cfg: PretrainConfig, world_size: int, m
         (lambda: ModelConfig("m", 2, 4, 66, 64, 100), "model.n_embd=66 is not a multiple of model.n_head=4"),
         (lambda: ModelConfig("m", 2, 4, 64, 64, 100, dropout=1.0), "model.dropout=1.0: give 0 <= dropout < 1"),
         (lambda: ModelConfig("m", 2, 4, 64, 64, 100, init_std=-1.0), "model.init_std=-1.0: give a positive number"),
+        (lambda: ModelConfig("m", 2, 4, 64, 64, 100, attention=""), "model.attention=: empty, give letters of DBSF"),
+        (lambda: ModelConfig("m", 2, 4, 64, 64, 100, attention="dX"), "model.attention=dX: no letter Xd, give letters"),
+        (
+            lambda: ModelConfig("m", 2, 4, 64, 64, 100, attention="DBD", band=4),
+            "model.attention=DBD has 3 letters for model.n_layer=2: give at most one for each layer",
+        ),
+        (
+            lambda: ModelConfig("m", 2, 4, 64, 64, 100, attention="DB"),
+            "model.attention=DB needs model.band: give a num",
+        ),
+        (lambda: ModelConfig("m", 2, 4, 64, 64, 100, attention="S"), "model.attention=S needs model.stride"),
+        (lambda: ModelConfig("m", 2, 4, 64, 64, 100, attention="F", stride=4), "=F needs model.summary"),
+        (lambda: ModelConfig("m", 2, 4, 64, 64, 100, band=4), "model.band=4 is for attention B, of which model.attent"),
+        (
+            lambda: ModelConfig("m", 2, 4, 64, 64, 100, attention="DB", band=4, stride=4),
+            "model.stride=4 is for attention S and F, of which model.attention=DB has none: set it to null",
+        ),
+        (
+            lambda: ModelConfig("m", 2, 4, 64, 64, 100, attention="S", stride=4, summary=1),
+            "model.summary=1 is for attention F, of which model.attention=S has none",
+        ),
+        (lambda: ModelConfig("m", 2, 4, 64, 64, 100, attention="B", band=0), "model.band=0: give at least 1"),
+        (
+            lambda: ModelConfig("m", 2, 4, 64, 64, 100, attention="F", stride=4, summary=5),
+            "model.summary=5 is more than model.stride=4: a block has no more tokens",
+        ),
+        (
+            lambda: OptimConfig("o", 1e-3, ScheduleConfig(ScheduleKind.constant), kind=Kind.muon),
+            "optim.kind=muon: optim.muon_lr=None must be positive and 0 <= optim.momentum=None < 1 hold",
+        ),
+        (
+            lambda: OptimConfig("o", 1e-3, ScheduleConfig(ScheduleKind.constant), momentum=0.9),
+            "optim.kind=adamw with optim.muon_lr=None and optim.momentum=0.9: they are Muon's",
+        ),
         (lambda: ScheduleConfig(ScheduleKind.wsd), "cooldown=0 with kind=wsd: a cooldown goes with wsd"),
         (
             lambda: ScheduleConfig(ScheduleKind.cosine, cooldown=5),
@@ -206,10 +232,38 @@ def test_an_impossible_layout_is_refused(cfg: PretrainConfig, world_size: int, m
             "block_tokens=9 and shard_tokens=8: give 0 < block_tokens",
         ),
         (lambda: ShardsConfig(workers=-1), "workers=-1: give the number of processes"),
-        (lambda: DataConfig("d", "p", lanes=0), "data.lanes=0: give at least 1"),
+        (lambda: DataConfig("d", "p", {"a": SourceConfig(".")}, lanes=0), "data.lanes=0: give at least 1"),
+        (lambda: DedupConfig(memory_gib=0.0), "dedup.memory_gib=0.0: give a number above 0"),
+        (lambda: LanguageConfig(min_score=1.1), "language.min_score=1.1: give 0 to 1"),
+        (lambda: BadWordsConfig("f", keep=NAN), "bad_words.keep=nan: give 0 to 1"),
+        (lambda: LengthConfig(min_chars=9, max_chars=8), "length.min_chars=9, max_chars=8 and min_tokens=0: give 0 or"),
+        (lambda: LengthConfig(min_tokens=-1), "min_tokens=-1: give 0 or more"),
         (lambda: SuperviseConfig(grace_s=float("nan")), "grace_s=nan: give 0 <= backoff_s"),
     ],
 )
 def test_a_value_out_of_range_is_refused_where_it_is_declared(make: object, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("root", "source", "there"),
+    [
+        ("data", "web", "data/web/val"),
+        ("data?", "web", "data?/web/val"),
+        ("data", ".", "data/val"),
+        ("s3://bucket/a/", ".", "s3://bucket/a/val"),
+        ("https://h/a?sig=1", "web", "https://h/a/web/val?sig=1"),
+        ("data", "https://h?sig=a/b", "https://h/val?sig=a/b"),
+        ("pipe:curl http://h/{}?sig=1", "web", "pipe:curl http://h/web/val/{}?sig=1"),
+    ],
+)
+def test_a_split_lies_below_its_source_whatever_that_is(root: str, source: str, there: str) -> None:
+    data = DataConfig(name="x", path=root, sources={"web": SourceConfig(path=source)}, lanes=1)
+    assert data.where("web", "val") == there
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_cache_without_a_limit_is_refused(limit: float) -> None:
+    with pytest.raises(UserError, match=rf"data.cache.limit_gib={limit}: give a number above 0"):
+        CacheConfig("x", limit)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_pipeline.config import UserError
-from trainer.config import GenerateConfig
+from trainer.checkpoint_config import GenerateConfig
 from trainer.generate import Sampler
 
 

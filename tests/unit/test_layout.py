@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from tests.ranks import ROOT
 from trainer.arithmetic import param_count
-from trainer.config import ModelConfig, Norm
+from trainer.model.config import ModelConfig, Norm
 from trainer.model.gpt import GPT
 from trainer.model.hf import hf_config
 from trainer.model.layout import ParamSpec, from_local, specs, to_local

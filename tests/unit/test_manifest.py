@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_pipeline.config import UserError
+from data_pipeline.config import Passing, UserError
 from data_pipeline.manifest import (
     MANIFEST,
     Block,
@@ -18,8 +20,10 @@ from data_pipeline.manifest import (
     ShardInfo,
     decode_block,
     encode_block,
+    index_of,
     publish_json,
     read_index,
+    read_json,
     read_manifest,
     write_index,
     write_manifest,
@@ -38,7 +42,7 @@ def test_a_manifest_and_an_index_come_back_as_they_were_written(tmp_path: Path) 
     write_manifest(wrote)
     assert read_manifest(tmp_path) == wrote
     assert (wrote.tokens, wrote.documents, wrote.numpy_dtype) == (14, 3, U2)
-    index = ShardIndex((Block("000000.npy", 9, 123),), ("ü", "b"), (4, 5))
+    index = ShardIndex((Block("000000.npy", 9, 123, 1664),), ("ü", "b"), (4, 5), "ab")
     write_index(tmp_path / "00000.idx.json", index)
     assert read_index(tmp_path / "00000.idx.json") == index
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.idx.json", "manifest.json"]  # nothing left aside
@@ -56,7 +60,7 @@ def test_windows_share_one_token_and_a_short_tail_is_unused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 99}, "not a manifest of format 1"),
+        ({"format": 99}, "not a manifest of format 2"),
         ({"dtype": "object"}, "dtype='object', not uint16 or uint32"),
         (
             {"shards": [{"name": "../../x.tar", "bytes": 1, "sha256": "", "documents": 1, "tokens": 1}]},
@@ -82,13 +86,70 @@ def test_a_damaged_manifest_is_one_line_that_names_it(tmp_path: Path, change: di
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"member": 3}, {"member": "x.y.npy"}, {"member": "../0.npy"}, {"crc32": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"member": 3},
+        {"member": "x.y.npy"},
+        {"member": "../0.npy"},
+        {"crc32": None},
+        {"offset": -1},
+        {"offset": 1.5},
+        {"tokens": True},
+        {"tokens": 1 << 60},
+    ],
+)
 def test_a_damaged_index_is_one_line_that_names_it(tmp_path: Path, change: dict) -> None:
-    block = {"member": "000000.npy", "tokens": 1, "crc32": 1}
+    body = {
+        "format": 2,
+        "blocks": [{"member": "000000.npy", "tokens": 1, "crc32": 1, "offset": 1664}],
+        "document_ids": ["a"],
+        "document_tokens": [1],
+        "shard_sha256": "ab",
+    }
     path = tmp_path / "00000.idx.json"
-    publish_json(path, {"blocks": [block | change], "document_ids": ["a"], "document_tokens": [1]})
+    publish_json(path, body)
+    read_index(path)
+    publish_json(path, body | {"blocks": [body["blocks"][0] | change]})  # type: ignore[index]
     with pytest.raises(UserError, match=r"00000.idx.json: damaged index .*write the shards anew"):
         read_index(path)
+    for wrong in ({"format": 1}, {"surprise": 1}, {"document_tokens": [-1]}, {"blocks": 5}):
+        publish_json(path, body | wrong)
+        with pytest.raises(UserError, match=r"00000.idx.json: (damaged index|not an index of format 2).*anew"):
+            read_index(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"shard_sha256": "cd"}, "of shard sha256 'cd', the manifest says ab"),
+        ({"document_tokens": [4, 4]}, "counts other tokens than the manifest's 9"),
+        ({"document_ids": ["a"]}, "counts other tokens"),
+        ({"blocks": [("000000.npy", 9, 1, 83)]}, "sample 000000.npy: bytes from 83 for 9 tokens, in a shard of 100"),
+        ({"blocks": [("000000.npy", 4, 1, 0), ("000001.npy", 5, 1, 7)]}, "sample 000001.npy: bytes from 7 .*ends at 8"),
+    ],
+)
+def test_an_index_is_held_against_the_manifest(tmp_path: Path, change: dict, message: str | None) -> None:
+    shard = ShardInfo("00000.tar", 100, "ab", 2, 9)
+    source = Manifest(tmp_path, "s", "train", "uint16", 300, 299, "ef", (shard,))
+    body = {"blocks": [("000000.npy", 4, 1, 0), ("000001.npy", 5, 1, 8)], "document_ids": ["a", "b"]}
+    body |= {"document_tokens": [4, 5], "shard_sha256": "ab"} | change
+    write_index(tmp_path / "00000.idx.json", ShardIndex(**body | {"blocks": tuple(Block(*b) for b in body["blocks"])}))
+    if message is None:
+        assert index_of(source, shard).document_tokens == (4, 5)
+        return
+    with pytest.raises(UserError, match=rf"00000.idx.json: .*{message}.*write the shards anew"):
+        index_of(source, shard)
+
+
+def test_a_manifest_cannot_say_where_it_comes_from(tmp_path: Path) -> None:
+    write_manifest(dataclasses.replace(manifest(tmp_path), origin="http://elsewhere"))
+    assert "elsewhere" not in (tmp_path / MANIFEST).read_text()
+    for place in ({"origin": "http://elsewhere"}, {"root": "/"}):
+        publish_json(tmp_path / MANIFEST, json.loads((tmp_path / MANIFEST).read_text()) | place)
+        with pytest.raises(UserError, match="damaged manifest"):
+            read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"format": 1', "\xff"])
@@ -130,3 +191,29 @@ def test_a_block_that_lies_about_itself_is_refused() -> None:
     for lie in lies:
         with pytest.raises(ValueError):
             decode_block(lie, U2)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["fifo", "zeros", "folder"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.json"
+    if kind == "fifo":
+        os.mkfifo(path)
+    if kind == "zeros":
+        path.symlink_to("/dev/zero")
+    if kind == "folder":
+        path.mkdir()
+    with pytest.raises(UserError, match=rf"^{path}: (not a regular file|is a directory): do this$") as caught:
+        read_json(path, "do this")
+    assert not isinstance(caught.value, Passing)
+
+
+def test_missing_is_a_mistake_and_unreadable_may_pass(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("{}")
+    for path in (tmp_path / "none", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"do this$") as caught:
+            read_json(path, "do this")
+        assert not isinstance(caught.value, Passing)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(Passing, match=rf"^{tmp_path}/loop: too many levels .*: mend it, then try again$"):
+        read_json(tmp_path / "loop", "do this")

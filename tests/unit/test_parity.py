@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,16 +11,22 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from data_pipeline.config import UserError
-from trainer.config import ModelConfig, Norm
 from trainer.loss import IGNORE
+from trainer.model.config import ModelConfig, Norm
 from trainer.model.gpt import GPT
-from trainer.model.hf import from_hf, hf_config, to_hf
+from trainer.model.hf import from_hf, hf_config, hf_refusal, to_hf
 from trainer.model.layout import specs
 from trainer.parallel import Mesh
 
 SIZES = {
     "narrow": {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_ctx": 32, "vocab_size": 211},
     "wide": {"n_layer": 3, "n_head": 3, "n_embd": 96, "n_ctx": 48, "vocab_size": 320},
+}
+SPARSE = {
+    "DB": {"band": 7},
+    "SF": {"stride": 9, "summary": 2},
+    "FBD": {"band": 1, "stride": 5, "summary": 5},
+    "BS": {"band": 31, "stride": 6},
 }
 
 
@@ -50,11 +58,46 @@ def assert_close(a: Tensor, b: Tensor, what: str) -> None:
 @pytest.mark.parametrize("norm", Norm, ids=lambda n: n.value)
 @pytest.mark.parametrize("size", SIZES)
 def test_logits_and_every_gradient_equal_hugging_face(size: str, norm: Norm, mesh: Mesh) -> None:
+    assert_parity(config(size, norm), mesh)
+
+
+@pytest.mark.parametrize("norm", Norm, ids=lambda n: n.value)
+@pytest.mark.parametrize("attention", SPARSE)
+def test_sparse_patterns_equal_hugging_face_under_a_mask_for_each_layer(attention: str, norm: Norm, mesh: Mesh) -> None:
+    assert_parity(replace(config("wide", norm), attention=attention, **SPARSE[attention]), mesh)
+
+
+def looks(cfg: ModelConfig, kind: str, i: int, j: int) -> bool:
+    """The papers' sets, word for word: does token i look at token j?"""
+    if j > i:
+        return False
+    n, stride, summary = cfg.n_ctx, cfg.stride or 1, cfg.summary or 0
+    if kind == "B":
+        return j in range(i - (cfg.band or n) + 1, i + 1)
+    if kind == "S":
+        return j in range(i - stride + 1, i + 1) or j in range(i, -1, -stride)
+    if kind == "F":
+        return j // stride == i // stride or j % stride in range(stride - summary, stride)
+    return True
+
+
+def mask_each_layer(hf: GPT2LMHeadModel | OpenAIGPTLMHeadModel, cfg: ModelConfig) -> None:
+    """Hand each of their layers the additive mask of its letter in place of their own."""
+    for layer, block in enumerate(hf.transformer.h):
+        sees = torch.tensor([[looks(cfg, cfg.kind(layer), i, j) for j in range(cfg.n_ctx)] for i in range(cfg.n_ctx)])
+        bias = torch.zeros(1, 1, cfg.n_ctx, cfg.n_ctx).masked_fill(~sees, torch.finfo(torch.float32).min)
+        block.attn.register_forward_pre_hook(
+            lambda _m, args, kwargs, bias=bias: (args, {**kwargs, "attention_mask": bias}), with_kwargs=True
+        )
+
+
+def assert_parity(cfg: ModelConfig, mesh: Mesh) -> None:
     seed = torch.seed()  # fresh weights and tokens on every run
-    cfg = config(size, norm)
     ours, hf = GPT(cfg, mesh).eval(), theirs(cfg).eval()
-    state = random_state(cfg)
-    missing, unexpected = hf.load_state_dict(to_hf(state, cfg), strict=False)
+    state, dense = random_state(cfg), replace(cfg, attention="D", band=None, stride=None, summary=None)
+    if cfg != dense:
+        mask_each_layer(hf, cfg)
+    missing, unexpected = hf.load_state_dict(to_hf(state, dense), strict=False)
     assert missing == ["lm_head.weight"] and not unexpected
     padding = GPT(cfg, mesh).state_dict()["wte.weight"].shape[0] - cfg.vocab_size
     ours.load_state_dict(state | {"wte.weight": F.pad(state["wte.weight"], (0, 0, 0, padding))})
@@ -71,7 +114,7 @@ def test_logits_and_every_gradient_equal_hugging_face(size: str, norm: Norm, mes
     assert_close(loss, hf_loss, f"loss, seed={seed}")
     loss.backward()
     hf_loss.backward()
-    hf_grads = from_hf({n: p.grad for n, p in hf.named_parameters() if p.grad is not None}, cfg)
+    hf_grads = from_hf({n: p.grad for n, p in hf.named_parameters() if p.grad is not None}, dense)
     grads = {n: p.grad for n, p in ours.named_parameters()}
     assert grads["wte.weight"][cfg.vocab_size :].eq(0).all()
     grads["wte.weight"] = grads["wte.weight"][: cfg.vocab_size]
@@ -102,3 +145,14 @@ def test_a_hugging_face_state_that_does_not_fit_is_refused() -> None:
         from_hf(good | {"transformer.h.2.ln_1.bias": torch.zeros(64)}, cfg)
     with pytest.raises(UserError, match=r"lm_head\.weight is not the token embedding"):
         from_hf(good | {"lm_head.weight": good["transformer.wte.weight"] + 1}, cfg)
+
+
+@pytest.mark.parametrize("norm", Norm, ids=lambda n: n.value)
+def test_attention_that_hugging_face_cannot_say_is_not_exported(norm: Norm) -> None:
+    cfg = replace(config("narrow", norm), attention="DB", band=31)
+    state = random_state(cfg)
+    with pytest.raises(UserError, match=r"model=narrow has attention=DB, band=31 in n_ctx=32: .* dense") as caught:
+        to_hf(state, cfg)
+    assert str(caught.value) == hf_refusal(cfg) and "\n" not in str(caught.value)
+    as_dense = replace(cfg, band=32)  # a band as wide as the context hides nothing
+    assert hf_refusal(as_dense) is None and to_hf(state, as_dense).keys() == to_hf(state, config("narrow", norm)).keys()

@@ -1,253 +1,105 @@
-"""The order against a twin that lists every window and has no formula."""
+"""What a plan says beside windows: places kept, epochs counted, windows set aside, positions found again."""
 
 from __future__ import annotations
 
-import tracemalloc
-import zlib
-from collections import Counter
+import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data_pipeline.config import UserError
-from data_pipeline.plan import Ledger, Order, Segment, permutation, rank_positions, splitmix64
+from data_pipeline.ledger import Ledger
+from data_pipeline.plan import Plan
 
-Windows = list[tuple[int, int]]
-
-shapes = st.tuples(
-    st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(any),  # 0: a shard shorter than a window
-    st.integers(1, 13),
-    st.integers(0, 2**63),
-)
-EXAMPLES = [  # shards, lanes
-    ([7, 7, 7, 7], 4),
-    ([5, 1, 9, 0, 3], 6),  # uneven, one without a window
-    ([17], 12),  # fewer shards than lanes
-    ([2, 1], 12),  # fewer windows than lanes
-    ([40, 3, 25, 11, 1, 0, 8], 12),
-]
+TOKENS = {"a": [21, 31], "b": [300]}
 
 
-def mix(seed: int, n: int) -> list[int]:
-    out, mask = [], 2**64 - 1
-    for _ in range(n):
-        seed = (seed + 0x9E3779B97F4A7C15) & mask
-        z = ((seed ^ seed >> 30) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
-        out.append(z ^ z >> 31)
-    return out
+def plan_of(ledger: Ledger) -> Plan:
+    return Plan(TOKENS, ledger, lanes=4, seed=1)
 
 
-def shuffled(things: list, *key: int) -> list:
-    folded = 0
-    for part in key:
-        folded = mix(folded ^ part, 1)[0]
-    return [thing for _, thing in sorted(zip(mix(folded, len(things)), things, strict=True))]
+def test_a_source_that_had_no_window_for_a_while_goes_on_and_does_not_start_again() -> None:
+    start = Ledger.start(4, 4, {"a": 1, "b": 1})
+    ledger = start.then(3, n_ctx=60, weights={"a": 0, "b": 1}).then(5, n_ctx=4, weights={"a": 1, "b": 0})
+    plan, never = plan_of(ledger), plan_of(Ledger.start(4, 4, {"a": 1, "b": 0}))
+    assert plan.epoch("a", ledger.position(5)) == plan.passes("a", ledger.position(5)) == 1
+    assert plan.passes("a", ledger.position(6)) == 2
+    assert [tokens for step, name, tokens in plan.unread() if (step, name) == (3, "a")] == [6 * 4]
+    first = [plan.step(step)[1].start.tolist() for step in range(5, 10)]
+    assert first != [never.step(step)[1].start.tolist() for step in range(5)]  # not epoch 0 once more
 
 
-def twin(shard_windows: list[int], lanes: int, seed: int, epochs: int) -> Windows:
-    """The windows of these many epochs in serial order, by plain lists."""
-    total, out = sum(shard_windows), []
-    for epoch in range(epochs):
-        lane_of = [p % lanes for p in range(epoch * total, (epoch + 1) * total)]
-        line = [
-            (s, w) for s in shuffled(list(range(len(shard_windows))), seed, 0, epoch) for w in range(shard_windows[s])
+def test_a_source_that_is_drawn_without_a_window_is_refused_with_its_step() -> None:
+    with pytest.raises(UserError, match=r"source a at step 3: 0 windows of n_ctx=60 \+ 1 tokens in 2 shards"):
+        plan_of(Ledger.start(4, 4, {"a": 1}).then(3, n_ctx=60))
+    with pytest.raises(UserError, match=r"source c at step 0: 0 windows .* in 0 shards"):
+        plan_of(Ledger.start(4, 4, {"c": 1}))
+    with pytest.raises(UserError, match=r"source a at step 2: 0 windows .* in 2 shards, 2 of them lost"):
+        plan_of(Ledger.start(4, 4, {"a": 1}).lose(1, "a", 0).lose(2, "a", 1))
+
+
+def test_a_batch_that_lanes_do_not_divide_is_refused() -> None:
+    with pytest.raises(UserError, match=r"with 6 windows per step: both must be multiples of data.lanes=4"):
+        plan_of(Ledger.start(6, 4, {"a": 1}))
+
+
+def test_positions_of_two_segments_at_once_are_refused() -> None:
+    with pytest.raises(ValueError, match="positions 11 to 12 lie in more than one segment"):
+        plan_of(Ledger.start(4, 4, {"a": 1}).then(3, n_ctx=5)).windows_at(range(11, 13))
+
+
+def test_every_position_of_some_tokens_is_found_up_to_any_position() -> None:
+    seed = random.randrange(10**9)
+    rng = random.Random(seed)
+    ledger = Ledger.start(8, 4, {"a": 2, "b": 1}).then(6, n_ctx=7).then(9, position=200, weights={"a": 1, "b": 1})
+    plan = plan_of(ledger)
+    held = []  # (source, shard, start, n_ctx) at each position
+    for p in range(400):
+        source, shard, start = (part[0] for part in plan.windows_at(range(p, p + 1)))
+        held.append((plan.names[source], shard, start, ledger.segments[ledger.number_at(p)].n_ctx))
+    for _ in range(200):
+        name, until = rng.choice("ab"), rng.randrange(401)
+        shard = rng.randrange(len(TOKENS[name]))
+        start = rng.randrange(TOKENS[name][shard])
+        stop = rng.randint(start + 1, TOKENS[name][shard])
+        wanted = [
+            p
+            for p, (n, s, at, n_ctx) in enumerate(held[:until])
+            if (n, s) == (name, shard) and at < stop <= stop + at and at + n_ctx >= start
         ]
-        queues: list[Windows] = []
-        for lane in range(lanes):
-            share, line = line[: lane_of.count(lane)], line[lane_of.count(lane) :]
-            queue: Windows = []
-            while share:
-                shard = share[0][0]
-                part = [w for w in share if w[0] == shard]
-                queue += shuffled(part, seed, 1, epoch, lane, shard)
-                share = share[len(part) :]
-            queues.append(queue)
-        out += [queues[lane].pop(0) for lane in lane_of]
-    return out
+        assert plan.positions_of(name, shard, start, stop, until).tolist() == wanted, seed
 
 
-def walk(order: Order, positions: np.ndarray | range) -> Windows:
-    return list(zip(*(a.tolist() for a in order.windows_at(positions)), strict=True))
+def test_epochs_and_passes_of_one_source_are_its_draws_over_its_windows() -> None:
+    plan = plan_of(Ledger.start(4, 4, {"a": 1, "b": 0}))  # 5 + 7 windows
+    assert [plan.epoch("a", p) for p in (0, 4, 12, 24, 40)] == [0, 4 / 12, 1, 2, 40 / 12]
+    assert [plan.passes("a", p) for p in (0, 4, 12, 16, 24, 28)] == [0, 1, 1, 2, 2, 3]
+    assert (plan.epoch("b", 40), plan.passes("b", 40), plan.drawn("a", 40)) == (0, 0, 40)
 
 
-@given(shapes)
-@settings(max_examples=80, deadline=None)
-def test_no_window_is_missing_from_an_epoch(shape: tuple[list[int], int, int]) -> None:
-    shards, lanes, seed = shape
-    order, everything = Order(shards, lanes, seed), {(s, w) for s, n in enumerate(shards) for w in range(n)}
-    for epoch in range(3):
-        assert everything - set(walk(order, range(epoch * order.windows, (epoch + 1) * order.windows))) == set()
+def test_sources_of_equal_shards_are_not_shuffled_alike() -> None:
+    plan = Plan({"x": [900] * 4, "y": [900] * 4}, Ledger.start(8, 4, {"x": 1, "y": 1}), lanes=4, seed=1)
+    _, windows = plan.step(0)
+    walks = [
+        [plan.windows_at(range(p, p + 1)) for p in range(400) if plan.windows_at(range(p, p + 1)).source[0] == source]
+        for source in (0, 1)
+    ]
+    assert len(windows.source) == 8
+    assert not np.array_equal(*([int(w.start[0]) for w in walk[:100]] for walk in walks))
 
 
-@given(shapes)
-@settings(max_examples=80, deadline=None)
-def test_no_window_is_a_duplicate_within_an_epoch(shape: tuple[list[int], int, int]) -> None:
-    order = Order(*shape)
-    for epoch in range(3):
-        seen = Counter(walk(order, range(epoch * order.windows, (epoch + 1) * order.windows)))
-        assert [window for window, times in seen.items() if times > 1] == []
+def test_an_epoch_counts_when_a_window_of_it_is_drawn_not_when_an_event_finds_it_next() -> None:
+    start = Ledger.start(12, 4, {"a": 1, "b": 0})  # 12 windows of a: exactly one epoch in step 0
+    plan = plan_of(start.then(1, n_ctx=5, weights={"a": 0, "b": 1}))
+    assert plan.passes("a", plan.ledger.position(9)) == 1
+    assert plan_of(Ledger.start(4, 4, {"a": 0, "b": 1}).then(3, n_ctx=5)).passes("a", 400) == 0
 
 
-@given(shapes)
-@settings(max_examples=80, deadline=None)
-def test_no_window_is_out_of_order(shape: tuple[list[int], int, int]) -> None:
-    assert walk(Order(*shape), range(3 * sum(shape[0]))) == twin(*shape, epochs=3)
-
-
-@pytest.mark.parametrize(("shards", "lanes"), EXAMPLES)
-def test_named_shapes_are_in_order_over_several_epochs(shards: list[int], lanes: int) -> None:
-    assert walk(Order(shards, lanes, 7), range(5 * sum(shards))) == twin(shards, lanes, 7, epochs=5)
-
-
-@pytest.mark.parametrize(("shards", "lanes"), EXAMPLES)
-def test_seek_equals_walking(shards: list[int], lanes: int) -> None:
-    expected = twin(shards, lanes, 3, epochs=4)
-    for p in range(len(expected)):
-        assert walk(Order(shards, lanes, 3), np.array([p])) == [expected[p]]
-
-
-def test_going_back_and_forth_serves_the_same_windows() -> None:
-    order, expected = Order([40, 3, 25, 11], 4, 5), twin([40, 3, 25, 11], 4, 5, epochs=3)
-    for p in np.random.default_rng(0).integers(0, len(expected), size=(50, 20)):
-        assert walk(order, p) == [expected[q] for q in p]
-
-
-@pytest.mark.parametrize("dp", [1, 2, 3, 4, 6, 12])
-@pytest.mark.parametrize(("shards", "lanes"), [(s, 12) for s, _ in EXAMPLES])
-def test_every_dp_gives_the_same_global_batches(shards: list[int], lanes: int, dp: int) -> None:
-    expected = twin(shards, lanes, 11, epochs=1 + 36 * 5 // sum(shards))
-    orders = [Order(shards, lanes, 11) for _ in range(dp)]
-    for step in range(5):
-        ranks = [rank_positions(step * 36, 36, lanes, r, dp) for r in range(dp)]
-        served = {int(p): w for r in range(dp) for p, w in zip(ranks[r], walk(orders[r], ranks[r]), strict=True)}
-        assert [served[p] for p in sorted(served)] == expected[step * 36 : (step + 1) * 36]
-        assert all(len(r) == 36 // dp and sorted(r) == r.tolist() for r in ranks)
-
-
-@settings(deadline=None)
-@given(st.integers(0, 10**12), st.integers(1, 6), st.sampled_from([1, 2, 3, 4, 6, 12]))
-def test_a_rank_serves_whole_lanes_and_each_lane_equally(position: int, rounds: int, dp: int) -> None:
-    for rank in range(dp):
-        lanes = Counter((rank_positions(position, 12 * rounds, 12, rank, dp) % 12).tolist())
-        assert lanes == dict.fromkeys(range(rank * 12 // dp, (rank + 1) * 12 // dp), rounds)
-
-
-def test_rank_positions_refuses_what_does_not_divide() -> None:
-    with pytest.raises(UserError, match=r"windows per step=20 must be a multiple of data.lanes=12"):
-        rank_positions(0, 20, 12, 0, 1)
-    with pytest.raises(UserError, match=r"data.lanes=12, and that of dp=5"):
-        rank_positions(0, 24, 12, 0, 5)
-
-
-def test_each_shard_is_read_by_at_most_two_ranks_in_an_epoch() -> None:
-    order, dp = Order(np.random.default_rng(1).integers(50, 70, size=300), 64, 1), 16
-    p = np.arange(order.windows, 2 * order.windows)
-    shards, _ = order.windows_at(p)
-    pairs = set(zip(shards.tolist(), (p % 64 // (64 // dp)).tolist(), strict=True))
-    assert max(Counter(shard for shard, _ in pairs).values()) == 2
-    assert len(pairs) <= 300 + dp
-
-
-def test_epochs_and_seeds_give_other_orders() -> None:
-    shards = [30] * 8
-    first = walk(Order(shards, 4, 1), range(240))
-    assert first != walk(Order(shards, 4, 1), range(240, 480))
-    assert first != walk(Order(shards, 4, 2), range(240))
-    assert first != sorted(first)
-
-
-def test_the_order_of_a_run_never_changes_between_versions() -> None:
-    shards, indices = Order([1000, 2000, 0, 3000, 17], 8, 1337).windows_at(range(20000))
-    assert zlib.crc32(np.stack([shards, indices]).astype("<i8").tobytes()) == 1996099991  # what the twin gives
-
-
-def test_splitmix64_gives_its_published_outputs() -> None:
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    assert splitmix64(1234567, 4).tolist() == published  # Rosetta Code, "Pseudo-random numbers/Splitmix64"
-
-
-def test_a_permutation_is_one_and_looks_like_chance() -> None:
-    draws = np.stack([permutation(50, 1, epoch) for epoch in range(4000)])
-    assert (np.sort(draws, axis=1) == np.arange(50)).all()
-    counts = (draws[:, :, None] == np.arange(50)).sum(axis=0)  # [place, value], 80 expected in each
-    chi2 = ((counts - 80.0) ** 2 / 80.0).sum()
-    assert 2200 < chi2 < 2620  # 49 x 49 = 2401 degrees of freedom, standard deviation 69
-
-
-def test_epoch_counts_passes_over_the_source() -> None:
-    order = Order([6, 4], 2, 0)
-    assert [order.epoch(p) for p in (0, 5, 10, 25)] == [0.0, 0.5, 1.0, 2.5]
-
-
-def test_an_order_without_windows_or_lanes_is_refused() -> None:
-    with pytest.raises(UserError, match="0 windows in 2 shards"):
-        Order([0, 0], 4, 0)
-    with pytest.raises(UserError, match="lanes=0"):
-        Order([3], 0, 0)
-
-
-def test_a_seek_among_a_hundred_thousand_shards_holds_megabytes_not_an_epoch() -> None:
-    tracemalloc.start()
-    order = Order(np.full(100_000, 4882), 1024, 1337)
-    order.windows_at(rank_positions(order.windows * 9 // 10 // 1024 * 1024, 1024, 1024, 7, 1024))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 32 << 20  # an epoch's order is 488 million windows, 4 GB
-
-
-def test_the_ledger_gives_each_step_its_positions() -> None:
-    ledger = (
-        Ledger.start(4).then(10, 100, 4).then(20, 140, 8)
-    )  # step 10 jumps from 40 to 100; step 20 doubles the batch
-    assert [ledger.position(s) for s in (0, 9, 10, 11, 19, 20, 21, 1000)] == [0, 36, 100, 104, 136, 140, 148, 7980]
-    assert [ledger.windows_per_step(s) for s in (0, 9, 10, 19, 20)] == [4, 4, 4, 4, 8]
-
-
-def test_step_of_finds_the_step_of_each_position_and_none_for_those_jumped_over() -> None:
-    ledger = Ledger.start(4).then(10, 100, 4).then(10, 120, 6).then(20, 180, 8)
-    found = {
-        p: s for s in range(40) for p in range(ledger.position(s), ledger.position(s) + ledger.windows_per_step(s))
-    }
-    last = max(found)
-    assert [ledger.step_of(p) for p in range(last + 1)] == [found.get(p) for p in range(last + 1)]
-    assert ledger.step_of(50) is None
-    assert ledger.step_of(110) is None  # step 10 jumped twice
-
-
-@pytest.mark.parametrize(("step", "position"), [(9, 200), (10, 99), (12, 107)])
-def test_a_ledger_that_goes_back_is_refused(step: int, position: int) -> None:
-    ledger = Ledger.start(4).then(10, 100, 4)
-    with pytest.raises(UserError, match=f"step {step} at position {position} goes back"):
-        ledger.then(step, position, 4)
-
-
-def test_a_ledger_survives_json() -> None:
-    ledger = Ledger.start(4).then(10, 100, 4)
-    assert Ledger.from_json(ledger.to_json()) == ledger
-    assert ledger.to_json()[1] == {"step": 10, "position": 100, "windows_per_step": 4}
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        None,
-        3,
-        [],
-        [3],
-        [{"step": 0}],
-        [{"step": 0, "position": 0, "windows_per_step": "4"}],
-        [{"step": 1, "position": 0, "windows_per_step": 4}],
-        [{"step": 0, "position": 0, "windows_per_step": 0}],
-    ],
-)
-def test_a_damaged_ledger_is_refused(body: object) -> None:
-    with pytest.raises(UserError, match="ledger"):
-        Ledger.from_json(body)
-
-
-def test_a_step_before_the_first_is_refused() -> None:
-    with pytest.raises(UserError, match="step=-1"):
-        Ledger((Segment(0, 0, 4),)).position(-1)
+def test_a_source_that_lost_a_shard_and_is_no_longer_there_is_not_in_the_way() -> None:
+    ledger = Ledger.start(4, 4, {"a": 1, "b": 1}).lose(3, "b", 0).then(6, weights={"a": 1, "b": 0})
+    plan = Plan({"a": TOKENS["a"]}, ledger, lanes=4, seed=1)
+    assert plan.step(7)[1].source.tolist() == [0] * 4
+    with pytest.raises(UserError, match=r"source b, drawn at position \d+, is not given: add it to data.sources"):
+        plan.step(2)
+    with pytest.raises(UserError, match=r"source b has lost shards \[7\] of 1"):
+        plan_of(Ledger.start(4, 4, {"a": 1, "b": 1}).lose(3, "b", 7))

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_pipeline.config import CorpusConfig, CorpusFormat, UserError
+from data_pipeline.config import UserError
 from data_pipeline.prepare import pydocs, read
+from data_pipeline.prepare.config import CorpusConfig, CorpusFormat
 from data_pipeline.prepare.read import Document, documents, inputs
 from data_pipeline.prepare.report import Report
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import UserError
-from trainer.run_folder import RunFolder
+from trainer.model.config import ModelConfig
+from trainer.run_folder import RunFolder, check_model, model_of
 
 
 def publish(run: RunFolder, step: int, generation: int, val_loss: float | None = None) -> Path:
@@ -71,6 +72,17 @@ def test_a_stranded_start_publishes_nothing_over_a_newer_one(run: RunFolder) -> 
     with pytest.raises(UserError, match="start 2 of this run has taken over, start 1 publishes nothing"):
         publish(stranded, 20, 1)
     assert run.latest() == kept and len(names(run)) == 2
+
+
+def test_a_checkpoint_is_settled_when_it_is_gone_or_the_pointer_names_it(run: RunFolder) -> None:
+    run.aside(20, 1).mkdir()
+    assert not run.settled(20, 1)
+    run.aside(20, 1).rename(run.checkpoint(20, 1))
+    assert not run.settled(20, 1)
+    run.pointer.write_text(f"{run.checkpoint(10, 1).name}\n")
+    assert not run.settled(20, 1)
+    run.pointer.write_text(f"{run.checkpoint(20, 1).name}\n")
+    assert run.settled(20, 1) and run.settled(30, 1)
 
 
 def test_what_was_never_published_is_ignored_and_removed_by_the_next_start(run: RunFolder) -> None:
@@ -142,3 +154,23 @@ def test_a_state_of_gigabytes_is_not_read(run: RunFolder) -> None:
         f.truncate(10 << 30)  # sparse: takes no disk
     with pytest.raises(UserError, match="more than the"):
         run.state(path.parent)
+
+
+def test_a_state_from_before_there_were_patterns_is_of_a_dense_model(tmp_path: Path) -> None:
+    old = {"name": "m", "n_layer": 2, "n_head": 2, "n_embd": 4, "n_ctx": 4, "vocab_size": 5, "norm": "pre"}
+    (tmp_path / "weights-00000.safetensors").write_bytes(bytes(10_000))
+    cfg = model_of(tmp_path, {"model": old})
+    assert cfg.attention == "D" and cfg.sparse_layers == []
+    for wrong in ({"attention": a} for a in (5, None, ["D"], "Q", "DDD")):
+        with pytest.raises(UserError, match="damaged: no model"):
+            model_of(tmp_path, {"model": {**old, **wrong}})
+    with pytest.raises(UserError, match="damaged: no model"):
+        model_of(tmp_path, {"model": {**old, "attention": "B", "band": 1.5}})
+
+
+def test_the_same_pattern_written_in_another_way_is_the_same_model(tmp_path: Path) -> None:
+    a, b = (ModelConfig("m", 4, 2, 4, 4, 5, attention=text, band=2) for text in ("DB", "DBDB"))
+    check_model(tmp_path, a, b)
+    c = ModelConfig("m", 4, 2, 4, 4, 5, attention="BD", band=2)
+    with pytest.raises(UserError, match=r"another model: model\.attention=DB \(here BD\): give"):
+        check_model(tmp_path, a, c)

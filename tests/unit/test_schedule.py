@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from data_pipeline.config import UserError
-from trainer.config import ScheduleConfig, ScheduleKind, Unit
+from trainer.optim_config import ScheduleConfig, ScheduleKind, Unit
 from trainer.schedule import lr_at
 
 PEAK = 2e-3
@@ -22,7 +22,8 @@ def curve(schedule: ScheduleConfig, max_steps: int = 100, tokens_per_step: int =
             step=s,
             tokens=s * tokens_per_step,
             max_steps=max_steps,
-            tokens_per_step=tokens_per_step,
+            step_tokens=tokens_per_step,
+            end_tokens=max_steps * tokens_per_step,
         )
         for s in range(max_steps)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -23,10 +24,13 @@ import webdataset as wds
 
 from data_pipeline import manifest, shards
 from data_pipeline.bpe import Tokenizer, train_bpe
-from data_pipeline.config import CorpusConfig, CorpusFormat, ShardsConfig, UserError, VerifyConfig
+from data_pipeline.config import UserError
 from data_pipeline.manifest import index_path, read_index, read_manifest, write_index
+from data_pipeline.plan import Windows
 from data_pipeline.prepare import encode, progress, read
+from data_pipeline.prepare.config import CorpusConfig, CorpusFormat, ShardsConfig, VerifyConfig
 from data_pipeline.stream import ShardStream, read_shard
+from tests.fixtures import forestalled
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven other animals watch from their den"
 
@@ -73,6 +77,8 @@ def tree(root: Path) -> dict[str, str]:
 
 def test_every_document_is_there_once_with_its_tokens_and_where_it_came_from(home: Path, written: Path) -> None:
     tokenizer, texts, seen = Tokenizer.load(home), texts_of(home), {}
+    lines = enumerate((home / "corpus.jsonl").read_text().splitlines(), 1)
+    line_of = {json.loads(line).get("id"): n for n, line in lines if line != "{broken"}
     for split in ("train", "val"):
         source = read_manifest(written / split)
         assert Tokenizer.load(source.root).sha256 == source.tokenizer_sha256
@@ -83,14 +89,15 @@ def test_every_document_is_there_once_with_its_tokens_and_where_it_came_from(hom
             for sample, block in zip(samples, index.blocks, strict=True):
                 ids = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
                 assert ids.dtype == np.uint16 and len(ids) == block.tokens
-                documents = json.loads(sample["json"])["documents"]
-                assert len(ids) <= 600 or len(documents) == 1
-                parts = np.split(ids, np.cumsum([d["tokens"] for d in documents])[:-1])
-                for d, part in zip(documents, parts, strict=True):
-                    assert d["id"] not in seen and d["source"] == "jsonl" and d["path"].startswith("corpus.jsonl:")
-                    assert part.tolist() == [*tokenizer.encode(texts[d["id"]]), tokenizer.eot_id]
-                    seen[d["id"]] = split
-                    in_shard.append((d["id"], d["tokens"]))
+                about = json.loads(sample["json"])
+                assert len(ids) <= 600 or len(about["ids"]) == 1
+                assert about["source"] == "jsonl" and "urls" not in about
+                parts = np.split(ids, np.cumsum(about["tokens"])[:-1])
+                for name, path, part in zip(about["ids"], about["paths"], parts, strict=True):
+                    assert name not in seen and path == f"corpus.jsonl:{line_of[name]}"
+                    assert part.tolist() == [*tokenizer.encode(texts[name]), tokenizer.eot_id]
+                    seen[name] = split
+                    in_shard.append((name, len(part)))
             assert in_shard == list(zip(index.document_ids, index.document_tokens, strict=True))
             assert (len(in_shard), sum(n for _, n in in_shard)) == (shard.documents, shard.tokens)
             assert shard.tokens >= 2500 or shard is source.shards[-1]
@@ -132,24 +139,15 @@ def test_a_write_that_stops_before_any_publication_goes_on_and_ends_with_the_sam
     """Every rename in turn is the one that a kill forestalls; shards that were finished are not touched again."""
     sizes = {"shard_tokens": 6000, "val_fraction": 0.2}
     shards.write(config(home, tmp_path / "whole", **sizes))
-    expected, rename, left = tree(tmp_path / "whole"), manifest.rename, -1
-
-    def stop(aside: Path, path: Path) -> None:
-        nonlocal left
-        if left == 0:
-            raise KeyboardInterrupt
-        left -= 1
-        rename(aside, path)
-
-    for module in (shards, manifest):
-        monkeypatch.setattr(module, "rename", stop)
+    expected, stop_after = tree(tmp_path / "whole"), forestalled(monkeypatch, shards, manifest)
     for published in itertools.count():
-        out, left = tmp_path / str(published), published
+        out = tmp_path / str(published)
+        stop_after(published)
         try:
             shards.write(config(home, out, **sizes))
             break
         except KeyboardInterrupt:
-            left = -1
+            stop_after(-1)
         known = json.loads((out / "progress.json").read_text())["shards"] if published else {}
         finished = {
             p: p.stat().st_mtime_ns for s, found in known.items() for p in (out / s / f["info"]["name"] for f in found)
@@ -171,8 +169,10 @@ def test_what_write_wrote_is_read_back_as_the_texts_tokens_with_the_separator_be
         source = read_manifest(written / split)
         read_back = np.concatenate([read_shard(source, shard) for shard in source.shards])
         assert read_back.tolist() == expected
-        windows = ShardStream(source, n_ctx=16).windows(np.array([0]), np.array([3]))
-        assert windows.tolist() == [expected[48:65]]
+        tokens, labels = np.empty((1, 16), np.int64), np.empty((1, 16), np.int64)
+        where = Windows(np.array([0]), np.array([0]), np.array([48]))
+        ShardStream([source], open_shards=1).read(where, 16, tokens, labels)
+        assert (tokens.tolist(), labels.tolist()) == ([expected[48:64]], [expected[49:65]])
 
 
 @pytest.mark.slow
@@ -239,7 +239,9 @@ def test_a_second_write_finds_all_done_and_other_work_is_refused(
     with pytest.raises(UserError, match=r"taken: not empty, and not begun by this command"):
         shards.write(config(home, tmp_path / "taken"))
     shutil.copytree(written, tmp_path / "torn")
-    for body in ("{}", json.dumps({"plan": 3, "shards": {"train": [], "val": []}, "done": False})):
+    lost = json.loads((written / "progress.json").read_text())
+    lost["shards"].pop("val")
+    for body in ("{}", json.dumps({"plan": 3, "shards": {"train": [], "val": []}, "done": False}), json.dumps(lost)):
         (tmp_path / "torn" / "progress.json").write_text(body)
         with pytest.raises(UserError, match=r"progress.json: damaged .*: delete the folder and write the shards anew"):
             shards.write(config(home, tmp_path / "torn"))
@@ -335,13 +337,35 @@ def hollow(path: Path) -> None:
         tar.addfile(info, io.BytesIO(b"x"))
 
 
+def mislead(path: Path) -> None:
+    """A tar with a link where a sample's half was, and a member that would lie outside of where it is unpacked."""
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+    link, outside = tarfile.TarInfo(members[0][0].name), tarfile.TarInfo("../../outside")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(outside)
+        tar.addfile(link)
+        for member, data in members[1:]:
+            tar.addfile(member, io.BytesIO(data))
+
+
 def edit(path: Path, **change: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
 def lie(path: Path) -> None:
     index = read_index(path)
-    write_index(path, type(index)(index.blocks, (*index.document_ids[:-1], "liar"), index.document_tokens))
+    write_index(
+        path, type(index)(index.blocks, (*index.document_ids[:-1], "liar"), index.document_tokens, index.shard_sha256)
+    )
+
+
+def move(path: Path) -> None:
+    """The first block's tokens 2 bytes further on than they are."""
+    index = read_index(path)
+    first = dataclasses.replace(index.blocks[0], offset=index.blocks[0].offset + 2)
+    write_index(path, dataclasses.replace(index, blocks=(first, *index.blocks[1:])))
 
 
 TAR = "train/00001.tar"
@@ -349,6 +373,10 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a flipped token": (lambda p: flip(p / TAR, tokens_at(p / TAR)), [TAR + ": sha256", TAR + ", 000000: crc32"]),
     "a flipped byte in a header": (lambda p: flip(p / TAR, 400), [TAR + ": sha256"]),
     "a member with a hole": (lambda p: hollow(p / TAR), [TAR + ", 000000.npy: claims 419430400 bytes in a shard of"]),
+    "a link and a way outside": (
+        lambda p: mislead(p / TAR),
+        [TAR + ", ../../outside: not in the index", TAR + ", 000000.json: not in the index", "000000.json: missing"],
+    ),
     "a source without its manifest": (lambda p: (p / "val/manifest.json").unlink(), ["val: shards, but no manifest"]),
     "a source that is gone": (lambda p: shutil.rmtree(p / "val"), ["report.json: val {'documents': "]),
     "a manifest of another vocabulary": (
@@ -369,6 +397,14 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "an extra shard": (lambda p: (p / "train/00099.tar").write_bytes(b""), ["train/00099.tar: not in the manifest"]),
     "a missing index": (lambda p: (p / "train/00001.idx.json").unlink(), ["00001.idx.json: no such file"]),
     "an index that disagrees": (lambda p: lie(p / "train/00001.idx.json"), ["documents, the index says"]),
+    "an index that points elsewhere": (
+        lambda p: move(p / "train/00001.idx.json"),
+        [TAR + ", 000000: tokens from byte ", "the index says"],
+    ),
+    "an index of another shard": (
+        lambda p: edit(p / "train/00001.idx.json", shard_sha256="ab"),
+        ["00001.idx.json: of shard ab, the manifest says"],
+    ),
     "another tokenizer": (lambda p: flip(p / "val/tokenizer.json", 30), ["val/tokenizer.json: sha256"]),
     "a shard under another's name": (
         lambda p: shutil.copy(p / "train/00000.tar", p / TAR),

@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.config import UserError
 from trainer.world import World, read_world
 
-KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,17 @@ def test_a_launchers_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv(key, value)
     assert read_world() == World(rank=5, world_size=8, local_rank=1)
     assert not read_world().is_main
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])  # torchrun's and DeepSpeed's
+def test_the_ranks_of_the_node_are_counted(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for key, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", name: "4"}.items():
+        monkeypatch.setenv(key, value)
+    assert read_world() == World(rank=5, world_size=8, local_rank=1, local_world_size=4)
+    for wrong in ("1", "9"):
+        monkeypatch.setenv(name, wrong)
+        with pytest.raises(UserError, match=f"WORLD_SIZE=8, .*{name}={wrong}: .*start with torchrun or deepspeed"):
+            read_world()
 
 
 def test_alone_it_is_a_world_of_one_with_a_port_that_is_free() -> None:

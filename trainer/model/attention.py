@@ -10,11 +10,55 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask
 
 from trainer.arithmetic import padded_n_head
-from trainer.config import ModelConfig
+from trainer.model import flex
+from trainer.model.config import ModelConfig
 from trainer.model.linear import ColumnLinear, RowLinear
+from trainer.model.mask import DENSE, attention_bias, patterns
 from trainer.parallel import Mesh, tp_local_randomness
+
+Mask = Tensor | BlockMask | None  # a bias on the scores, FlexAttention's blocks, or nothing beyond causality
+FASTEST_FIRST = [  # on Hopper: cuDNN's kernels, written for it, before FlashAttention-2
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def layer_masks(
+    cfg: ModelConfig,
+    T: int,
+    S: int,
+    like: Tensor,
+    segment_ids_BT: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    cached: bool = False,
+) -> dict[str, Mask]:
+    """For each letter of a model what its layers' attention takes; built once a forward.
+
+    `cached`: under a KVCache, whose texts have any length: a kernel compiled for each of them would not pay.
+    `dropout`: what attention's weights get in this forward. FlexAttention has none, so that a sparse pattern under
+    dropout is dense attention with a bias on a GPU too: correct, but no faster than dense and with [T, T] in memory.
+    """
+    out: dict[str, Mask] = {}
+    for kind, pattern in patterns(cfg, S).items():
+        sparse = pattern != DENSE or segment_ids_BT is not None
+        if sparse and not cached and flex.takes(like.device, T, S, cfg.head_dim, dropout):
+            out[kind] = flex.block_mask(pattern, T, like.device, segment_ids_BT)
+        else:
+            out[kind] = attention_bias(T, S, like, segment_ids_BT, pattern)
+    return out
+
+
+def sdpa_backends(device: torch.device) -> list[SDPBackend] | None:
+    """In which order causal attention tries torch's kernels; None leaves it to torch."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return FASTEST_FIRST if hopper else None
 
 
 class KVCache:
@@ -47,24 +91,32 @@ class Attention(nn.Module):
         self.layer, self.n_ctx, self.dropout, self.mesh = layer, cfg.n_ctx, cfg.dropout, mesh
         n_head = padded_n_head(cfg.n_head, mesh.tp)
         self.heads = n_head // mesh.tp
+        self.backends = sdpa_backends(mesh.device)
         self.c_attn = ColumnLinear(cfg.n_embd, 3 * n_head * cfg.head_dim, mesh, sequence_parallel)
         self.c_proj = RowLinear(n_head * cfg.head_dim, cfg.n_embd, mesh, sequence_parallel)
 
-    def forward(self, x_TBC: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x_TBC: Tensor, mask: Mask = None, cache: KVCache | None = None) -> Tensor:
+        """`mask`: what `layer_masks` says of these positions."""
         qkv_TBH3D = self.c_attn(x_TBC).unflatten(-1, (self.heads, 3, -1))
         q_BHTD, k_BHTD, v_BHTD = qkv_TBH3D.permute(3, 1, 2, 0, 4).unbind()
         if cache is not None:
             k_BHTD, v_BHTD = cache.extend(self.layer, k_BHTD, v_BHTD, self.n_ctx)
-        y_BHTD = self._attend(q_BHTD, k_BHTD, v_BHTD)
+        if isinstance(mask, BlockMask):
+            y_BHTD = flex.attend(q_BHTD, k_BHTD, v_BHTD, mask)
+        else:
+            y_BHTD = self._attend(q_BHTD, k_BHTD, v_BHTD, mask)
         return self.c_proj(y_BHTD.permute(2, 0, 1, 3).flatten(2))
 
-    def _attend(self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
+    def _attend(self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        T, S = q_BHTD.shape[2], k_BHSD.shape[2]
-        past_TS = None  # not needed by a square of attention, nor by the last token alone
-        if T not in (1, S):
-            past_TS = torch.ones(T, S, dtype=torch.bool, device=q_BHTD.device).tril(S - T)
-        with tp_local_randomness(self.mesh) if dropout and self.mesh.tp > 1 else nullcontext():
+        is_causal = bias is None and q_BHTD.shape[2] == k_BHSD.shape[2]
+        # The choice stands here, inside the graph: around a compiled model it is not in the compile cache's key, and a
+        # cached graph would keep the kernel of another run.
+        kernels = self.backends if is_causal else None
+        with (
+            tp_local_randomness(self.mesh) if dropout and self.mesh.tp > 1 else nullcontext(),
+            sdpa_kernel(kernels, set_priority=True) if kernels else nullcontext(),
+        ):
             return F.scaled_dot_product_attention(
-                q_BHTD, k_BHSD, v_BHSD, attn_mask=past_TS, dropout_p=dropout, is_causal=T == S
+                q_BHTD, k_BHSD, v_BHSD, attn_mask=bias, dropout_p=dropout, is_causal=is_causal
             )

@@ -5,12 +5,15 @@ Legend: B batch, T time (under sequence parallelism: this rank's part of it), C 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.config import ModelConfig, Norm
-from trainer.model.attention import Attention, KVCache
+from trainer.model.attention import Attention, KVCache, Mask
+from trainer.model.config import ModelConfig, Norm
 from trainer.model.linear import ColumnLinear, RowLinear
+from trainer.model.recompute import making_again
 from trainer.parallel import Mesh, tp_local_randomness
 
 
@@ -45,30 +48,49 @@ def layer_norm(cfg: ModelConfig, sequence_parallel: bool) -> nn.LayerNorm:
 class MLP(nn.Module):
     """C -> 4 C -> C with GELU in its tanh form (GPT-1's and GPT-2's released code)."""
 
-    def __init__(self, cfg: ModelConfig, mesh: Mesh, sequence_parallel: bool) -> None:
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, sequence_parallel: bool, selective: bool) -> None:
         super().__init__()
+        self.selective = selective
         self.c_fc = ColumnLinear(cfg.n_embd, 4 * cfg.n_embd, mesh, sequence_parallel)
         self.c_proj = RowLinear(4 * cfg.n_embd, cfg.n_embd, mesh, sequence_parallel)
 
     def forward(self, x_TBC: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x_TBC), approximate="tanh"))
+        h_TB4C = self.c_fc(x_TBC)
+        y_TB4C = gelu(h_TB4C)
+        with making_again(y_TB4C, gelu, h_TB4C, self.selective):
+            return self.c_proj(y_TB4C)
+
+
+gelu = partial(F.gelu, approximate="tanh")
 
 
 class Block(nn.Module):
-    """Pre-norm (GPT-2, GPT-3): x + f(ln(x)). Post-norm (GPT-1): ln(x + f(x))."""
+    """Pre-norm (GPT-2, GPT-3): x + f(ln(x)). Post-norm (GPT-1): ln(x + f(x)).
 
-    def __init__(self, cfg: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool) -> None:
+    `selective`: what LayerNorm and GELU put out is made again in backward, not kept (`recompute.py`).
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool, selective: bool = False
+    ) -> None:
         super().__init__()
+        self.selective = selective
         self.pre_norm = cfg.norm is Norm.pre
         self.ln_1 = layer_norm(cfg, sequence_parallel)
         self.attn = Attention(cfg, layer, mesh, sequence_parallel)
         self.ln_2 = layer_norm(cfg, sequence_parallel)
-        self.mlp = MLP(cfg, mesh, sequence_parallel)
+        self.mlp = MLP(cfg, mesh, sequence_parallel, selective)
         self.drop = Dropout(cfg.dropout, mesh, sequence_parallel)
 
-    def forward(self, x_TBC: Tensor, cache: KVCache | None = None) -> Tensor:
-        if self.pre_norm:
-            x_TBC = x_TBC + self.drop(self.attn(self.ln_1(x_TBC), cache))
-            return x_TBC + self.drop(self.mlp(self.ln_2(x_TBC)))
-        x_TBC = self.ln_1(x_TBC + self.drop(self.attn(x_TBC, cache)))
-        return self.ln_2(x_TBC + self.drop(self.mlp(x_TBC)))
+    def forward(self, x_TBC: Tensor, mask: Mask = None, cache: KVCache | None = None) -> Tensor:
+        if not self.pre_norm:
+            r_TBC = x_TBC + self.drop(self.attn(x_TBC, mask, cache))
+            h_TBC = self.ln_1(r_TBC)
+            with making_again(h_TBC, self.ln_1, r_TBC, self.selective):
+                return self.ln_2(h_TBC + self.drop(self.mlp(h_TBC)))
+        h_TBC = self.ln_1(x_TBC)
+        with making_again(h_TBC, self.ln_1, x_TBC, self.selective):
+            r_TBC = x_TBC + self.drop(self.attn(h_TBC, mask, cache))
+        h_TBC = self.ln_2(r_TBC)
+        with making_again(h_TBC, self.ln_2, r_TBC, self.selective):
+            return r_TBC + self.drop(self.mlp(h_TBC))

@@ -12,17 +12,34 @@ import torch
 from torch import Tensor
 
 from data_pipeline.config import UserError
-from trainer.config import ModelConfig, Norm
+from trainer.model.config import ModelConfig, Norm
+from trainer.model.hf_config import MASKS, PREFIX
 from trainer.model.layout import specs
 
-PREFIX = "transformer."
 POST_NORM_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
 HEAD = "lm_head.weight"
-MASKS = (".attn.bias", ".attn.masked_bias")  # constants that old files carry
+
+
+def hf_refusal(cfg: ModelConfig) -> str | None:
+    """Why Hugging Face's formats cannot hold a model, in one line; None where they can."""
+    if not cfg.sparse_layers:
+        return None
+    numbers = {"band": cfg.band, "stride": cfg.stride, "summary": cfg.summary}
+    given = ", ".join([f"attention={cfg.attention}", *(f"{k}={v}" for k, v in numbers.items() if v is not None)])
+    return (
+        f"model={cfg.name} has {given} in n_ctx={cfg.n_ctx}: Hugging Face's GPT-2 and OpenAI GPT know dense attention "
+        "alone, and would compute something else from these weights"
+    )
 
 
 def to_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """Our parameters in their true shapes -> a GPT2LMHeadModel's or OpenAIGPTLMHeadModel's, the tied head left out."""
+    """Our parameters in their true shapes -> a GPT2LMHeadModel's or OpenAIGPTLMHeadModel's, the tied head left out.
+
+    Raises:
+        UserError: the model's attention is not dense, which these formats cannot say.
+    """
+    if refusal := hf_refusal(cfg):
+        raise UserError(refusal)
     return {_hf_name(name, cfg): _to_hf(name, x, cfg).contiguous() for name, x in state.items()}
 
 
@@ -44,8 +61,9 @@ def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
             raise UserError(f"{key} is {list(x.shape)} in the Hugging Face state: not of model={cfg.name}")
         out[name] = _from_hf(name, x, cfg).contiguous()
     if theirs:
+        more = f" and {len(theirs) - 3} more" if len(theirs) > 3 else ""
         raise UserError(
-            f"the Hugging Face state has {', '.join(sorted(theirs))}, which model={cfg.name} has no place for"
+            f"the Hugging Face state has {', '.join(sorted(theirs)[:3])}{more}, which model={cfg.name} has no place for"
         )
     if head is not None and not torch.equal(head, out["wte.weight"]):
         raise UserError(f"{HEAD} is not the token embedding in the Hugging Face state: model={cfg.name} ties the two")

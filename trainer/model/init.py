@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from trainer.config import ModelConfig, Norm
+from trainer.model.config import ModelConfig, Norm
 from trainer.model.gpt import GPT
 from trainer.model.layout import specs, to_local
 from trainer.parallel import stable_seed

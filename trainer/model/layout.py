@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.arithmetic import padded_n_head, padded_vocab_size
-from trainer.config import ModelConfig, Norm
+from trainer.model.config import ModelConfig, Norm
 
 
 @dataclass(frozen=True)

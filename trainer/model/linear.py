@@ -8,6 +8,7 @@ Legend: T time (under sequence parallelism: this rank's part of it), B batch, C 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,6 +51,14 @@ class _Plain(nn.Module):
         self._load_state_dict_pre_hooks.clear()
 
 
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.linear` as it is when it is called: ZeRO-3 puts one there that does not keep the gathered weight."""
+    return F.linear(x, weight, bias)
+
+
 class ColumnLinear(_Plain, tensor_parallel.ColumnParallelLinear):
     """y = x Aᵀ + b, A [out, in]: each rank holds out / tp outputs. [T, B, in] -> [T, B, out / tp], T whole again."""
 
@@ -60,10 +69,11 @@ class ColumnLinear(_Plain, tensor_parallel.ColumnParallelLinear):
         config = _config(mesh, sequence_parallel)
         super().__init__(n_in, n_out, config=config, init_method=None, bias=True, tp_group=mesh.tp_group)
         self.tp = mesh.tp
+        self.product: Product = product  # of tp = 1; fp8.py has another
         _split(self.weight, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) if self.tp == 1 else super().forward(x)[0]
+        return self.product(x, self.weight, self.bias) if self.tp == 1 else super().forward(x)[0]
 
 
 class RowLinear(_Plain, tensor_parallel.RowParallelLinear):
@@ -84,10 +94,11 @@ class RowLinear(_Plain, tensor_parallel.RowParallelLinear):
             tp_group=mesh.tp_group,
         )
         self.tp = mesh.tp
+        self.product: Product = product  # of tp = 1; fp8.py has another
         _split(self.weight, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) if self.tp == 1 else super().forward(x)[0]
+        return self.product(x, self.weight, self.bias) if self.tp == 1 else super().forward(x)[0]
 
 
 class TiedEmbedding(_Plain, tensor_parallel.VocabParallelEmbedding):

@@ -1,0 +1,219 @@
+"""Entry: `python -m launch.plan model=gpt2_xl cluster.nodes=4 cluster.gpu=h100_80gb data.tokens=9_000_000_000`.
+
+A table of the layouts that fit, fastest first, with what limits each; the best one's memory and time part by part; why
+others do not fit. No torch: it answers in under a second on a login node. docs/plan.md says how it reckons.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from conf.schema import run
+from data_pipeline.config import UserError
+from launch.config import ClusterConfig, PlanConfig
+from trainer.arithmetic import padded_n_head, param_count
+from trainer.config import Offload
+from trainer.plan.choose import Row, rows, way_out
+from trainer.plan.course import Part, course, seconds
+from trainer.plan.hardware import gpu_named
+from trainer.plan.network import Cluster
+from trainer.plan.scaling import curves
+
+SHOWN, REFUSED = 10, 4  # rows of the table, and of those that do not fit
+
+
+def plan(cfg: PlanConfig) -> None:
+    cluster, price = cluster_of(cfg.cluster)
+    run = Run(cfg, cluster, price, course(cfg, cfg.data.tokens))
+    found = rows(cfg, cluster)
+    scaling = None
+    if cfg.plot is not None:
+        scaling = curves(cfg, cluster)
+        from launch.plan_plot import draw  # matplotlib, a second to import
+
+        try:
+            Path(cfg.plot).write_bytes(draw(scaling, cfg.model.name, cluster))
+        except ImportError:
+            raise UserError(f"plot={cfg.plot}: matplotlib is not installed (pip install gradus[tracking])") from None
+    if cfg.json:
+        result = {"layouts": [as_json(row, run) for row in found], **facts(run)}
+        if scaling is not None:
+            result["scaling"] = scaling
+        print(json.dumps(result))
+    else:
+        print("\n".join(report(run, found)))
+        if cfg.plot is not None:
+            print(f"drawn: {cfg.plot}")
+    if not found[0].fits:
+        raise UserError(way_out(found[0], cfg, cluster))
+
+
+def cluster_of(cfg: ClusterConfig) -> tuple[Cluster, float]:
+    """The cluster, and USD for a GPU and hour. Raises UserError where no row of the table has that name."""
+    gpu = gpu_named(cfg.gpu)
+    if cfg.memory_gib is not None:
+        gpu = replace(gpu, memory_gib=cfg.memory_gib)
+    price = gpu.price if cfg.price_per_gpu_hour is None else cfg.price_per_gpu_hour
+    return Cluster(cfg.nodes, cfg.gpus_per_node, gpu, cfg.network_gbit), price
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is planned, `price` USD for a GPU and hour."""
+
+    cfg: PlanConfig
+    cluster: Cluster
+    price: float
+    parts: list[Part]
+
+    @property
+    def tokens(self) -> int:
+        return self.cfg.data.tokens or sum(part.tokens for part in self.parts)
+
+    @property
+    def steps(self) -> int:
+        return sum(part.steps for part in self.parts)
+
+    def days(self, row: Row) -> float:
+        return seconds(self.cfg, row.layout, self.cluster, self.parts) / 86400
+
+    def cost(self, row: Row) -> float:
+        """USD."""
+        return self.days(row) * 24 * row.layout.world_size * self.price
+
+
+def as_json(row: Row, run: Run) -> dict[str, Any]:
+    layout, cfg = row.layout, run.cfg
+    heads = padded_n_head(cfg.model.n_head, layout.tp)
+    return {
+        "dp": layout.dp,
+        "tp": layout.tp,
+        "sequence_parallel": layout.sequence_parallel,
+        "zero_stage": layout.zero_stage,
+        "recompute": layout.recompute.value,
+        "offload": layout.offload.value,
+        "micro_batch_size": layout.micro_batch_size,
+        "grad_accum_steps": cfg.tokens_per_step // (cfg.model.n_ctx * layout.micro_batch_size * layout.dp),
+        "padded_heads": heads - cfg.model.n_head,
+        "fits": row.fits,
+        "memory_gib": row.memory.gib(),
+        "step_s": {**{name: round(s, 5) for name, s in row.step.parts().items()}, "total": round(row.step.total, 5)},
+        "tokens_per_s": round(row.tokens_per_s),
+        "mfu": round(row.mfu, 4),
+        "days": run.days(row),
+        "cost": run.cost(row),
+        "limit": row.limit,
+    }
+
+
+def facts(run: Run) -> dict[str, Any]:
+    cfg, cluster, gpu = run.cfg, run.cluster, run.cluster.gpu
+    return {
+        "model": cfg.model.name,
+        "parameters": param_count(cfg.model),
+        "tokens": run.tokens,
+        "steps": run.steps,
+        "tokens_per_step": cfg.tokens_per_step,
+        "nodes": cluster.nodes,
+        "gpus_per_node": cluster.gpus_per_node,
+        "gpu": gpu.name,
+        "gpu_memory_gib": gpu.memory_gib,
+        "link_gb_s": gpu.link_gb_s,
+        "network_gbit": cluster.network_gbit,
+        "price_per_gpu_hour": run.price,
+        "simulated": simulated(cluster),
+    }
+
+
+def simulated(cluster: Cluster) -> bool:
+    """Whether a collective takes part in it: this project has measured no link between GPUs."""
+    return cluster.world_size > 1
+
+
+def report(run: Run, found: Sequence[Row]) -> list[str]:
+    cfg, cluster, gpu = run.cfg, run.cluster, run.cluster.gpu
+    sizes = sorted({part.windows * part.n_ctx for part in run.parts})
+    each = f"{sizes[0]:,} a step" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,} a step"
+    stated = "yours" if cfg.cluster.price_per_gpu_hour is not None else "assumed, give cluster.price_per_gpu_hour"
+    lines = [
+        f"{cfg.model.name}: {param_count(cfg.model):,} parameters, {run.tokens:,} tokens in "
+        f"{run.steps:,} steps, {each}, {cfg.precision.value}",
+        f"{cluster.world_size} x {gpu.name} ({cluster.nodes} x {cluster.gpus_per_node}): {gpu.memory_gib:.1f} GiB, "
+        f"{gpu.tflops:g} TFLOP/s, {gpu.hbm_gb_s:g} GB/s, links {gpu.link_gb_s:g} GB/s, network "
+        f"{cluster.network_gbit:g} Gbit/s a node, {run.price:g} USD a GPU-hour ({stated})",
+    ]
+    if simulated(cluster):
+        lines.append("a simulation: links are taken at 0.8 of these rates; only one GPU by itself was measured")
+    lines += ["", *table(best_of_each(found), run), ""]
+    if found[0].fits:
+        lines += detail(found[0])
+    return lines
+
+
+def best_of_each(found: Sequence[Row]) -> list[Row]:
+    """The first row of each (tp, ZeRO, recompute, offload): its best micro batch."""
+    first: dict[Any, Row] = {}
+    for row in found:
+        layout = row.layout
+        first.setdefault((layout.tp, layout.zero_stage, layout.recompute, layout.offload), row)
+    fit = [row for row in first.values() if row.fits]
+    return fit[:SHOWN] + [row for row in first.values() if not row.fits][:REFUSED]
+
+
+HEAD = ("", "dp", "tp", "ZeRO", "recompute", "micro", "GiB", "tokens/s", "MFU", "days", "USD", "limit")
+
+
+def table(shown: Sequence[Row], run: Run) -> list[str]:
+    body = [HEAD]
+    for i, row in enumerate(shown):
+        layout = row.layout
+        mark = "best" if i == 0 and row.fits else "" if row.fits else "no"
+        how = layout.recompute.value + ("+offload" if layout.offload is Offload.cpu else "")
+        body.append(
+            (
+                mark,
+                str(layout.dp),
+                str(layout.tp),
+                str(layout.zero_stage),
+                how,
+                str(layout.micro_batch_size),
+                f"{row.memory.gib()['total']:.1f}",
+                f"{row.tokens_per_s:,.0f}",
+                f"{100 * row.mfu:.1f}%",
+                f"{run.days(row):.2f}",
+                f"{run.cost(row):,.0f}",
+                row.limit,
+            )
+        )
+    widths = [max(len(line[i]) for line in body) for i in range(len(HEAD))]
+    left = (0, 4, 11)
+    return [
+        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in (tuple(line) for line in body)
+    ]
+
+
+def detail(row: Row) -> list[str]:
+    """Memory and time of a layout, part by part."""
+    memory = row.memory.gib()
+    host = memory.pop("host")
+    total = memory.pop("total")
+    step = {name: s for name, s in row.step.parts().items() if s > 0}
+    lines = [
+        f"the best: {row.layout}",
+        f"  memory, GiB a rank: {', '.join(f'{name} {size:.1f}' for name, size in memory.items())}; in all {total:.1f} "
+        f"of {row.room_gib:.1f} that a plan fills",
+        f"  a step, seconds: {', '.join(f'{name} {s:.3f}' for name, s in step.items())}; in all {row.step.total:.3f}",
+        f"  limit: {row.limit}; links take {row.step.tp_communication + row.step.dp_communication:.3f} s of a step",
+    ]
+    if host:
+        lines.append(f"  and {host:.1f} GiB a rank in the CPU's memory")
+    return lines
+
+
+if __name__ == "__main__":
+    run(("plan", plan))

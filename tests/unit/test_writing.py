@@ -1,0 +1,72 @@
+"""What a checkpoint takes of the machine, and says when it is not there: memory, and a disk that is written in time."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.config import Passing, UserError
+from trainer import weights
+from trainer.fragments import Fragment
+from trainer.snapshot import Snapshot, bytes_of, check_room
+from trainer.writing import Pulse
+
+
+def test_a_copy_that_no_machine_holds_is_one_line_with_its_bytes_and_the_way_out() -> None:
+    huge = [Fragment("w", 0, 1 << 58, {"master": torch.empty(0)})]
+    assert bytes_of(huge) == 1 << 60
+    for take in (lambda: Snapshot(huge, torch.device("cpu")), lambda: check_room([1 << 59, 1 << 59])):
+        with pytest.raises(UserError, match=rf"^{1 << 60:,} bytes of host .*checkpoint.background=false") as caught:
+            take()
+        assert "\n" not in str(caught.value)
+
+
+def test_room_is_asked_of_the_kernel_for_all_ranks_of_the_node(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       64 kB\nMemAvailable:       4 kB\n")
+    check_room([2048, 2048], meminfo)
+    with pytest.raises(UserError, match=r"^4,097 bytes of .*2 ranks of this node, 4,096 bytes are available"):
+        check_room([2048, 2049], meminfo)
+    check_room([1 << 60], tmp_path / "absent")  # a system that does not say
+
+
+def test_a_big_file_reaches_the_disk_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no fsync takes longer than others believe its rank alive."""
+    at: list[int] = []
+    sync = os.fsync
+
+    def fsync(fd: int) -> None:
+        at.append(os.fstat(fd).st_size)
+        sync(fd)
+
+    monkeypatch.setattr(weights, "CHUNK", 100)
+    monkeypatch.setattr(weights, "SYNC", 1000)
+    monkeypatch.setattr(os, "fsync", fsync)
+    body = os.urandom(2550)
+    assert weights.write_file(tmp_path / "a", [body[:50], body[50:]])["bytes"] == 2550
+    assert at == [1050, 2050, 2550] and (tmp_path / "a").read_bytes() == body
+
+
+def test_a_disk_that_refuses_may_pass(tmp_path: Path) -> None:
+    with pytest.raises(Passing, match=r"absent/a: No such file or directory: give run.dir a disk with room"):
+        weights.write_file(tmp_path / "absent" / "a", [b"x"])
+
+
+def test_a_folder_is_silent_from_its_last_change_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    pulse = Pulse(tmp_path)
+    now += 5
+    assert pulse.silence_s() == 5
+    (tmp_path / "a").touch()
+    now += 2
+    assert pulse.silence_s() == 0
+    (tmp_path / "a").write_bytes(b"more")
+    now += 3
+    assert pulse.silence_s() == 0
+    now += 4
+    assert pulse.silence_s() == 4

@@ -1,0 +1,163 @@
+"""Entry: `python -m trainer.export_hf checkpoint=RUN out=DIR`: a checkpoint as transformers opens it. Its door.
+
+Nothing is at `out` before transformers has opened the written folder and made of it, on CPU in fp32, the logits that
+our model makes of the checkpoint, and the same tokens of the same text.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conf.schema import run
+from data_pipeline.config import UserError
+from data_pipeline.manifest import TOKENIZER
+from trainer.arithmetic import param_count
+from trainer.checkpoint_config import ExportHfConfig
+from trainer.hf_folder import CONFIG, WEIGHTS, new_folder
+from trainer.run_folder import RunFolder, find_checkpoint, model_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data_pipeline.bpe import Tokenizer
+    from trainer.model.config import ModelConfig
+
+TOLERANCE = 1e-5  # of the largest logit
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog, and it's 7:30 on a Tuesday.",
+    "def mean(xs: list[float]) -> float:\n    return sum(xs) / len(xs)\n",
+    "Ἐν ἀρχῇ ἦν ὁ λόγος. 日本語の文 — naïve café, 3½ €",
+)
+
+
+def export_hf(cfg: ExportHfConfig) -> None:
+    checkpoint = find_checkpoint(cfg.checkpoint)
+    model = model_of(checkpoint, RunFolder.state(checkpoint))
+    from trainer.model.hf import hf_refusal  # from here on torch
+
+    refusal = hf_refusal(model)
+    if refusal is not None:
+        raise UserError(f"{checkpoint}: {refusal}")
+    if cfg.compare and not importlib.util.find_spec("transformers"):
+        raise UserError(
+            "compare=true opens what is written with transformers, which is not installed: pip install 'gradus[hf]', "
+            "or give compare=false, and compare where it is"
+        )
+    tokenizer = read_tokenizer(checkpoint)
+    with new_folder(cfg.out) as aside:
+        write(aside, checkpoint, model, tokenizer)
+        done = compare(aside, checkpoint, model, tokenizer) if cfg.compare else "not compared (compare=false)"
+    print(f"{cfg.out}: {model.name}, {param_count(model):,} parameters, from {checkpoint}\n  {done}")
+    if tokenizer is None:
+        print(f"  {checkpoint} has no {TOKENIZER}: none is written, AutoTokenizer finds nothing")
+
+
+def read_tokenizer(checkpoint: Path) -> Tokenizer | None:
+    from data_pipeline.bpe import Tokenizer
+
+    path = checkpoint / TOKENIZER
+    return Tokenizer.load(path) if path.is_file() else None
+
+
+def write(folder: Path, checkpoint: Path, cfg: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """config.json, model.safetensors, and where there is a vocabulary tokenizer.json and tokenizer_config.json."""
+    from trainer.checkpoint import assemble
+    from trainer.model.hf import hf_config, to_hf
+    from trainer.weights import write_file, write_safetensors
+
+    write_safetensors(folder / WEIGHTS, to_hf(dict(assemble(checkpoint)), cfg))
+    text = {CONFIG: _json({**hf_config(cfg, tokenizer.eot_id if tokenizer else None), "dtype": "float32"})}
+    if tokenizer is not None:
+        text |= {TOKENIZER: tokenizer.raw, "tokenizer_config.json": _json(tokenizer_config(cfg, tokenizer))}
+    for name, body in text.items():
+        write_file(folder / name, [body])
+
+
+def tokenizer_config(cfg: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What makes AutoTokenizer take tokenizer.json as it is: the class that has no vocabulary of its own."""
+    special = {"eos_token": tokenizer.eot_id, "bos_token": tokenizer.eot_id, "unk_token": tokenizer.unk_id}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": cfg.n_ctx,
+        "clean_up_tokenization_spaces": False,
+        **{name: tokenizer.token(i) for name, i in special.items() if i is not None},
+    }
+
+
+def compare(folder: Path, checkpoint: Path, cfg: ModelConfig, tokenizer: Tokenizer | None) -> str:
+    """What was compared, in words.
+
+    Raises:
+        UserError: logits that differ by more than TOLERANCE, or another tokenisation of TEXTS.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"  # both on CPU, in fp32: a GPU's kernels differ by more
+    import torch
+
+    seed = torch.seed()
+    rows = [torch.randint(cfg.vocab_size, (1, cfg.n_ctx))]
+    if tokenizer is not None:
+        rows += [torch.tensor([ids[: cfg.n_ctx]]) for ids in _same_tokens(folder, tokenizer) if ids]
+    ours, theirs = _our_logits(checkpoint, cfg, rows), _their_logits(folder, rows)
+    worst = 0.0
+    for mine, other in zip(ours, theirs, strict=True):
+        worst = max(worst, float((mine - other).abs().max()) / float(other.abs().max()))
+    text = sum(row.numel() for row in rows[1:])
+    what = f"{cfg.n_ctx} random tokens (seed {seed}) and {text} of text"
+    if not worst <= TOLERANCE:
+        raise UserError(
+            f"transformers' logits differ by {worst:.3g} of the largest, more than {TOLERANCE}, on {what}: nothing is "
+            f"written; {checkpoint} or the two packages' versions are at fault"
+        )
+    same = f"; AutoTokenizer gives the same tokens for {len(TEXTS)} texts" if tokenizer is not None else ""
+    return f"transformers' logits differ by {worst:.2g} of the largest at most, on {what}{same}"
+
+
+def _same_tokens(folder: Path, tokenizer: Tokenizer) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    theirs, out = AutoTokenizer.from_pretrained(folder), []
+    for text in TEXTS:
+        ids, found = tokenizer.encode(text), theirs(text, add_special_tokens=False)["input_ids"]
+        if ids != found:
+            raise UserError(
+                f"AutoTokenizer makes {len(found)} other tokens of {text!r} than our {len(ids)}: nothing is written; "
+                f"{TOKENIZER} of the checkpoint says what transformers does not do"
+            )
+        out.append(ids)
+    return out
+
+
+def _our_logits(checkpoint: Path, cfg: ModelConfig, rows: list[Tensor]) -> list[Tensor]:
+    import torch
+
+    from trainer import parallel
+    from trainer.generate import load_model
+
+    model = load_model(checkpoint, cfg)
+    with torch.inference_mode():
+        out = [model.logits(row) for row in rows]
+    parallel.stop(model.mesh)
+    return out
+
+
+def _their_logits(folder: Path, rows: list[Tensor]) -> list[Tensor]:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return [model(row).logits for row in rows]
+
+
+def _json(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False, indent=2).encode()
+
+
+if __name__ == "__main__":
+    run(("export_hf", export_hf))

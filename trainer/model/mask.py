@@ -1,0 +1,79 @@
+"""What a token may look at, and where it stands: the one place that says so.
+
+`Pattern.sees` is the definition. Attention takes it in two forms: a bias that is added to the scores (any device; the
+reference), or FlexAttention's block mask (flex.py), whose kernel skips what no token of a block sees.
+
+Legend: B batch, T time, S time with what a cache holds (S >= T; the T queries are the last of the S positions).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Attention of one kind (a letter of ModelConfig.attention) with its numbers; hashable."""
+
+    kind: str
+    band: int
+    stride: int
+    summary: int
+
+    def sees(self, q: Tensor, k: Tensor) -> Tensor:
+        """Whether the token at position `q` looks at the one at `k`: positions in one text, from 0, that broadcast.
+
+        Band: arXiv 2005.14165, section 2.1. Strided and fixed: arXiv 1904.10509, section 4, both of its sets in one
+        head; the strided one's band holds `stride` tokens, itself included, as in its released code.
+        """
+        past = q >= k
+        if self.kind == "B":
+            return past & (q - k < self.band)
+        if self.kind == "S":
+            return past & ((q - k < self.stride) | ((q - k) % self.stride == 0))
+        if self.kind == "F":
+            own = q // self.stride == k // self.stride
+            return past & (own | (k % self.stride >= self.stride - self.summary))
+        return past
+
+
+DENSE = Pattern("D", 0, 0, 0)
+
+
+def patterns(cfg: ModelConfig, n: int) -> dict[str, Pattern]:
+    """What each letter of a model means in a text of `n` tokens; DENSE where it sees all of the past there."""
+    numbers = (cfg.band or 0, cfg.stride or 0, cfg.summary or 0)
+    return {kind: DENSE if cfg.sees_all(kind, n) else Pattern(kind, *numbers) for kind in sorted(set(cfg.attention))}
+
+
+def attention_bias(
+    T: int, S: int, like: Tensor, segment_ids_BT: Tensor | None = None, pattern: Pattern = DENSE
+) -> Tensor | None:
+    """What is added to attention's scores: 0 where a token may look, -inf elsewhere; built once for a pattern's layers.
+
+    A token looks at what `pattern` says, with `segment_ids_BT` at its own segment only, where the pattern starts anew
+    (then T = S). [T, S], with segments [B, 1, T, T], in the dtype and on the device of `like`: attention would make the
+    same of a bool mask, but in each layer anew, and keep each for its backward. None where attention needs no bias:
+    causal attention over a square says it all, and a last token sees everything.
+    """
+    if segment_ids_BT is None:
+        if pattern == DENSE and T in (1, S):
+            return None
+        positions = torch.arange(S, device=like.device)
+        sees = pattern.sees(positions[S - T :, None], positions)
+    else:
+        place_BT = segment_positions(segment_ids_BT)
+        sees = pattern.sees(place_BT[:, None, :, None], place_BT[:, None, None, :])
+        sees = sees & (segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :])
+    return torch.zeros(sees.shape, dtype=like.dtype, device=like.device).masked_fill_(~sees, -torch.inf)
+
+
+def segment_positions(segment_ids_BT: Tensor) -> Tensor:
+    """Each token's place in its segment, from 0: [B, T] int64. Segment ids never fall along a row."""
+    first_BT = torch.searchsorted(segment_ids_BT.contiguous(), segment_ids_BT.contiguous())
+    return torch.arange(segment_ids_BT.shape[1], device=segment_ids_BT.device) - first_BT

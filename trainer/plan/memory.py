@@ -1,0 +1,193 @@
+"""Bytes on one rank at the fullest moment of a step, part by part: docs/plan.md has each formula's source.
+
+A step is fullest either where backward starts, with all activations and the logits, or where it ends, with all
+gradients and the buffers that sum them over the ranks. tests/distributed/test_plan_bytes.py counts the real engine's.
+
+Legend: P parameters on this rank before ZeRO, C n_embd, V vocabulary on this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from trainer.arithmetic import LOSS_CHUNK_BYTES, REDUCE_BUCKET, padded_n_head, padded_vocab_size
+from trainer.config import Offload, Precision, PretrainConfig, Recompute
+from trainer.model.config import Norm
+from trainer.optim_config import Kind
+from trainer.plan.hardware import CPU, Gpu
+from trainer.plan.layout import Layout, element_bytes, local_params
+from trainer.plan.pattern import biased
+
+GIB = 2**30
+ZERO3_LIVE = 1_000_000_000  # elements of gathered weights (stage3_max_live_parameters, stage3_max_reuse_distance)
+# tp = 1: the gradient takes the logits' place, fp32 lives for so many chunks (trainer/loss.py). tp > 1: bytes of
+# the logits and of their fp32 copy, which megatron-core overwrites. By the bytes of an activation.
+CHUNKS, SPLIT_LOGIT_BYTES = 3, {2: 6, 4: 8}
+FP8_KEPT, FP8_WEIGHTS = 27, 12  # bytes x C of a token, bytes x C^2 of a layer's rounded weights (docs/speed.md)
+ALLOCATOR_SHARE = 0.04  # of all tensors: the caching allocator rounds blocks up and cuts them by reuse; an assumption
+CONTEXT_GIB = {CPU: 0.7}  # interpreter and torch
+CUDA_CONTEXT_GIB = 1.2  # CUDA with cuBLAS, cuDNN and NCCL, which torch's own figure does not hold; an assumption
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a rank's device; `host`: in the CPU's memory, what offload puts there and the copy that checkpoints
+    are written from."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    workspace: float  # buffers of ZeRO, then the allocator's loss and the device's context
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self) if f.name != "host")
+
+    def gib(self) -> dict[str, float]:
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: round(size / GIB, 3) for name, size in {**parts, "total": self.total}.items()}
+
+
+def memory(cfg: PretrainConfig, layout: Layout, gpu: Gpu) -> Memory:
+    """What a rank of `gpu` holds, the device's context and the allocator's loss included."""
+    on_cpu = gpu.name == CPU
+    net = tensor_memory(cfg, layout, on_gpu=not on_cpu)
+    copy = snapshot(cfg, layout)
+    context = CONTEXT_GIB.get(gpu.name, CUDA_CONTEXT_GIB) * GIB
+    loss = 0.0 if on_cpu else ALLOCATOR_SHARE * net.total
+    parts = {f.name: getattr(net, f.name) for f in fields(net)}
+    return Memory(
+        **{
+            **parts,
+            "workspace": net.workspace + loss + context + (copy if on_cpu else 0.0),
+            "host": net.host + (0.0 if on_cpu else copy),
+        }
+    )
+
+
+def snapshot(cfg: PretrainConfig, layout: Layout) -> float:
+    """What a checkpoint in the background is written from: masters and moments once more (trainer/snapshot.py)."""
+    return optimizer_bytes(cfg, layout) / layout.dp if cfg.checkpoint.background else 0.0
+
+
+def optimizer_bytes(cfg: PretrainConfig, layout: Layout) -> float:
+    """fp32 masters and moments before ZeRO: AdamW has two moments; Muon, of the blocks' matrices, one (tp = 1)."""
+    one_moment = 12 * cfg.model.n_layer * cfg.model.n_embd**2 if cfg.optim.kind is Kind.muon else 0
+    return 12.0 * local_params(cfg.model, layout.tp) - 4.0 * one_moment
+
+
+def tensor_memory(cfg: PretrainConfig, layout: Layout, on_gpu: bool = True) -> Memory:
+    """The tensors alone, at the fullest moment."""
+    p = local_params(cfg.model, layout.tp)
+    accumulates = cfg.tokens_per_step > cfg.model.n_ctx * layout.micro_batch_size * layout.dp
+    states = zero_states(p, layout, element_bytes(cfg), accumulates, optimizer_bytes(cfg, layout))
+    kept, logits = activations(cfg, layout) + bias_bytes(cfg, layout, on_gpu), logit_bytes(cfg, layout)
+    start = _backward_transients(cfg, layout)  # after the logits are gone
+    begin = kept + max(logits, start) + states.bucket
+    if states.end > begin:  # backward's end: the activations are gone
+        kept = logits = 0.0
+        workspace = states.end
+    else:
+        workspace = states.bucket + max(0.0, start - logits)
+    return Memory(states.weights, states.gradients, states.optimizer, kept, logits, workspace, states.host)
+
+
+@dataclass(frozen=True)
+class ZeroStates:
+    """Bytes that ZeRO's wrapper holds: between steps, then its buffers where backward starts and where it ends."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    bucket: float
+    end: float
+    host: float = 0.0
+
+
+def zero_states(p: int, layout: Layout, low: int, accumulates: bool, optimizer: float | None = None) -> ZeroStates:
+    """DeepSpeed 0.19.8, as engine.py configures it: fp32 masters, fp32 sums of gradients, fp32 communication.
+
+    16 bytes a parameter of masters, moments and fp32 gradients, and the weights that the model computes with. What is
+    split over dp: masters and moments (ZeRO-1), the sum of gradients (2), the weights (3). `low`: bytes of a weight;
+    `accumulates`: a step has several micro steps, so that a forward meets the sum of those before it. `optimizer`:
+    bytes of masters and moments before ZeRO, where it is not AdamW's 12 a parameter.
+    """
+    dp, bucket = layout.dp, float(min(p, REDUCE_BUCKET))
+    optimizer, share = (12.0 * p if optimizer is None else optimizer) / dp, 4.0 * p / dp
+    gathered = low * min(p, ZERO3_LIVE)
+    if layout.offload is Offload.cpu:
+        host = optimizer + share + (low * p / dp if layout.zero_stage == 3 else 0.0)
+        on_device = gathered if layout.zero_stage == 3 else low * p
+        return ZeroStates(on_device, 0.0, 0.0, 4 * bucket, (8 + low) * bucket, host)
+    if layout.zero_stage == 3:
+        if dp == 1:  # nothing to gather, but the buffers are there
+            return ZeroStates(low * p, share, optimizer, 4 * bucket, (8 + 2 * low) * bucket)
+        return ZeroStates(low * p / dp + gathered, share, optimizer, 4 * bucket, (8 + low) * bucket)
+    if low == 2 and layout.zero_stage == 1:
+        # zero1.py: fp32 sums of all gradients, summed over the ranks where they lie; bf16 ones until backward's end
+        return ZeroStates(low * p, 4.0 * p, optimizer, 0.0, float(low * p))
+    held = share if accumulates else 0.0
+    last = share - held if low == 2 else 0.0
+    return ZeroStates(low * p, held, optimizer, 0.0, 8 * bucket + last)  # counted: no bucket while the logits are there
+
+
+def activations(cfg: PretrainConfig, layout: Layout) -> float:
+    """What autograd keeps for backward, of all layers of a micro batch; less what is recomputed."""
+    model, tokens = cfg.model, layout.micro_batch_size * cfg.model.n_ctx
+    share = layout.tp if layout.sequence_parallel else 1
+    ends = tokens * 2 * model.n_embd / share * element_bytes(cfg)  # the last LayerNorm's input and output
+    return model.n_layer * layer_bytes(cfg, layout, layout.recompute) + ends
+
+
+def layer_bytes(cfg: PretrainConfig, layout: Layout, recompute: Recompute) -> float:
+    """What autograd keeps of one layer.
+
+    A layer keeps of each token, in elements: its input, both LayerNorms' outputs and the sum between (4 C, whole on
+    each tp rank unless sequence parallelism splits them), q, k, v and attention's output (4 heads x D), the MLP before
+    and after GELU (8 C): 16 C in all. Measured equal with and without torch.compile. fp8 keeps a linear's input in one
+    byte, which leaves selective recompute nothing to save, and the rounded weights.
+    """
+    model, size = cfg.model, element_bytes(cfg)
+    tokens = layout.micro_batch_size * model.n_ctx
+    share = layout.tp if layout.sequence_parallel else 1
+    if recompute is Recompute.full:
+        return tokens * model.n_embd / share * size
+    heads = padded_n_head(model.n_head, layout.tp) // layout.tp
+    statistics = 4 * heads  # log-sum-exp, fp32
+    masks = 2 * model.n_embd / share if model.dropout > 0 else 0.0
+    if cfg.precision is Precision.fp8:
+        return tokens * (FP8_KEPT * model.n_embd + statistics + masks) + FP8_WEIGHTS * model.n_embd**2
+    attention = 4 * heads * model.head_dim
+    # GELU's output is made again and the LayerNorms', of post-norm only the first's: the last is the next's input
+    whole, split = (4, 8) if recompute is Recompute.none else (2 if model.norm is Norm.pre else 3, 4)
+    elements = whole * model.n_embd / share + attention + split * model.n_embd / layout.tp
+    return tokens * (elements * size + statistics + masks)
+
+
+def bias_bytes(cfg: PretrainConfig, layout: Layout, on_gpu: bool) -> float:
+    """Of what is added to attention's scores, one for all layers of a letter: [T, T], with documents [B, 1, T, T]."""
+    rows = layout.micro_batch_size if cfg.data.document_mask else 1
+    return float(len(biased(cfg, on_gpu)) * rows * cfg.model.n_ctx**2 * element_bytes(cfg))
+
+
+def logit_bytes(cfg: PretrainConfig, layout: Layout) -> float:
+    vocabulary = padded_vocab_size(cfg.model.vocab_size, layout.tp) // layout.tp
+    logits, size = layout.micro_batch_size * cfg.model.n_ctx * vocabulary, element_bytes(cfg)
+    if layout.tp > 1:
+        return float(SPLIT_LOGIT_BYTES[size] * logits)
+    return float(size * logits + CHUNKS * min(LOSS_CHUNK_BYTES, 4 * logits))
+
+
+def _backward_transients(cfg: PretrainConfig, layout: Layout) -> float:
+    """Beside what forward kept: the embedding's gradient, the gradients inside a layer, what of it is made again."""
+    model, size = cfg.model, element_bytes(cfg)
+    tokens = layout.micro_batch_size * model.n_ctx
+    vocabulary = padded_vocab_size(model.vocab_size, layout.tp) // layout.tp
+    again = 0.0
+    if layout.recompute is not Recompute.none:
+        kept = 0.0 if layout.recompute is Recompute.full else layer_bytes(cfg, layout, layout.recompute)
+        again = layer_bytes(cfg, layout, Recompute.none) - kept
+    return again + size * (vocabulary * model.n_embd + tokens * (2 * model.n_embd + 8 * model.n_embd / layout.tp))
