@@ -10,6 +10,9 @@ PYTHON ?= python3
 # Free space that the installation asks for, in GB: an estimate for torch with CUDA; without CUDA it takes 2.6, 3 will do.
 DISK_GB ?= 6
 
+# Tests are run side by side, one for each core.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadgroup
+
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -29,10 +32,10 @@ demo: $(STAMP)
 	@$(RUN) -m launch.demo
 
 test: $(STAMP)
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest $(SIDE_BY_SIDE)
 
 test-slow: $(STAMP)
-	@$(RUN) -m pytest -m slow --timeout 900
+	@$(RUN) -m pytest $(SIDE_BY_SIDE) -m slow --timeout 900
 
 check: $(STAMP)
 	@$(RUN) -m ruff check .

@@ -9,6 +9,8 @@ import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # also beside a GPU: tests/gpu start processes of their own there
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: a thread for each, set before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 

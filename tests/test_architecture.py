@@ -28,6 +28,7 @@ CONFIGS = (
     "trainer.checkpoint_config",
     "trainer.model.config",
     "trainer.optim_config",
+    "trainer.safety_config",
 )
 ORDER = ("ledger", "mixture", "epochs", "plan", "stages")  # pure: the order of the data
 STREAMING = tuple(f"data_pipeline.{m}" for m in ("config", "geometry", "manifest", "bpe", *ORDER, "stream", "loader"))
@@ -75,7 +76,7 @@ ROOMS = (
         CONFIGS,
         (),
     ),
-    Room(("trainer/world.py", "trainer/journal.py"), CONFIGS, ()),
+    Room(("trainer/world.py", "trainer/journal.py", "trainer/exit_codes.py"), CONFIGS, ()),
     Room(
         ("trainer/plan/*",),
         (*CONFIGS, *(f"trainer.{m}" for m in ("arithmetic", "layouts", "plan", "world"))),
@@ -91,7 +92,10 @@ ROOMS = (
             "conf.schema",
             *CONFIGS,
             "data_pipeline.manifest",
-            *(f"trainer.{m}" for m in ("arithmetic", "layouts", "world", "run_folder", "journal", "plan")),
+            *(
+                f"trainer.{m}"
+                for m in ("arithmetic", "check", "exit_codes", "layouts", "world", "run_folder", "journal", "plan")
+            ),
         ),
         None,
     ),

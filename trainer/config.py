@@ -10,6 +10,7 @@ from data_pipeline.config import MISSING, DataConfig, RampConfig, UserError
 from trainer.checkpoint_config import CheckpointConfig
 from trainer.model.config import ModelConfig
 from trainer.optim_config import OptimConfig
+from trainer.safety_config import GuardConfig, WatchConfig
 
 AUTO = "auto"
 T = TypeVar("T")
@@ -124,6 +125,8 @@ class PretrainConfig:
     compile: Compile = Compile.auto  # torch.compile of the blocks and the loss
     init_from: str | None = None  # a checkpoint or run folder of the same model: its weights are where a new run starts
     batch_ramp: RampConfig = field(default_factory=RampConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     seed: int = 1337  # of the weights, the data's order and dropout
     deterministic: bool = False  # GPU: bit-exact resume, at some cost of speed; CPU is always exact
     resume: Resume = Resume.auto

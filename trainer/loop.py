@@ -8,7 +8,6 @@ Steps are counted by what is done: the row, the validation and the checkpoint of
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from data_pipeline.config import UserError
 from data_pipeline.geometry import Geometry
 from data_pipeline.loader import IGNORE, Batch
-from data_pipeline.manifest import TOKENIZER, Manifest
+from data_pipeline.manifest import TOKENIZER
 from data_pipeline.plan import Plan
 from trainer import checkpoint, parallel
 from trainer.arithmetic import flops_per_token
@@ -34,6 +33,7 @@ from trainer.schedule import lr_at
 from trainer.sources import Sources, data_state, plan_run
 from trainer.start import beginning, build_engine, introduction, take_run
 from trainer.tracking import Tracker
+from trainer.validate import validate
 from trainer.world import World
 from trainer.writing import Writer
 
@@ -189,33 +189,15 @@ class Trainer:
         print(progress_line(self.step, self.cfg.max_steps, row, eta), flush=True)
 
     def _evaluate(self) -> None:
-        """Mean loss over the validation windows of each source, and over the sources by their weights."""
-        here = self.plan.ledger.segment(self.step - 1)
-        losses = {name: self._loss_on(manifest, here.n_ctx) for name, manifest in self.sources.val.items()}
-        weights = {name: here.weights.get(name, 0) for name in losses}
-        if not any(weights.values()):  # what is drawn now has no validation data: what there is counts alike
-            weights = dict.fromkeys(losses, 1)
-        self.val_loss = sum(weights[name] * loss for name, loss in losses.items()) / sum(weights.values())
+        self.val_loss, losses = validate(
+            self.engine, self.feed, self.sources.val, self.plan.ledger.segment(self.step - 1)
+        )
         if self.tracker is not None:
             each = {f"val/loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
             self.tracker.log(self.step, {"val/loss": self.val_loss, **each})
             parts = "".join(f"  {name} {loss:.4f}" for name, loss in losses.items()) if each else ""
             print(f"step {self.step}/{self.cfg.max_steps}  val loss {self.val_loss:.4f}{parts}", flush=True)
         self.speed.start()  # validation is no training time
-
-    def _loss_on(self, manifest: Manifest, n_ctx: int) -> float:
-        """Mean loss on a source's validation windows; every rank runs the same number of forwards and gets its bits."""
-        sums, unread = torch.zeros(2, dtype=torch.float64, device=self.mesh.device), None  # loss, tokens
-        for batch, error in self.feed.validation(manifest, n_ctx):
-            unread = unread or error
-            sums[0] += self.engine.evaluate(batch)
-            sums[1] += float("nan") if error else (batch.labels != IGNORE).sum()
-        dist.all_reduce(sums, group=self.mesh.dp_group)
-        dist.broadcast(sums, src=0)  # the decision whether this is the best is taken on equal bits
-        total, tokens = sums.tolist()
-        if math.isnan(tokens):
-            self.feed.agree(unread)
-        return float(total / tokens)
 
     def _is_best(self) -> bool:
         """Where the best checkpoint is kept, a validation better than all before is worth one."""

@@ -1,0 +1,78 @@
+"""What can be refused of a run before torch is imported: on its ranks, and on a login node before it is sent."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from data_pipeline.config import UserError
+from data_pipeline.geometry import Geometry
+from trainer.address import check_tracking
+from trainer.config import PretrainConfig, Resume
+from trainer.init_from import check_init_from
+from trainer.layouts import check_layout
+from trainer.optim_config import Kind
+from trainer.plan.auto import resumed, settle
+from trainer.run_folder import RunFolder, check_model, model_of
+from trainer.schedule import lr_at
+from trainer.sources import Sources, check_cache, check_past, check_sources, open_sources, plan_run
+from trainer.world import World
+
+
+class Checked(NamedTuple):
+    """A run that may start: its config with nothing left open, and what was found on the way."""
+
+    cfg: PretrainConfig
+    geometry: Geometry
+    sources: Sources
+    state: dict[str, Any]  # of the checkpoint that it goes on from, {} for a new run
+    chosen: str  # what the plan chose, in words; "" where nothing was open
+
+
+def check(cfg: PretrainConfig, world: World) -> Checked:
+    """Raises UserError for a run that cannot be: its layout, its data, its tracker, its past or its length."""
+    cfg, chosen = settle(cfg, world)
+    geometry = check_layout(cfg, world.world_size)
+    sources = open_sources(cfg.data)
+    check_sources(cfg, sources)
+    check_cache(cfg, sources, world)
+    check_tracking(cfg.tracking)
+    state = check_resume(cfg, sources)
+    if chosen:
+        chosen += resumed(state.get("layout", {}))
+    sources = sources._replace(past=state.get("data", {}).get("sources", {}))
+    plan = plan_run(cfg, sources, state)
+    tokens = plan.ledger.tokens(cfg.max_steps)
+    lr_at(cfg.optim.schedule, cfg.optim.lr, step=0, max_steps=cfg.max_steps, tokens=0, step_tokens=0, end_tokens=tokens)
+    return Checked(cfg, geometry, sources, state, chosen)
+
+
+def check_resume(cfg: PretrainConfig, sources: Sources) -> dict[str, Any]:
+    """The state to resume from, {} for a new run.
+
+    Raises:
+        UserError: the run folder is not what `resume` asks for, or holds another run.
+    """
+    folder = RunFolder(cfg.run.dir)
+    latest = folder.latest()
+    if latest is None:
+        if cfg.resume is Resume.must:
+            raise UserError(
+                f"resume=must, but {cfg.run.dir} holds no checkpoint: give the run's own run.dir, or resume=auto"
+            )
+        check_init_from(cfg, sources)
+        return {}
+    if cfg.resume is Resume.never:
+        raise UserError(f"resume=never, but {cfg.run.dir} holds {latest.name}: give another run.name, or resume=auto")
+    state = folder.state(latest)
+    check_model(latest, model_of(latest, state), cfg.model)
+    if (then := state.get("optimizer", Kind.adamw.value)) != cfg.optim.kind.value:  # older ones do not say: all AdamW
+        raise UserError(
+            f"optim.kind={cfg.optim.kind.value}, but {latest.name} of {cfg.run.dir} has the moments of {then}: "
+            "give the old kind, or another run.name"
+        )
+    check_past(cfg, sources, latest.name, state)
+    if state.get("step", 0) > cfg.max_steps:
+        raise UserError(
+            f"max_steps={cfg.max_steps}, but {cfg.run.dir} is at step {state['step']}: give more, or another run.name"
+        )
+    return state
