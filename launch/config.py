@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from data_pipeline.config import MISSING, DataConfig, UserError
+from launch.cluster_config import ClusterConfig
 from trainer.config import Open, PretrainConfig
 
 
@@ -32,30 +32,6 @@ class SuperviseConfig:
                 f"backoff_s={self.backoff_s}, max_backoff_s={self.max_backoff_s}, grace_s={self.grace_s}: "
                 "give 0 <= backoff_s <= max_backoff_s and 0 <= grace_s"
             )
-
-
-@dataclass
-class ClusterConfig:
-    """The machines that a run is for."""
-
-    name: str = MISSING
-    nodes: int = 1
-    gpus_per_node: int = 8
-    gpu: str = "h100_80gb"  # a row of the plan's table; a wrong name gets the list of them
-    network_gbit: float = MISSING  # of a node, all its adapters together, one direction
-    price_per_gpu_hour: float | None = None  # USD, what you pay; null = the plan's own rough assumption
-    memory_gib: float | None = None  # of one GPU, where yours has another size than the table says
-
-    def __post_init__(self) -> None:
-        for key in ("nodes", "gpus_per_node"):
-            if getattr(self, key) < 1:
-                raise UserError(f"cluster.{key}={getattr(self, key)}: give at least 1")
-        for key in ("network_gbit", "memory_gib"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"cluster.{key}={value}: give a positive number")
-        if self.price_per_gpu_hour is not None and not 0 <= self.price_per_gpu_hour < math.inf:
-            raise UserError(f"cluster.price_per_gpu_hour={self.price_per_gpu_hour}: give 0 or more, or null")
 
 
 @dataclass

@@ -14,7 +14,8 @@ from typing import Any
 
 from conf.schema import run
 from data_pipeline.config import UserError
-from launch.config import ClusterConfig, PlanConfig
+from launch.cluster_config import ClusterConfig
+from launch.config import PlanConfig
 from trainer.arithmetic import padded_n_head, param_count
 from trainer.config import Offload
 from trainer.plan.choose import Row, rows, way_out

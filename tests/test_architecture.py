@@ -46,7 +46,7 @@ class Room:
 
 
 ROOMS = (
-    Room(("conf/*",), (*CONFIGS, "launch.config", "conf.hints"), ("hydra", "omegaconf")),
+    Room(("conf/*",), (*CONFIGS, "launch.config", "launch.cluster_config", "conf.hints"), ("hydra", "omegaconf")),
     Room(("data_pipeline/config.py",), (), ()),
     Room(
         (
@@ -84,7 +84,7 @@ ROOMS = (
     ),
     Room(("trainer/run_folder.py",), (*CONFIGS, "trainer.arithmetic"), ()),
     Room(("trainer/*",), ("trainer", *STREAMING), None),
-    Room(("launch/config.py",), CONFIGS, ()),
+    Room(("launch/*config.py",), (*CONFIGS, "launch.cluster_config"), ()),
     Room(
         ("launch/*",),
         (

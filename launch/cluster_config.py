@@ -1,0 +1,93 @@
+"""What a user may say about the machines that a run is for, and how it is started there. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from data_pipeline.config import MISSING, UserError
+
+
+class SshLauncher(Enum):
+    deepspeed = "deepspeed"  # a fixed number of hosts
+    torchrun = "torchrun"  # elastic: goes on with min_nodes of them or more, and takes lost ones back
+
+
+class Transport(Enum):
+    pdsh = "pdsh"
+    openmpi = "openmpi"  # deepspeed only
+
+
+class LocalLauncher(Enum):
+    torchrun = "torchrun"
+    deepspeed = "deepspeed"
+
+
+class Chain(Enum):
+    singleton = "singleton"  # the next job runs when this one has ended, however
+    afterok = "afterok"  # when it has ended well
+
+
+@dataclass
+class SlurmConfig:
+    """`#SBATCH` lines and what the job does before it trains; null leaves Slurm's own default."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = None  # as Slurm writes it: 30, 12:00:00, 2-00
+    exclusive: bool = False
+    cpus_per_task: int | None = None
+    mem: str | None = None  # of a node: 200G; 0 = all
+    constraint: str | None = None
+    container: str | None = None  # an image for the pyxis plugin's --container-image
+    modules: list[str] = field(default_factory=list)  # loaded before the start
+    signal_s: int = 120  # before the time limit: then the run saves and requeues itself
+    requeue: bool = True  # by itself when its time is up, and by Slurm when a node is lost
+    chain: int = 1  # jobs that follow one another, for runs longer than the limit
+    chain_by: Chain = Chain.singleton
+
+
+@dataclass
+class SshConfig:
+    hosts: list[str] = field(default_factory=list)  # one rank for each GPU on each
+    hostfile: str | None = None  # instead of hosts: DeepSpeed's, lines of `HOST slots=N`
+    launcher: SshLauncher = SshLauncher.deepspeed
+    transport: Transport = Transport.pdsh
+    min_nodes: int | None = None  # torchrun: goes on with so many; null = all of them
+    master_port: int = 29500
+    interface: str | None = None  # the network interface for gloo and NCCL
+
+
+@dataclass
+class LocalConfig:
+    launcher: LocalLauncher = LocalLauncher.torchrun
+
+
+@dataclass
+class ClusterConfig:
+    """The machines that a run is for."""
+
+    name: str = MISSING
+    nodes: int = 1
+    gpus_per_node: int = 8
+    gpu: str = "h100_80gb"  # a row of the plan's table; a wrong name gets the list of them
+    network_gbit: float = MISSING  # of a node, all its adapters together, one direction
+    price_per_gpu_hour: float | None = None  # USD, what you pay; null = the plan's own rough assumption
+    memory_gib: float | None = None  # of one GPU, where yours has another size than the table says
+    env: dict[str, str] = field(default_factory=dict)  # environment variables of every rank
+    slurm: SlurmConfig | None = None  # launch.submit starts a run by the one of these three that is there
+    ssh: SshConfig | None = None
+    local: LocalConfig | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("nodes", "gpus_per_node"):
+            if getattr(self, key) < 1:
+                raise UserError(f"cluster.{key}={getattr(self, key)}: give at least 1")
+        for key in ("network_gbit", "memory_gib"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"cluster.{key}={value}: give a positive number")
+        if self.price_per_gpu_hour is not None and not 0 <= self.price_per_gpu_hour < math.inf:
+            raise UserError(f"cluster.price_per_gpu_hour={self.price_per_gpu_hour}: give 0 or more, or null")
