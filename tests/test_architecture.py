@@ -77,7 +77,11 @@ ROOMS = (
         (),
     ),
     Room(("trainer/world.py", "trainer/journal.py", "trainer/exit_codes.py", "trainer/progress.py"), CONFIGS, ()),
-    Room(("trainer/signals.py", "trainer/heartbeat.py"), ("trainer.exit_codes", "trainer.progress"), ()),
+    Room(
+        ("trainer/signals.py", "trainer/heartbeat.py", "trainer/hang.py"),
+        ("data_pipeline.config", *(f"trainer.{m}" for m in ("exit_codes", "progress", "world"))),
+        (),
+    ),
     Room(
         ("trainer/plan/*",),
         (*CONFIGS, *(f"trainer.{m}" for m in ("arithmetic", "layouts", "plan", "world"))),
