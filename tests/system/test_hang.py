@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.runs import finish, make_data, pretrain, start
+from tests.system.runs import finish, make_data, pretrain
+from tests.system.supervised import rows, supervised
 from tests.system.test_resume import story, weights
 from trainer.hang import read_spots
 from trainer.run_folder import RunFolder
@@ -21,9 +22,9 @@ def test_a_rank_that_sleeps_is_named_with_its_place_and_the_next_start_goes_on_e
     sleeper, step = random.randrange(2), random.randrange(5, 9)
     common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=12", *QUICK)
     run = tmp_path / "run"
-    planted = ("tests.planted", str(sleeper), str(step), "1000")
-    ended = finish(start(run, *common, ranks=2, entry=planted))
-    assert [code for code, _ in ended] == [86, 86], ended
+    process = supervised(run, *common, entry=("tests.planted", str(sleeper), str(step), "1000"))
+    [(code, err)] = finish([process])
+    assert code == 0, err
     folder = RunFolder(run)
     spots = {spot.rank: spot for spot in read_spots(folder.hang(1))}
     assert spots.keys() == {0, 1}
@@ -34,8 +35,11 @@ def test_a_rank_that_sleeps_is_named_with_its_place_and_the_next_start_goes_on_e
         assert stacks.count("Thread 0x") >= 3 and ("sleeps_here" in stacks) == (rank == sleeper)
     report = folder.hang_report(1).read_text()
     assert f"without another (limit 4 s): waiting for rank {sleeper} on " in report.splitlines()[0]
-    assert [err.count(report.splitlines()[0]) for _, err in ended].count(1) == 1, "one rank tells it"
-    pretrain(run, *common, ranks=2)
+    assert err.count(f"watch: {report.splitlines()[0]}") == 1, "one rank tells it"
+    assert [(row["exit_code"], row.get("cause")) for row in rows(run) if row["event"] == "exit"] == [
+        (86, report.splitlines()[0]),
+        (0, None),
+    ]
     pretrain(tmp_path / "whole", *common, ranks=2)
     assert story(run) == story(tmp_path / "whole")
     assert weights(run) == weights(tmp_path / "whole")

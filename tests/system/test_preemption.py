@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.runs import finish, make_data, pretrain, start
+from tests.system.supervised import rows, supervised
 from tests.system.test_resume import story, weights
 from trainer.journal import read_journal
 from trainer.run_folder import RunFolder
@@ -61,3 +62,47 @@ def test_a_signal_before_the_first_step_ends_the_process_at_once(tmp_path: Path,
     _, (ended, err) = finish(process)
     assert ended == code
     assert err.splitlines()[-1].endswith("before the first step: nothing to save, nothing lost")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_without_agreement_the_rank_that_got_the_signal_ends_and_saves_nothing(tmp_path: Path) -> None:
+    asleep = random.randrange(2)
+    common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=20", "checkpoint.every_steps=0", "watch.stop_s=2")
+    run = tmp_path / "run"
+    processes = start(run, *common, ranks=2, entry=("tests.planted", str(asleep), "4", "1000"))
+    try:
+        deadline = time.monotonic() + 100
+        while not (run / "slept").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        processes[1 - asleep].send_signal(signal.SIGUSR1)
+        [(code, err)] = finish([processes[1 - asleep]])
+        processes[asleep].kill()
+        finish(processes[asleep : asleep + 1])
+    finally:
+        for process in processes:
+            process.kill()
+    assert code == 87
+    assert "SIGUSR1 after step 4, and the other ranks did not agree to stop within 2 s" in err.splitlines()[-1]
+    assert RunFolder(run).published() == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 85)])
+def test_a_signal_to_the_restarter_saves_the_run_under_torchrun(tmp_path: Path, number: int, code: int) -> None:
+    run = tmp_path / "run"
+    common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=100000", "checkpoint.every_steps=0")
+    process = supervised(run, *common, "watch.beat_s=0.1")
+    try:
+        signal_at([process], run, random.randrange(2, 9), 0, number)
+        [(ended, err)] = finish([process])
+    finally:
+        process.kill()
+    assert ended == code, err
+    [saved] = RunFolder(run).published()
+    assert read_journal(run / "metrics.jsonl")[-1].step == int(saved.name[5:13])
+    started, exited = rows(run)
+    assert (started["event"], exited["event"], exited["exit_code"]) == ("start", "exit", code)
+    assert f"stopped by {signal.Signals(number).name} after step {int(saved.name[5:13])}, saved" in exited["cause"]

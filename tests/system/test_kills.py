@@ -1,0 +1,93 @@
+"""kill -9 of any rank at any moment, under the restarter: the run is the one that was never killed, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.system.runs import finish, make_data, pretrain, start
+from tests.system.supervised import rows, supervised
+from tests.system.test_preemption import signal_at
+from tests.system.test_resume import story, weights
+from trainer.heartbeat import read_heartbeats
+from trainer.journal import read_journal
+from trainer.run_folder import RunFolder
+from trainer.weights import check_files, verify
+
+
+def kill_a_rank(process: subprocess.Popen[str], run: Path, step: int, rng: random.Random) -> None:
+    """SIGKILL to a living rank of the run's last start, a moment after `step` is logged: it may be saving."""
+    folder, deadline = RunFolder(run), time.monotonic() + 200
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline, f"the run ended before step {step}"
+        logged = folder.metrics.exists() and any(row.step >= step for row in read_journal(folder.metrics))
+        newest = folder.newest_generation()
+        pids = [beat.pid for beat in read_heartbeats(folder.heartbeats) if beat.generation == newest]
+        if logged and len(pids) == 2:
+            break
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.05))
+    os.kill(rng.choice(pids), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ten_kills_of_any_rank_at_random_moments_change_no_bit_and_leave_no_damaged_checkpoint(tmp_path: Path) -> None:
+    rng, kills, steps = random.Random(), 10, 200
+    common = (f"data.path={make_data(tmp_path / 'data')}", f"max_steps={steps}", "model.dropout=0.1")
+    saving = ("checkpoint.every_steps=2", "checkpoint.keep=1000", "watch.beat_s=0.05")
+    pretrain(tmp_path / "whole", *common, ranks=2)
+    run = tmp_path / "run"
+    process = supervised(run, *common, *saving)
+    try:
+        for step in sorted(rng.sample(range(4, steps - 20), kills)):
+            before = RunFolder(run).newest_generation()
+            kill_a_rank(process, run, step, rng)
+            deadline = time.monotonic() + 200
+            while RunFolder(run).newest_generation() in (0, before) and process.poll() is None:
+                assert time.monotonic() < deadline, "no restart"
+                time.sleep(0.01)
+        [(code, err)] = finish([process], 400)
+    finally:
+        process.kill()
+    assert code == 0, err[-3000:]
+    assert [row["event"] for row in rows(run)].count("start") == kills + 1
+    assert all(row["cause"] for row in rows(run) if row["event"] == "exit" and row["exit_code"])
+    published = RunFolder(run).published()
+    assert len(published) >= steps // 2
+    for path in published:
+        files = check_files(path)
+        verify(path, files, list(files))
+    assert [step for step, _ in story(run)] == list(range(1, steps + 1))
+    assert story(run) == story(tmp_path / "whole")
+    assert weights(run) == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_start_that_was_asleep_while_another_went_on_publishes_nothing(tmp_path: Path) -> None:
+    common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=30", "checkpoint.keep=1000")
+    run = tmp_path / "run"
+    first = start(run, *common, ranks=2)
+    try:
+        signal_at(first, run, 5, 0, signal.SIGSTOP)
+        first[1].send_signal(signal.SIGSTOP)
+        pretrain(run, *common, ranks=2)
+        before, ends = [p.name for p in RunFolder(run).published()], weights(run)
+        for process in first:
+            process.send_signal(signal.SIGCONT)
+        (code, err), (other, _) = finish(first)
+    finally:
+        for process in first:
+            process.kill()
+    assert code == other == 2, err
+    assert [line for line in err.splitlines() if "error" in line.lower()] == [err.splitlines()[-1]], err
+    assert "start 2 of this run has taken over, start 1 publishes nothing more" in err.splitlines()[-1]
+    assert [p.name for p in RunFolder(run).published()] == before
+    assert weights(run) == ends
