@@ -55,7 +55,8 @@ class Signals:
 
     def train(self, progress: Progress, stop_s: float) -> None:
         """From here on a signal waits for the ranks' agreement: `stop_s` seconds beyond the step that is under way."""
-        self.progress, self._stop_s = progress, stop_s
+        self._stop_s = stop_s
+        self.progress = progress
 
     def over(self) -> None:
         """The ranks have agreed, or all steps are done: what comes now changes nothing but by insisting."""

@@ -64,6 +64,8 @@ def test_ten_kills_of_any_rank_at_random_moments_change_no_bit_and_leave_no_dama
     for path in published:
         files = check_files(path)
         verify(path, files, list(files))
+    slowest = [row.metrics for row in read_journal(run / "metrics.jsonl") if "speed/straggler" in row.metrics]
+    assert slowest and all(m["speed/straggler"] >= 1 and m["speed/slowest_rank"] in (0, 1) for m in slowest)
     assert [step for step, _ in story(run)] == list(range(1, steps + 1))
     assert story(run) == story(tmp_path / "whole")
     assert weights(run) == weights(tmp_path / "whole")

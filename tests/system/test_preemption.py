@@ -72,7 +72,7 @@ def test_without_agreement_the_rank_that_got_the_signal_ends_and_saves_nothing(t
     run = tmp_path / "run"
     processes = start(run, *common, ranks=2, entry=("tests.planted", str(asleep), "4", "1000"))
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 200
         while not (run / "slept").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
