@@ -80,7 +80,8 @@ ROOMS = (
         CONFIGS,
         (),
     ),
-    Room(tuple(f"trainer/{m}.py" for m in ("world", "journal", "exit_codes", "code_version")), CONFIGS, ()),
+    Room(tuple(f"trainer/{m}.py" for m in ("world", "journal", "exit_codes", "code_version", "progress")), CONFIGS, ()),
+    Room(("trainer/signals.py", "trainer/heartbeat.py"), ("trainer.exit_codes", "trainer.progress"), ()),
     Room(
         ("trainer/plan/*",),
         (*CONFIGS, *(f"trainer.{m}" for m in ("arithmetic", "layouts", "plan", "world"))),
@@ -103,11 +104,13 @@ ROOMS = (
                     "check",
                     "code_version",
                     "exit_codes",
+                    "heartbeat",
                     "layouts",
                     "world",
                     "run_folder",
                     "journal",
                     "plan",
+                    "signals",
                 )
             ),
         ),
