@@ -77,7 +77,7 @@ ROOMS = (
         (),
     ),
     Room(("trainer/world.py", "trainer/journal.py", "trainer/exit_codes.py", "trainer/progress.py"), CONFIGS, ()),
-    Room(("trainer/signals.py",), ("trainer.exit_codes", "trainer.progress"), ()),
+    Room(("trainer/signals.py", "trainer/heartbeat.py"), ("trainer.exit_codes", "trainer.progress"), ()),
     Room(
         ("trainer/plan/*",),
         (*CONFIGS, *(f"trainer.{m}" for m in ("arithmetic", "layouts", "plan", "world"))),
@@ -95,7 +95,18 @@ ROOMS = (
             "data_pipeline.manifest",
             *(
                 f"trainer.{m}"
-                for m in ("arithmetic", "check", "exit_codes", "layouts", "world", "run_folder", "journal", "plan")
+                for m in (
+                    "arithmetic",
+                    "check",
+                    "exit_codes",
+                    "heartbeat",
+                    "layouts",
+                    "world",
+                    "run_folder",
+                    "journal",
+                    "plan",
+                    "signals",
+                )
             ),
         ),
         None,
