@@ -17,7 +17,7 @@ from data_pipeline.config import Passing, UserError
 from data_pipeline.manifest import publish
 from launch.cluster_config import Chain, SlurmConfig
 from launch.job import Job, entry, supervised
-from trainer.exit_codes import ALONE, PREEMPTED
+from trainer.exit_codes import PREEMPTED
 
 TEMPLATE = "job.sbatch.jinja"
 PREVIOUS = "PREVIOUS_JOB"  # in a command of a chain: the id of the job before it, known once that one is submitted
@@ -88,7 +88,6 @@ def render(job: Job) -> str:
         env=env | cluster.env,
         commands=[lines(supervised(job, i, srun(job, i))) for i in range(len(job.configs))],
         preempted=PREEMPTED,
-        alone=ALONE,
     )
 
 
