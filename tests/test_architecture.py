@@ -136,6 +136,7 @@ DOORS = {
     "ftfy": ("data_pipeline/prepare/page_text.py",),
     "fastwarc": ("data_pipeline/prepare/web/page_archive.py",),
     "transformers": ("trainer/export_hf.py",),
+    "jinja2": ("launch/slurm.py", "data_pipeline/prepare/funnel.py"),
     "hydra": ("conf/schema.py",),
     "omegaconf": ("conf/schema.py", "conf/frozen.py"),
     "yaml": ("conf/frozen.py",),
