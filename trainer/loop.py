@@ -48,7 +48,7 @@ class Trainer:
     ) -> None:
         self.signals, self.progress = signals.OF_THIS_PROCESS, Progress()
         self.cfg, self.config_text, self.geometry, self.sources = cfg, config_text, geometry, sources
-        self.mesh = parallel.start(world, cfg.parallel)
+        self.mesh = parallel.start(world, cfg.parallel, cfg.watch.collective_s)
         self.run = RunFolder(cfg.run.dir)
         self.generation, found = take_run(self.run, self.mesh, config_text)
         state = checkpoint.read_state(found) if found else {}
