@@ -8,9 +8,12 @@ Steps are counted by what is done: the row, the validation and the checkpoint of
 from __future__ import annotations
 
 import contextlib
+import math
 import time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +28,10 @@ from trainer.arithmetic import flops_per_token
 from trainer.config import Precision, PretrainConfig
 from trainer.engine import NonFiniteError
 from trainer.feed import Feed
+from trainer.guard import Guard
 from trainer.host import OnItsWay, to_device
 from trainer.metrics import Speed, peak_flops, peak_memory_gib, progress_line
+from trainer.rollback import check_skips, roll_back
 from trainer.run_folder import RunFolder
 from trainer.saving import Saver
 from trainer.schedule import lr_at
@@ -49,15 +54,21 @@ class Trainer:
         self.run = RunFolder(cfg.run.dir)
         self.generation, found = take_run(self.run, self.mesh, config_text)
         state = checkpoint.read_state(found) if found else {}
+        self.guard = Guard(cfg.guard, state.get("guard"))
+        dtype = torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16
+        self.speed = Speed(flops_per_token(cfg.model), peak_flops(self.mesh.device, dtype) * world.world_size)
+        self.tracker: Tracker | None = None  # on rank 0
+        self.stand(found, state, plan_run(cfg, sources, state))
+
+    def stand(self, found: Path | None, state: dict[str, Any], plan: Plan) -> None:
+        """Begin at a checkpoint of this state; None and {}: at the beginning. For starts and rollbacks. Collective."""
+        cfg, sources = self.cfg, self.sources
         self.step: int = state.get("step", 0)
         self.val_loss: float | None = None  # of this step, where it was validated
         self.best_val_loss: float | None = state.get("best_val_loss")
         begin = beginning(cfg, found)
-        self.engine = build_engine(cfg, geometry, self.mesh, found, begin)
-        self.feed = Feed(cfg, self.mesh, sources, plan_run(cfg, sources, state), self.step)
-        dtype = torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16
-        self.speed = Speed(flops_per_token(cfg.model), peak_flops(self.mesh.device, dtype) * world.world_size)
-        self.tracker: Tracker | None = None  # on rank 0
+        self.engine = build_engine(cfg, self.geometry, self.mesh, found, begin)
+        self.feed = Feed(cfg, self.mesh, sources, plan, self.step)
         checkpoint.together(f"{self.run.root} takes no metrics", self._open_tracker)
         self.saver = Saver(
             self.engine,
@@ -66,7 +77,7 @@ class Trainer:
                 self.mesh,
                 self.run,
                 self.generation,
-                config_text,
+                self.config_text,
                 tokenizer=sources.any.root / TOKENIZER,
                 eot_id=sources.any.eot_id,
                 flush=self._flush,
@@ -74,8 +85,8 @@ class Trainer:
             ),
         )
         self.saved_at = time.monotonic()
-        if world.is_main:
-            print(introduction(cfg, geometry, self.mesh, sources, self.plan, found, begin), flush=True)
+        if self.mesh.world.is_main:
+            print(introduction(cfg, self.geometry, self.mesh, sources, self.plan, found, begin), flush=True)
 
     @property
     def plan(self) -> Plan:
@@ -86,13 +97,18 @@ class Trainer:
         cfg = self.cfg
         self.speed.start()
         while self.step < cfg.max_steps:
+            self.guard.enter(self.plan.ledger, self.step)
             loss, grad_norm, lr, save_now = self._update()
+            skipped = self.guard.record(self.step, self.plan.ledger.position(self.step), loss, grad_norm)
             self.step += 1
             self.speed.step(self.plan.ledger.segment(self.step - 1).tokens_per_step)
             last = self.step == cfg.max_steps
             self.val_loss = None
-            if last or due(self.step, cfg.log_every):
-                self._log(loss, grad_norm, lr)
+            if last or skipped or due(self.step, cfg.log_every):
+                self._log(loss, grad_norm, lr, skipped)
+            if skipped and self.guard.must_roll_back(self.step):
+                roll_back(self)
+                continue
             if last or due(self.step, cfg.eval.every):
                 self._evaluate()
             if last or save_now or due(self.step, cfg.checkpoint.every_steps) or self._is_best():
@@ -105,25 +121,27 @@ class Trainer:
         0's clock asks for a checkpoint.
 
         Raises:
-            UserError: on every rank, with no weight changed: data that one cannot read, or a norm that is not finite.
+            UserError: on every rank, with no weight changed: data that one cannot read.
         """
         while True:
             started = time.monotonic()
             batches, unread = self.feed.next()
             self.speed.wait(time.monotonic() - started)
-            valid, clock = self._agree_on_step(batches, unread)
+            valid, clock, skipped = self.agree_on_step(batches, unread)
             loss = torch.zeros((), device=self.mesh.device)
             for micro_step, batch in enumerate(batches):
                 parallel.seed_dropout(self.mesh, self.cfg.seed, self.step, micro_step)
                 loss += self.engine.backward(batch, valid, last=micro_step + 1 == len(batches))
-            facts = torch.stack([loss / valid, clock])
+            facts = torch.stack([loss / valid, clock, skipped, valid])
             dist.all_reduce(facts, group=self.mesh.dp_group)
             told, lr = OnItsWay(facts), self._lr()
-            try:
-                grad_norm = self.engine.step(lr)  # waits for the device, once; `told` has come by then
-            except NonFiniteError:
-                if not valid.isnan():
-                    raise
+            try:  # waits for the device, once; `told` has come by then
+                grad_norm = self.engine.step(lr, partial(self.guard.accepts, told.numbers))
+            except NonFiniteError as e:
+                grad_norm = e.norm
+            mean_loss, wishes, all_skipped, counted = told.numbers()
+            self.guard.check(all_skipped, self.mesh.world.world_size * self.mesh.dp)
+            if math.isnan(counted):
                 self.saver.check()
                 for lost in self.feed.retire(self.step, unread):
                     if self.tracker is not None:
@@ -133,7 +151,6 @@ class Trainer:
             else:
                 if unread is not None:
                     raise RuntimeError("a step without data was made") from unread
-                mean_loss, wishes = told.numbers()
                 return mean_loss, grad_norm, lr, self.cfg.checkpoint.every_minutes > 0 and wishes > 0
 
     def _lr(self) -> float:
@@ -148,8 +165,8 @@ class Trainer:
             end_tokens=ledger.tokens(cfg.max_steps),
         )
 
-    def _agree_on_step(self, batches: list[Batch], unread: UserError | None) -> torch.Tensor:
-        """[valid tokens of the step over all ranks, rank 0's wish to save by the clock], not waited for.
+    def agree_on_step(self, batches: list[Batch], unread: UserError | None) -> torch.Tensor:
+        """Sums over all ranks, not waited for: [valid tokens, rank 0's wish to save by the clock, steps skipped].
 
         A rank that could not read, or whose checkpoint in flight could not be written, makes the count NaN: it takes
         part in the step, so that no one waits for it, and the gradient is NaN everywhere, which the engine refuses
@@ -159,11 +176,11 @@ class Trainer:
         wish = self.mesh.world.is_main and 0 < minutes * 60 <= time.monotonic() - self.saved_at
         valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches) if self.mesh.tp_rank == 0 else 0
         count = float("nan") if unread or self.saver.failed else valid
-        facts = to_device([count, float(wish)], self.mesh.device)
+        facts = to_device([count, float(wish), self.guard.skipped], self.mesh.device)
         dist.all_reduce(facts)
         return facts
 
-    def _log(self, loss: float, grad_norm: float, lr: float) -> None:
+    def _log(self, loss: float, grad_norm: float, lr: float, skipped: str | None) -> None:
         if self.tracker is None:
             return
         ledger = self.plan.ledger
@@ -184,6 +201,9 @@ class Trainer:
         if len(self.sources.train) > 1:
             total = sum(here.weights.values())
             row |= {f"data/share/{name}": here.weights.get(name, 0) / total for name in self.sources.train}
+        if skipped:
+            row["guard/skipped"] = 1
+            print(f"guard: {self.guard.told()}", flush=True)
         self.tracker.log(self.step, row)
         eta = self.speed.eta_s(ledger.tokens(self.cfg.max_steps) - ledger.tokens(self.step))
         print(progress_line(self.step, self.cfg.max_steps, row, eta), flush=True)
@@ -207,6 +227,7 @@ class Trainer:
 
     def _save(self, last: bool) -> None:
         started = time.monotonic()
+        check_skips(self)  # no checkpoint of weights that some ranks have updated and others not
         if self._is_best():
             self.best_val_loss = self.val_loss
         state = {
@@ -214,8 +235,9 @@ class Trainer:
             "val_loss": self.val_loss,
             "best_val_loss": self.best_val_loss,
             "data": data_state(self.cfg, self.sources, self.plan, self.step),
+            "guard": self.guard.to_json(),
         }
-        self.saver.save(self.step, state, last=last)
+        self.saver.save(self.step, state, last=last, back_to=None if last else self.guard.first_bad(self.step))
         self.saved_at = time.monotonic()
         if self.tracker is not None:
             self.tracker.log(self.step, {"checkpoint/stall_s": self.saved_at - started})
@@ -234,8 +256,11 @@ class Trainer:
                 self.tracker.log(step, {"checkpoint/write_s": seconds})
 
     def _open_tracker(self) -> None:
-        if self.mesh.world.is_main:
+        if self.tracker is not None:
+            self.tracker.begin(self.generation, self.step)
+        elif self.mesh.world.is_main:
             self.tracker = Tracker(self.cfg, self.run, self.generation, resumed_at=self.step)
+        if self.tracker is not None:
             self.tracker.show(self.plan, self.step)
 
     def __enter__(self) -> Trainer:
