@@ -75,12 +75,12 @@ ROOMS = (
             "trainer/*config.py",
             "trainer/arithmetic.py",
             "trainer/layouts.py",
-            "trainer/schedule.py",
         ),
         CONFIGS,
         (),
     ),
     Room(tuple(f"trainer/{m}.py" for m in ("world", "journal", "exit_codes", "code_version", "progress")), CONFIGS, ()),
+    Room(("trainer/schedule.py",), (*CONFIGS, "data_pipeline.ledger"), ()),
     Room(("trainer/signals.py", "trainer/heartbeat.py"), ("trainer.exit_codes", "trainer.progress"), ()),
     Room(
         ("trainer/plan/*",),

@@ -86,7 +86,7 @@ def start(world: World, parallel: ParallelConfig, timeout_s: float = 600.0) -> M
     _start_deepspeed(device, timeout_s)
     parallel_state.initialize_model_parallel(
         parallel.tp,
-        distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]  # it makes a timedelta of them
+        distributed_timeout_minutes=timeout_s / 60,  # it makes a timedelta of them
         create_gloo_process_groups=False,
         order="tp-cp-ep-dp-pp",
     )

@@ -120,14 +120,28 @@ class RunFolder:
         final = self.checkpoint(step, generation)
         aside.rename(final)
         fsync_folder(self.checkpoints)
-        pointer = self.pointer.with_name(".latest.tmp")
-        with pointer.open("w", encoding="ascii") as f:
-            f.write(final.name + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        pointer.replace(self.pointer)
-        fsync_folder(self.checkpoints)
+        self._point_to(final)
         return final
+
+    def go_back(self, to: Path | None, generation: int) -> list[Path]:
+        """Make `to` the latest checkpoint, None: the run has none. Those of later steps are deleted, and returned."""
+        self.fence(generation)
+        if to is None:
+            self.pointer.unlink(missing_ok=True)
+            fsync_folder(self.checkpoints)
+        else:
+            self._point_to(to)
+        return self._delete([p for p in self.published() if to is None or step_of(p) > step_of(to)])
+
+    def before(self, step: int, every: int) -> Path | None:
+        """The newest checkpoint that has made at most `step` steps.
+
+        One of those that are due each `every` steps, where there are such: those by the clock or a signal may come
+        anywhere, and a run that is done again is to find the same one.
+        """
+        found = [p for p in self.published() if step_of(p) <= step]
+        due = [p for p in found if every and step_of(p) % every == 0]
+        return max(reversed(due or found), key=step_of, default=None)  # of equal steps the newest start's
 
     def settled(self, step: int, generation: int) -> bool:
         """Whether the checkpoint is no longer on its way: removed, or published and the pointer moved to it."""
@@ -161,17 +175,28 @@ class RunFolder:
         found = [(m, p) for p in self.checkpoints.glob("step-*") if p.is_dir() and (m := _NAME.fullmatch(p.name))]
         return [p for m, p in sorted(found, key=lambda x: (int(x[0][2]), int(x[0][1])))]
 
-    def prune(self, keep: int, best: bool) -> list[Path]:
-        """Delete all but the newest `keep`, the latest and, if `best`, that of the lowest `val_loss` in its state."""
+    def prune(self, keep: int, best: bool, also: Path | None = None) -> list[Path]:
+        """Delete all but the newest `keep`, the latest, `also` and, if `best`, that of the lowest `val_loss`."""
         published = self.published()
-        kept = {*published[-keep:], self.latest()}
+        kept = {*published[-keep:], self.latest(), also}
         if best:
             losses = {p: loss for p in published if (loss := self._val_loss(p)) is not None}
             kept.add(min(losses, key=lambda p: losses[p]) if losses else None)
-        gone = [p for p in published if p not in kept]
+        return self._delete([p for p in published if p not in kept])
+
+    def _delete(self, gone: list[Path]) -> list[Path]:
         for p in gone:  # out of sight first: a half-deleted checkpoint is never listed
             shutil.rmtree(p.rename(p.with_name(f".{p.name}.tmp")))
         return gone
+
+    def _point_to(self, checkpoint: Path) -> None:
+        pointer = self.pointer.with_name(".latest.tmp")
+        with pointer.open("w", encoding="ascii") as f:
+            f.write(checkpoint.name + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        pointer.replace(self.pointer)
+        fsync_folder(self.checkpoints)
 
     @staticmethod
     def state(checkpoint: Path) -> dict[str, Any]:
@@ -182,6 +207,11 @@ class RunFolder:
         """None where it was not validated, or is no number to rank by."""
         loss = self.state(checkpoint).get("val_loss")
         return loss if isinstance(loss, float) and math.isfinite(loss) else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many steps a published checkpoint has made, by its name."""
+    return int(checkpoint.name.split(".")[0].removeprefix("step-"))
 
 
 def _remove(folder: Path) -> None:

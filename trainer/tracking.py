@@ -49,11 +49,15 @@ class Tracker:
 
     def __init__(self, cfg: PretrainConfig, folder: RunFolder, generation: int, resumed_at: int) -> None:
         check_tracking(cfg.tracking)
-        self.generation = generation
         self._writer = JournalWriter(folder.metrics)
-        self._writer.put(Row(resumed_at, generation, time.time(), resumed_at=resumed_at))
+        self.begin(generation, resumed_at)
         self._plot = MixturePlot(folder.mixture, cfg.run.name, cfg.max_steps)
         self._shipper = None if cfg.tracking.name is config.Tracker.none else _Shipper(cfg, folder)
+
+    def begin(self, generation: int, resumed_at: int) -> None:
+        """What is logged from here on is of this start; of earlier ones, the steps after `resumed_at` count no more."""
+        self.generation = generation
+        self._writer.put(Row(resumed_at, generation, time.time(), resumed_at=resumed_at))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Returns at once. Raises UserError where an earlier row could not be written."""
