@@ -26,6 +26,7 @@ from data_pipeline.prepare import quality_config
 from launch.config import PlanConfig, SuperviseConfig
 from trainer.checkpoint_config import ExportHfConfig, GenerateConfig, ImportHfConfig
 from trainer.config import PretrainConfig
+from trainer.tracking_config import SyncConfig
 
 T = TypeVar("T")
 HYDRAS = (HydraException, OmegaConfBaseException, ValueError)  # ValueError: a group set to null
@@ -49,6 +50,7 @@ ROOTS: dict[str, type] = {
     "export_hf": ExportHfConfig,
     "plan": PlanConfig,
     "supervise": SuperviseConfig,
+    "sync": SyncConfig,
 }
 """Each root YAML in conf/ and the dataclass that an entry gets from it."""
 

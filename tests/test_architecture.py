@@ -29,6 +29,7 @@ CONFIGS = (
     "trainer.model.config",
     "trainer.optim_config",
     "trainer.safety_config",
+    "trainer.tracking_config",
 )
 ORDER = ("ledger", "mixture", "epochs", "plan", "stages")  # pure: the order of the data
 STREAMING = tuple(f"data_pipeline.{m}" for m in ("config", "geometry", "manifest", "bpe", *ORDER, "stream", "loader"))
@@ -76,7 +77,7 @@ ROOMS = (
         CONFIGS,
         (),
     ),
-    Room(("trainer/world.py", "trainer/journal.py", "trainer/exit_codes.py"), CONFIGS, ()),
+    Room(("trainer/world.py", "trainer/journal.py", "trainer/exit_codes.py", "trainer/redact.py"), CONFIGS, ()),
     Room(
         ("trainer/plan/*",),
         (*CONFIGS, *(f"trainer.{m}" for m in ("arithmetic", "layouts", "plan", "world"))),
@@ -105,8 +106,8 @@ DOORS = {
     "torch": ("data_pipeline/loader.py", "trainer/*"),
     "deepspeed": ("trainer/parallel.py", "trainer/fragments.py", "trainer/zero1.py"),
     "megatron": ("trainer/parallel.py", "trainer/model/linear.py", "trainer/loss.py"),
-    "mlflow": ("trainer/tracking.py",),
-    "matplotlib": ("trainer/mixture_plot.py", "launch/plan_plot.py", "data_pipeline/prepare/*"),
+    "mlflow": ("trainer/sender.py",),
+    "matplotlib": ("trainer/mixture_plot.py", "trainer/plots.py", "launch/plan_plot.py", "data_pipeline/prepare/*"),
     "webdataset": ("data_pipeline/shards.py",),
     "urllib3": ("data_pipeline/remote/places.py", "data_pipeline/prepare/web/ask.py"),
     "fsspec": ("data_pipeline/remote/places.py",),
@@ -205,7 +206,7 @@ PLANTED = {
     "a library past its door": (
         "trainer/loop.py",
         "import mlflow",
-        "imports mlflow, whose door is trainer/tracking.py",
+        "imports mlflow, whose door is trainer/sender.py",
     ),
     "inside a function": (
         "trainer/schedule.py",

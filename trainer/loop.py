@@ -32,7 +32,7 @@ from trainer.saving import Saver
 from trainer.schedule import lr_at
 from trainer.sources import Sources, data_state, plan_run
 from trainer.start import beginning, build_engine, introduction, take_run
-from trainer.tracking import Tracker
+from trainer.tracking import Status, Tracker
 from trainer.validate import validate
 from trainer.world import World
 from trainer.writing import Writer
@@ -244,7 +244,7 @@ class Trainer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with contextlib.ExitStack() as rest:  # from the last to the first, and each whatever becomes of the others
             if self.tracker is not None:
-                rest.callback(self.tracker.close, failed=kind is not None)
+                rest.callback(self.tracker.close, Status.of(error))
             rest.callback(self.feed.close)
             self.saver.close()
         if kind is None:  # after an error the other ranks may be gone: no collective any more

@@ -12,11 +12,13 @@ from conf.schema import load
 from data_pipeline.config import UserError
 from tests.ranks import ROOT
 from trainer.address import check_tracking, tracking_uri, ui_command
-from trainer.config import PretrainConfig, TrackingConfig
-from trainer.config import Tracker as Name
+from trainer.config import PretrainConfig
 from trainer.journal import read_journal
 from trainer.run_folder import RunFolder
-from trainer.tracking import STATE, Tracker
+from trainer.tracking import Tracker
+from trainer.tracking_config import Tracker as Name
+from trainer.tracking_config import TrackingConfig
+from trainer.tracking_state import STATE
 
 DEAD = "http://127.0.0.1:9"  # the discard port: refused at once
 
