@@ -13,10 +13,10 @@ from typing import Any
 from data_pipeline.config import UserError
 
 HIDDEN = "***"
-_WORD = re.compile(
-    r"password|passwd|passphrase|pwd|pw|token|secrets?|credentials?|(?:api|access)?key|auth|authorization|cookie|sig"
-    r"|signature|bearer"
+_INSIDE = re.compile(
+    r"password|passwd|passphrase|secret|credential|(api|access|private|account|signing|encryption|ssh)[_.-]?key", re.I
 )
+_WORDS = ("token", "pwd", "pw", "auth", "authorization", "bearer", "cookie", "signature", "sig")
 _NAME = r"[A-Za-z0-9_.-]*(?:password|passwd|passphrase|token|secret|credential|api_?key|access_?key|signature)"
 _PAIR = re.compile(rf"(?i)((?<![A-Za-z0-9_.-])-{{0,2}}{_NAME}(?:\s*[=:]\s*|\s+(?=\S)))((?:bearer\s+)?[^\s&'\",;]+)")
 _QUERY = re.compile(r"([?&](?:sig|key|auth|sv|code)=)[^&\s#'\"]+", re.IGNORECASE)
@@ -32,7 +32,7 @@ _MAKES = re.compile(
 def secret_name(name: str) -> bool:
     """Whether what stands under this name is nobody's business: HF_TOKEN, db.password, apiKey; not tokens_per_step."""
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
-    return any(_WORD.fullmatch(word.lower()) for word in words)
+    return _INSIDE.search(name) is not None or any(word.lower() in _WORDS for word in words)
 
 
 def redact(text: str) -> str:

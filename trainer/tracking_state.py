@@ -41,7 +41,7 @@ class TrackingState:
         try:
             body = json.loads(self._path.read_text(encoding="utf-8"))
             if {key: body[key] for key in self._place} != self._place:
-                body = {"uuid": body["uuid"]}
+                body = {key: body[key] for key in ("uuid", "status") if key == "uuid" or key in body}
             unknown = set(body) - {"uuid", *fresh}
             body = {"uuid": body["uuid"], **fresh, **body}
             if unknown or not isinstance(body["offset"], int) or not isinstance(body["stored"], dict):
