@@ -27,6 +27,7 @@ from data_pipeline.prepare import quality_config
 from launch.config import PlanConfig, SubmitConfig, SuperviseConfig
 from trainer.checkpoint_config import ExportHfConfig, GenerateConfig, ImportHfConfig
 from trainer.config import PretrainConfig
+from trainer.tracking_config import SyncConfig
 
 __all__ = ["CONF", "ROOTS", "defaults", "explain", "freeze", "groups", "literal", "load", "options", "run", "thaw"]
 HYDRAS = (HydraException, OmegaConfBaseException, ValueError)  # ValueError: a group set to null
@@ -52,6 +53,7 @@ ROOTS: dict[str, type] = {
     "plan": PlanConfig,
     "supervise": SuperviseConfig,
     "submit": SubmitConfig,
+    "sync": SyncConfig,
 }
 """Each root YAML in conf/ and the dataclass that an entry gets from it."""
 

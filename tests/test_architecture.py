@@ -29,6 +29,7 @@ CONFIGS = (
     "trainer.model.config",
     "trainer.optim_config",
     "trainer.safety_config",
+    "trainer.tracking_config",
 )
 ORDER = ("ledger", "mixture", "epochs", "plan", "stages")  # pure: the order of the data
 STREAMING = tuple(f"data_pipeline.{m}" for m in ("config", "geometry", "manifest", "bpe", *ORDER, "stream", "loader"))
@@ -79,7 +80,11 @@ ROOMS = (
         CONFIGS,
         (),
     ),
-    Room(tuple(f"trainer/{m}.py" for m in ("world", "journal", "exit_codes", "code_version", "progress")), CONFIGS, ()),
+    Room(
+        tuple(f"trainer/{m}.py" for m in ("world", "journal", "exit_codes", "code_version", "progress", "redact")),
+        CONFIGS,
+        (),
+    ),
     Room(("trainer/schedule.py",), (*CONFIGS, "data_pipeline.ledger"), ()),
     Room(("trainer/signals.py", "trainer/heartbeat.py"), ("trainer.exit_codes", "trainer.progress"), ()),
     Room(
@@ -122,8 +127,8 @@ DOORS = {
     "torch": ("data_pipeline/loader.py", "trainer/*"),
     "deepspeed": ("trainer/parallel.py", "trainer/fragments.py", "trainer/zero1.py"),
     "megatron": ("trainer/parallel.py", "trainer/model/linear.py", "trainer/loss.py"),
-    "mlflow": ("trainer/tracking.py",),
-    "matplotlib": ("trainer/mixture_plot.py", "launch/plan_plot.py", "data_pipeline/prepare/*"),
+    "mlflow": ("trainer/sender.py",),
+    "matplotlib": ("trainer/mixture_plot.py", "trainer/plots.py", "launch/plan_plot.py", "data_pipeline/prepare/*"),
     "webdataset": ("data_pipeline/shards.py",),
     "urllib3": ("data_pipeline/remote/places.py", "data_pipeline/prepare/web/ask.py"),
     "fsspec": ("data_pipeline/remote/places.py",),
@@ -224,7 +229,7 @@ PLANTED = {
     "a library past its door": (
         "trainer/loop.py",
         "import mlflow",
-        "imports mlflow, whose door is trainer/tracking.py",
+        "imports mlflow, whose door is trainer/sender.py",
     ),
     "inside a function": (
         "trainer/schedule.py",

@@ -39,7 +39,7 @@ from trainer.schedule import lr_of
 from trainer.signals import Stopped, agreed
 from trainer.sources import Sources, data_state, plan_run
 from trainer.start import beginning, build_engine, introduction, take_run
-from trainer.tracking import Tracker
+from trainer.tracking import Status, Tracker
 from trainer.validate import validate
 from trainer.world import World
 from trainer.writing import Writer
@@ -281,7 +281,7 @@ class Trainer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with contextlib.ExitStack() as rest:  # from the last to the first, and each whatever becomes of the others
             if self.tracker is not None:
-                rest.callback(self.tracker.close, failed=kind not in (None, Stopped))
+                rest.callback(self.tracker.close, Status.of(error))
             rest.callback(self.feed.close)
             self.saver.close()
         if kind in (None, Stopped):  # after an error the other ranks may be gone: no collective any more

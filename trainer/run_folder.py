@@ -3,6 +3,8 @@
 config.yaml                           the frozen config of the last start
 metrics.jsonl                         the journal
 mixture.png                           what the run is fed, where that is more than one source in one way
+plots/loss.png                        and grad_norm.png, throughput.png, drawn from the journal now and then
+environment/0001.json                 one file for each start: code version, packages, GPUs, command line
 generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time
 submit/0001/                          what launch.submit started: frozen config, code version, job script
 heartbeats/rank-00003.json            where a rank is, replaced every few seconds (trainer/heartbeat.py)
@@ -48,6 +50,8 @@ class RunFolder:
         self.config = self.root / "config.yaml"
         self.metrics = self.root / "metrics.jsonl"
         self.mixture = self.root / "mixture.png"
+        self.plots = self.root / "plots"
+        self.environments = self.root / "environment"
         self.checkpoints = self.root / "checkpoints"
         self.generations = self.root / "generations"
         self.submissions = self.root / "submit"
