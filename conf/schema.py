@@ -6,6 +6,7 @@ Hydra only composes; what an entry gets is a plain, checked dataclass.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from conf.hints import inner, keys, near, type_of, wording
 from data_pipeline.config import OrderConfig, Passing, UserError
 from data_pipeline.prepare import config as prepare
 from data_pipeline.prepare import quality_config
-from launch.config import PlanConfig, SuperviseConfig
+from launch.config import PlanConfig, SubmitConfig, SuperviseConfig
 from trainer.checkpoint_config import ExportHfConfig, GenerateConfig, ImportHfConfig
 from trainer.config import PretrainConfig
 
@@ -49,6 +50,7 @@ ROOTS: dict[str, type] = {
     "export_hf": ExportHfConfig,
     "plan": PlanConfig,
     "supervise": SuperviseConfig,
+    "submit": SubmitConfig,
 }
 """Each root YAML in conf/ and the dataclass that an entry gets from it."""
 
@@ -101,6 +103,11 @@ def load(root: str, overrides: Sequence[str] = ()) -> Any:
         return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as e:  # a check in a nested dataclass arrives wrapped
         raise _user_error_in(e) or UserError(_flat(e)) from None
+
+
+def literal(text: str) -> str:
+    """Text with `${x}` in it as Hydra and OmegaConf take it for just that text."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def freeze(cfg: Any) -> str:

@@ -76,7 +76,10 @@ class ClusterConfig:
     network_gbit: float = MISSING  # of a node, all its adapters together, one direction
     price_per_gpu_hour: float | None = None  # USD, what you pay; null = the plan's own rough assumption
     memory_gib: float | None = None  # of one GPU, where yours has another size than the table says
-    env: dict[str, str] = field(default_factory=dict)  # environment variables of every rank
+    env: dict[str, str] = field(default_factory=dict)  # environment variables of every rank; no secrets
+    forward: list[str] = field(
+        default_factory=list
+    )  # names of the submitter's own that every rank gets; nowhere written
     slurm: SlurmConfig | None = None  # launch.submit starts a run by the one of these three that is there
     ssh: SshConfig | None = None
     local: LocalConfig | None = None

@@ -76,7 +76,8 @@ ROOMS = (
         CONFIGS,
         (),
     ),
-    Room(("trainer/world.py", "trainer/journal.py", "trainer/exit_codes.py"), CONFIGS, ()),
+    Room(("trainer/world.py", "trainer/journal.py", "trainer/exit_codes.py", "trainer/progress.py"), CONFIGS, ()),
+    Room(("trainer/signals.py",), ("trainer.exit_codes", "trainer.progress"), ()),
     Room(
         ("trainer/plan/*",),
         (*CONFIGS, *(f"trainer.{m}" for m in ("arithmetic", "layouts", "plan", "world"))),
