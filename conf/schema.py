@@ -23,7 +23,7 @@ from conf.hints import inner, keys, near, type_of, wording
 from data_pipeline.config import OrderConfig, Passing, UserError
 from data_pipeline.prepare import config as prepare
 from data_pipeline.prepare import quality_config
-from launch.config import PlanConfig, SuperviseConfig
+from launch.config import PlanConfig, StatusConfig, SuperviseConfig
 from trainer.checkpoint_config import ExportHfConfig, GenerateConfig, ImportHfConfig
 from trainer.config import PretrainConfig
 
@@ -49,6 +49,7 @@ ROOTS: dict[str, type] = {
     "export_hf": ExportHfConfig,
     "plan": PlanConfig,
     "supervise": SuperviseConfig,
+    "status": StatusConfig,
 }
 """Each root YAML in conf/ and the dataclass that an entry gets from it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from data_pipeline.config import MISSING, DataConfig, UserError
@@ -32,6 +33,19 @@ class SuperviseConfig:
                 f"backoff_s={self.backoff_s}, max_backoff_s={self.max_backoff_s}, grace_s={self.grace_s}: "
                 "give 0 <= backoff_s <= max_backoff_s and 0 <= grace_s"
             )
+
+
+@dataclass
+class StatusConfig:
+    """`python -m launch.status`: what a run is doing, from its folder's files alone."""
+
+    run_dir: str = MISSING  # the run.dir of the run
+    json: bool = False  # print everything as one JSON object
+    watch: float = 0.0  # seconds after which it is printed again; 0 = once
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.watch < math.inf:
+            raise UserError(f"watch={self.watch}: give seconds, or 0 to print once")
 
 
 @dataclass

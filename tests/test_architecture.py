@@ -91,6 +91,7 @@ ROOMS = (
             "launch",
             "conf.schema",
             *CONFIGS,
+            "data_pipeline.ledger",
             "data_pipeline.manifest",
             *(
                 f"trainer.{m}"
