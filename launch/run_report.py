@@ -174,7 +174,7 @@ def _latest(root: Path) -> Report:
         "step": state["step"],
         "best_val_loss": state.get("best_val_loss"),
         "lost_shards": {name: list(shards) for name, shards in ledger.segments[-1].lost.items() if shards},
-        "guard": (state.get("guard") or {}).get("events", []),
+        "guard": {k: v for k, v in (state.get("guard") or {}).items() if k != "recent"},
         "ledger": ledger.to_json(),
     }
 

@@ -80,9 +80,16 @@ def _alive(beats: list[dict[str, Any]]) -> tuple[str, str]:
     oldest = max(b["age_s"] for b in beats)
     count = f"{len(beats)} ranks beat" if len(beats) > 1 else "1 rank beats"
     said = f"{count}, the oldest beat is {oldest:.0f} s old, phase {phase}"
-    if phase == "end":
-        return "failed", f"{said}: it ended before max_steps, and no supervisor tells why"
     return PHASES.get(phase, phase), said
+
+
+def _over(beats: list[dict[str, Any]], saved: Any) -> tuple[str, str]:
+    """All ranks came to their end before max_steps, and no supervisor saw how: what they saved tells."""
+    step, age = max(b.get("step") or 0 for b in beats), min(b["age_s"] for b in beats)
+    said = (
+        f"all ranks ended {age:.0f} s ago after step {step}, before max_steps; the last checkpoint is of step {saved}"
+    )
+    return ("stopped by a signal" if step == saved else "failed"), said
 
 
 def _ended(last: dict[str, Any], events: list[dict[str, Any]]) -> tuple[str, str]:
@@ -90,12 +97,15 @@ def _ended(last: dict[str, Any], events: list[dict[str, Any]]) -> tuple[str, str
     exits = [e for e in events if e.get("event") == "exit"]
     code = exits[-1].get("exit_code") if exits else last.get("exit_code")
     why = f"launch.supervise: {last.get('event')}, exit code {named(code)}"
-    why += f": {exits[-1]['cause']}" if exits and exits[-1].get("cause") else ""
+    cause = str(exits[-1].get("cause") or "") if exits else ""  # a launcher may have made another code of the ranks'
+    why += f": {cause}" if cause else ""
     if last["event"] == "restart":
         return "starting", f"again after {last.get('wait_s', 0):g} s of waiting; {why}"
-    if code in STOPPED:
+    if code in STOPPED or cause.startswith("stopped by "):
         return "stopped by a signal", why
-    return ("ended" if code == 0 else "hung" if code == exit_codes.HUNG else "failed"), why
+    if code == exit_codes.HUNG or cause.startswith("hang: "):
+        return "hung", why
+    return ("ended" if code == 0 else "failed"), why
 
 
 def _without_beats(report: dict[str, Any], last: dict[str, Any], now: float) -> tuple[str, str]:

@@ -112,12 +112,16 @@ def _starts(report: Report) -> list[str]:
 
 
 def _guard(report: Report) -> list[str]:
-    events = report["latest"].get("guard") or []
-    lines = [f"guard: {len(events)} bad steps by the last checkpoint"] if events else []
+    guard = report["latest"].get("guard") or {}
+    events, lines = guard.get("events", []), []
+    if events:
+        back = sum(e["did"] == "rolled back" for e in events)
+        lines.append(f"guard: {guard.get('skipped', len(events) - back)} steps skipped, {back} times gone back")
     for e in events[-SHOWN:]:
+        loss, norm = ("not finite" if e[k] is None else _number(e[k], ".4g") for k in ("loss", "norm"))
         to = f" to step {e['to']}" if "to" in e else ""
         jumped = f", windows {e['jumped'][0]} to {e['jumped'][1]} jumped" if e.get("jumped") else ""
-        lines.append(f"  step {e['step']}: {e['why']} (loss {e['loss']}, norm {e['norm']}), {e['did']}{to}{jumped}")
+        lines.append(f"  step {e['step']}: {e['why']} (loss {loss}, norm {norm}), {e['did']}{to}{jumped}")
     lost = report["latest"].get("lost_shards") or {}
     return lines + [f"lost shards: {name} {', '.join(map(str, shards))}" for name, shards in lost.items()]
 

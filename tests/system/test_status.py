@@ -176,10 +176,25 @@ def test_an_end_is_told_with_its_exit_code_and_cause(going: Path, code: int, eve
     assert told(going)[0] == "training"  # what ended has begun again
 
 
+def test_a_run_without_supervisor_that_ended_early_is_told_by_what_it_saved(going: Path) -> None:
+    (going / "supervise.jsonl").unlink()
+    beat(going, 0, age=5000, phase="end")
+    beat(going, 1, age=5001, phase="end")
+    assert told(going)[0] == "stopped by a signal"
+    beat(going, 0, age=5000, phase="end", step=STEPS + 1)
+    assert told(going)[0] == "failed"
+
+
+def test_a_launcher_that_made_another_exit_code_of_it_hides_nothing(going: Path) -> None:
+    for cause, state in (("stopped by SIGUSR1 after step 8", "stopped by a signal"), ("hang: 130 s", "hung")):
+        supervised(going, {"event": "exit", "exit_code": 1, "cause": f"{cause} | ChildFailedError"})
+        assert told(going)[0] == state
+
+
 def test_guard_events_lost_shards_and_rows_that_wait_are_told(going: Path) -> None:
     path = going / "checkpoints/step-00000008.gen-0001/state.json"
     state = json.loads(path.read_text())
-    event = {"step": 7, "position": 48, "loss": float("nan"), "norm": 2.0, "why": "non-finite"}
+    event = {"step": 7, "position": 48, "loss": None, "norm": 2.0, "why": "non-finite"}
     state["guard"] = {
         "recent": [],
         "events": [event | {"did": "skipped"}, event | {"did": "rolled back", "to": 4, "jumped": [32, 56]}],
@@ -190,7 +205,10 @@ def test_guard_events_lost_shards_and_rows_that_wait_are_told(going: Path) -> No
     sent = {"uri": "http://x", "run_id": "r1", "offset": sum(map(len, rows[:-3])), "uuid": "u"}
     (going / "tracking.json").write_text(json.dumps(sent))
     text = told(going)[1]
-    assert "step 7: non-finite (loss nan, norm 2.0), skipped" in text
+    assert (
+        "step 7: non-finite (loss not finite, norm 2), skipped" in text
+        and "guard: 1 steps skipped, 1 times gone back" in text
+    )
     assert "rolled back to step 4, windows 32 to 56 jumped" in text
     assert "lost shards: shards 2" in text
     assert "mlflow: run r1 at http://x, 3 rows wait to be sent" in text
