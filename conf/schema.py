@@ -24,7 +24,7 @@ from conf.hints import inner, keys, near, type_of, wording
 from data_pipeline.config import OrderConfig, Passing, UserError
 from data_pipeline.prepare import config as prepare
 from data_pipeline.prepare import quality_config
-from launch.config import PlanConfig, SubmitConfig, SuperviseConfig
+from launch.config import PlanConfig, StatusConfig, SubmitConfig, SuperviseConfig
 from trainer.checkpoint_config import ExportHfConfig, GenerateConfig, ImportHfConfig
 from trainer.config import PretrainConfig
 from trainer.tracking_config import SyncConfig
@@ -54,6 +54,7 @@ ROOTS: dict[str, type] = {
     "supervise": SuperviseConfig,
     "submit": SubmitConfig,
     "sync": SyncConfig,
+    "status": StatusConfig,
 }
 """Each root YAML in conf/ and the dataclass that an entry gets from it."""
 

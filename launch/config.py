@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from data_pipeline.config import MISSING, DataConfig, UserError
@@ -58,6 +59,19 @@ class SubmitConfig:
                 raise UserError(f"run.{key} is empty: give one")
             if "\0" in getattr(self.run, key):
                 raise UserError(f"run.{key} holds a zero byte, which no path can: give another")
+
+
+@dataclass
+class StatusConfig:
+    """`python -m launch.status`: what a run is doing, from its folder's files alone."""
+
+    run_dir: str = MISSING  # the run.dir of the run
+    json: bool = False  # print everything as one JSON object
+    watch: float = 0.0  # seconds after which it is printed again; 0 = once
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.watch < math.inf:
+            raise UserError(f"watch={self.watch}: give seconds, or 0 to print once")
 
 
 @dataclass

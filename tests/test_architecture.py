@@ -101,6 +101,7 @@ ROOMS = (
             "launch",
             "conf.schema",
             *CONFIGS,
+            "data_pipeline.ledger",
             "data_pipeline.manifest",
             *(
                 f"trainer.{m}"
