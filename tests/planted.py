@@ -1,4 +1,4 @@
-"""`python -m tests.planted RANK STEP SECONDS OVERRIDES...`: the real entry, where one rank sleeps before a step, once.
+"""`python -m tests.planted plant=RANK:STEP:SECONDS OVERRIDES...`: the real entry, where one rank sleeps, once.
 
 "Once" is kept in a file beside the run folder's hangs, so that a second start goes on.
 """
@@ -30,8 +30,9 @@ def plant(rank: int, step: int, seconds: float, once: Path) -> None:
 
 
 if __name__ == "__main__":
-    rank, step, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-    del sys.argv[1:4]
+    [what] = [word for word in sys.argv if word.startswith("plant=")]
+    sys.argv.remove(what)
+    rank, step, seconds = (int(number) for number in what.removeprefix("plant=").split(":"))
     run_dir = next(word.removeprefix("run.dir=") for word in sys.argv if word.startswith("run.dir="))
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     plant(rank, step, seconds, Path(run_dir) / "slept")

@@ -12,7 +12,6 @@ import contextlib
 import faulthandler
 import os
 import re
-import socket
 import sys
 import traceback
 from collections import defaultdict
@@ -20,9 +19,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-
-from trainer.progress import START, STEP, At
-from trainer.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("trainer", "data_pipeline", "launch", "conf")
@@ -61,24 +57,6 @@ def place_of_error(at: TracebackType | None) -> str:
     """Where an error was raised."""
     frames = [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in traceback.walk_tb(at)]
     return place(reversed(frames))
-
-
-def broken(error: RuntimeError, at: At | None, world: World, collective_s: float) -> str | None:
-    """A collective that failed because the others did not come or are gone, in one line; None: a defect.
-
-    `at`: where training was, None before its first step.
-    """
-    text = str(error)
-    backend = type(error).__module__.startswith("torch.distributed") or type(error).__name__.startswith("Dist")
-    gone = re.search(r"Connection (closed|reset) by peer|Broken pipe|Connection refused|remote process exited", text)
-    late = re.search(r"[Tt]imed out|[Tt]imeout", text)
-    if not (gone or late) or not (backend or "gloo" in text or "NCCL" in text):
-        return None
-    what = "another rank is gone (its own error says why)" if gone else f"waited {collective_s:g} s for the others"
-    knob = "" if gone else " (watch.collective_s): one of them hangs, or the network between them is cut"
-    when = f"in step {at.step + 1}" if at and at.phase in (START, STEP) else f"in {at.phase if at else START}"
-    where = place_of_error(error.__traceback__)
-    return f"rank {world.rank} on {socket.gethostname()}: {what}{knob}, {when}, {where}: {' '.join(text.split())[:200]}"
 
 
 def place(frames: Iterable[tuple[str, int, str]]) -> str:

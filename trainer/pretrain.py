@@ -8,10 +8,8 @@ from __future__ import annotations
 import sys
 
 from conf.schema import freeze, run
-from data_pipeline.config import Passing
 from trainer.check import check
 from trainer.config import PretrainConfig
-from trainer.hang import broken
 from trainer.signals import OF_THIS_PROCESS, Stopped
 from trainer.world import read_world
 
@@ -22,20 +20,18 @@ def pretrain(cfg: PretrainConfig) -> None:
     if chosen and world.is_main:
         print(chosen, flush=True)
     from trainer.loop import Trainer  # from here on torch, deepspeed and megatron
+    from trainer.parallel import ranks_lost
 
     try:
-        with Trainer(cfg, freeze(cfg), world, geometry, sources) as trainer:
+        with (
+            ranks_lost(world, cfg.watch.collective_s),
+            Trainer(cfg, freeze(cfg), world, geometry, sources) as trainer,
+        ):
             trainer.train()
     except Stopped as e:
         if world.is_main:
             print(e, file=sys.stderr, flush=True)
         sys.exit(e.code)
-    except RuntimeError as e:
-        progress = OF_THIS_PROCESS.progress
-        line = broken(e, progress.at if progress else None, world, cfg.watch.collective_s)
-        if line is None:
-            raise
-        raise Passing(line) from None
 
 
 if __name__ == "__main__":

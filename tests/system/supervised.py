@@ -13,10 +13,10 @@ from tests.ranks import ROOT
 from tests.system.runs import TINY
 
 
-def supervised(run: Path, *overrides: str, entry: tuple[str, ...] = ("trainer.pretrain",)) -> subprocess.Popen[str]:
+def supervised(run: Path, *overrides: str, entry: str = "trainer.pretrain") -> subprocess.Popen[str]:
     """`overrides` are the entry's; stderr is kept."""
     supervise = ["launch.supervise", f"run.dir={run}", "max_restarts=6", "backoff_s=0.05", "grace_s=5"]
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", *entry]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", entry]
     words = [sys.executable, "-m", *supervise, "--", sys.executable, "-m", *torchrun]
     return subprocess.Popen(
         [*words, *TINY, f"run.dir={run}", *overrides],

@@ -17,12 +17,12 @@ QUICK = ("watch.beat_s=0.2", "watch.hang_min_s=4", "watch.hang_factor=3")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_rank_that_sleeps_is_named_with_its_place_and_the_next_start_goes_on_exactly(tmp_path: Path) -> None:
     sleeper, step = random.randrange(2), random.randrange(5, 9)
     common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=12", *QUICK)
     run = tmp_path / "run"
-    process = supervised(run, *common, entry=("tests.planted", str(sleeper), str(step), "1000"))
+    process = supervised(run, *common, f"plant={sleeper}:{step}:1000", entry="tests.planted")
     [(code, err)] = finish([process])
     assert code == 0, err
     folder = RunFolder(run)

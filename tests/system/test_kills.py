@@ -37,7 +37,7 @@ def kill_a_rank(process: subprocess.Popen[str], run: Path, step: int, rng: rando
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_ten_kills_of_any_rank_at_random_moments_change_no_bit_and_leave_no_damaged_checkpoint(tmp_path: Path) -> None:
     rng, kills, steps = random.Random(), 10, 200
     common = (f"data.path={make_data(tmp_path / 'data')}", f"max_steps={steps}", "model.dropout=0.1")

@@ -65,12 +65,13 @@ def test_a_signal_before_the_first_step_ends_the_process_at_once(tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_without_agreement_the_rank_that_got_the_signal_ends_and_saves_nothing(tmp_path: Path) -> None:
     asleep = random.randrange(2)
     common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=20", "checkpoint.every_steps=0", "watch.stop_s=2")
+    planted = f"plant={asleep}:4:1000"
     run = tmp_path / "run"
-    processes = start(run, *common, ranks=2, entry=("tests.planted", str(asleep), "4", "1000"))
+    processes = start(run, *common, planted, ranks=2, entry="tests.planted")
     try:
         deadline = time.monotonic() + 200
         while not (run / "slept").exists():
@@ -89,7 +90,7 @@ def test_without_agreement_the_rank_that_got_the_signal_ends_and_saves_nothing(t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 85)])
 def test_a_signal_to_the_restarter_saves_the_run_under_torchrun(tmp_path: Path, number: int, code: int) -> None:
     run = tmp_path / "run"
