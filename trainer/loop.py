@@ -31,7 +31,8 @@ from trainer.feed import Feed
 from trainer.guard import Guard
 from trainer.host import OnItsWay, to_device
 from trainer.metrics import Speed, peak_flops, peak_memory_gib, progress_line
-from trainer.rollback import check_skips, roll_back
+from trainer.recheck import recheck
+from trainer.rollback import check_skips, went_back
 from trainer.run_folder import RunFolder
 from trainer.saving import Saver
 from trainer.schedule import lr_at
@@ -106,8 +107,7 @@ class Trainer:
             self.val_loss = None
             if last or skipped or due(self.step, cfg.log_every):
                 self._log(loss, grad_norm, lr, skipped)
-            if skipped and self.guard.must_roll_back(self.step):
-                roll_back(self)
+            if skipped and went_back(self):
                 continue
             if last or due(self.step, cfg.eval.every):
                 self._evaluate()
@@ -128,6 +128,7 @@ class Trainer:
             batches, unread = self.feed.next()
             self.speed.wait(time.monotonic() - started)
             valid, clock, skipped = self.agree_on_step(batches, unread)
+            recheck(self.engine, self.step, batches[0])
             loss = torch.zeros((), device=self.mesh.device)
             for micro_step, batch in enumerate(batches):
                 parallel.seed_dropout(self.mesh, self.cfg.seed, self.step, micro_step)
@@ -203,7 +204,6 @@ class Trainer:
             row |= {f"data/share/{name}": here.weights.get(name, 0) / total for name in self.sources.train}
         if skipped:
             row["guard/skipped"] = 1
-            print(f"guard: {self.guard.told()}", flush=True)
         self.tracker.log(self.step, row)
         eta = self.speed.eta_s(ledger.tokens(self.cfg.max_steps) - ledger.tokens(self.step))
         print(progress_line(self.step, self.cfg.max_steps, row, eta), flush=True)

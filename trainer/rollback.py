@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from trainer.loop import Trainer
 
 
+def went_back(t: Trainer) -> bool:
+    """After a bad step, the last before `t.step`: says so, and goes back where there were too many. Collective."""
+    if t.mesh.world.is_main:
+        print(f"guard: {t.guard.told()}", flush=True)
+    if not t.guard.must_roll_back(t.step):
+        return False
+    roll_back(t)
+    return True
+
+
 def roll_back(t: Trainer) -> None:
     """Go back before the bad steps, which end at `t.step`. Collective.
 
