@@ -23,7 +23,7 @@ from data_pipeline.geometry import Geometry
 from data_pipeline.loader import IGNORE, Batch
 from data_pipeline.manifest import TOKENIZER
 from data_pipeline.plan import Plan
-from trainer import checkpoint, parallel
+from trainer import checkpoint, parallel, signals
 from trainer.arithmetic import flops_per_token
 from trainer.config import Precision, PretrainConfig
 from trainer.engine import NonFiniteError
@@ -31,14 +31,16 @@ from trainer.feed import Feed
 from trainer.guard import Guard
 from trainer.host import OnItsWay, to_device
 from trainer.metrics import Speed, peak_flops, peak_memory_gib, progress_line
+from trainer.progress import SAVE, VALIDATE, Progress
 from trainer.recheck import recheck
 from trainer.rollback import check_skips, went_back
 from trainer.run_folder import RunFolder
 from trainer.saving import Saver
-from trainer.schedule import lr_at
+from trainer.schedule import lr_of
+from trainer.signals import Stopped, agreed
 from trainer.sources import Sources, data_state, plan_run
 from trainer.start import beginning, build_engine, introduction, take_run
-from trainer.tracking import Tracker
+from trainer.tracking import Status, Tracker
 from trainer.validate import validate
 from trainer.world import World
 from trainer.writing import Writer
@@ -50,8 +52,9 @@ class Trainer:
     def __init__(
         self, cfg: PretrainConfig, config_text: str, world: World, geometry: Geometry, sources: Sources
     ) -> None:
+        self.signals, self.progress = signals.OF_THIS_PROCESS, Progress()
         self.cfg, self.config_text, self.geometry, self.sources = cfg, config_text, geometry, sources
-        self.mesh = parallel.start(world, cfg.parallel)
+        self.mesh = parallel.start(world, cfg.parallel, cfg.watch.collective_s)
         self.run = RunFolder(cfg.run.dir)
         self.generation, found = take_run(self.run, self.mesh, config_text)
         state = checkpoint.read_state(found) if found else {}
@@ -94,14 +97,22 @@ class Trainer:
         return self.feed.plan
 
     def train(self) -> None:
-        """To max_steps. Raises UserError where data, numbers or the disk stop it; the last checkpoint stands."""
+        """To max_steps.
+
+        Raises:
+            UserError: data, numbers or the disk stop it; the last checkpoint stands.
+            Stopped: on every rank, with the checkpoint of that step published, because any rank got a signal.
+        """
         cfg = self.cfg
         self.speed.start()
+        self.progress.begin(self.step)
+        self.signals.train(self.progress, cfg.watch.stop_s)
         while self.step < cfg.max_steps:
             self.guard.enter(self.plan.ledger, self.step)
-            loss, grad_norm, lr, save_now = self._update()
+            loss, grad_norm, lr, (save_now, *stop) = self._update()
             skipped = self.guard.record(self.step, self.plan.ledger.position(self.step), loss, grad_norm)
             self.step += 1
+            self.progress.step_done(self.step)
             self.speed.step(self.plan.ledger.segment(self.step - 1).tokens_per_step)
             last = self.step == cfg.max_steps
             self.val_loss = None
@@ -110,15 +121,23 @@ class Trainer:
             if skipped and went_back(self):
                 continue
             if last or due(self.step, cfg.eval.every):
-                self._evaluate()
-            if last or save_now or due(self.step, cfg.checkpoint.every_steps) or self._is_best():
-                self._save(last)
+                with self.progress.phase(VALIDATE):
+                    self._evaluate()
+            if last or any((save_now, *stop)) or due(self.step, cfg.checkpoint.every_steps) or self._is_best():
+                with self.progress.phase(SAVE):
+                    self._save(last)
+            if not last and (signal := agreed(stop)):
+                with self.progress.phase(SAVE):
+                    self.signals.over()
+                    self.saver.wait()
+                raise Stopped(signal, self.step, self.run.latest())
+        self.signals.over()
 
-    def _update(self) -> tuple[float, float, float, bool]:
+    def _update(self) -> tuple[float, float, float, list[float]]:
         """One optimizer step.
 
-        Returns the loss (nats per token, over all ranks), the global gradient norm, the learning rate, and whether rank
-        0's clock asks for a checkpoint.
+        Returns the loss (nats per token, over all ranks), the global gradient norm, the learning rate, and the wishes
+        of all ranks: 0 or more.
 
         Raises:
             UserError: on every rank, with no weight changed: data that one cannot read.
@@ -127,20 +146,21 @@ class Trainer:
             started = time.monotonic()
             batches, unread = self.feed.next()
             self.speed.wait(time.monotonic() - started)
-            valid, clock, skipped = self.agree_on_step(batches, unread)
+            valid, *wishes, skipped = self.agree_on_step(batches, unread)
             recheck(self.engine, self.step, batches[0])
             loss = torch.zeros((), device=self.mesh.device)
             for micro_step, batch in enumerate(batches):
                 parallel.seed_dropout(self.mesh, self.cfg.seed, self.step, micro_step)
                 loss += self.engine.backward(batch, valid, last=micro_step + 1 == len(batches))
-            facts = torch.stack([loss / valid, clock, skipped, valid])
+            facts = torch.stack([loss / valid, valid, skipped, *wishes])
             dist.all_reduce(facts, group=self.mesh.dp_group)
-            told, lr = OnItsWay(facts), self._lr()
+            told = OnItsWay(facts)
+            lr = lr_of(self.cfg.optim, self.plan.ledger, step=self.step, max_steps=self.cfg.max_steps)
             try:  # waits for the device, once; `told` has come by then
                 grad_norm = self.engine.step(lr, partial(self.guard.accepts, told.numbers))
             except NonFiniteError as e:
                 grad_norm = e.norm
-            mean_loss, wishes, all_skipped, counted = told.numbers()
+            mean_loss, counted, all_skipped, *wished = told.numbers()
             self.guard.check(all_skipped, self.mesh.world.world_size * self.mesh.dp)
             if math.isnan(counted):
                 self.saver.check()
@@ -152,22 +172,12 @@ class Trainer:
             else:
                 if unread is not None:
                     raise RuntimeError("a step without data was made") from unread
-                return mean_loss, grad_norm, lr, self.cfg.checkpoint.every_minutes > 0 and wishes > 0
-
-    def _lr(self) -> float:
-        cfg, ledger, step = self.cfg, self.plan.ledger, self.step
-        return lr_at(
-            cfg.optim.schedule,
-            cfg.optim.lr,
-            step=step,
-            max_steps=cfg.max_steps,
-            tokens=ledger.tokens(step),
-            step_tokens=ledger.segment(step).tokens_per_step,
-            end_tokens=ledger.tokens(cfg.max_steps),
-        )
+                return mean_loss, grad_norm, lr, wished
 
     def agree_on_step(self, batches: list[Batch], unread: UserError | None) -> torch.Tensor:
-        """Sums over all ranks, not waited for: [valid tokens, rank 0's wish to save by the clock, steps skipped].
+        """[valid tokens, rank 0's wish to save by the clock, *wishes to stop, steps skipped], sums over all ranks.
+
+        Not waited for.
 
         A rank that could not read, or whose checkpoint in flight could not be written, makes the count NaN: it takes
         part in the step, so that no one waits for it, and the gradient is NaN everywhere, which the engine refuses
@@ -177,7 +187,7 @@ class Trainer:
         wish = self.mesh.world.is_main and 0 < minutes * 60 <= time.monotonic() - self.saved_at
         valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches) if self.mesh.tp_rank == 0 else 0
         count = float("nan") if unread or self.saver.failed else valid
-        facts = to_device([count, float(wish), self.guard.skipped], self.mesh.device)
+        facts = to_device([count, float(wish), *self.signals.wishes(), self.guard.skipped], self.mesh.device)
         dist.all_reduce(facts)
         return facts
 
@@ -269,10 +279,12 @@ class Trainer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with contextlib.ExitStack() as rest:  # from the last to the first, and each whatever becomes of the others
             if self.tracker is not None:
-                rest.callback(self.tracker.close, failed=kind is not None)
+                rest.callback(self.tracker.close, Status.of(error))
             rest.callback(self.feed.close)
             self.saver.close()
-        if kind is None:  # after an error the other ranks may be gone: no collective any more
+        if kind in (None, Stopped):  # after an error the other ranks may be gone: no collective any more
+            if kind is Stopped:
+                dist.barrier()  # a launcher ends the other ranks as soon as one ends with a code
             parallel.stop(self.mesh)
 
 

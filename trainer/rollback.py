@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainer import checkpoint
+from trainer.progress import SAVE
 from trainer.sources import plan_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ def went_back(t: Trainer) -> bool:
         print(f"guard: {t.guard.told()}", flush=True)
     if not t.guard.must_roll_back(t.step):
         return False
-    roll_back(t)
+    with t.progress.phase(SAVE):
+        roll_back(t)
+    t.progress.begin(t.step)
     return True
 
 
@@ -62,7 +65,7 @@ def roll_back(t: Trainer) -> None:
 
 def check_skips(t: Trainer) -> None:
     """Raises Passing on every rank, where not all have skipped the same steps. Collective; waits for the device."""
-    t.guard.check(float(t.agree_on_step([], None)[2]), t.mesh.world.world_size)
+    t.guard.check(float(t.agree_on_step([], None)[-1]), t.mesh.world.world_size)
 
 
 def _move(t: Trainer) -> tuple[int, str] | None:
