@@ -138,8 +138,15 @@ class Engine:
             self.deepspeed.train()
 
     def close(self) -> None:
-        """Takes DeepSpeed's hooks away, so that the memory goes when the last reference does."""
+        """Gives the memory of weights, masters and moments back, also what DeepSpeed's cycles would keep for ever."""
+        zero = self.deepspeed.optimizer
         self.deepspeed.destroy()
+        for p in self.module.parameters():  # under ZeRO-3 they outlive their engine, empty from here on
+            vars(p).clear()
+            p.data = p.data.new_empty(0)
+        self.adam.state.clear()
+        self.adam.param_groups.clear()
+        vars(zero).clear()
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         return self.deepspeed(*(t.to(self.mesh.device, non_blocking=True) for t in batch if t is not None))

@@ -35,6 +35,7 @@ def check_layout(cfg: PretrainConfig, world_size: int) -> Geometry:
         )
     _check_muon(cfg)
     _check_speed(cfg)
+    _check_recheck(cfg)
     n_ctx, tokens_per_step = cfg.model.n_ctx, cfg.tokens_per_step
     found = []
     for stage in (StageConfig(0), *cfg.data.stages):
@@ -83,6 +84,19 @@ def _check_speed(cfg: PretrainConfig) -> None:
                 f"precision=fp8 multiplies matrices whose sides are multiples of {FP8_MULTIPLE}, which {what}={size} "
                 "is not: give precision=bf16"
             )
+
+
+def _check_recheck(cfg: PretrainConfig) -> None:
+    """Raises UserError where a micro step cannot be made a second time by torch alone."""
+    every, layout = cfg.guard.recheck_every, cfg.parallel
+    cases = {
+        f"parallel.tp={layout.tp}: its forward and backward are collective, one rank's error is everyone's": layout.tp
+        > 1,
+        "parallel.zero_stage=3: weights are there only inside of DeepSpeed's own backward": layout.zero_stage == 3,
+    }
+    refusal = next((why for why, hit in cases.items() if hit), None)
+    if every and refusal:
+        raise UserError(f"guard.recheck_every={every} with {refusal}; give guard.recheck_every=0")
 
 
 def _check_muon(cfg: PretrainConfig) -> None:

@@ -32,7 +32,8 @@ from trainer.guard import Guard
 from trainer.host import OnItsWay, OwnWork, to_device
 from trainer.metrics import Speed, peak_flops, peak_memory_gib, progress_line
 from trainer.progress import SAVE, VALIDATE, Progress
-from trainer.rollback import check_skips, roll_back
+from trainer.recheck import recheck
+from trainer.rollback import check_skips, went_back
 from trainer.run_folder import RunFolder
 from trainer.saving import Saver
 from trainer.schedule import lr_of
@@ -118,10 +119,7 @@ class Trainer:
             self.val_loss = None
             if last or skipped or due(self.step, cfg.log_every):
                 self._log(loss, grad_norm, lr, skipped)
-            if skipped and self.guard.must_roll_back(self.step):
-                with self.progress.phase(SAVE):
-                    roll_back(self)
-                self.progress.begin(self.step)
+            if skipped and went_back(self):
                 continue
             if last or due(self.step, cfg.eval.every):
                 with self.progress.phase(VALIDATE):
@@ -151,6 +149,7 @@ class Trainer:
             batches, unread = self.feed.next()
             self.speed.wait(waited := time.monotonic() - started)
             valid, *wishes, skipped = self.agree_on_step(batches, unread)
+            recheck(self.engine, self.step, batches[0])
             self.own.start()
             loss = torch.zeros((), device=self.mesh.device)
             for micro_step, batch in enumerate(batches):
@@ -212,7 +211,6 @@ class Trainer:
         }
         if skipped:
             row["guard/skipped"] = 1
-            print(f"guard: {self.guard.told()}", flush=True)
         self.tracker.log(self.step, row)
         ledger = self.plan.ledger
         eta = self.speed.eta_s(ledger.tokens(self.cfg.max_steps) - ledger.tokens(self.step))

@@ -18,10 +18,23 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainer import checkpoint
+from trainer.progress import SAVE
 from trainer.sources import plan_of
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
+
+
+def went_back(t: Trainer) -> bool:
+    """After a bad step, the last before `t.step`: says so, and goes back where there were too many. Collective."""
+    if t.mesh.world.is_main:
+        print(f"guard: {t.guard.told()}", flush=True)
+    if not t.guard.must_roll_back(t.step):
+        return False
+    with t.progress.phase(SAVE):
+        roll_back(t)
+    t.progress.begin(t.step)
+    return True
 
 
 def roll_back(t: Trainer) -> None:

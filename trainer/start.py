@@ -23,6 +23,7 @@ from trainer.model.gpt import GPT
 from trainer.model.hf import hf_refusal
 from trainer.model.init import initialise
 from trainer.parallel import Mesh
+from trainer.recheck import check_recheck
 from trainer.run_folder import RunFolder, find_checkpoint
 from trainer.sources import Sources
 
@@ -73,6 +74,7 @@ def build_engine(
 
     From `found` come all of them, from `begin` the weights alone.
     """
+    check_recheck(cfg, mesh.device.type)
     if cfg.deterministic and mesh.device.type == "cuda":  # a CPU always is
         make_deterministic()
     model = GPT(cfg.model, mesh, sequence_parallel=cfg.parallel.sequence_parallel, recompute=cfg.parallel.recompute)

@@ -143,7 +143,9 @@ def test_muon_resumes_exactly(precision: str, zero: int, two: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(("precision", "zero"), CASES)
-def test_a_nan_gradient_changes_no_momentum(precision: str, zero: int, two: dict[str, Any]) -> None:
+def test_a_gradient_that_is_nan_or_not_accepted_changes_no_momentum(
+    precision: str, zero: int, two: dict[str, Any]
+) -> None:
     veto = two[f"{precision} zero{zero}"]["veto"]
     assert "the gradient norm is" in veto["error"] and veto["changed"] == [] and veto["owned"] > 0
 

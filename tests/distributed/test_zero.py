@@ -207,7 +207,7 @@ def step_too_early(engine: Any, batch: Batch) -> list[str]:
 
 
 def vetoed(engine: Any) -> dict[str, Any]:
-    """A step whose gradient is nan between two good ones."""
+    """A step whose gradient is nan, and one that is finite and not accepted, between good ones."""
     from trainer.engine import NonFiniteError
 
     losses = [run.one_step(engine, 0)]
@@ -220,14 +220,23 @@ def vetoed(engine: Any) -> dict[str, Any]:
         error = "none"
     except NonFiniteError as e:
         error = str(e)
+    after, changed = run.owned_bits(engine), []
+    changed += [k for k in before if not torch.equal(before[k], after[k])]
+    batches, valid = run.micro_batches(60, engine.cfg, engine.mesh)
+    for batch in batches:
+        engine.backward(batch, valid, last=batch is batches[-1])
+    asked: list[float] = []
+    norm = engine.step(1.0, lambda norm: asked.append(norm) is not None)  # no
+    assert asked == [norm] and 0 < norm < float("inf"), (asked, norm)
     after = run.owned_bits(engine)
+    changed += [f"{k}, not accepted" for k in before if not torch.equal(before[k], after[k])]
     losses += run.curve(engine, range(1, 3))
     zero = engine.deepspeed.optimizer
     return {
         "wrapper": type(zero).__name__,
         "has norm": hasattr(zero, "_global_grad_norm"),
         "error": error,
-        "changed": [k for k in before if not torch.equal(before[k], after[k])],
+        "changed": changed,
         "owned": len(before),
         "curve": losses,
     }
@@ -395,7 +404,7 @@ def test_steps_of_any_number_and_size_of_micro_batches_in_bf16_stay_within_its_r
 
 @pytest.mark.parametrize("zero", ZERO)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_nan_gradient_changes_nothing_and_is_an_error(precision: str, zero: int, two: Curves) -> None:
+def test_a_nan_gradient_and_one_that_is_not_accepted_change_nothing(precision: str, zero: int, two: Curves) -> None:
     got = two[f"{precision} zero{zero} veto"]
     assert "the gradient norm is" in got["error"] and "optim.lr" in got["error"]
     assert got["changed"] == [] and got["owned"] > 0

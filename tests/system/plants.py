@@ -18,7 +18,7 @@ VOCAB, MARKER, SHARDS = 1024, 1023, (12000, 9000, 11000)  # tokens; 498 windows 
 
 
 def make_plants(root: Path, plants: Mapping[int, str], seed: int, *overrides: str) -> Path:
-    """A folder with train/ and val/. `plants`: what the windows at a step's first positions are, noise or marker."""
+    """A folder with train/ and val/. `plants`: what the windows of a step are, "noise" or "marker"."""
     rng = np.random.default_rng(seed)
     shards = [np.cumsum(rng.integers(1, 3, size=n)) % 16 for n in SHARDS]
     make_source(root / "val", [[np.cumsum(rng.integers(1, 3, size=600)) % 16]], vocab_size=VOCAB, split="val")

@@ -92,7 +92,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> float:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_with_spikes_repeats_itself_after_kills(tmp_path: Path) -> None:
-    """Killed right after a skip and right after going back: the same story, to the bit."""
+    """Killed right after a skip, right after going back, and after the next checkpoint: the same story, to the bit."""
     how = (*GUARD, "max_steps=36", "model.dropout=0.1", "eval.every=10", "precision=bf16")
     data = make_plants(tmp_path / "data", {22: "noise", 25: "noise", 33: "noise"}, 1, *how)
     how = (f"data.path={data}", *how)
@@ -108,6 +108,7 @@ def test_a_run_with_spikes_repeats_itself_after_kills(tmp_path: Path) -> None:
     assert state(killed)["step"] <= 24
     kill_when(killed, how, lambda rows: any(r.generation == 3 for r in rows), 1)
     assert state(killed)["guard"]["events"] == [] and state(killed)["step"] == 20
+    kill_when(killed, how, lambda rows: any(r.generation == 5 and r.step == 30 for r in rows), 1)
     run(killed, *how)
     assert story(killed) == story(whole)
     assert weights(killed) == weights(whole)
@@ -120,7 +121,7 @@ def test_a_run_with_spikes_repeats_itself_after_kills(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_batches_that_give_nan_are_jumped_over_from_the_very_beginning_on(tmp_path: Path, clean: float) -> None:
     """The first before any checkpoint: back to the beginning; the second to a checkpoint."""
-    how = (*GUARD, "max_steps=40")
+    how = (*GUARD, "max_steps=40", "parallel.zero_stage=3")
     data = make_plants(tmp_path / "data", {2: "marker", 3: "marker", 22: "marker", 25: "marker"}, 1, *how)
     run(tmp_path / "run", f"data.path={data}", *how, entry=NAN)
     back = [e for e in events(tmp_path / "run") if e[2] == "rolled back"]

@@ -129,6 +129,35 @@ def test_prune_without_best_keeps_the_newest_alone(run: RunFolder) -> None:
     assert run.latest() == run.published()[0]
 
 
+def test_going_back_moves_the_pointer_and_deletes_what_came_later(run: RunFolder) -> None:
+    for step, generation in ((10, 1), (20, 1), (25, 1), (30, 1), (20, 2), (40, 2)):
+        publish(run, step, generation)
+    assert run.before(29, every=10) == run.checkpoint(20, 2), "one that is due, and the newest start's"
+    assert run.before(29, every=0) == run.before(29, every=7) == run.checkpoint(25, 1), "none is due: any"
+    assert run.before(9, every=10) is None
+    gone = run.go_back(run.checkpoint(20, 2), generation=2)
+    assert {p.name[5:] for p in gone} == {"00000025.gen-0001", "00000030.gen-0001", "00000040.gen-0002"}
+    assert [n[5:] for n in names(run)] == ["00000010.gen-0001", "00000020.gen-0001", "00000020.gen-0002"]
+    assert run.latest() == run.checkpoint(20, 2)
+    run.go_back(None, generation=2)
+    assert run.latest() is None and names(run) == []
+
+
+def test_a_stranded_start_cannot_go_back(run: RunFolder) -> None:
+    kept, latest = publish(run, 10, 1), publish(run, 20, 1)
+    run.take_generation()
+    with pytest.raises(UserError, match="start 2 of this run has taken over"):
+        run.go_back(kept, generation=1)
+    assert run.latest() == latest and len(names(run)) == 2
+
+
+def test_prune_keeps_what_the_guard_may_go_back_to(run: RunFolder) -> None:
+    for step in (10, 20, 30):
+        publish(run, step, 1)
+    run.prune(keep=1, best=False, also=run.before(12, every=10))
+    assert [n[5:13] for n in names(run)] == ["00000010", "00000030"]
+
+
 def test_prune_never_deletes_the_latest(run: RunFolder) -> None:
     for step in (10, 20, 30):
         publish(run, step, 1)
