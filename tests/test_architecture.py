@@ -47,7 +47,11 @@ class Room:
 
 
 ROOMS = (
-    Room(("conf/*",), (*CONFIGS, "launch.config", "launch.cluster_config", "conf.hints"), ("hydra", "omegaconf")),
+    Room(
+        ("conf/*",),
+        (*CONFIGS, "launch.config", "launch.cluster_config", "conf.frozen", "conf.hints"),
+        ("hydra", "omegaconf", "yaml"),
+    ),
     Room(("data_pipeline/config.py",), (), ()),
     Room(
         (
@@ -72,12 +76,17 @@ ROOMS = (
             "trainer/*config.py",
             "trainer/arithmetic.py",
             "trainer/layouts.py",
-            "trainer/schedule.py",
         ),
         CONFIGS,
         (),
     ),
-    Room(("trainer/world.py", "trainer/journal.py", "trainer/exit_codes.py", "trainer/redact.py"), CONFIGS, ()),
+    Room(
+        tuple(f"trainer/{m}.py" for m in ("world", "journal", "exit_codes", "code_version", "progress", "redact")),
+        CONFIGS,
+        (),
+    ),
+    Room(("trainer/schedule.py",), (*CONFIGS, "data_pipeline.ledger"), ()),
+    Room(("trainer/signals.py", "trainer/heartbeat.py"), ("trainer.exit_codes", "trainer.progress"), ()),
     Room(
         ("trainer/plan/*",),
         (*CONFIGS, *(f"trainer.{m}" for m in ("arithmetic", "layouts", "plan", "world"))),
@@ -92,10 +101,23 @@ ROOMS = (
             "launch",
             "conf.schema",
             *CONFIGS,
+            "data_pipeline.ledger",
             "data_pipeline.manifest",
             *(
                 f"trainer.{m}"
-                for m in ("arithmetic", "check", "exit_codes", "layouts", "world", "run_folder", "journal", "plan")
+                for m in (
+                    "arithmetic",
+                    "check",
+                    "code_version",
+                    "exit_codes",
+                    "heartbeat",
+                    "layouts",
+                    "world",
+                    "run_folder",
+                    "journal",
+                    "plan",
+                    "signals",
+                )
             ),
         ),
         None,
@@ -120,8 +142,10 @@ DOORS = {
     "ftfy": ("data_pipeline/prepare/page_text.py",),
     "fastwarc": ("data_pipeline/prepare/web/page_archive.py",),
     "transformers": ("trainer/export_hf.py",),
+    "jinja2": ("launch/slurm.py", "data_pipeline/prepare/funnel.py"),
     "hydra": ("conf/schema.py",),
-    "omegaconf": ("conf/schema.py",),
+    "omegaconf": ("conf/schema.py", "conf/frozen.py"),
+    "yaml": ("conf/frozen.py",),
     **dict.fromkeys(("pickle", "dill", "cloudpickle", "shelve"), ()),  # a file that is read must not run anything
 }
 """The files that may import a package; none = nobody."""

@@ -35,11 +35,9 @@ class Tracker:
 
     def __init__(self, cfg: PretrainConfig, folder: RunFolder, generation: int, resumed_at: int) -> None:
         check_tracking(cfg.tracking)
-        self.generation = generation
         self._step: int | None = None  # the last that was logged
         self._writer = JournalWriter(folder.metrics)
-        first = {"run/generation": float(generation)}  # which start did a step: for a store that cannot take back
-        self._writer.put(Row(resumed_at, generation, time.time(), first, resumed_at=resumed_at))
+        self.begin(generation, resumed_at)
         self._plot = MixturePlot(folder.mixture, cfg.run.name, cfg.max_steps)
         mlflow = cfg.tracking.name is tracking_config.Tracker.mlflow
         self._shipper = Shipper(cfg, folder) if mlflow else None
@@ -48,6 +46,12 @@ class Tracker:
         self._told_at: int | None = None  # the step of the last system metrics: a step has them once
         period_s = cfg.tracking.system_s
         self._system = SystemMetrics(period_s, self._log_system) if period_s else None
+
+    def begin(self, generation: int, resumed_at: int) -> None:
+        """What is logged from here on is of this start; of earlier ones, the steps after `resumed_at` count no more."""
+        self.generation = generation
+        first = {"run/generation": float(generation)}  # which start did a step: for a store that cannot take back
+        self._writer.put(Row(resumed_at, generation, time.time(), first, resumed_at=resumed_at))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Returns at once. Raises UserError where an earlier row could not be written."""
