@@ -120,28 +120,31 @@ def test_a_run_is_told_to_have_ended_as_its_exit_code_says(error: BaseException 
 def test_a_start_tells_its_generation_and_its_system_once_a_step(tmp_path: Path) -> None:
     pytest.importorskip("psutil", reason="the tracking extra is not installed")
     folder = RunFolder(tmp_path)
-    for generation in (1, 2):
-        folder.take_generation()
+    for turn in (0, 1):
         cfg = config(tmp_path, "tracking=none", "tracking.system_s=0.01")
-        tracker = Tracker(cfg, folder, generation, 5 * (generation - 1))
+        tracker = Tracker(cfg, folder, 2 * turn + 1, 5 * turn)
         time.sleep(0.1)  # nothing logged: no step that they could be of
-        for step in range(5 * generation - 4, 5 * generation + 1):
+        for step in range(5 * turn + 1, 5 * turn + 6):
             tracker.log(step, {"train/loss": 1.0})
             deadline = time.monotonic() + 60
             while not any(r.step == step and "system/cpu_percent" in r.metrics for r in read_journal(folder.metrics)):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
+            tracker.log(step - 1, {"checkpoint/write_s": 1.0})  # from the saver's thread, of an older step
+            time.sleep(0.03)
+        tracker.begin(2 * turn + 2, 5 * turn + 3)  # a rollback: no step done yet that they could be of
+        time.sleep(0.05)
         tracker.close()
     rows = [row for row, _ in read_rows(folder.metrics)]
     assert [(r.step, r.metrics) for r in rows if r.resumed_at is not None] == [
-        (0, {"run/generation": 1.0}),
-        (5, {"run/generation": 2.0}),
+        (step, {"run/generation": float(generation)}) for generation, step in enumerate((0, 3, 5, 8), 1)
     ]
+    assert {r.generation for r in rows if "system/cpu_percent" in r.metrics} == {1, 3}
     keyed = [(key, row.step, row.generation) for row in rows for key in row.metrics]
     assert len(keyed) == len(set(keyed))
     assert all(0 <= r.metrics["system/cpu_percent"] <= 100 for r in rows if "system/cpu_percent" in r.metrics)
     assert all(r.metrics["system/network_in_mb_per_s"] >= 0 for r in rows if "system/network_in_mb_per_s" in r.metrics)
-    assert [path.name for path in sorted(folder.environments.iterdir())] == ["0001.json", "0002.json"]
+    assert [path.name for path in sorted(folder.environments.iterdir())] == ["0001.json", "0003.json"]
 
 
 def test_the_code_version_is_what_submit_froze_else_what_git_says(tmp_path: Path) -> None:
