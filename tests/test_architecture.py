@@ -116,6 +116,7 @@ ROOMS = (
                     "run_folder",
                     "journal",
                     "plan",
+                    "redact",
                     "signals",
                 )
             ),
