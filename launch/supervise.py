@@ -30,6 +30,7 @@ from launch.config import SuperviseConfig
 from launch.processes import become_subreaper, descendants, end_descendants, send
 from trainer.exit_codes import ALONE, HUNG, PREEMPTED, USER_ERROR
 from trainer.heartbeat import read_heartbeats
+from trainer.redact import redact
 from trainer.run_folder import RunFolder
 from trainer.signals import CODES
 
@@ -177,12 +178,15 @@ def hang(folder: RunFolder, before: int) -> str | None:
 
 
 def cause(stderr: str) -> str:
-    """The first line that names an error or a stop, then the last three lines: one line of at most 800 characters."""
+    """The first line that names an error or a stop, then the last three lines: one line of at most 800 characters.
+
+    It goes into the run folder: what looks secret is cut out.
+    """
     lines = [line.strip() for line in re.split(r"[\r\n]+", stderr) if line.strip(" =-\t")]
     errors = [
         line for line in lines[:-3] if re.match(r"error: |stopped by |([A-Za-z_]\w*\.)*\w*(Error|Exception)\b", line)
     ]
-    return " | ".join(errors[:1] + lines[-3:])[:800] or "nothing on stderr"
+    return redact(" | ".join(errors[:1] + lines[-3:]))[:800] or "nothing on stderr"
 
 
 def main() -> None:

@@ -120,6 +120,7 @@ ROOMS = (
                     "run_folder",
                     "journal",
                     "plan",
+                    "redact",
                     "signals",
                 )
             ),

@@ -12,11 +12,10 @@ import re
 import socket
 import subprocess
 import sys
-from importlib.metadata import distributions
-from pathlib import Path
 from typing import Any
 
 from data_pipeline.manifest import publish_json
+from trainer.code_version import code_version, packages
 from trainer.redact import redact_command, redact_tree
 from trainer.run_folder import RunFolder
 
@@ -24,9 +23,8 @@ STEERING = re.compile(
     r"(CUDA|NCCL|GLOO|UCX|FI|OMPI|OMP|MKL|TORCH|TORCHINDUCTOR|TORCHELASTIC|PYTORCH|TRITON|DS|DEEPSPEED|SLURM|MLFLOW|HF"
     r"|PYTHON|LD|ROCR|HIP|CONDA|VIRTUAL)_?.*|PATH|TZ|LANG|LC_.*|MASTER_ADDR|MASTER_PORT|WORLD_SIZE|HOSTNAME"
 )
-CODE = Path(__file__).resolve().parent.parent
 GPUS = ("index", "name", "memory.total", "driver_version")
-PATIENCE_S = 30.0  # for git and nvidia-smi
+PATIENCE_S = 30.0  # for nvidia-smi
 
 
 def gather(folder: RunFolder) -> dict[str, Any]:
@@ -38,8 +36,8 @@ def gather(folder: RunFolder) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [dict(zip(GPUS, row, strict=False)) for row in nvidia_smi(GPUS)],
         "python": sys.version,
-        "packages": {d.metadata["Name"]: d.version for d in sorted(distributions(), key=lambda d: d.name.lower())},
-        "code": code_version(folder),
+        "packages": packages(),
+        "code": code_of(folder),
         "environment": {k: v for k, v in sorted(os.environ.items()) if STEERING.fullmatch(k)},
     }
     return {**redact_tree(body), "command": redact_command(sys.orig_argv)}
@@ -50,30 +48,21 @@ def store(folder: RunFolder, generation: int) -> None:
     publish_json(folder.environments / f"{generation:04d}.json", gather(folder))
 
 
-def code_version(folder: RunFolder) -> dict[str, Any] | None:
-    """As launch.submit froze it, else as git has it here; None where nobody knows."""
+def code_of(folder: RunFolder) -> dict[str, Any]:
+    """The version that the newest launch.submit froze, else that of the code that runs here."""
     frozen = sorted(folder.root.glob("submit/[0-9]*/code.json"))
-    if frozen:
-        body = json.loads(frozen[-1].read_text(encoding="utf-8"))
-        return body if isinstance(body, dict) else None
-    commit = _output("git", "-C", str(CODE), "rev-parse", "HEAD")
-    changed = _output("git", "-C", str(CODE), "status", "--porcelain", "--untracked-files=no")
-    if commit is None or changed is None:
-        return None
-    return {"commit": commit.strip(), "dirty": bool(changed.strip()), "changed": changed.splitlines()}
+    body = json.loads(frozen[-1].read_text(encoding="utf-8")) if frozen else code_version()[0]
+    return {key: value for key, value in body.items() if key not in ("packages", "python")}  # those of this node count
 
 
 def nvidia_smi(fields: tuple[str, ...]) -> list[list[str]]:
     """One row for each GPU of this node, as the driver's own program tells; none where there is no such program."""
-    out = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
-    return [[cell.strip() for cell in line.split(",")] for line in (out or "").splitlines() if line.strip()]
-
-
-def _output(*argv: str) -> str | None:
+    argv = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(
             argv, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+        return []
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    return [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]

@@ -200,7 +200,7 @@ class Sender:
         self._refused_at = None
 
     def _tell_code(self, client: MlflowClient, path: Path) -> None:
-        code = json.loads(path.read_text(encoding="utf-8")).get("code") or {}
+        code = json.loads(path.read_text(encoding="utf-8"))["code"]
         if code.get("commit"):
             client.set_tag(self.state["run_id"], "mlflow.source.git.commit", str(code["commit"]))
             client.set_tag(self.state["run_id"], "gradus.dirty", json.dumps(code.get("dirty")))

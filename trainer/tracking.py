@@ -35,7 +35,7 @@ class Tracker:
 
     def __init__(self, cfg: PretrainConfig, folder: RunFolder, generation: int, resumed_at: int) -> None:
         check_tracking(cfg.tracking)
-        self._step: int | None = None  # the last that was logged
+        self._last: tuple[int, int] | None = None  # the newest (step, generation) that was logged
         self._writer = JournalWriter(folder.metrics)
         self.begin(generation, resumed_at)
         self._plot = MixturePlot(folder.mixture, cfg.run.name, cfg.max_steps)
@@ -43,20 +43,21 @@ class Tracker:
         self._shipper = Shipper(cfg, folder) if mlflow else None
         self._environment = threading.Thread(target=_store, args=(folder, generation), name="environment", daemon=True)
         self._environment.start()
-        self._told_at: int | None = None  # the step of the last system metrics: a step has them once
+        self._told: tuple[int, int] | None = None  # the last that got system metrics: once each
         period_s = cfg.tracking.system_s
         self._system = SystemMetrics(period_s, self._log_system) if period_s else None
 
     def begin(self, generation: int, resumed_at: int) -> None:
         """What is logged from here on is of this start; of earlier ones, the steps after `resumed_at` count no more."""
-        self.generation = generation
+        self.generation, self._last = generation, None
         first = {"run/generation": float(generation)}  # which start did a step: for a store that cannot take back
         self._writer.put(Row(resumed_at, generation, time.time(), first, resumed_at=resumed_at))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Returns at once. Raises UserError where an earlier row could not be written."""
         self._writer.put(Row(step, self.generation, time.time(), {k: float(v) for k, v in metrics.items()}))
-        self._step = step
+        if self._last is None or step > self._last[0]:  # a checkpoint's seconds come when later steps are done
+            self._last = (step, self.generation)
 
     def show(self, plan: Plan, step: int) -> None:
         """Draw mixture.png anew, in the background: what is planned from `step` on has changed."""
@@ -83,9 +84,10 @@ class Tracker:
                 self._shipper.close(status)
 
     def _log_system(self, metrics: dict[str, float]) -> None:
-        if self._step not in (None, self._told_at):
-            self._told_at = self._step
-            self.log(self._told_at, metrics)
+        last = self._last
+        if last is not None and last != self._told:
+            self._told = last
+            self._writer.put(Row(*last, time.time(), metrics))
 
 
 def _store(folder: RunFolder, generation: int) -> None:

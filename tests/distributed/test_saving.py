@@ -23,6 +23,7 @@ from trainer import saving
 from trainer.loop import Trainer
 from trainer.model.layout import specs, to_local
 from trainer.run_folder import RunFolder
+from trainer.shipper import Status
 from trainer.weights import Source
 
 HERE = "tests.distributed.test_saving"
@@ -228,13 +229,13 @@ def test_what_a_run_holds_is_closed_even_if_its_last_save_is_a_defect() -> None:
     def defect() -> None:
         raise ZeroDivisionError
 
-    def close(**how: Any) -> None:
+    def close(*how: Any) -> None:
         closed.append(how)
 
     parts = {name: SimpleNamespace(close=close) for name in ("feed", "tracker")}
     with pytest.raises(ZeroDivisionError):
         Trainer.__exit__(SimpleNamespace(saver=SimpleNamespace(close=defect), **parts), UserError, UserError(), None)  # type: ignore[arg-type]
-    assert closed == [{}, {"failed": True}]
+    assert closed == [(), (Status.failed,)]
 
 
 def test_the_snapshot_takes_twelve_bytes_a_parameter_over_the_world(ranks: list[Any]) -> None:

@@ -2,116 +2,51 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import signal
-import subprocess
-import sys
+import threading
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from conf.schema import freeze, load
-from data_pipeline.ledger import Ledger
-from data_pipeline.plan import Plan
-from tests.ranks import ROOT, free_port
+from tests.ranks import free_port
+from tests.system.tracked import (
+    client_of,
+    config,
+    counted,
+    end_of,
+    error_output,
+    history,
+    is_away,
+    logged,
+    loss_at,
+    needs_mlflow,
+    offset,
+    plan,
+    said,
+    signal_group,
+    start_server,
+    start_training,
+    sync,
+    wait_for,
+)
 from trainer.address import tracking_uri
-from trainer.config import PretrainConfig
-from trainer.journal import read_journal
+from trainer.journal import read_journal, read_rows
 from trainer.mixture_plot import draw
 from trainer.run_folder import RunFolder
 from trainer.shipper import CLOSE_S
-from trainer.tracking import Tracker
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mlflow") is None,
-    reason="the tracking extra is not installed: pip install gradus[tracking]",
-)
-
-
-def loss_at(step: int) -> float:
-    return 1.0 / (3.0 * step)
-
-
-def config(root: Path, uri: str | None) -> PretrainConfig:
-    overrides = ["experiment=demo", f"run.dir={root}", "data.path=none", f"tracking.uri={uri or 'null'}"]
-    cfg: PretrainConfig = load("pretrain", overrides)
-    return cfg
-
-
-def plan(weights: dict[str, int]) -> Plan:
-    return Plan({name: [4000] for name in weights}, Ledger.start(8, 64, weights), lanes=4, seed=1)
-
-
-def train(
-    root: str, resumed_at: int, until: int | None, kill: bool, pause_s: float, uri: str | None, mixed: bool
-) -> None:
-    """Stands for the training process; without `until` it logs on until a file named stop lies beside the run folder.
-
-    Prints one JSON line of what it saw.
-    """
-    cfg, folder, stop = config(Path(root), uri), RunFolder(root), Path(root).parent / "stop"
-    generation = folder.take_generation()
-    folder.config.write_text(freeze(cfg))
-    tracker = Tracker(cfg, folder, generation, resumed_at)
-    if mixed:
-        tracker.show(plan({"books": 1, "web": 3}), resumed_at)
-    if kill:
-        tracker.wait_run_id(100)
-    worst_s, step = 0.0, resumed_at
-    while step < until if until is not None else not stop.exists():
-        step += 1
-        start = time.perf_counter()
-        tracker.log(step, {"train/loss": loss_at(step), "speed/tokens_per_s": time.time()})
-        worst_s = max(worst_s, time.perf_counter() - start)
-        if step % 10 == 0:
-            tracker.log(step, {"val/loss": 2 * loss_at(step)})
-        time.sleep(pause_s)
-    if kill:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if mixed:
-        tracker.show(plan({"books": 2, "web": 1}), step)
-    start = time.perf_counter()
-    tracker.close()
-    body = {"step": step, "worst_log_ms": 1e3 * worst_s, "close_s": time.perf_counter() - start}
-    print(json.dumps({**body, "run_id": tracker.wait_run_id(0)}), flush=True)
-
-
-def start_training(root: Path, resumed_at: int, until: int | None, **more: Any) -> subprocess.Popen[str]:
-    """Its stderr is the file ROOT.err."""
-    given = {"root": str(root), "resumed_at": resumed_at, "until": until, "kill": False, "pause_s": 0.001, "uri": None}
-    argv = [sys.executable, "-m", "tests.system.test_mlflow", json.dumps({"mixed": False, **given, **more})]
-    root.parent.mkdir(exist_ok=True)
-    with root.with_suffix(".err").open("a") as err:
-        return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=err, text=True)
-
-
-def end_of(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0
-    result: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return result
-
-
-def client_of(uri: str) -> Any:
-    from mlflow import MlflowClient  # seconds: not when tests are collected
-
-    return MlflowClient(uri)
-
-
-def history(client: Any, run_id: str, key: str) -> list[tuple[int, float]]:
-    return sorted((m.step, m.value) for m in client.get_metric_history(run_id, key))
+pytestmark = needs_mlflow
 
 
 def test_one_mlflow_run_serves_all_starts_and_has_each_row_once(tmp_path: Path) -> None:
     """Killed at step 600 with some part sent, resumed from 400; beside it another run in the same new database."""
     root, other = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
-    beside = start_training(other, 0, 300)
+    beside = start_training(other, 0, 300, status="preempted")
     killed = start_training(root, 0, 600, kill=True, pause_s=0.005)
     assert killed.wait(200) == -signal.SIGKILL
     first_id = json.loads((root / "tracking.json").read_text())["run_id"]
@@ -127,7 +62,17 @@ def test_one_mlflow_run_serves_all_starts_and_has_each_row_once(tmp_path: Path) 
     assert history(client, beside_id, "train/loss") == expected[:300]
     assert [(r.step, r.metrics["train/loss"]) for r in read_journal(RunFolder(root).metrics)] == expected
 
+    at_server = counted(client, first_id)
+    assert len(at_server) == len(set(at_server)) and set(at_server) <= set(logged(root))
+    assert history(client, first_id, "run/generation") == [(0, 1), (400, 2)]
+
     run = client.get_run(first_id)
+    assert run.data.tags["gradus.generation"] == "2"
+    reached = max(row.step for row, _ in read_rows(RunFolder(root).metrics) if row.generation == 1)
+    assert 500 < reached <= 600  # the kill takes what the queue still holds
+    assert json.loads(run.data.tags["gradus.superseded"]) == [{"generation": 1, "from_step": 401, "to_step": reached}]
+    beside_run = client.get_run(beside_id)
+    assert (beside_run.info.status, beside_run.data.tags["gradus.superseded"]) == ("SCHEDULED", "[]")
     assert run.info.status == "FINISHED"
     assert (run.data.params["model.n_layer"], run.data.params["tracking.name"]) == ("4", "mlflow")
     stored = client.download_artifacts(first_id, "config.yaml", str(tmp_path))
@@ -137,33 +82,6 @@ def test_one_mlflow_run_serves_all_starts_and_has_each_row_once(tmp_path: Path) 
     assert picture == (root / "mixture.png").read_bytes()
     cfg = config(root, None)
     assert picture == draw(plan({"books": 2, "web": 1}), 1000, cfg.max_steps, cfg.run.name)  # the last that was shown
-
-
-def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
-    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    argv += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/server.db",
-        "--artifacts-destination",
-        f"file://{folder}/artifacts",
-    ]
-    with (folder / "server.log").open("ab") as log:
-        server = subprocess.Popen(argv, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while True:
-        assert time.monotonic() < deadline and server.poll() is None, (folder / "server.log").read_text()[-3000:]
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-            return server
-        except OSError:
-            time.sleep(0.2)
-
-
-def signal_group(server: subprocess.Popen[bytes], number: int) -> None:
-    os.killpg(server.pid, number)
-    if number == signal.SIGKILL:
-        server.wait()
 
 
 def test_dead_server_costs_one_warning_and_a_bounded_close(tmp_path: Path) -> None:
@@ -201,49 +119,97 @@ def test_nothing_is_lost_when_the_server_is_killed_hangs_or_stays_away(tmp_path:
         wait_for(lambda: is_away(root))
         (tmp_path / "stop").touch()
         done = end_of(training)
-        assert said(root, "the next start sends them") == 1
+        assert said(root, "the next start sends them, or: python -m trainer.tracking sync") == 1
         print(json.dumps(done))
         assert done["worst_log_ms"] < 250  # idle it is under 5; a call that waited for the server would take 3,000
         assert done["close_s"] < CLOSE_S + 5
+        code, told = sync(root, "timeout_s=6")  # it hangs still
+        assert (code, told["rows_sent"]) == (1, 0) and told["backlog"] > 0
         signal_group(server, signal.SIGKILL)
         server = start_server(tmp_path, port)
-        again = end_of(start_training(root, done["step"], done["step"], uri=uri))
-        assert again["run_id"] == done["run_id"]
+        assert sync(root) == (0, {"rows_sent": told["backlog"], "backlog": 0, "run_id": done["run_id"]})
+        assert sync(root) == (0, {"rows_sent": 0, "backlog": 0, "run_id": done["run_id"]})
         client, last = client_of(uri), done["step"]
+        assert counted(client, done["run_id"]) == logged(root)
+        assert len(set(logged(root))) == len(logged(root)) > 2 * last
         assert history(client, done["run_id"], "train/loss") == [(s, loss_at(s)) for s in range(1, last + 1)]
-        assert len(history(client, done["run_id"], "speed/tokens_per_s")) == last
-        assert len(history(client, done["run_id"], "val/loss")) == last // 10
-        assert client.get_run(done["run_id"]).info.status == "FINISHED"
+        run = client.get_run(done["run_id"])
+        assert (run.info.status, run.data.tags["gradus.superseded"]) == ("FINISHED", "[]")
+        for name in ("config.yaml", "plots/loss.png", "environment/0001.json"):
+            stored = client.download_artifacts(done["run_id"], name, str(tmp_path))
+            assert Path(stored).read_bytes() == (root / name).read_bytes()
     finally:
         signal_group(server, signal.SIGKILL)
 
 
-def offset(root: Path) -> int:
+class Faulty:
+    """A real HTTP server between the run and MLflow's: passes on, or answers as a server in need does."""
+
+    def __init__(self, target: int) -> None:
+        self.mode, self.seen = "pass", 0
+        faulty = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                faulty.seen += 1
+                mode = faulty.mode
+                if mode.isdecimal():
+                    return self.reply(int(mode), b"no room", "text/plain")
+                ours = urllib.request.Request(
+                    f"http://127.0.0.1:{target}{self.path}", body or None, method=self.command
+                )
+                for name in ("Content-Type",):
+                    if name in self.headers:
+                        ours.add_header(name, self.headers[name])
+                try:
+                    with urllib.request.urlopen(ours, timeout=60) as answer:
+                        status, text, kind = answer.status, answer.read(), answer.headers["Content-Type"]
+                except urllib.error.HTTPError as e:
+                    status, text, kind = e.code, e.read(), e.headers["Content-Type"]
+                if mode == "slow":
+                    time.sleep(2)
+                if mode != "lost":  # taken, and the answer never comes
+                    self.reply(status, text, kind or "application/json")
+
+            def reply(self, status: int, text: bytes, kind: str) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            def log_message(self, *_: object) -> None: ...
+
+            do_GET = do_POST = do_PUT = do_PATCH = answer
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.uri = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_server_that_is_slow_full_or_loses_its_answers_costs_no_number_and_doubles_none(tmp_path: Path) -> None:
+    root, port = tmp_path / "run", free_port()
+    server = start_server(tmp_path, port)
     try:
-        return int(json.loads((root / "tracking.json").read_text())["offset"])
-    except FileNotFoundError:
-        return 0
-
-
-def error_output(root: Path) -> str:
-    return root.with_suffix(".err").read_text()
-
-
-def said(root: Path, what: str) -> int:
-    return error_output(root).count(what)
-
-
-def is_away(root: Path) -> bool:
-    """The server, as the training process last told."""
-    return said(root, "takes no metrics") > said(root, "takes metrics again")
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 150
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-if __name__ == "__main__":
-    train(**json.loads(sys.argv[1]))
+        faulty = Faulty(port)
+        training = start_training(root, 0, None, pause_s=0.01, uri=faulty.uri)
+        wait_for(lambda: offset(root) > 5_000)
+        for mode in ("500", "507", "lost"):
+            faulty.mode = mode
+            wait_for(lambda: is_away(root))
+            faulty.mode = "pass"
+            wait_for(lambda: not is_away(root))
+        faulty.mode, before = "slow", offset(root)
+        wait_for(lambda: offset(root) > before + 2_000)  # goes on, two seconds a request
+        assert not is_away(root)
+        faulty.mode = "pass"
+        (tmp_path / "stop").touch()
+        done = end_of(training)
+        print(json.dumps({**done, "requests": faulty.seen}))
+        assert done["worst_log_ms"] < 250
+        assert counted(client_of(faulty.uri), done["run_id"]) == logged(root)
+    finally:
+        signal_group(server, signal.SIGKILL)

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import attention, checkpoint, corpus, extraction, train_speed
+from tests.benchmarks import attention, checkpoint, corpus, extraction, tracking, train_speed
 from tests.benchmarks.loader import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(module: str, *args: object) -> str:
+def run(module: str, *args: object, timeout_s: float = 240) -> str:
     argv = [sys.executable, "-m", f"tests.benchmarks.{module}", *map(str, args)]
-    ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -156,6 +156,24 @@ def test_the_scaling_benchmark_measures_every_layout() -> None:
     found = json.loads(run("scaling_cpu", "ranks=1,2", "steps=1", "rounds=1", "width=32", "json=true"))
     assert [(r["dp"], r["tp"]) for r in found["rows"]] == [(1, 1), (2, 1), (1, 2)]
     assert found["rows"][0]["efficiency"] == 1 and all(r["tokens_per_s"] > 0 for r in found["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_tracking_benchmark_prints_step_times_of_each_server_and_the_slowest_call(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlflow", reason="the tracking extra is not installed")
+    printed = run("tracking", "rounds=1", "steps=9", timeout_s=500)
+    assert printed.count("\n") == 1
+    found = json.loads(printed)
+    assert set(found) >= {"hardware", "load", "versions", "spread_ms", "mean_ms"} and found["log_calls"] >= 2 * 9
+    assert all(found["step_ms"][mode] > 0 for mode in tracking.MODES) and found["log_worst_ms"] > 0
+    for mode in ("healthy", "stopped"):
+        assert found["ratios"][mode] == pytest.approx(found["step_ms"][mode] / found["step_ms"]["none"], rel=0.01)
+    (tmp_path / "found.json").write_text(printed)
+    tracking.main(["--markdown", str(tmp_path / "found.json")])
+    assert f"| a server that hangs | {found['step_ms']['stopped']:.2f} |" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -15,12 +15,14 @@ from data_pipeline.config import UserError
 from tests.ranks import ROOT
 from trainer.address import check_tracking, tracking_uri, ui_command
 from trainer.check import check_shown
+from trainer.code_version import code_version
 from trainer.config import PretrainConfig
-from trainer.environment import code_version
+from trainer.environment import code_of
 from trainer.exit_codes import PREEMPTED
 from trainer.journal import read_journal, read_rows
 from trainer.run_folder import RunFolder
 from trainer.shipper import Status
+from trainer.system_metrics import gpus
 from trainer.tracking import Tracker
 from trainer.tracking_config import Tracker as Name
 from trainer.tracking_config import TrackingConfig
@@ -120,39 +122,41 @@ def test_a_run_is_told_to_have_ended_as_its_exit_code_says(error: BaseException 
 def test_a_start_tells_its_generation_and_its_system_once_a_step(tmp_path: Path) -> None:
     pytest.importorskip("psutil", reason="the tracking extra is not installed")
     folder = RunFolder(tmp_path)
-    for generation in (1, 2):
-        folder.take_generation()
+    for turn in (0, 1):
         cfg = config(tmp_path, "tracking=none", "tracking.system_s=0.01")
-        tracker = Tracker(cfg, folder, generation, 5 * (generation - 1))
+        tracker = Tracker(cfg, folder, 2 * turn + 1, 5 * turn)
         time.sleep(0.1)  # nothing logged: no step that they could be of
-        for step in range(5 * generation - 4, 5 * generation + 1):
+        for step in range(5 * turn + 1, 5 * turn + 6):
             tracker.log(step, {"train/loss": 1.0})
             deadline = time.monotonic() + 60
             while not any(r.step == step and "system/cpu_percent" in r.metrics for r in read_journal(folder.metrics)):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
+            tracker.log(step - 1, {"checkpoint/write_s": 1.0})  # from the saver's thread, of an older step
+            time.sleep(0.03)
+        tracker.begin(2 * turn + 2, 5 * turn + 3)  # a rollback: no step done yet that they could be of
+        time.sleep(0.05)
         tracker.close()
     rows = [row for row, _ in read_rows(folder.metrics)]
     assert [(r.step, r.metrics) for r in rows if r.resumed_at is not None] == [
-        (0, {"run/generation": 1.0}),
-        (5, {"run/generation": 2.0}),
+        (step, {"run/generation": float(generation)}) for generation, step in enumerate((0, 3, 5, 8), 1)
     ]
+    assert {r.generation for r in rows if "system/cpu_percent" in r.metrics} == {1, 3}
     keyed = [(key, row.step, row.generation) for row in rows for key in row.metrics]
     assert len(keyed) == len(set(keyed))
     assert all(0 <= r.metrics["system/cpu_percent"] <= 100 for r in rows if "system/cpu_percent" in r.metrics)
     assert all(r.metrics["system/network_in_mb_per_s"] >= 0 for r in rows if "system/network_in_mb_per_s" in r.metrics)
-    assert [path.name for path in sorted(folder.environments.iterdir())] == ["0001.json", "0002.json"]
+    assert [path.name for path in sorted(folder.environments.iterdir())] == ["0001.json", "0003.json"]
 
 
-def test_the_code_version_is_what_submit_froze_else_what_git_says(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    found = code_version(folder)
-    assert (found or {}).get("commit", "") == commit
+def test_the_code_version_is_what_submit_froze_else_what_runs_here(tmp_path: Path) -> None:
+    folder, here = RunFolder(tmp_path), code_version()[0]
+    assert code_of(folder) == {k: v for k, v in here.items() if k not in ("packages", "python")}
     for number in ("0001", "0002"):
         (tmp_path / "submit" / number).mkdir(parents=True)
-        (tmp_path / "submit" / number / "code.json").write_text(json.dumps({"commit": number, "dirty": False}))
-    assert code_version(folder) == {"commit": "0002", "dirty": False}
+        told = {"commit": number, "dirty": False, "packages": {"x": "1"}}
+        (tmp_path / "submit" / number / "code.json").write_text(json.dumps(told))
+    assert code_of(folder) == {"commit": "0002", "dirty": False}
 
 
 def sync(root: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -203,3 +207,23 @@ def test_a_model_that_no_registry_can_hold_is_refused_before_training(tmp_path: 
         check_shown(config(tmp_path, *sparse))
     with pytest.raises(UserError, match=r"tracking.register=mine needs MLflow's registry"):
         config(tmp_path, "tracking=none", "tracking.register=mine")
+
+
+def test_what_a_gpu_tells_becomes_numbers_and_what_it_keeps_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program of that name stands for the driver's: the second GPU is a MIG slice, which tells no utilisation."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nprintf '0, 87, 70123, 512.25, 61\\n1, [N/A], 12, [Not Supported], 40\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert gpus() == {
+        "system/gpu0/util_percent": 87.0,
+        "system/gpu0/memory_mib": 70123.0,
+        "system/gpu0/power_w": 512.25,
+        "system/gpu0/temperature_c": 61.0,
+        "system/gpu1/memory_mib": 12.0,
+        "system/gpu1/temperature_c": 40.0,
+    }
+    program.unlink()
+    assert gpus() == {}  # no driver here
