@@ -46,7 +46,11 @@ class Room:
 
 
 ROOMS = (
-    Room(("conf/*",), (*CONFIGS, "launch.config", "launch.cluster_config", "conf.hints"), ("hydra", "omegaconf")),
+    Room(
+        ("conf/*",),
+        (*CONFIGS, "launch.config", "launch.cluster_config", "conf.frozen", "conf.hints"),
+        ("hydra", "omegaconf", "yaml"),
+    ),
     Room(("data_pipeline/config.py",), (), ()),
     Room(
         (
@@ -76,8 +80,8 @@ ROOMS = (
         CONFIGS,
         (),
     ),
-    Room(("trainer/world.py", "trainer/journal.py", "trainer/exit_codes.py", "trainer/progress.py"), CONFIGS, ()),
     Room(("trainer/signals.py", "trainer/heartbeat.py"), ("trainer.exit_codes", "trainer.progress"), ()),
+    Room(tuple(f"trainer/{m}.py" for m in ("world", "journal", "exit_codes", "progress", "code_version")), CONFIGS, ()),
     Room(
         ("trainer/plan/*",),
         (*CONFIGS, *(f"trainer.{m}" for m in ("arithmetic", "layouts", "plan", "world"))),
@@ -98,6 +102,7 @@ ROOMS = (
                 for m in (
                     "arithmetic",
                     "check",
+                    "code_version",
                     "exit_codes",
                     "heartbeat",
                     "layouts",
@@ -133,7 +138,8 @@ DOORS = {
     "transformers": ("trainer/export_hf.py",),
     "jinja2": ("launch/slurm.py", "data_pipeline/prepare/funnel.py"),
     "hydra": ("conf/schema.py",),
-    "omegaconf": ("conf/schema.py",),
+    "omegaconf": ("conf/schema.py", "conf/frozen.py"),
+    "yaml": ("conf/frozen.py",),
     **dict.fromkeys(("pickle", "dill", "cloudpickle", "shelve"), ()),  # a file that is read must not run anything
 }
 """The files that may import a package; none = nobody."""

@@ -7,6 +7,7 @@ generations/0001                      one file for each start, made exclusively:
 heartbeats/rank-00003.json            where a rank is, replaced every few seconds (trainer/heartbeat.py)
 hangs/gen-0001/report.txt             of a start that came no further: which ranks are where (trainer/hang.py)
 hangs/gen-0001/rank-00003.txt         the stacks of a rank at that moment
+submit/0001/                          what launch.submit started: frozen config, code version, job script
 checkpoints/latest                    the name of the checkpoint to resume from
 checkpoints/step-00000100.gen-0001/   a published checkpoint
 checkpoints/.step-….tmp/              one that is being written or deleted
@@ -14,6 +15,7 @@ checkpoints/.step-….tmp/              one that is being written or deleted
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -49,6 +51,7 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
         self.generations = self.root / "generations"
         self.heartbeats = self.root / "heartbeats"
+        self.submissions = self.root / "submit"
         self.pointer = self.checkpoints / "latest"
 
     def take_generation(self) -> int:
@@ -82,6 +85,16 @@ class RunFolder:
     def hang_report(self, generation: int) -> Path:
         """Which ranks were where; its first line is the finding."""
         return self.hang(generation) / "report.txt"
+
+    def take_submission(self) -> Path:
+        """A new folder for what is started next, numbered as `generations` are, made exclusively."""
+        self.submissions.mkdir(parents=True, exist_ok=True)
+        number = max((int(p.name) for p in self.submissions.glob("*") if p.name.isdecimal()), default=0)
+        while True:
+            number += 1
+            with contextlib.suppress(FileExistsError):
+                (folder := self.submissions / f"{number:04d}").mkdir()
+                return folder
 
     def fence(self, generation: int) -> None:
         """Raises UserError where a newer start has taken the run over: this one must not write."""
