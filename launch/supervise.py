@@ -65,8 +65,8 @@ class Supervisor:
             end_descendants(self.cfg.grace_s)
             before, step = step, latest_step(self.root)
             why = None if code == 0 else hang(self.folder, generation) or cause(tail)
-            self._log("exit", step=step, exit_code=code, cause=why)
             code = told(code, tail)
+            self._log("exit", step=step, exit_code=code, cause=why)
             if code in (0, USER_ERROR, PREEMPTED) or self._asked:
                 return outcome(code, self._asked)
             if step > before:

@@ -80,8 +80,12 @@ ROOMS = (
         CONFIGS,
         (),
     ),
-    Room(("trainer/signals.py", "trainer/heartbeat.py"), ("trainer.exit_codes", "trainer.progress"), ()),
     Room(tuple(f"trainer/{m}.py" for m in ("world", "journal", "exit_codes", "progress", "code_version")), CONFIGS, ()),
+    Room(
+        ("trainer/signals.py", "trainer/heartbeat.py", "trainer/hang.py"),
+        ("data_pipeline.config", *(f"trainer.{m}" for m in ("exit_codes", "progress", "world"))),
+        (),
+    ),
     Room(
         ("trainer/plan/*",),
         (*CONFIGS, *(f"trainer.{m}" for m in ("arithmetic", "layouts", "plan", "world"))),

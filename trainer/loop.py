@@ -25,7 +25,7 @@ from trainer.arithmetic import flops_per_token
 from trainer.config import Precision, PretrainConfig
 from trainer.engine import NonFiniteError
 from trainer.feed import Feed
-from trainer.host import OnItsWay, to_device
+from trainer.host import OnItsWay, OwnWork, to_device
 from trainer.metrics import Speed, peak_flops, peak_memory_gib, progress_line
 from trainer.progress import SAVE, VALIDATE, Progress
 from trainer.run_folder import RunFolder
@@ -36,6 +36,7 @@ from trainer.sources import Sources, data_state, plan_run
 from trainer.start import beginning, build_engine, introduction, take_run
 from trainer.tracking import Tracker
 from trainer.validate import validate
+from trainer.watch import Watch
 from trainer.world import World
 from trainer.writing import Writer
 
@@ -48,9 +49,11 @@ class Trainer:
     ) -> None:
         self.signals, self.progress = signals.OF_THIS_PROCESS, Progress()
         self.cfg, self.config_text, self.geometry, self.sources = cfg, config_text, geometry, sources
-        self.mesh = parallel.start(world, cfg.parallel)
+        self.mesh = parallel.start(world, cfg.parallel, cfg.watch.collective_s)
         self.run = RunFolder(cfg.run.dir)
+        self.tracker: Tracker | None = None  # on rank 0
         self.generation, found = take_run(self.run, self.mesh, config_text)
+        self.watch = Watch(cfg.watch, self.run, self.generation, world, self.progress, self._flush)
         state = checkpoint.read_state(found) if found else {}
         self.step: int = state.get("step", 0)
         self.val_loss: float | None = None  # of this step, where it was validated
@@ -60,7 +63,7 @@ class Trainer:
         self.feed = Feed(cfg, self.mesh, sources, plan_run(cfg, sources, state), self.step)
         dtype = torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16
         self.speed = Speed(flops_per_token(cfg.model), peak_flops(self.mesh.device, dtype) * world.world_size)
-        self.tracker: Tracker | None = None  # on rank 0
+        self.own = OwnWork(self.mesh.device)
         checkpoint.together(f"{self.run.root} takes no metrics", self._open_tracker)
         self.saver = Saver(
             self.engine,
@@ -85,11 +88,9 @@ class Trainer:
         return self.feed.plan
 
     def train(self) -> None:
-        """To max_steps.
+        """To max_steps. Raises UserError where data, numbers or the disk stop it, Stopped where a signal did.
 
-        Raises:
-            UserError: data, numbers or the disk stop it; the last checkpoint stands.
-            Stopped: on every rank, with the checkpoint of that step published, because any rank got a signal.
+        The last checkpoint stands; of a run that is stopped it is the one of its last step.
         """
         cfg = self.cfg
         self.speed.start()
@@ -116,6 +117,7 @@ class Trainer:
                     self.saver.wait()
                 raise Stopped(signal, self.step, self.run.latest())
         self.signals.over()
+        self.progress.end()
 
     def _update(self) -> tuple[float, float, float, list[float]]:
         """One optimizer step.
@@ -129,12 +131,14 @@ class Trainer:
         while True:
             started = time.monotonic()
             batches, unread = self.feed.next()
-            self.speed.wait(time.monotonic() - started)
+            self.speed.wait(waited := time.monotonic() - started)
             valid, *wishes = self._agree_on_step(batches, unread)
+            self.own.start()
             loss = torch.zeros((), device=self.mesh.device)
             for micro_step, batch in enumerate(batches):
                 parallel.seed_dropout(self.mesh, self.cfg.seed, self.step, micro_step)
                 loss += self.engine.backward(batch, valid, last=micro_step + 1 == len(batches))
+            self.progress.own(self.own.stop(waited))
             facts = torch.stack([loss / valid, *wishes])
             dist.all_reduce(facts, group=self.mesh.dp_group)
             told, lr = OnItsWay(facts), self._lr()
@@ -187,8 +191,6 @@ class Trainer:
     def _log(self, loss: float, grad_norm: float, lr: float) -> None:
         if self.tracker is None:
             return
-        ledger = self.plan.ledger
-        here, position = ledger.segment(self.step - 1), ledger.position(self.step)
         row: dict[str, float] = {
             "train/loss": loss,
             "optim/lr": lr,
@@ -197,15 +199,11 @@ class Trainer:
             "speed/mfu": self.speed.mfu,
             "speed/loader_wait": self.speed.wait_share,
             "memory/peak_gib": peak_memory_gib(self.mesh.device),
-            **{f"data/epoch/{name}": self.plan.epoch(name, position) for name in self.sources.train},
-            "data/position": ledger.position(self.step - 1),  # of the step's first window
-            "data/tokens": ledger.tokens(self.step),
-            "data/crc32": self.feed.loader.crc32,  # of the tokens that rank 0 was fed
+            **self.feed.row(self.step),
+            **self.watch.stragglers.row,
         }
-        if len(self.sources.train) > 1:
-            total = sum(here.weights.values())
-            row |= {f"data/share/{name}": here.weights.get(name, 0) / total for name in self.sources.train}
         self.tracker.log(self.step, row)
+        ledger = self.plan.ledger
         eta = self.speed.eta_s(ledger.tokens(self.cfg.max_steps) - ledger.tokens(self.step))
         print(progress_line(self.step, self.cfg.max_steps, row, eta), flush=True)
 
@@ -264,6 +262,7 @@ class Trainer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with contextlib.ExitStack() as rest:  # from the last to the first, and each whatever becomes of the others
+            rest.callback(self.watch.close)
             if self.tracker is not None:
                 rest.callback(self.tracker.close, failed=kind not in (None, Stopped))
             rest.callback(self.feed.close)

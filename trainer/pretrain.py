@@ -8,8 +8,10 @@ from __future__ import annotations
 import sys
 
 from conf.schema import freeze, run
+from data_pipeline.config import Passing
 from trainer.check import check
 from trainer.config import PretrainConfig
+from trainer.hang import broken
 from trainer.signals import OF_THIS_PROCESS, Stopped
 from trainer.world import read_world
 
@@ -28,6 +30,12 @@ def pretrain(cfg: PretrainConfig) -> None:
         if world.is_main:
             print(e, file=sys.stderr, flush=True)
         sys.exit(e.code)
+    except RuntimeError as e:
+        progress = OF_THIS_PROCESS.progress
+        line = broken(e, progress.at if progress else None, world, cfg.watch.collective_s)
+        if line is None:
+            raise
+        raise Passing(line) from None
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ class Progress:
     def __init__(self) -> None:
         self.at = At(START, 0, time.monotonic())
         self._seconds: deque[float] = deque(maxlen=WINDOW)
+        self._own: deque[float] = deque(maxlen=WINDOW)
         self.step_s: float | None = None  # median of the last steps; None before the second
+        self.own_s: float | None = None  # of this rank's own part of them
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -48,6 +50,12 @@ class Progress:
             self._seconds.append(now - before.since)
             self.step_s = statistics.median(self._seconds)
         self.at = At(STEP, step, now)
+
+    def own(self, seconds: float | None) -> None:
+        """Of the step that is under way: this rank's waiting for data, and its work."""
+        if seconds is not None:
+            self._own.append(seconds)
+            self.own_s = statistics.median(self._own)
 
     def end(self) -> None:
         self.at = At(END, self.at.step, time.monotonic())

@@ -38,7 +38,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.got: dict[signal.Signals, float] = {}  # time.monotonic of the first of each
-        self._progress: Progress | None = None
+        self.progress: Progress | None = None  # since the first step began
         self._stop_s = 0.0
         self._over = False
 
@@ -55,7 +55,7 @@ class Signals:
 
     def train(self, progress: Progress, stop_s: float) -> None:
         """From here on a signal waits for the ranks' agreement: `stop_s` seconds beyond the step that is under way."""
-        self._progress, self._stop_s = progress, stop_s
+        self.progress, self._stop_s = progress, stop_s
 
     def over(self) -> None:
         """The ranks have agreed, or all steps are done: what comes now changes nothing but by insisting."""
@@ -71,12 +71,12 @@ class Signals:
                 for number in os.read(pipe, 64):
                     if number in CODES:
                         self._take(signal.Signals(number))
-            if self.got and not self._over and self._progress is not None:
-                self._check(self._progress)
+            if self.got and not self._over and self.progress is not None:
+                self._check(self.progress)
 
     def _take(self, number: signal.Signals) -> None:
         now = time.monotonic()
-        if self._progress is None:
+        if self.progress is None:
             end(CODES[number], f"{number.name} before the first step: nothing to save, nothing lost")
         insisted = number is not signal.SIGUSR1 and any(
             now - at > AGAIN_S for other, at in self.got.items() if other is not signal.SIGUSR1
