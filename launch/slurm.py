@@ -95,8 +95,8 @@ def render(job: Job) -> str:
 def srun(job: Job, i: int) -> list[str]:
     """The one step of a start, each of its tasks a rank. cpus-per-task is said again: srun no longer asks the job.
 
-    One rank's end must not end the others at once: stopped by a signal all end with the same code, but not in the same
-    moment, and one that srun kills meanwhile would hide it. So they get WAIT_S, in which most find it out by themselves.
+    One rank's end does not kill the others at once: stopped by a signal all end with the same code, but not in the same
+    moment, and one that srun killed meanwhile would hide it. Where a rank is lost, most find it out by themselves.
     """
     slurm, python, container = _slurm(job), job.python, []
     if slurm.container is not None:
