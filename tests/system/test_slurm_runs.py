@@ -140,7 +140,8 @@ def test_the_time_limit_is_a_signal_before_it(site: Site) -> None:
         os.kill(pid, signal.SIGCONT)
     site.wait(job, Restarts="1")
     assert 20 < saved(run) < STEPS
-    site.wait(job, JobState="COMPLETED", Restarts="1")
+    site.wait(job, JobState="COMPLETED")  # on a slow machine after more than one other minute
+    assert starts(run) == 1 + int(site.job(job)["Restarts"])
     site.same(run)
 
 
@@ -158,9 +159,9 @@ def test_an_array_of_two_one_preempted_one_with_a_killed_rank(site: Site) -> Non
         site.same(one)
 
 
-@pytest.mark.parametrize("by", ["afterok"])
-def test_a_chain_of_three_jobs_is_one_run(site: Site, by: str) -> None:
-    run, jobs = site.submit("chain", "cluster.slurm.chain=3", f"cluster.slurm.chain_by={by}")
+def test_a_chain_of_three_jobs_is_one_run(site: Site) -> None:
+    run, jobs = site.submit("chain", "cluster.slurm.chain=3", "cluster.slurm.chain_by=afterok")
+    assert len(jobs) == 3 and site.job(jobs[1])["Reason"] == "Dependency"
     at = 0
     for job in jobs[:2]:
         site.reached(run, at + 20)
