@@ -146,7 +146,7 @@ def test_the_time_limit_is_a_signal_before_it(site: Site) -> None:
 
 
 def test_an_array_of_two_one_preempted_one_with_a_killed_rank(site: Site) -> None:
-    run, [job] = site.submit("array", "sweep=[[seed=1337],[log_every=1]]")
+    run, [job] = site.submit("array", "sweep=[['seed=1337'],['log_every=1']]")
     runs = [run.with_name(f"array-{i}") for i in range(2)]
     for one in runs:
         site.reached(one, 45)
