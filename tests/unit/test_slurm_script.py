@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.config import UserError
+from data_pipeline.config import Passing, UserError
 from launch.cluster_config import Chain, ClusterConfig, SlurmConfig, seconds
 from launch.job import Job, entry, supervised
-from launch.slurm import PREVIOUS, prepare, render, srun
+from launch.slurm import PREVIOUS, prepare, render, srun, submit
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
 HOSTILE = ["$(touch hit)", "`touch hit`", "a'b\"c", "; touch hit #", "${x}", "a b", "~", "*", "-x", "\\", "!!", "é“”’"]
@@ -264,3 +264,15 @@ def test_a_signal_reaches_the_run_and_the_script_waits_for_its_end(number: signa
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 85 and "scontrol requeue 7\n" in out
     assert f": {number.name}\n" in out and ": exit code 85\n" in out
+
+
+def test_where_sbatch_is_absent_or_refuses_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    commands = prepare(job(tmp_path / "run", chain=2, chain_by=Chain.afterok))
+    with pytest.raises(UserError, match="^no sbatch here"):
+        submit(commands)
+    fake = tmp_path / "sbatch"
+    fake.write_text('#!/bin/sh\ncase "$*" in *afterok:7*) echo full >&2; exit 1;; *) echo "7;site";; esac\n')
+    fake.chmod(0o755)
+    with pytest.raises(Passing, match=r"^sbatch ended with 1: full \(submitted before it: 7\)$"):
+        submit(commands)
