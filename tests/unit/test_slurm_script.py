@@ -269,7 +269,7 @@ def test_a_signal_reaches_the_run_and_the_script_waits_for_its_end(number: signa
 def test_where_sbatch_is_absent_or_refuses_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     commands = prepare(job(tmp_path / "run", chain=2, chain_by=Chain.afterok))
-    with pytest.raises(UserError, match="^no sbatch here"):
+    with pytest.raises(UserError, match=r"^no sbatch here"):
         submit(commands)
     fake = tmp_path / "sbatch"
     fake.write_text('#!/bin/sh\ncase "$*" in *afterok:7*) echo full >&2; exit 1;; *) echo "7;site";; esac\n')
