@@ -154,6 +154,3 @@ class ClusterConfig:
                 raise UserError(f"cluster.forward: {name!r}: give names of variables that cluster.env does not set")
         if self.price_per_gpu_hour is not None and not 0 <= self.price_per_gpu_hour < math.inf:
             raise UserError(f"cluster.price_per_gpu_hour={self.price_per_gpu_hour}: give 0 or more, or null")
-        for name, text in self.env.items():
-            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or "\0" in text:
-                raise UserError(f"cluster.env: {name!r}={text!r}: give names as a shell has them, no zero bytes")

@@ -94,8 +94,8 @@ def main() -> None:
         if at > 1 or not command:
             raise UserError("write: srun ... python -m launch.rendezvous -- COMMAND ...")
         env = os.environ | rendezvous(os.environ)
-        many = os.environ.get("SLURM_STEP_NUM_NODES") != "1"
-        if many and "GLOO_SOCKET_IFNAME" not in env and (address := loopback()):
+        told_here = env["SLURM_LOCALID"] == "0" and env.get("SLURM_STEP_NUM_NODES") != "1"  # once a node, of many
+        if told_here and "GLOO_SOCKET_IFNAME" not in env and (address := loopback()):
             print(
                 f"warning: {socket.gethostname()} stands for {address} on this node, where the others cannot reach it: "
                 "if ranks do not find one another, set cluster.env.GLOO_SOCKET_IFNAME to the network's interface",

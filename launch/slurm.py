@@ -20,6 +20,7 @@ from launch.job import Job, entry, supervised
 from trainer.exit_codes import PREEMPTED
 
 TEMPLATE = "job.sbatch.jinja"
+WAIT_S = 60  # after the end of the first rank the others are killed
 PREVIOUS = "PREVIOUS_JOB"  # in a command of a chain: the id of the job before it, known once that one is submitted
 
 
@@ -92,7 +93,11 @@ def render(job: Job) -> str:
 
 
 def srun(job: Job, i: int) -> list[str]:
-    """The one step of a start, each of its tasks a rank. cpus-per-task is said again: srun no longer asks the job."""
+    """The one step of a start, each of its tasks a rank. cpus-per-task is said again: srun no longer asks the job.
+
+    One rank's end does not kill the others at once: stopped by a signal all end with the same code, but not in the same
+    moment, and one that srun killed meanwhile would hide it. Where a rank is lost, most find it out by themselves.
+    """
     slurm, python, container = _slurm(job), job.python, []
     if slurm.container is not None:
         python = slurm.container_python
@@ -101,7 +106,7 @@ def srun(job: Job, i: int) -> list[str]:
         container = [f"--container-image={slurm.container}", f"--container-mounts={mounts}"]
         container += [f"--container-workdir={job.cwd}"]
     cpus = [f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []
-    step = ["srun", "--export=ALL", "--mpi=none", "--kill-on-bad-exit=1", *cpus, *container]
+    step = ["srun", "--export=ALL", "--mpi=none", "--kill-on-bad-exit=0", f"--wait={WAIT_S}", *cpus, *container]
     return [*step, python, "-m", "launch.rendezvous", "--", python, *entry(job, i)]
 
 

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.config import UserError
+from data_pipeline.config import Passing, UserError
 from launch.cluster_config import Chain, ClusterConfig, SlurmConfig, seconds
 from launch.job import Job, entry, supervised
-from launch.slurm import PREVIOUS, prepare, render, srun
+from launch.slurm import PREVIOUS, prepare, render, srun, submit
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
 HOSTILE = ["$(touch hit)", "`touch hit`", "a'b\"c", "; touch hit #", "${x}", "a b", "~", "*", "-x", "\\", "!!", "é“”’"]
@@ -145,7 +145,7 @@ def test_the_lines_for_sbatch_say_all_that_was_given(tmp_path: Path) -> None:
     ]
     assert "\nmodule load cuda/12.4 || exit 1\nmodule load gcc || exit 1\n" in script
     assert "DS_ACCELERATOR" not in script and "\nexport OMP_NUM_THREADS=8\n" in script
-    assert "srun --export=ALL --mpi=none --kill-on-bad-exit=1 --cpus-per-task=8 " in script
+    assert "srun --export=ALL --mpi=none --kill-on-bad-exit=0 --wait=60 --cpus-per-task=8 " in script
     assert script.count("srun ") == 2, "one step for each run of the sweep"
 
 
@@ -192,12 +192,6 @@ def test_a_mistake_is_refused_with_its_key(given: dict[str, Any], message: str) 
     with pytest.raises(UserError) as caught:
         SlurmConfig(**given)
     assert str(caught.value).startswith(message)
-
-
-@pytest.mark.parametrize("name", ["", "1A", "A B", "A=B", "$(touch x)", "A\n"])
-def test_a_name_of_the_environment_is_one_that_a_shell_has(name: str) -> None:
-    with pytest.raises(UserError, match=r"^cluster\.env: "):
-        ClusterConfig(name="x", network_gbit=1, env={name: "x"})
 
 
 def test_slurms_times_in_seconds() -> None:
@@ -270,3 +264,15 @@ def test_a_signal_reaches_the_run_and_the_script_waits_for_its_end(number: signa
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 85 and "scontrol requeue 7\n" in out
     assert f": {number.name}\n" in out and ": exit code 85\n" in out
+
+
+def test_where_sbatch_is_absent_or_refuses_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    commands = prepare(job(tmp_path / "run", chain=2, chain_by=Chain.afterok))
+    with pytest.raises(UserError, match=r"^no sbatch here"):
+        submit(commands)
+    fake = tmp_path / "sbatch"
+    fake.write_text('#!/bin/sh\ncase "$*" in *afterok:7*) echo full >&2; exit 1;; *) echo "7;site";; esac\n')
+    fake.chmod(0o755)
+    with pytest.raises(Passing, match=r"^sbatch ended with 1: full \(submitted before it: 7\)$"):
+        submit(commands)
