@@ -140,7 +140,8 @@ def is_user_error(code: int, stderr: str) -> bool:
 def cause(stderr: str) -> str:
     """The first line that names an error, then the last three lines: one line of at most 800 characters."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", stderr) if line.strip(" =-\t")]
-    errors = [line for line in lines[:-3] if re.match(r"error: |([A-Za-z_]\w*\.)*\w*(Error|Exception)\b", line)]
+    named = r"(\w[\w.-]*: )?(error: |([A-Za-z_]\w*\.)*\w*(Error|Exception)\b)"  # a host may stand in front
+    errors = [line for line in lines[:-3] if re.match(named, line)]
     return " | ".join(errors[:1] + lines[-3:])[:800] or "nothing on stderr"
 
 

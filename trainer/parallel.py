@@ -51,7 +51,8 @@ with _hidden("mlflow"), warnings.catch_warnings():
     import deepspeed.comm.comm as deepspeed_comm
     from megatron.core import parallel_state
 
-LOST = re.compile(r"timed out|timeout|connection (reset|closed|refused)|broken pipe|gloo|nccl", re.IGNORECASE)
+GONE = re.compile(r"connection (reset|closed|refused)|broken pipe", re.IGNORECASE)
+LOST = re.compile(rf"timed out|timeout|gloo|nccl|{GONE.pattern}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def start(world: World, parallel: ParallelConfig, timeout_s: float = 600.0) -> M
     _start_deepspeed(device, timeout_s)
     parallel_state.initialize_model_parallel(
         parallel.tp,
-        distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]  # it makes a timedelta of them
+        distributed_timeout_minutes=timeout_s / 60,  # it makes a timedelta of them
         create_gloo_process_groups=False,
         order="tp-cp-ep-dp-pp",
     )
@@ -116,13 +117,13 @@ def ranks_lost(world: World, timeout_s: float) -> Iterator[None]:
         if not isinstance(e, dist.DistError) and not LOST.search(text):
             raise
         me = f"rank {world.rank} of {world.world_size} on {socket.gethostname()}"
-        if re.search(r"timed out|timeout", text, re.IGNORECASE):
+        if GONE.search(text):
+            told = f"{me} has no connection to another rank: that one, or its host, has ended; what it said tells why"
+        else:
             told = (
                 f"{me} waited for the other ranks for watch.collective_s={timeout_s:g} s and got no answer: a host or "
                 "its network is gone, or a rank hangs"
             )
-        else:
-            told = f"{me} lost the connection to another rank: that one, or its host, has ended; what it said tells why"
         raise Passing(f"{told} ({text[:300]})") from e
 
 
