@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 
 from data_pipeline.config import MISSING, UserError
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = re.compile(r"KEY|TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
 
 
 class SshLauncher(Enum):
@@ -92,5 +96,18 @@ class ClusterConfig:
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"cluster.{key}={value}: give a positive number")
+        for name, value in self.env.items():
+            if not _VARIABLE.fullmatch(name) or "\0" in value:
+                raise UserError(
+                    f"cluster.env: {name!r} is no environment variable: letters, digits, _, and no zero byte"
+                )
+            if _SECRET.search(name):
+                raise UserError(
+                    f"cluster.env.{name} looks like a secret, which the run folder would show: export it in your shell "
+                    f"and give cluster.forward=[{name}]"
+                )
+        for name in self.forward:
+            if not _VARIABLE.fullmatch(name) or name in self.env:
+                raise UserError(f"cluster.forward: {name!r}: give names of variables that cluster.env does not set")
         if self.price_per_gpu_hour is not None and not 0 <= self.price_per_gpu_hour < math.inf:
             raise UserError(f"cluster.price_per_gpu_hour={self.price_per_gpu_hour}: give 0 or more, or null")

@@ -46,7 +46,11 @@ class Room:
 
 
 ROOMS = (
-    Room(("conf/*",), (*CONFIGS, "launch.config", "launch.cluster_config", "conf.hints"), ("hydra", "omegaconf")),
+    Room(
+        ("conf/*",),
+        (*CONFIGS, "launch.config", "launch.cluster_config", "conf.frozen", "conf.hints"),
+        ("hydra", "omegaconf", "yaml"),
+    ),
     Room(("data_pipeline/config.py",), (), ()),
     Room(
         (
@@ -76,7 +80,7 @@ ROOMS = (
         CONFIGS,
         (),
     ),
-    Room(("trainer/world.py", "trainer/journal.py", "trainer/exit_codes.py"), CONFIGS, ()),
+    Room(tuple(f"trainer/{m}.py" for m in ("world", "journal", "exit_codes", "code_version")), CONFIGS, ()),
     Room(
         ("trainer/plan/*",),
         (*CONFIGS, *(f"trainer.{m}" for m in ("arithmetic", "layouts", "plan", "world"))),
@@ -94,7 +98,17 @@ ROOMS = (
             "data_pipeline.manifest",
             *(
                 f"trainer.{m}"
-                for m in ("arithmetic", "check", "exit_codes", "layouts", "world", "run_folder", "journal", "plan")
+                for m in (
+                    "arithmetic",
+                    "check",
+                    "code_version",
+                    "exit_codes",
+                    "layouts",
+                    "world",
+                    "run_folder",
+                    "journal",
+                    "plan",
+                )
             ),
         ),
         None,
@@ -120,7 +134,8 @@ DOORS = {
     "fastwarc": ("data_pipeline/prepare/web/page_archive.py",),
     "transformers": ("trainer/export_hf.py",),
     "hydra": ("conf/schema.py",),
-    "omegaconf": ("conf/schema.py",),
+    "omegaconf": ("conf/schema.py", "conf/frozen.py"),
+    "yaml": ("conf/frozen.py",),
     **dict.fromkeys(("pickle", "dill", "cloudpickle", "shelve"), ()),  # a file that is read must not run anything
 }
 """The files that may import a package; none = nobody."""

@@ -4,6 +4,7 @@ config.yaml                           the frozen config of the last start
 metrics.jsonl                         the journal
 mixture.png                           what the run is fed, where that is more than one source in one way
 generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time
+submit/0001/                          what launch.submit started: frozen config, code version, job script
 checkpoints/latest                    the name of the checkpoint to resume from
 checkpoints/step-00000100.gen-0001/   a published checkpoint
 checkpoints/.step-….tmp/              one that is being written or deleted
@@ -11,6 +12,7 @@ checkpoints/.step-….tmp/              one that is being written or deleted
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -45,6 +47,7 @@ class RunFolder:
         self.mixture = self.root / "mixture.png"
         self.checkpoints = self.root / "checkpoints"
         self.generations = self.root / "generations"
+        self.submissions = self.root / "submit"
         self.pointer = self.checkpoints / "latest"
 
     def take_generation(self) -> int:
@@ -66,6 +69,16 @@ class RunFolder:
             else:
                 leftover.unlink(missing_ok=True)  # the pointer's: a stranded start may just have moved it
         return generation
+
+    def take_submission(self) -> Path:
+        """A new folder for what is started next, numbered as `generations` are, made exclusively."""
+        self.submissions.mkdir(parents=True, exist_ok=True)
+        number = max((int(p.name) for p in self.submissions.glob("*") if p.name.isdecimal()), default=0)
+        while True:
+            number += 1
+            with contextlib.suppress(FileExistsError):
+                (folder := self.submissions / f"{number:04d}").mkdir()
+                return folder
 
     def fence(self, generation: int) -> None:
         """Raises UserError where a newer start has taken the run over: this one must not write."""
