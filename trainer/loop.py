@@ -45,7 +45,7 @@ class Trainer:
         self, cfg: PretrainConfig, config_text: str, world: World, geometry: Geometry, sources: Sources
     ) -> None:
         self.cfg, self.config_text, self.geometry, self.sources = cfg, config_text, geometry, sources
-        self.mesh = parallel.start(world, cfg.parallel, cfg.watch.collective_s)
+        self.mesh = parallel.start(world, cfg.parallel)
         self.run = RunFolder(cfg.run.dir)
         self.generation, found = take_run(self.run, self.mesh, config_text)
         state = checkpoint.read_state(found) if found else {}
