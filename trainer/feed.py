@@ -104,6 +104,21 @@ class Feed:
         for _ in range(left):
             yield _empty(cfg.micro_batch_size, n_ctx, IGNORE), error
 
+    def row(self, step: int) -> dict[str, float]:
+        """Where the data stands after `step` steps, for the journal."""
+        ledger = self.plan.ledger
+        here, position = ledger.segment(step - 1), ledger.position(step)
+        row: dict[str, float] = {
+            **{f"data/epoch/{name}": self.plan.epoch(name, position) for name in self.sources.train},
+            "data/position": ledger.position(step - 1),  # of the step's first window
+            "data/tokens": ledger.tokens(step),
+            "data/crc32": self.loader.crc32,  # of the tokens that this rank was fed
+        }
+        if len(self.sources.train) > 1:
+            total = sum(here.weights.values())
+            row |= {f"data/share/{name}": here.weights.get(name, 0) / total for name in self.sources.train}
+        return row
+
     def close(self) -> None:
         self.loader.close()
 

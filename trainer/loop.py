@@ -20,20 +20,23 @@ from data_pipeline.geometry import Geometry
 from data_pipeline.loader import IGNORE, Batch
 from data_pipeline.manifest import TOKENIZER
 from data_pipeline.plan import Plan
-from trainer import checkpoint, parallel
+from trainer import checkpoint, parallel, signals
 from trainer.arithmetic import flops_per_token
 from trainer.config import Precision, PretrainConfig
 from trainer.engine import NonFiniteError
 from trainer.feed import Feed
-from trainer.host import OnItsWay, to_device
+from trainer.host import OnItsWay, OwnWork, to_device
 from trainer.metrics import Speed, peak_flops, peak_memory_gib, progress_line
+from trainer.progress import SAVE, VALIDATE, Progress
 from trainer.run_folder import RunFolder
 from trainer.saving import Saver
 from trainer.schedule import lr_at
+from trainer.signals import Stopped, agreed
 from trainer.sources import Sources, data_state, plan_run
 from trainer.start import beginning, build_engine, introduction, take_run
 from trainer.tracking import Tracker
 from trainer.validate import validate
+from trainer.watch import Watch
 from trainer.world import World
 from trainer.writing import Writer
 
@@ -44,10 +47,13 @@ class Trainer:
     def __init__(
         self, cfg: PretrainConfig, config_text: str, world: World, geometry: Geometry, sources: Sources
     ) -> None:
+        self.signals, self.progress = signals.OF_THIS_PROCESS, Progress()
         self.cfg, self.config_text, self.geometry, self.sources = cfg, config_text, geometry, sources
-        self.mesh = parallel.start(world, cfg.parallel)
+        self.mesh = parallel.start(world, cfg.parallel, cfg.watch.collective_s)
         self.run = RunFolder(cfg.run.dir)
+        self.tracker: Tracker | None = None  # on rank 0
         self.generation, found = take_run(self.run, self.mesh, config_text)
+        self.watch = Watch(cfg.watch, self.run, self.generation, world, self.progress, self._flush)
         state = checkpoint.read_state(found) if found else {}
         self.step: int = state.get("step", 0)
         self.val_loss: float | None = None  # of this step, where it was validated
@@ -57,7 +63,7 @@ class Trainer:
         self.feed = Feed(cfg, self.mesh, sources, plan_run(cfg, sources, state), self.step)
         dtype = torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16
         self.speed = Speed(flops_per_token(cfg.model), peak_flops(self.mesh.device, dtype) * world.world_size)
-        self.tracker: Tracker | None = None  # on rank 0
+        self.own = OwnWork(self.mesh.device)
         checkpoint.together(f"{self.run.root} takes no metrics", self._open_tracker)
         self.saver = Saver(
             self.engine,
@@ -82,27 +88,42 @@ class Trainer:
         return self.feed.plan
 
     def train(self) -> None:
-        """To max_steps. Raises UserError where data, numbers or the disk stop it; the last checkpoint stands."""
+        """To max_steps. Raises UserError where data, numbers or the disk stop it, Stopped where a signal did.
+
+        The last checkpoint stands; of a run that is stopped it is the one of its last step.
+        """
         cfg = self.cfg
         self.speed.start()
+        self.progress.begin(self.step)
+        self.signals.train(self.progress, cfg.watch.stop_s)
         while self.step < cfg.max_steps:
-            loss, grad_norm, lr, save_now = self._update()
+            loss, grad_norm, lr, (save_now, *stop) = self._update()
             self.step += 1
+            self.progress.step_done(self.step)
             self.speed.step(self.plan.ledger.segment(self.step - 1).tokens_per_step)
             last = self.step == cfg.max_steps
             self.val_loss = None
             if last or due(self.step, cfg.log_every):
                 self._log(loss, grad_norm, lr)
             if last or due(self.step, cfg.eval.every):
-                self._evaluate()
-            if last or save_now or due(self.step, cfg.checkpoint.every_steps) or self._is_best():
-                self._save(last)
+                with self.progress.phase(VALIDATE):
+                    self._evaluate()
+            if last or any((save_now, *stop)) or due(self.step, cfg.checkpoint.every_steps) or self._is_best():
+                with self.progress.phase(SAVE):
+                    self._save(last)
+            if not last and (signal := agreed(stop)):
+                with self.progress.phase(SAVE):
+                    self.signals.over()
+                    self.saver.wait()
+                raise Stopped(signal, self.step, self.run.latest())
+        self.signals.over()
+        self.progress.end()
 
-    def _update(self) -> tuple[float, float, float, bool]:
+    def _update(self) -> tuple[float, float, float, list[float]]:
         """One optimizer step.
 
-        Returns the loss (nats per token, over all ranks), the global gradient norm, the learning rate, and whether rank
-        0's clock asks for a checkpoint.
+        Returns the loss (nats per token, over all ranks), the global gradient norm, the learning rate, and the wishes
+        of all ranks: 0 or more.
 
         Raises:
             UserError: on every rank, with no weight changed: data that one cannot read, or a norm that is not finite.
@@ -110,13 +131,15 @@ class Trainer:
         while True:
             started = time.monotonic()
             batches, unread = self.feed.next()
-            self.speed.wait(time.monotonic() - started)
-            valid, clock = self._agree_on_step(batches, unread)
+            self.speed.wait(waited := time.monotonic() - started)
+            valid, *wishes = self._agree_on_step(batches, unread)
+            self.own.start()
             loss = torch.zeros((), device=self.mesh.device)
             for micro_step, batch in enumerate(batches):
                 parallel.seed_dropout(self.mesh, self.cfg.seed, self.step, micro_step)
                 loss += self.engine.backward(batch, valid, last=micro_step + 1 == len(batches))
-            facts = torch.stack([loss / valid, clock])
+            self.progress.own(self.own.stop(waited))
+            facts = torch.stack([loss / valid, *wishes])
             dist.all_reduce(facts, group=self.mesh.dp_group)
             told, lr = OnItsWay(facts), self._lr()
             try:
@@ -133,8 +156,8 @@ class Trainer:
             else:
                 if unread is not None:
                     raise RuntimeError("a step without data was made") from unread
-                mean_loss, wishes = told.numbers()
-                return mean_loss, grad_norm, lr, self.cfg.checkpoint.every_minutes > 0 and wishes > 0
+                mean_loss, *wished = told.numbers()
+                return mean_loss, grad_norm, lr, wished
 
     def _lr(self) -> float:
         cfg, ledger, step = self.cfg, self.plan.ledger, self.step
@@ -149,7 +172,9 @@ class Trainer:
         )
 
     def _agree_on_step(self, batches: list[Batch], unread: UserError | None) -> torch.Tensor:
-        """[valid tokens of the step over all ranks, rank 0's wish to save by the clock], not waited for.
+        """[valid tokens of the step, rank 0's wish to save by the clock, *wishes to stop], sums over all ranks.
+
+        Not waited for.
 
         A rank that could not read, or whose checkpoint in flight could not be written, makes the count NaN: it takes
         part in the step, so that no one waits for it, and the gradient is NaN everywhere, which the engine refuses
@@ -159,15 +184,13 @@ class Trainer:
         wish = self.mesh.world.is_main and 0 < minutes * 60 <= time.monotonic() - self.saved_at
         valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches) if self.mesh.tp_rank == 0 else 0
         count = float("nan") if unread or self.saver.failed else valid
-        facts = to_device([count, float(wish)], self.mesh.device)
+        facts = to_device([count, float(wish), *self.signals.wishes()], self.mesh.device)
         dist.all_reduce(facts)
         return facts
 
     def _log(self, loss: float, grad_norm: float, lr: float) -> None:
         if self.tracker is None:
             return
-        ledger = self.plan.ledger
-        here, position = ledger.segment(self.step - 1), ledger.position(self.step)
         row: dict[str, float] = {
             "train/loss": loss,
             "optim/lr": lr,
@@ -176,15 +199,11 @@ class Trainer:
             "speed/mfu": self.speed.mfu,
             "speed/loader_wait": self.speed.wait_share,
             "memory/peak_gib": peak_memory_gib(self.mesh.device),
-            **{f"data/epoch/{name}": self.plan.epoch(name, position) for name in self.sources.train},
-            "data/position": ledger.position(self.step - 1),  # of the step's first window
-            "data/tokens": ledger.tokens(self.step),
-            "data/crc32": self.feed.loader.crc32,  # of the tokens that rank 0 was fed
+            **self.feed.row(self.step),
+            **self.watch.stragglers.row,
         }
-        if len(self.sources.train) > 1:
-            total = sum(here.weights.values())
-            row |= {f"data/share/{name}": here.weights.get(name, 0) / total for name in self.sources.train}
         self.tracker.log(self.step, row)
+        ledger = self.plan.ledger
         eta = self.speed.eta_s(ledger.tokens(self.cfg.max_steps) - ledger.tokens(self.step))
         print(progress_line(self.step, self.cfg.max_steps, row, eta), flush=True)
 
@@ -243,11 +262,14 @@ class Trainer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with contextlib.ExitStack() as rest:  # from the last to the first, and each whatever becomes of the others
+            rest.callback(self.watch.close)
             if self.tracker is not None:
-                rest.callback(self.tracker.close, failed=kind is not None)
+                rest.callback(self.tracker.close, failed=kind not in (None, Stopped))
             rest.callback(self.feed.close)
             self.saver.close()
-        if kind is None:  # after an error the other ranks may be gone: no collective any more
+        if kind in (None, Stopped):  # after an error the other ranks may be gone: no collective any more
+            if kind is Stopped:
+                dist.barrier()  # a launcher ends the other ranks as soon as one ends with a code
             parallel.stop(self.mesh)
 
 

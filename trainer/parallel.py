@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from data_pipeline.config import UserError
 from trainer.config import ParallelConfig
+from trainer.safety_config import WatchConfig
 from trainer.world import World
 
 if TYPE_CHECKING:
@@ -49,8 +50,6 @@ with _hidden("mlflow"), warnings.catch_warnings():
     import deepspeed.comm.comm as deepspeed_comm
     from megatron.core import parallel_state
 
-TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for the others ends itself
-
 
 @dataclass(frozen=True)
 class Mesh:
@@ -66,8 +65,10 @@ class Mesh:
     tp_group: Any
 
 
-def start(world: World, parallel: ParallelConfig) -> Mesh:
+def start(world: World, parallel: ParallelConfig, timeout_s: float = WatchConfig.collective_s) -> Mesh:
     """Join the run's process group (nccl on a GPU, gloo without one) and split it into dp and tp groups.
+
+    A rank that waits longer than `timeout_s` for the others in a collective ends itself.
 
     Raises:
         UserError: tp does not divide the world, or this machine has fewer GPUs than ranks.
@@ -79,10 +80,12 @@ def start(world: World, parallel: ParallelConfig) -> Mesh:
     if parallel.tp > 1:  # before CUDA starts: megatron-core wants a collective launched before the GEMM that hides it
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _device(world)
-    _start_deepspeed(device)
-    minutes = int(TIMEOUT.total_seconds() // 60)
+    _start_deepspeed(device, timedelta(seconds=timeout_s))
     parallel_state.initialize_model_parallel(
-        parallel.tp, distributed_timeout_minutes=minutes, create_gloo_process_groups=False, order="tp-cp-ep-dp-pp"
+        parallel.tp,
+        distributed_timeout_minutes=timeout_s / 60,  # it goes into a timedelta
+        create_gloo_process_groups=False,
+        order="tp-cp-ep-dp-pp",
     )
     return Mesh(
         world=world,
@@ -116,7 +119,7 @@ def _device(world: World) -> torch.device:
     return device
 
 
-def _start_deepspeed(device: torch.device) -> None:
+def _start_deepspeed(device: torch.device, timeout: timedelta) -> None:
     # megatron-core and DeepSpeed call collectives by names that torch 2.13 has replaced.
     renamed = "(all_gather_into_tensor|reduce_scatter_tensor)"
     warnings.filterwarnings("ignore", f".torch.distributed.{renamed}. is deprecated", FutureWarning)
@@ -125,7 +128,7 @@ def _start_deepspeed(device: torch.device) -> None:
     if device.type == "cpu":  # megatron-core allocates its buffers on torch.cuda.current_device()
         torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
     backend = "gloo" if device.type == "cpu" else "nccl"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=TIMEOUT)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
 def mpu(mesh: Mesh) -> SimpleNamespace:

@@ -5,9 +5,14 @@ Everything that can be refused is refused here, before torch is imported.
 
 from __future__ import annotations
 
+import sys
+
 from conf.schema import freeze, run
+from data_pipeline.config import Passing
 from trainer.check import check
 from trainer.config import PretrainConfig
+from trainer.hang import broken
+from trainer.signals import OF_THIS_PROCESS, Stopped
 from trainer.world import read_world
 
 
@@ -18,9 +23,21 @@ def pretrain(cfg: PretrainConfig) -> None:
         print(chosen, flush=True)
     from trainer.loop import Trainer  # from here on torch, deepspeed and megatron
 
-    with Trainer(cfg, freeze(cfg), world, geometry, sources) as trainer:
-        trainer.train()
+    try:
+        with Trainer(cfg, freeze(cfg), world, geometry, sources) as trainer:
+            trainer.train()
+    except Stopped as e:
+        if world.is_main:
+            print(e, file=sys.stderr, flush=True)
+        sys.exit(e.code)
+    except RuntimeError as e:
+        progress = OF_THIS_PROCESS.progress
+        line = broken(e, progress.at if progress else None, world, cfg.watch.collective_s)
+        if line is None:
+            raise
+        raise Passing(line) from None
 
 
 if __name__ == "__main__":
+    OF_THIS_PROCESS.install()
     run(("pretrain", pretrain))

@@ -4,6 +4,9 @@ config.yaml                           the frozen config of the last start
 metrics.jsonl                         the journal
 mixture.png                           what the run is fed, where that is more than one source in one way
 generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time
+heartbeats/rank-00003.json            where a rank is, replaced every few seconds (trainer/heartbeat.py)
+hangs/gen-0001/report.txt             of a start that came no further: which ranks are where (trainer/hang.py)
+hangs/gen-0001/rank-00003.txt         the stacks of a rank at that moment
 submit/0001/                          what launch.submit started: frozen config, code version, job script
 checkpoints/latest                    the name of the checkpoint to resume from
 checkpoints/step-00000100.gen-0001/   a published checkpoint
@@ -47,6 +50,7 @@ class RunFolder:
         self.mixture = self.root / "mixture.png"
         self.checkpoints = self.root / "checkpoints"
         self.generations = self.root / "generations"
+        self.heartbeats = self.root / "heartbeats"
         self.submissions = self.root / "submit"
         self.pointer = self.checkpoints / "latest"
 
@@ -54,7 +58,7 @@ class RunFolder:
         """This start's number, one more than any before; removes what interrupted starts left half written."""
         self.generations.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        generation = self._newest_generation() + 1
+        generation = self.newest_generation() + 1
         while True:
             try:
                 with (self.generations / f"{generation:04d}").open("x", encoding="utf-8") as f:
@@ -70,6 +74,18 @@ class RunFolder:
                 leftover.unlink(missing_ok=True)  # the pointer's: a stranded start may just have moved it
         return generation
 
+    def newest_generation(self) -> int:
+        """The number of the run's last start, 0 where there was none."""
+        return max((int(p.name) for p in self.generations.glob("*") if p.name.isdecimal()), default=0)
+
+    def hang(self, generation: int) -> Path:
+        """Where the stacks of a start lie that came no further."""
+        return self.root / "hangs" / f"gen-{generation:04d}"
+
+    def hang_report(self, generation: int) -> Path:
+        """Which ranks were where; its first line is the finding."""
+        return self.hang(generation) / "report.txt"
+
     def take_submission(self) -> Path:
         """A new folder for what is started next, numbered as `generations` are, made exclusively."""
         self.submissions.mkdir(parents=True, exist_ok=True)
@@ -82,7 +98,7 @@ class RunFolder:
 
     def fence(self, generation: int) -> None:
         """Raises UserError where a newer start has taken the run over: this one must not write."""
-        newest = self._newest_generation()
+        newest = self.newest_generation()
         if newest > generation:
             raise UserError(
                 f"{self.root}: start {newest} of this run has taken over, start {generation} publishes nothing more: "
@@ -166,9 +182,6 @@ class RunFolder:
         """None where it was not validated, or is no number to rank by."""
         loss = self.state(checkpoint).get("val_loss")
         return loss if isinstance(loss, float) and math.isfinite(loss) else None
-
-    def _newest_generation(self) -> int:
-        return max((int(p.name) for p in self.generations.glob("*") if p.name.isdecimal()), default=0)
 
 
 def _remove(folder: Path) -> None:

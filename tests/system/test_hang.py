@@ -1,0 +1,41 @@
+"""A rank that comes no further is found, named with its place, and ends the run; the next start goes on exactly."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.system.runs import finish, make_data, pretrain, start
+from tests.system.test_resume import story, weights
+from trainer.hang import read_spots
+from trainer.run_folder import RunFolder
+
+QUICK = ("watch.beat_s=0.2", "watch.hang_min_s=4", "watch.hang_factor=3")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rank_that_sleeps_is_named_with_its_place_and_the_next_start_goes_on_exactly(tmp_path: Path) -> None:
+    sleeper, step = random.randrange(2), random.randrange(5, 9)
+    common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=12", *QUICK)
+    run = tmp_path / "run"
+    planted = ("tests.planted", str(sleeper), str(step), "1000")
+    ended = finish(start(run, *common, ranks=2, entry=planted))
+    assert [code for code, _ in ended] == [86, 86], ended
+    folder = RunFolder(run)
+    spots = {spot.rank: spot for spot in read_spots(folder.hang(1))}
+    assert spots.keys() == {0, 1}
+    assert spots[sleeper].where.startswith("sleeps_here (tests/planted.py:")
+    assert spots[1 - sleeper].where.startswith("collective all_reduce, called by _agree_on_step (trainer/loop.py:")
+    for rank in (0, 1):
+        stacks = (folder.hang(1) / f"rank-{rank:05d}.txt").read_text()
+        assert stacks.count("Thread 0x") >= 3 and ("sleeps_here" in stacks) == (rank == sleeper)
+    report = folder.hang_report(1).read_text()
+    assert f"without another (limit 4 s): waiting for rank {sleeper} on " in report.splitlines()[0]
+    assert [err.count(report.splitlines()[0]) for _, err in ended].count(1) == 1, "one rank tells it"
+    pretrain(run, *common, ranks=2)
+    pretrain(tmp_path / "whole", *common, ranks=2)
+    assert story(run) == story(tmp_path / "whole")
+    assert weights(run) == weights(tmp_path / "whole")

@@ -1,0 +1,184 @@
+"""What a run's ranks were in when it came no further: each writes its place and its stacks, one writes the report.
+
+    hangs/gen-0001/rank-00003.txt   the finding of a rank in one line, then the stacks of all its threads
+    hangs/gen-0001/report.txt       first line: who is waited for; then which ranks are where
+
+The folder itself tells the other ranks to write theirs at the same moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import re
+import socket
+import sys
+import traceback
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from trainer.progress import START, STEP, At
+from trainer.world import World
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("trainer", "data_pipeline", "launch", "conf")
+C10D = "torch/distributed/distributed_c10d.py"
+COLLECTIVE = "collective "
+_SPOT = re.compile(r"rank (\d+) on (.+?): (\d+) steps done, (\w+) for (\d+) s, in (.+)")
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where a rank is. `seconds`: since its step, or phase, began; `where`: see `place`."""
+
+    rank: int
+    host: str
+    step: int
+    phase: str
+    seconds: float
+    where: str
+
+    def line(self) -> str:
+        return (
+            f"rank {self.rank} on {self.host}: {self.step} steps done, {self.phase} for {self.seconds:.0f} s, "
+            f"in {self.where}"
+        )
+
+
+def place_of(thread: int) -> str:
+    """Where a thread of this process is now; where it waits for others, the collective (also of another thread's)."""
+    frames = sys._current_frames()
+    first = place(_of_stack(frames.get(thread)))
+    others = (place(_of_stack(f)) for ident, f in frames.items() if ident != thread)
+    return first if first.startswith(COLLECTIVE) else next((p for p in others if p.startswith(COLLECTIVE)), first)
+
+
+def place_of_error(at: TracebackType | None) -> str:
+    """Where an error was raised."""
+    frames = [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in traceback.walk_tb(at)]
+    return place(reversed(frames))
+
+
+def broken(error: RuntimeError, at: At | None, world: World, collective_s: float) -> str | None:
+    """A collective that failed because the others did not come or are gone, in one line; None: a defect.
+
+    `at`: where training was, None before its first step.
+    """
+    text = str(error)
+    backend = type(error).__module__.startswith("torch.distributed") or type(error).__name__.startswith("Dist")
+    gone = re.search(r"Connection (closed|reset) by peer|Broken pipe|Connection refused|remote process exited", text)
+    late = re.search(r"[Tt]imed out|[Tt]imeout", text)
+    if not (gone or late) or not (backend or "gloo" in text or "NCCL" in text):
+        return None
+    what = "another rank is gone (its own error says why)" if gone else f"waited {collective_s:g} s for the others"
+    knob = "" if gone else " (watch.collective_s): one of them hangs, or the network between them is cut"
+    when = f"in step {at.step + 1}" if at and at.phase in (START, STEP) else f"in {at.phase if at else START}"
+    where = place_of_error(error.__traceback__)
+    return f"rank {world.rank} on {socket.gethostname()}: {what}{knob}, {when}, {where}: {' '.join(text.split())[:200]}"
+
+
+def place(frames: Iterable[tuple[str, int, str]]) -> str:
+    """`frames` (file, line, function) from the innermost: "collective all_reduce, called by f (trainer/x.py:3)", or
+    without one the innermost frame and the first of ours."""
+    operation = inner = ""
+    for file, line, name in frames:
+        here = f"{name} ({_short(file)}:{line})"
+        inner = inner or here
+        if file.endswith(C10D):
+            operation = name
+        if Path(file).is_relative_to(ROOT) and Path(file).relative_to(ROOT).parts[0] in OURS:
+            inner = f"{COLLECTIVE}{operation}" if operation else inner
+            return here if inner == here else f"{inner}, called by {here}"
+    return f"{COLLECTIVE}{operation}" if operation else inner or "no Python code"
+
+
+def _of_stack(frame: FrameType | None) -> Iterator[tuple[str, int, str]]:
+    return ((f.f_code.co_filename, line, f.f_code.co_name) for f, line in traceback.walk_stack(frame) if frame)
+
+
+def _short(file: str) -> str:
+    path = Path(file)
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else "/".join(path.parts[-3:])
+
+
+def write_stacks(folder: Path, spot: Spot) -> None:
+    """This rank's file, whole or not at all. `folder` is made where it is not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank-{spot.rank:05d}.txt"
+    half = path.with_name(f".{path.name}.tmp")
+    with half.open("w", encoding="utf-8") as f:
+        f.write(f"{spot.line()}\n\n")
+        f.flush()
+        faulthandler.dump_traceback(f, all_threads=True)
+        f.write(_flight_recorder())
+    half.replace(path)
+
+
+def read_spots(folder: Path) -> list[Spot]:
+    """Of the ranks that have written theirs, in order."""
+    spots = []
+    for path in sorted(folder.glob("rank-*.txt")):
+        with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as f:
+            if found := _SPOT.fullmatch(f.readline(4096).rstrip("\n")):
+                rank, host, step, phase, seconds, where = found.groups()
+                spots.append(Spot(int(rank), host, int(step), phase, float(seconds), where))
+    return spots
+
+
+def report(spots: list[Spot], silent: dict[int, str], limit_s: float) -> str:
+    """Who is waited for, in the first line; then each place with its ranks. `silent`: host of ranks that wrote nothing.
+
+    The ranks that are waited for are those that are not in the collective that most are in.
+    """
+    places: dict[str, list[Spot]] = defaultdict(list)
+    for spot in spots:
+        places[spot.where].append(spot)
+    waiting = max((where for where in places if where.startswith(COLLECTIVE)), key=lambda w: len(places[w]), default="")
+    late = [spot for where, group in places.items() if where != waiting for spot in group]
+    if silent:
+        who = "; ".join(f"rank {rank} on {host} does not answer" for rank, host in silent.items())
+    elif not waiting:
+        who = "no rank waits for another; " + "; ".join(f"{_them(group)} in {w}" for w, group in places.items())
+    elif late:
+        who = "waiting for " + "; ".join(f"rank {s.rank} on {s.host}, which is in {s.where}" for s in late[:8])
+    else:
+        who = f"all ranks are in {waiting}: the network between them, or a device"
+    longest = max((spot.seconds for spot in spots), default=limit_s)
+    step = min((spot.step for spot in spots), default=0)
+    lines = [f"hang: {longest:.0f} s after step {step} without another (limit {limit_s:.0f} s): {who}"]
+    lines += [f"  {_them(group)}: {where}" for where, group in places.items()]
+    return "\n".join(lines)
+
+
+def _them(group: list[Spot]) -> str:
+    ranks = [f"{spot.rank} on {spot.host}" for spot in group]
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks[:16])}{f' and {len(ranks) - 16} more' * (len(ranks) > 16)}"
+
+
+def publish_report(folder: Path, rank: int, text: str) -> bool:
+    """True on the one rank whose report it is."""
+    mine = folder / f".report.rank-{rank:05d}.tmp"
+    mine.write_text(text + "\n", encoding="utf-8")
+    try:
+        os.link(mine, folder / "report.txt")  # whole, and only once
+    except FileExistsError:
+        return False
+    finally:
+        mine.unlink(missing_ok=True)
+    return True
+
+
+def _flight_recorder() -> str:
+    """NCCL's own record of its last collectives, JSON, where torch has one."""
+    c10d = getattr(getattr(sys.modules.get("torch"), "_C", None), "_distributed_c10d", None)
+    dump = getattr(c10d, "_dump_nccl_trace_json", None)
+    if dump is None:
+        return ""
+    try:
+        return f"\nNCCL's flight recorder: {dump().decode(errors='replace')}\n"
+    except Exception as e:  # of a private function, in a process that is being given up
+        return f"\nNCCL's flight recorder cannot be read: {e!r}\n"
