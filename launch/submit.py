@@ -137,18 +137,21 @@ def write(cfg: SubmitConfig, run_dir: Path, runs: list[PretrainConfig], argv: li
 def foreground(commands: list[list[str]], cwd: Path) -> int:
     """Run the commands one after the other; the exit code of the first that failed, 0 where none did.
 
-    SIGINT, SIGTERM and SIGUSR1 go on to the one that runs, and no other is started after it.
+    SIGINT, SIGTERM and SIGUSR1 go on to the one that runs, SIGHUP (a closed terminal) as SIGTERM, unless it is ignored
+    (nohup); no other is started after it.
     """
     process: subprocess.Popen[bytes] | None = None
     told: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         told.append(number)
         if process is not None and process.returncode is None:
             process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, forward)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, forward)
     failed = 0
     for command in commands:
         if told:

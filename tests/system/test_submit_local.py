@@ -83,9 +83,10 @@ def test_the_exit_code_is_that_of_the_first_run_that_failed(ends: tuple[int, ...
     assert (done.returncode, done.stdout) == (code, "ran\n" * len(ends)), done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_goes_on_to_the_run_and_no_other_is_started(number: signal.Signals, tmp_path: Path) -> None:
-    waits = f"import signal, time, sys; signal.signal({int(number)}, lambda *a: sys.exit(85)); "
+    arrives = signal.SIGTERM if number == signal.SIGHUP else number
+    waits = f"import signal, time, sys; signal.signal({int(arrives)}, lambda *a: sys.exit(85)); "
     waits += f"open({str(tmp_path / 'up')!r}, 'w'); time.sleep(100)"
     process = subprocess.Popen(foreground(waits, f"open({str(tmp_path / 'second')!r}, 'w')"), cwd=ROOT, env=ENV)
     try:
