@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from conf.schema import load
+from tests.places import wait_for
 from tests.ranks import ROOT
 from tests.system.runs import TINY, make_data
 from trainer.journal import read_journal
@@ -99,3 +100,20 @@ def test_a_signal_goes_on_to_the_run_and_no_other_is_started(number: signal.Sign
         process.kill()
         process.wait()
     assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_usr1_saves_and_ends_with_85_through_every_layer(tmp_path: Path) -> None:
+    data, root = make_data(tmp_path / "data"), tmp_path / "run"
+    right = [*TINY, f"data.path={data}", "max_steps=100000"]
+    argv = [sys.executable, "-m", "launch.submit", *LEFT, f"run.dir={root}", "--", *right]
+    process = subprocess.Popen(argv, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: (root / "metrics.jsonl").exists() and len(read_journal(root / "metrics.jsonl")) > 2, 200)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(200) == 85
+    finally:
+        process.send_signal(signal.SIGTERM)  # nothing where it has ended
+    latest = RunFolder(root).latest()
+    assert latest is not None and RunFolder.state(latest)["step"] == read_journal(root / "metrics.jsonl")[-1].step
