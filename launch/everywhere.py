@@ -21,8 +21,8 @@ from types import FrameType
 from typing import IO
 
 LOST = 255  # ssh's own exit code
-RETRY_S = 10.0
-BEAT_S = 10.0  # between two words to a host, whose launch.leash waits a minute for one
+RETRY_S = 5.0
+BEAT_S = 10.0  # between two words to a host, whose launch.leash waits for them
 LEAVE_S = 60.0  # for hosts whose launchers wait for one another at the end of a run
 END_S = 150.0  # launch.leash takes 2 x 60 s at most
 

@@ -3,7 +3,8 @@
 ssh leaves what it started running when the connection ends, so that a stopped or lost start would go on beside the
 next one. Here the command ends with its connection: when stdin ends, or, with --silence, brings nothing for S seconds
 (a host that was cut off sees no end), it gets SIGTERM, GRACE_S seconds to save, and SIGKILL, its descendants too.
-Exits with the command's own exit code, 128 + N where signal N ended it. Linux only.
+Exits with the command's own exit code, 128 + N where signal N ended it, as ssh itself with 255 where the connection was
+lost. Linux only.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import IO
 from launch.supervise import become_subreaper, end_descendants
 from trainer.exit_codes import USER_ERROR
 
+LOST = 255
 GRACE_S = 60.0  # for a rank that saves before it ends
 
 
@@ -33,6 +35,7 @@ class Leash:
     def __init__(self, command: list[str], silence_s: float | None) -> None:
         self.command, self.silence_s = command, silence_s
         self.stopped = ""  # why
+        self.lost = False
         self.heard = time.monotonic()
 
     def run(self) -> int:
@@ -58,6 +61,8 @@ class Leash:
         end_descendants(GRACE_S)
         for pump in pumps:
             pump.join(5)
+        if self.lost:
+            return LOST
         code = process.returncode if process.returncode is not None else -signal.SIGKILL
         return code if code >= 0 else 128 - code
 
@@ -68,6 +73,7 @@ class Leash:
                 self.stopped = "the connection has ended"
             self.heard = time.monotonic()
         if self.silence_s is not None and time.monotonic() - self.heard > self.silence_s:
+            self.lost = True
             self.stopped = f"nothing came over the connection for {self.silence_s:g} s"
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

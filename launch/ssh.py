@@ -27,7 +27,9 @@ HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 INTERFACE = re.compile(r"[A-Za-z0-9_.,=^-]{1,64}")  # NCCL's own way of writing them
 HOSTFILE_BYTES = 1 << 20
-SILENCE_S = 60  # a connection that brings nothing for so long is lost, on both ends
+SILENCE_S = {SshLauncher.deepspeed: 60, SshLauncher.torchrun: 180}
+"""A connection that brings nothing for so long is lost, on both ends; a host that may come and go is waited for longer,
+for it is taken back with the least ado while its connection lives."""
 NODE_RANK = "--node_rank=%n"  # pdsh's own sign for a host's number
 LAST_CALL_S = 15  # torchrun starts without the missing hosts so long after min_nodes of them have come
 
@@ -154,7 +156,9 @@ def _on_host(job: Job, ssh: SshConfig, launcher: list[str]) -> list[str]:
         env |= {"GLOO_SOCKET_IFNAME": ssh.interface, "NCCL_SOCKET_IFNAME": ssh.interface}
     leash = [job.python, "-m", "launch.leash", f"--needs={','.join(job.cluster.forward)}"]
     if ssh.launcher is SshLauncher.torchrun:  # launch.everywhere, unlike pdsh, has a word to say from time to time
-        leash.append(f"--silence={SILENCE_S}")
+        leash.append(f"--silence={SILENCE_S[ssh.launcher]}")
+        # without it the ranks meet in torchrun's own store, where one that comes back finds the addresses of the dead
+        env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return ["env", "-C", str(job.cwd), *(f"{k}={v}" for k, v in env.items()), *leash, "--", *launcher]
 
 
@@ -193,5 +197,7 @@ def _ssh(job: Job, host: str, argv: list[str]) -> list[str]:
 
 def _options(job: Job) -> list[str]:
     """ssh's: no question is asked, a dead connection ends, and what is to be forwarded goes with it."""
-    own = ["BatchMode=yes", f"ServerAliveInterval={SILENCE_S // 4}", "ServerAliveCountMax=4"]
+    assert job.cluster.ssh is not None
+    silence_s = SILENCE_S[job.cluster.ssh.launcher]
+    own = ["BatchMode=yes", "ConnectTimeout=10", f"ServerAliveInterval={silence_s // 4}", "ServerAliveCountMax=4"]
     return [word for option in [*own, *(f"SendEnv={name}" for name in job.cluster.forward)] for word in ("-o", option)]
