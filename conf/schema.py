@@ -24,7 +24,7 @@ from conf.hints import inner, keys, near, type_of, wording
 from data_pipeline.config import OrderConfig, Passing, UserError
 from data_pipeline.prepare import config as prepare
 from data_pipeline.prepare import quality_config
-from launch.config import PlanConfig, SubmitConfig, SuperviseConfig
+from launch.config import DoctorConfig, PlanConfig, SubmitConfig, SuperviseConfig
 from trainer.checkpoint_config import ExportHfConfig, GenerateConfig, ImportHfConfig
 from trainer.config import PretrainConfig
 
@@ -51,6 +51,7 @@ ROOTS: dict[str, type] = {
     "plan": PlanConfig,
     "supervise": SuperviseConfig,
     "submit": SubmitConfig,
+    "doctor": DoctorConfig,
 }
 """Each root YAML in conf/ and the dataclass that an entry gets from it."""
 

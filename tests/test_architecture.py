@@ -77,6 +77,8 @@ ROOMS = (
         (),
     ),
     Room(("trainer/world.py", "trainer/journal.py", "trainer/exit_codes.py", "trainer/progress.py"), CONFIGS, ()),
+    Room(("trainer/finding.py",), (), ()),
+    Room(("trainer/machine.py",), ("trainer.finding",), ()),
     Room(("trainer/signals.py",), ("trainer.exit_codes", "trainer.progress"), ()),
     Room(
         ("trainer/plan/*",),
@@ -97,6 +99,7 @@ ROOMS = (
                 f"trainer.{m}"
                 for m in ("arithmetic", "check", "exit_codes", "layouts", "world", "run_folder", "journal", "plan")
             ),
+            *(f"trainer.{m}" for m in ("address", "finding", "machine", "sources")),
         ),
         None,
     ),

@@ -34,6 +34,7 @@ NEEDED = {
     "plan": ["data.tokens=1_000_000"],
     "supervise": ["run.dir=runs/a"],
     "submit": [],
+    "doctor": [],
     "generate": ["checkpoint=runs/a", "prompt=It was"],
     "import_hf": ["source=gpt2", "out=checkpoint"],
     "export_hf": ["checkpoint=runs/a", "out=exported"],
