@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from data_pipeline.config import MISSING, DataConfig, UserError
@@ -85,6 +86,19 @@ class DoctorConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.timeout_s < 86400:
             raise UserError(f"timeout_s={self.timeout_s}: give seconds, at least 1 and less than a day")
+
+
+@dataclass
+class StatusConfig:
+    """`python -m launch.status`: what a run is doing, from its folder's files alone."""
+
+    run_dir: str = MISSING  # the run.dir of the run
+    json: bool = False  # print everything as one JSON object
+    watch: float = 0.0  # seconds after which it is printed again; 0 = once
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.watch < math.inf:
+            raise UserError(f"watch={self.watch}: give seconds, or 0 to print once")
 
 
 @dataclass

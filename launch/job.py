@@ -1,4 +1,4 @@
-"""What a launcher is given to start: the frozen configs of a run, or of each element of a sweep, and where. No torch."""
+"""What a launcher is given to start: the frozen configs of a run, or of each run of a sweep, and where. No torch."""
 
 from __future__ import annotations
 

@@ -35,6 +35,8 @@ NEEDED = {
     "supervise": ["run.dir=runs/a"],
     "submit": [],
     "doctor": [],
+    "sync": ["run_dir=runs/a"],
+    "status": ["run_dir=runs/a"],
     "generate": ["checkpoint=runs/a", "prompt=It was"],
     "import_hf": ["source=gpt2", "out=checkpoint"],
     "export_hf": ["checkpoint=runs/a", "out=exported"],

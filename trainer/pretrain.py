@@ -20,9 +20,13 @@ def pretrain(cfg: PretrainConfig) -> None:
     if chosen and world.is_main:
         print(chosen, flush=True)
     from trainer.loop import Trainer  # from here on torch, deepspeed and megatron
+    from trainer.parallel import ranks_lost
 
     try:
-        with Trainer(cfg, freeze(cfg), world, geometry, sources) as trainer:
+        with (
+            ranks_lost(world, cfg.watch.collective_s),
+            Trainer(cfg, freeze(cfg), world, geometry, sources) as trainer,
+        ):
             trainer.train()
     except Stopped as e:
         if world.is_main:

@@ -62,14 +62,22 @@ def fast() -> TextOf:
 
 def best() -> TextOf:
     """trafilatura, favouring precision as datatrove does; without its removal of what earlier pages had."""
+    from lxml.etree import ErrorTypes
     from trafilatura import extract
+    from trafilatura.utils import HTML_PARSER
 
     fixed = repairer()
+
+    def content(html: str) -> str:
+        text: str | None = extract(html, favor_precision=True, include_comments=False)
+        if not text and any(error.type == ErrorTypes.ERR_NO_MEMORY for error in HTML_PARSER.error_log):
+            raise MemoryError  # which trafilatura takes for a page without text
+        return text or ""
 
     def text_of(html: bytes, charset: str) -> str:
         if charset == PLAIN:
             return fixed(html.decode("utf-8", "surrogatepass"))
-        return fixed(extract(decode(html, charset or None), favor_precision=True, include_comments=False) or "")
+        return fixed(content(decode(html, charset or None)))
 
     return text_of
 

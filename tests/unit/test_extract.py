@@ -138,6 +138,15 @@ def test_pathological_pages_are_cut_off_and_their_neighbours_are_not(
     assert all(("html" in doc.metadata) is (why is not None) for doc, why in zip(docs, found, strict=True))
 
 
+@pytest.mark.parametrize("extractor", BOTH)
+def test_a_page_that_takes_too_much_memory_is_dropped_as_that_however_much_time_it_has(
+    extractor: Extractor, step_of: Callable[..., Extract]
+) -> None:
+    step = step_of(extractor, seconds=60, memory_gib=0.2)
+    html = PATHOLOGICAL["a million paragraphs"][0]
+    assert step.apply([page(html), page(PAGE), page(html)]) == ["took too much memory", None, "took too much memory"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("extractor", BOTH)
 def test_a_page_of_100_mb_stays_within_the_memory(extractor: Extractor, step_of: Callable[..., Extract]) -> None:
