@@ -27,6 +27,7 @@ from data_pipeline.prepare import quality_config
 from launch.config import DoctorConfig, PlanConfig, StatusConfig, SubmitConfig, SuperviseConfig
 from trainer.checkpoint_config import ExportHfConfig, GenerateConfig, ImportHfConfig
 from trainer.config import PretrainConfig
+from trainer.node_config import NodeCheckConfig
 from trainer.tracking_config import SyncConfig
 
 __all__ = ["CONF", "ROOTS", "defaults", "explain", "freeze", "groups", "literal", "load", "options", "run", "thaw"]
@@ -54,6 +55,7 @@ ROOTS: dict[str, type] = {
     "supervise": SuperviseConfig,
     "submit": SubmitConfig,
     "doctor": DoctorConfig,
+    "node_check": NodeCheckConfig,
     "sync": SyncConfig,
     "status": StatusConfig,
 }

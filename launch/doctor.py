@@ -18,10 +18,13 @@ from launch.checks import folder, hosts, packages, services, slurm
 from launch.checks.run import checkpoint_bytes, trainable
 from launch.cluster_config import SshLauncher
 from launch.config import DoctorConfig
+from launch.nodes import examine_nodes
 from launch.side_by_side import Check, run_checks
+from launch.ssh import hosts_of
 from trainer import machine
-from trainer.config import PretrainConfig, Tracker, TrackingConfig
+from trainer.config import PretrainConfig
 from trainer.finding import Finding, State
+from trainer.tracking_config import Tracker, TrackingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK_S, DISK_S, SERVICE_S, DATA_S = 20.0, 60.0, 20.0, 120.0
@@ -34,6 +37,10 @@ def look(cfg: DoctorConfig, command: list[str] | None) -> list[Finding]:
     Raises:
         UserError: the command line is wrong.
     """
+    if cfg.node:
+        if command is not None:
+            raise UserError("node=true looks at nodes, not at a run: leave out -- and what follows it")
+        return examine_nodes(cfg, ROOT)
     run_dir = Path(cfg.run.dir).absolute()
     train = None if command is None else pretrain_config(cfg, command, run_dir)
     return run_checks([*machine_checks(cfg, train), *cluster_checks(cfg), *run_checks_of(cfg, train, run_dir)])
@@ -79,7 +86,7 @@ def cluster_checks(cfg: DoctorConfig) -> list[Check]:
             Check(
                 f"host {name}", one(partial(hosts.host, name, ROOT)), QUICK_S + 20, f"ssh {name} hangs: try it by hand"
             )
-            for name in cluster.ssh.hosts
+            for name in hosts_of(cluster)
         ]
     return checks
 

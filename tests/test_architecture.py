@@ -26,6 +26,7 @@ CONFIGS = (
     "data_pipeline.geometry",
     "trainer.config",
     "trainer.checkpoint_config",
+    "trainer.node_config",
     "trainer.model.config",
     "trainer.optim_config",
     "trainer.safety_config",

@@ -35,6 +35,7 @@ NEEDED = {
     "supervise": ["run.dir=runs/a"],
     "submit": [],
     "doctor": [],
+    "node_check": [],
     "sync": ["run_dir=runs/a"],
     "status": ["run_dir=runs/a"],
     "generate": ["checkpoint=runs/a", "prompt=It was"],

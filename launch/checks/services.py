@@ -13,9 +13,9 @@ from pathlib import Path
 
 from data_pipeline.config import DataConfig, UserError
 from trainer.address import check_tracking, tracking_uri
-from trainer.config import Tracker, TrackingConfig
 from trainer.finding import Finding, fail, ok, warn
 from trainer.sources import open_sources
+from trainer.tracking_config import Tracker, TrackingConfig
 
 ANSWER_S = 5.0
 MOST = 1024  # bytes of an answer

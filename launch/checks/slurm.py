@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 
-from launch.cluster_config import ClusterConfig, SlurmConfig
+from launch.cluster_config import ClusterConfig, SlurmConfig, seconds
 from trainer.finding import Finding, fail, ok
 from trainer.plan.hardware import CPU
 
@@ -64,23 +65,15 @@ def _partition(name: str, rows: Sequence[list[str]], cluster: ClusterConfig, slu
     if cluster.gpu != CPU and gpus < cluster.gpus_per_node:
         asked = f"cluster.gpus_per_node={cluster.gpus_per_node}"
         return fail("partition", f"{found}, {gpus} GPUs on a node; {asked}", "give fewer, or cluster.gpu=cpu")
-    if slurm.time is not None and seconds(slurm.time) > seconds(limit):
+    if slurm.time is not None and seconds(slurm.time) > limit_of(limit):
         asked = f"cluster.slurm.time={slurm.time}"
         return fail("partition", f"{found}; {asked}", "give less time, and cluster.slurm.chain=N jobs in a row")
     return ok("partition", found)
 
 
-def seconds(time: str) -> float:
-    """Slurm's ways to write a time: MINUTES, M:S, H:M:S, D-H, D-H:M, D-H:M:S; infinite and n/a have no end."""
-    if not time[:1].isdecimal():
-        return float("inf")
-    days, dash, rest = time.rpartition("-")
-    parts = [float(part) for part in rest.split(":")]
-    if dash:
-        h, m, s = [*parts, 0, 0][:3]
-    else:
-        h, m, s = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
-    return float(days or 0) * 86400 + h * 3600 + m * 60 + s
+def limit_of(time: str) -> float:
+    """Seconds; sinfo writes infinite and n/a where there is no limit."""
+    return seconds(time) if time[:1].isdecimal() else math.inf
 
 
 def _gpus(gres: str) -> int:

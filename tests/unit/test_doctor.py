@@ -22,8 +22,8 @@ from launch.side_by_side import Check, run_checks
 from tests.places import serving
 from tests.ranks import ROOT
 from trainer import machine
-from trainer.config import Tracker, TrackingConfig
 from trainer.finding import MOST, Finding, State, fail, ok
+from trainer.tracking_config import Tracker, TrackingConfig
 
 NEVER = "doctor-has-no-such-package"
 
@@ -282,13 +282,8 @@ def test_without_slurm_in_the_path_its_commands_are_named(tmp_path: Path, monkey
     assert found.state is State.fail and "sbatch, srun, scontrol, sinfo" in found.found
 
 
-@pytest.mark.parametrize(
-    ("written", "expected"),
-    [("30", 1800), ("12:30", 750), ("1:02:03", 3723), ("2-00", 172800), ("1-2:3", 93780), ("1-0:0:9", 86409)],
-)
-def test_slurms_ways_to_write_a_time(written: str, expected: int) -> None:
-    assert slurm.seconds(written) == expected
-    assert slurm.seconds("infinite") == float("inf")
+def test_a_partition_without_a_limit_lets_a_job_run_for_ever() -> None:
+    assert [slurm.limit_of(t) for t in ("infinite", "n/a", "1-00:00:00")] == [float("inf"), float("inf"), 86400]
 
 
 def test_gpus_of_a_node_by_slurms_words() -> None:
