@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.checks import folder, packages, services, slurm
+from launch.checks import folder, hosts, packages, services, slurm
 from launch.side_by_side import Check, run_checks
 from tests.places import serving
 from tests.ranks import ROOT
@@ -315,3 +315,47 @@ def test_the_command_says_what_fails_and_how_it_ends(tmp_path: Path) -> None:
     assert [line for line in bad.stdout.splitlines() if line.startswith("fail  data: ") and "absent" in line]
     wrong = doctor("data.path=x", "--", "max_steps=10")
     assert wrong.returncode == 2 and "data.path=x: a run is given" in wrong.stderr
+
+
+# --- hosts
+
+
+def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Finding:
+    """What is found of a host whose ssh is `body`, a shell script that gets the command as "$last"."""
+    program = tmp_path / "ssh"
+    program.write_text(f"#!/bin/sh\nfor last; do :; done\n{body}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return hosts.host("h1", ROOT)
+
+
+def test_a_host_with_the_same_python_code_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ssh(tmp_path, monkeypatch, 'sh -c "$last"')
+    assert found.state is State.ok and "same Python and code" in found.found
+
+
+def test_a_host_whose_clock_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import time\ntrue = time.time\ntime.time = lambda: true() - 77\n")
+    found = ssh(tmp_path, monkeypatch, f'PYTHONPATH={tmp_path} sh -c "$last"')
+    assert found.state is State.warn and "clock -7" in found.found and "NTP" in found.cure
+
+
+def test_a_host_with_another_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ssh(tmp_path, monkeypatch, f'cd / && sh -c "$(echo "$last" | sed "s,{ROOT},/,")"')
+    assert found.state is State.fail and "commit None, here" in found.found
+
+
+@pytest.mark.parametrize(
+    ("body", "words", "cure"),
+    [
+        ("echo 'h1: Permission denied (publickey).' >&2; exit 255", "Permission denied", "ssh-copy-id"),
+        ("echo 'sh: 1: python: not found' >&2; exit 127", "not found", "the same Python"),
+        ("echo '[]'; read x; echo '{\"time\": 1}'", "no answer", "ssh-copy-id"),
+        ("exit 0", "no answer", "ssh-copy-id"),
+    ],
+)
+def test_a_host_that_does_not_do_what_it_must(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, words: str, cure: str
+) -> None:
+    found = ssh(tmp_path, monkeypatch, body)
+    assert found.state is State.fail and words in found.found and cure in found.cure
