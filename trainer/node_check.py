@@ -11,6 +11,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
@@ -42,7 +43,7 @@ def node_check(cfg: NodeCheckConfig) -> None:
         examine(cfg, meeting, facts, findings)
     except MissedError as e:
         findings.append(fail("ranks", str(e), "look at those ranks' output and nodes; timeout_s= gives them longer"))
-    except RuntimeError as e:
+    except (RuntimeError, OSError, ValueError) as e:  # torch's are the first, of a store that went away too
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         cure = "open the firewall between the nodes, and mend what the name of the first node stands for"
         findings.append(fail("ranks", f"rank {world.rank} on {facts['host']} and {where}: {e}", cure))
@@ -142,9 +143,9 @@ def disk(folder: Path, meeting: Meeting) -> list[Any]:
         rate = tried(lambda: machine.write_speed(folder)) if meeting.world.local_rank == 0 else None
         return meeting.gather("run folder's speed", rate)
     finally:
-        mark.unlink(missing_ok=True)
-        for path in made:  # what was made for this, where nothing else has come to lie in it
-            if path.is_dir() and not any(path.iterdir()):
+        with suppress(OSError):  # a folder that cannot be used is told of above
+            mark.unlink(missing_ok=True)
+            for path in made:  # what was made for this, where nothing else has come to lie in it
                 path.rmdir()
 
 
