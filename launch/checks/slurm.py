@@ -83,5 +83,6 @@ def _gpus(gres: str) -> int:
 
 
 def _said(argv: list[str]) -> str:
-    """Raises OSError, subprocess.TimeoutExpired."""
-    return subprocess.run(argv, capture_output=True, text=True, timeout=ANSWER_S, errors="replace").stdout.strip()
+    """Its output, or its error where it has none. Raises OSError, subprocess.TimeoutExpired."""
+    said = subprocess.run(argv, capture_output=True, text=True, timeout=ANSWER_S, errors="replace")
+    return said.stdout.strip() or said.stderr.strip()
