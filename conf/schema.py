@@ -24,9 +24,10 @@ from conf.hints import inner, keys, near, type_of, wording
 from data_pipeline.config import OrderConfig, Passing, UserError
 from data_pipeline.prepare import config as prepare
 from data_pipeline.prepare import quality_config
-from launch.config import PlanConfig, StatusConfig, SubmitConfig, SuperviseConfig
+from launch.config import DoctorConfig, PlanConfig, StatusConfig, SubmitConfig, SuperviseConfig
 from trainer.checkpoint_config import ExportHfConfig, GenerateConfig, ImportHfConfig
 from trainer.config import PretrainConfig
+from trainer.node_config import NodeCheckConfig
 from trainer.tracking_config import SyncConfig
 
 __all__ = ["CONF", "ROOTS", "defaults", "explain", "freeze", "groups", "literal", "load", "options", "run", "thaw"]
@@ -53,6 +54,8 @@ ROOTS: dict[str, type] = {
     "plan": PlanConfig,
     "supervise": SuperviseConfig,
     "submit": SubmitConfig,
+    "doctor": DoctorConfig,
+    "node_check": NodeCheckConfig,
     "sync": SyncConfig,
     "status": StatusConfig,
 }

@@ -62,6 +62,33 @@ class SubmitConfig:
 
 
 @dataclass
+class DoctorDataConfig:
+    path: str | None = None  # data.path of the run, where no run is given behind the --
+
+
+@dataclass
+class DoctorTrackingConfig:
+    uri: str | None = None  # tracking.uri of the run, where no run is given behind the --
+
+
+@dataclass
+class DoctorConfig:
+    """`python -m launch.doctor ... [-- OVERRIDES]`: look at what a run needs, and say what to do."""
+
+    run: SubmittedRunConfig = MISSING
+    cluster: ClusterConfig = MISSING
+    data: DoctorDataConfig = field(default_factory=DoctorDataConfig)
+    tracking: DoctorTrackingConfig = field(default_factory=DoctorTrackingConfig)
+    node: bool = False  # look at the nodes of this allocation, or at this machine, instead of the login node
+    timeout_s: float = 60.0  # node=true: so long may ranks take to come, and each of their measurements
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.timeout_s < 86400:
+            raise UserError(f"timeout_s={self.timeout_s}: give seconds, at least 1 and less than a day")
+
+
+@dataclass
 class StatusConfig:
     """`python -m launch.status`: what a run is doing, from its folder's files alone."""
 

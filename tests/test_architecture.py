@@ -26,6 +26,7 @@ CONFIGS = (
     "data_pipeline.geometry",
     "trainer.config",
     "trainer.checkpoint_config",
+    "trainer.node_config",
     "trainer.model.config",
     "trainer.optim_config",
     "trainer.safety_config",
@@ -91,6 +92,8 @@ ROOMS = (
         ("trainer.exit_codes", "trainer.progress"),
         (),
     ),
+    Room(("trainer/finding.py",), (), ()),
+    Room(("trainer/machine.py",), ("trainer.finding",), ()),
     Room(
         ("trainer/plan/*",),
         (*CONFIGS, *(f"trainer.{m}" for m in ("arithmetic", "layouts", "plan", "world"))),
@@ -124,6 +127,7 @@ ROOMS = (
                     "signals",
                 )
             ),
+            *(f"trainer.{m}" for m in ("address", "finding", "machine", "sources")),
         ),
         None,
     ),

@@ -34,6 +34,8 @@ NEEDED = {
     "plan": ["data.tokens=1_000_000"],
     "supervise": ["run.dir=runs/a"],
     "submit": [],
+    "doctor": [],
+    "node_check": [],
     "sync": ["run_dir=runs/a"],
     "status": ["run_dir=runs/a"],
     "generate": ["checkpoint=runs/a", "prompt=It was"],

@@ -1,0 +1,1 @@
+"""What launch.doctor looks at; each function returns what it found."""

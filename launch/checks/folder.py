@@ -1,0 +1,142 @@
+"""The run folder's disk: whether it can hold the run, and whether what the trainer relies on works there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.finding import Finding, fail, ok, warn
+from trainer.machine import GIB, write_speed
+
+MEMORY = ("tmpfs", "ramfs")
+LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "aufs", "vfat", "exfat", "squashfs")
+LITTLE_GIB = 10  # free, where nobody says what the run writes
+SLOW_MB_S = 50
+
+
+def run_folder(path: Path, needed: int | None, nodes: int) -> Iterator[Finding]:
+    """`needed`: bytes of the run's checkpoints, None where no run is given; `nodes` are to share the folder."""
+    above = next(p for p in (path, *path.parents) if p.exists())
+    where = f"{path}" if above == path else f"{path}, to be made in {above},"
+    try:
+        probe = Path(tempfile.mkdtemp(prefix=".doctor-", dir=above))
+    except OSError as e:
+        yield fail("run.dir", f"{where} cannot be written: {e.strerror}", "give a run.dir that you may write")
+        return
+    try:
+        yield ok("run.dir", f"{where} can be written")
+        yield space(above, needed)
+        yield file_system(above, nodes)
+        yield from semantics(probe)
+        yield speed(probe)
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+
+
+def space(folder: Path, needed: int | None) -> Finding:
+    room = os.statvfs(folder)
+    free = room.f_bavail * room.f_frsize
+    found = f"{free / GIB:,.1f} GiB free"
+    cure = "free some, give another run.dir, or keep fewer (checkpoint.keep)"
+    if needed is None:
+        return ok("run.dir space", found) if free >= LITTLE_GIB * GIB else warn("run.dir space", found, cure)
+    found += f", the run's checkpoints take {needed / GIB:,.1f} GiB"
+    if free < needed:
+        return fail("run.dir space", found, cure)
+    return ok("run.dir space", found) if free >= 2 * needed else warn("run.dir space", found, cure)
+
+
+def file_system(folder: Path, nodes: int, mounts: Path = Path("/proc/self/mounts")) -> Finding:
+    """Whether other nodes can see the folder, by its type; and whether it outlives the machine."""
+    kind, at = mounted(folder, mounts)
+    found = f"{kind}, mounted at {at}"
+    if kind in MEMORY:
+        return warn("run.dir file system", f"{found}: in memory, lost with the machine", "give a run.dir on a disk")
+    if kind in LOCAL and nodes > 1:
+        return warn(
+            "run.dir file system",
+            f"{found}: a disk of this machine, and the run is for {nodes} nodes",
+            "give a run.dir that all nodes share; node=true sees whether they do",
+        )
+    return ok("run.dir file system", found)
+
+
+def mounted(folder: Path, mounts: Path) -> tuple[str, str]:
+    """(type, mount point) of the file system that holds `folder`."""
+    real, best = folder.resolve(), ("unknown", "")
+    for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
+        _, at, kind = line.split(" ")[:3]
+        at = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), at)
+        if real.is_relative_to(at) and len(at) >= len(best[1]):  # the later one lies over the earlier
+            best = (kind, at)
+    return best
+
+
+def semantics(probe: Path) -> Iterator[Finding]:
+    """The trainer takes generations by exclusive create, publishes by rename, and locks the tracker's state."""
+    broken = [name for name, works in (("exclusive create", _exclusive), ("rename", _rename)) if not works(probe)]
+    if broken:
+        cure = "give a run.dir on a POSIX file system"
+        yield fail("run.dir operations", f"{' and '.join(broken)} does not do what it must", cure)
+    else:
+        yield ok("run.dir operations", "exclusive create, rename and fsync work")
+    try:
+        locks = _flock(probe)
+        found = "two processes get the same lock"
+    except OSError as e:
+        locks, found = False, f"flock: {e.strerror}"
+    if locks:
+        yield ok("run.dir locks", "flock works")
+    else:
+        yield fail("run.dir locks", found, "mount it with locks (Lustre: -o flock; NFS: without nolock)")
+
+
+def _exclusive(probe: Path) -> bool:
+    path = probe / "exclusive"
+    path.open("x").close()
+    try:
+        path.open("x").close()
+    except FileExistsError:
+        return True
+    return False
+
+
+def _rename(probe: Path) -> bool:
+    """A whole folder, and a file over another."""
+    aside, final = probe / ".aside", probe / "final"
+    aside.mkdir()
+    (aside / "new").write_text("new")
+    (aside / "old").write_text("old")
+    aside.rename(final)
+    (final / "new").replace(final / "old")
+    fd = os.open(final, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+    return [p.name for p in final.iterdir()] == ["old"] and (final / "old").read_text() == "new" and not aside.exists()
+
+
+def _flock(probe: Path) -> bool:
+    """Whether a second open file is refused what the first has locked. Raises OSError where there are no locks."""
+    with (probe / "lock").open("w") as first, (probe / "lock").open("w") as second:
+        fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def speed(probe: Path) -> Finding:
+    try:
+        rate = write_speed(probe)
+    except OSError as e:
+        return fail("run.dir speed", f"cannot be written: {e.strerror}", "free some space, or give another run.dir")
+    found = f"{rate:,.0f} MB/s written and fsynced"
+    if rate >= SLOW_MB_S:
+        return ok("run.dir speed", found)
+    return warn("run.dir speed", found, "give a run.dir on a faster disk, or save less often (checkpoint.every_steps)")

@@ -1,0 +1,88 @@
+"""Whether Slurm would take the job: its commands, its controller, the partition."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+
+from launch.cluster_config import ClusterConfig, SlurmConfig, seconds
+from trainer.finding import Finding, fail, ok
+from trainer.plan.hardware import CPU
+
+PROGRAMS = ("sbatch", "srun", "scontrol", "sinfo")
+ANSWER_S = 15.0
+FIELDS = "%R|%P|%a|%l|%D|%T|%G"  # partition, with * where it is the default, up, time limit, nodes, state, GPUs
+USABLE = ("idle", "mixed", "allocated", "completing", "planned", "reserved")
+
+
+def commands() -> Finding:
+    absent = [program for program in PROGRAMS if shutil.which(program) is None]
+    if absent:
+        return fail("slurm commands", f"not in PATH: {', '.join(absent)}", "log in to a login node, or load its module")
+    return ok("slurm commands", ", ".join(PROGRAMS))
+
+
+def controller() -> Finding:
+    """Of a controller and its backups one must be up."""
+    said = _said(["scontrol", "ping"])
+    if re.search(r"\bis UP\b", said):
+        return ok("slurm controller", said)
+    return fail("slurm controller", said or "says nothing", "ask the cluster's administrators; scontrol ping")
+
+
+def partition(cluster: ClusterConfig, slurm: SlurmConfig) -> Iterator[Finding]:
+    """That it exists, is up, lets a job run as long as asked, and has as many nodes and GPUs as asked."""
+    found = [row for line in _said(["sinfo", "-h", "-o", FIELDS]).splitlines() if len(row := line.split("|")) == 7]
+    names = sorted({row[0] for row in found})
+    wanted = slurm.partition.split(",") if slurm.partition else sorted({r[0] for r in found if r[1].endswith("*")})
+    if not found:
+        yield fail("partition", "sinfo names none", "sinfo must answer here: see the controller's line")
+    elif not wanted:
+        yield fail("partition", f"none is the default of {', '.join(names)}", "give cluster.slurm.partition=NAME")
+    for name in wanted if found else ():
+        rows = [row for row in found if row[0] == name]
+        if not rows:
+            yield fail("partition", f"{name!r} is none of {', '.join(names)}", "give another cluster.slurm.partition")
+        else:
+            yield _partition(name, rows, cluster, slurm)
+
+
+def _partition(name: str, rows: Sequence[list[str]], cluster: ClusterConfig, slurm: SlurmConfig) -> Finding:
+    up, limit = rows[0][2], rows[0][3]
+    usable = [row for row in rows if row[5].rstrip("*~#!%$@^-+") in USABLE and not row[5].endswith("*")]
+    nodes = sum(int(row[4]) for row in usable)
+    gpus = max((_gpus(row[6]) for row in usable), default=0)
+    found = f"{name} is {up}, {nodes} of {sum(int(row[4]) for row in rows)} nodes usable, limit {limit}"
+    if up != "up":
+        return fail("partition", found, "give another cluster.slurm.partition, or wait until it is up")
+    if nodes < cluster.nodes:
+        return fail(
+            "partition", f"{found}; the run is for {cluster.nodes}", "give fewer cluster.nodes; sinfo -R says why"
+        )
+    if cluster.gpu != CPU and gpus < cluster.gpus_per_node:
+        asked = f"cluster.gpus_per_node={cluster.gpus_per_node}"
+        return fail("partition", f"{found}, {gpus} GPUs on a node; {asked}", "give fewer, or cluster.gpu=cpu")
+    if slurm.time is not None and seconds(slurm.time) > limit_of(limit):
+        asked = f"cluster.slurm.time={slurm.time}"
+        return fail("partition", f"{found}; {asked}", "give less time, and cluster.slurm.chain=N jobs in a row")
+    return ok("partition", found)
+
+
+def limit_of(time: str) -> float:
+    """Seconds; sinfo writes infinite and n/a where there is no limit."""
+    return seconds(time) if time[:1].isdecimal() else math.inf
+
+
+def _gpus(gres: str) -> int:
+    """Of a node: gpu:8, gpu:h100:8(S:0-1), gpu:a:1,gpu:b:2."""
+    counts = re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres)
+    return sum(map(int, counts))
+
+
+def _said(argv: list[str]) -> str:
+    """Its output, or its error where it has none. Raises OSError, subprocess.TimeoutExpired."""
+    said = subprocess.run(argv, capture_output=True, text=True, timeout=ANSWER_S, errors="replace")
+    return said.stdout.strip() or said.stderr.strip()

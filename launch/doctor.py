@@ -1,0 +1,134 @@
+"""Entry: `python -m launch.doctor cluster=slurm run.dir=... -- experiment=...`: whether a run would work here.
+
+What follows `--` is the command line of trainer.pretrain, as for launch.submit; without it the machine alone is looked
+at. One line for each check, ok, warn or fail, with what to do; exit code 1 where one fails (docs/doctor.md).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from conf.schema import literal, load, run
+from data_pipeline.config import UserError
+from launch.checks import folder, hosts, packages, services, slurm
+from launch.checks.run import checkpoint_bytes, trainable
+from launch.cluster_config import SshLauncher
+from launch.config import DoctorConfig
+from launch.nodes import examine_nodes
+from launch.side_by_side import Check, run_checks
+from launch.ssh import hosts_of
+from trainer import machine
+from trainer.config import PretrainConfig
+from trainer.finding import Finding, State
+from trainer.tracking_config import Tracker, TrackingConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK_S, DISK_S, SERVICE_S, DATA_S = 20.0, 60.0, 20.0, 120.0
+DISK = "the disk hangs: look at its server (mount, df), or give another run.dir"
+
+
+def look(cfg: DoctorConfig, command: list[str] | None) -> list[Finding]:
+    """`command`: what follows the `--`; None where there is none.
+
+    Raises:
+        UserError: the command line is wrong.
+    """
+    if cfg.node:
+        if command is not None:
+            raise UserError("node=true looks at nodes, not at a run: leave out -- and what follows it")
+        return examine_nodes(cfg, ROOT)
+    run_dir = Path(cfg.run.dir).absolute()
+    train = None if command is None else pretrain_config(cfg, command, run_dir)
+    return run_checks([*machine_checks(cfg, train), *cluster_checks(cfg), *run_checks_of(cfg, train, run_dir)])
+
+
+def pretrain_config(cfg: DoctorConfig, command: list[str], run_dir: Path) -> PretrainConfig:
+    """The run that is given, in the run folder that is given left of the `--`, as launch.submit takes it."""
+    for key, value in (("data.path", cfg.data.path), ("tracking.uri", cfg.tracking.uri)):
+        if value is not None:
+            raise UserError(f"{key}={value}: a run is given, say it behind the --")
+    own = [f"run.name={literal(cfg.run.name)}", f"run.dir={literal(str(run_dir))}"]
+    found = load("pretrain", [*command, *own])
+    assert isinstance(found, PretrainConfig)
+    return found
+
+
+def machine_checks(cfg: DoctorConfig, train: PretrainConfig | None) -> list[Check]:
+    tracked = train.tracking.name is Tracker.mlflow if train else cfg.tracking.uri is not None
+    extras = ("tracking",) if tracked else ()
+    return [
+        Check("python", one(partial(packages.python_version, ROOT)), QUICK_S),
+        Check("packages", partial(packages.packages, ROOT, extras), QUICK_S),
+        Check("checkout", one(partial(packages.checkout, ROOT)), QUICK_S + packages.GIT_S),
+        Check("shared memory", one(machine.shared_memory), QUICK_S),
+        Check("open files", one(machine.open_files), QUICK_S),
+        Check("locked memory", one(machine.locked_memory), QUICK_S),
+    ]
+
+
+def cluster_checks(cfg: DoctorConfig) -> list[Check]:
+    cluster, checks = cfg.cluster, []
+    if cluster.slurm is not None:
+        late = "the controller does not answer: ask the cluster's administrators"
+        checks += [
+            Check("slurm commands", one(slurm.commands), QUICK_S),
+            Check("slurm controller", one(slurm.controller), QUICK_S, late),
+            Check("partition", partial(slurm.partition, cluster, cluster.slurm), QUICK_S, late),
+        ]
+    if cluster.ssh is not None:
+        pdsh = ("pdsh",) if cluster.ssh.launcher is SshLauncher.deepspeed else ()
+        checks.append(Check("programs", one(partial(hosts.programs, ("ssh", *pdsh))), QUICK_S))
+        checks += [
+            Check(
+                f"host {name}", one(partial(hosts.host, name, ROOT)), QUICK_S + 20, f"ssh {name} hangs: try it by hand"
+            )
+            for name in hosts_of(cluster)
+        ]
+    return checks
+
+
+def run_checks_of(cfg: DoctorConfig, train: PretrainConfig | None, run_dir: Path) -> list[Check]:
+    needed = checkpoint_bytes(train) if train else None
+    checks = [Check("run.dir", partial(folder.run_folder, run_dir, needed, cfg.cluster.nodes), DISK_S, DISK)]
+    tracking = train.tracking if train else TrackingConfig(Tracker.mlflow, cfg.tracking.uri)
+    if train or cfg.tracking.uri is not None:
+        checks.append(Check("tracking", one(partial(services.tracking, tracking, run_dir)), SERVICE_S))
+    data = train.data if train else None
+    if cfg.data.path is not None:
+        data = load("pretrain", [f"data.path={literal(cfg.data.path)}", "max_steps=1"]).data
+    if data is not None:
+        checks.append(Check("data", partial(services.data, data), DATA_S, "look at data.path: its place hangs"))
+    if train is not None:
+        checks.append(
+            Check("run", one(partial(trainable, train, cfg.cluster)), DATA_S, "look at data.path and run.dir")
+        )
+    return checks
+
+
+def one(function: Callable[[], Finding]) -> Callable[[], Iterable[Finding]]:
+    return lambda: [function()]
+
+
+def report(findings: list[Finding], as_json: bool) -> int:
+    """Print them; the exit code."""
+    failed = any(finding.state is State.fail for finding in findings)
+    if as_json:
+        print(json.dumps({"ok": not failed, "findings": [finding.as_json() for finding in findings]}))
+    else:
+        print("\n".join(map(str, findings)))
+    return int(failed)
+
+
+def main() -> None:
+    at = sys.argv.index("--") if "--" in sys.argv else None
+    command = None if at is None else sys.argv[at + 1 :]
+    sys.argv = sys.argv[:at]
+    run(("doctor", lambda cfg: sys.exit(report(look(cfg, command), cfg.json))))
+
+
+if __name__ == "__main__":
+    main()

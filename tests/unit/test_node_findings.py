@@ -1,0 +1,180 @@
+"""What is thought of numbers that ranks brought: each finding made ok, warn and fail. The numbers are planted."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.schema import load
+from launch.nodes import command, read
+from trainer.finding import Finding, fail, ok
+from trainer.node_config import NodeCheckConfig, NodeRunConfig
+from trainer.node_findings import came_findings, group_finding, measured_findings
+from trainer.node_meeting import nodes_of, ranges
+
+NODES = [[0, 1], [2, 3]]
+GPU = {"name": "H100", "memory.total": "81559", "memory.used": "1", "ecc.errors.uncorrected.volatile.total": "0"}
+
+
+def rank(r: int, **changes: Any) -> dict[str, Any]:
+    first = r % 2 == 0
+    fact = {
+        "host": f"n{r // 2}",
+        "local_rank": r % 2,
+        "addresses": [f"10.0.0.{r // 2}"],
+        "loopback": False,
+        "interface": "",
+        "visible": None,
+        "smi": [{**GPU, "index": str(i)} for i in range(2)] if first else [],
+        "torch_gpus": 2,
+        "versions": {"python": "3.11", "torch": "2.13"},
+        "machine": [ok("/dev/shm", "8 GiB").as_json()] if first else [],
+    }
+    return fact | changes
+
+
+def config(**values: Any) -> NodeCheckConfig:
+    return NodeCheckConfig(NodeRunConfig("runs/a"), **{"gpus_per_node": 2, **values})
+
+
+def states(findings: Any) -> dict[str, str]:
+    return {f.name: f.state.value for f in findings}
+
+
+def came(**changes: Any) -> list[dict[str, Any]]:
+    """Four ranks on two nodes; the third, first of the second node, is changed."""
+    return [rank(r, **(changes if r == 2 else {})) for r in range(4)]
+
+
+def gpus(n: int, **changes: str) -> list[dict[str, str]]:
+    return [{**GPU, "index": str(i), **changes} for i in range(n)]
+
+
+def test_good_nodes_are_good() -> None:
+    found = came_findings(config(), came(), NODES, "n0:1")
+    assert set(states(found).values()) == {"ok"}
+    assert {"ranks", "versions", "host names", "/dev/shm", "GPUs", "GPU memory", "GPU errors"} == set(states(found))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "state", "words"),
+    [
+        ({"versions": {"python": "3.11", "torch": "2.12"}}, "versions", "fail", "torch is 2.12 on rank 2 (n1)"),
+        ({"loopback": True, "addresses": ["127.0.1.1"]}, "host names", "warn", "n1 is 127.0.1.1"),
+        ({"loopback": True, "interface": "eth0"}, "host names", "ok", ""),
+        ({"torch_gpus": 1}, "GPUs", "fail", "n1: torch sees 1, nvidia-smi 2"),
+        ({"smi": gpus(4), "torch_gpus": 2}, "GPUs", "fail", "nvidia-smi 4"),
+        ({"smi": gpus(4), "torch_gpus": 2, "visible": "0,1"}, "GPUs", "ok", ""),
+        ({"smi": gpus(2, name="A100")}, "GPUs", "warn", "A100 and H100"),
+        ({"smi": gpus(2, **{"memory.used": "40000"})}, "GPU memory", "warn", "n1 GPU 1: 40000 MiB"),
+        ({"smi": gpus(2, **{"memory.used": "[N/A]"})}, "GPU memory", "ok", ""),
+        ({"smi": gpus(2, **{"ecc.errors.uncorrected.volatile.total": "3"})}, "GPU errors", "fail", "n1 GPU 0: 3"),
+        ({"machine": [fail("/dev/shm", "absent", "mount it").as_json()]}, "/dev/shm", "fail", "absent, on n1"),
+    ],
+)
+def test_what_one_node_says_of_itself(changes: dict[str, Any], name: str, state: str, words: str) -> None:
+    [found] = [f for f in came_findings(config(), came(**changes), NODES, "n0:1") if f.name == name]
+    assert (found.state.value, words in found.found) == (state, True), found
+
+
+def test_no_gpu_is_a_matter_of_what_is_asked_for() -> None:
+    none = [rank(r, smi=[], torch_gpus=0) for r in range(4)]
+    for asked, state in ((0, "ok"), (8, "warn")):
+        assert states(came_findings(config(gpus_per_node=asked), none, NODES, "n0:1"))["GPUs"] == state
+
+
+def measured(name: str, values: list[Any], **values_of_config: Any) -> list[Finding]:
+    return list(measured_findings(config(**values_of_config), came(), NODES, {name: values}))
+
+
+def test_a_slow_gpu_and_a_wrong_one_are_named() -> None:
+    typical = random.uniform(100, 900)
+    good = [{"error": 0.003, "tflops": typical * random.uniform(0.95, 1.05), "device": "cuda"} for _ in range(4)]
+    assert states(measured("matmul", good)) == {"matmul": "ok"}
+    [slow] = measured("matmul", [*good[:3], good[3] | {"tflops": typical / 2}])
+    assert slow.state.value == "warn" and "rank 3 (n1)" in slow.found
+    [shared] = measured("matmul", [v | {"device": "cpu"} for v in [*good[:3], good[3] | {"tflops": typical / 2}]])
+    assert shared.state.value == "ok"
+    for error in (0.5, float("nan")):
+        [wrong] = measured("matmul", [good[0], good[1] | {"error": error}, *good[2:]])
+        assert wrong.state.value == "fail" and "rank 1 (n0)" in wrong.found
+    [broken] = measured("matmul", [*good[:3], {"failed": "CUDA error: an ECC error"}])
+    assert broken.state.value == "fail" and "rank 3 (n1): CUDA error" in broken.found
+
+
+def reduced(gb_s: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "right": True,
+        "latency_s": 3e-5,
+        "gb_s": {str(1 << 20): 1.0, str(1 << 27): gb_s},
+        "ranks": 2,
+        "bus": 1.0,
+    } | changes
+
+
+def test_the_network_is_held_against_what_it_is_said_to_carry() -> None:
+    fast = [{"inside": reduced(200.0), "between": reduced(20.0)} for _ in range(4)]  # 2 ranks x 20 GB/s = 320 Gbit/s
+    both = {"all-reduce inside a node": "ok", "all-reduce between the nodes": "ok"}
+    assert states(measured("all-reduce", fast, network_gbit=400)) == both
+    slow = [*fast[:3], {"inside": reduced(200.0), "between": reduced(2.0)}]
+    [_, found] = measured("all-reduce", slow, network_gbit=400)
+    assert found.state.value == "warn" and "32 Gbit/s a node" in found.found and "rank 3 (n1)" in found.found
+    assert states(measured("all-reduce", slow)) == both  # nothing to hold it against
+    [wrong, _] = measured("all-reduce", [{"inside": reduced(1.0, right=False)} | {"between": reduced(1.0)}, *fast[1:]])
+    assert wrong.state.value == "fail" and "rank 0 (n0)" in wrong.found
+
+
+def test_a_clock_is_off_only_beyond_what_the_measure_can_be_wrong_by() -> None:
+    for skew, error, state in ((0.2, 0.001, "ok"), (-1.5, 0.001, "warn"), (1.5, 0.7, "ok")):
+        [found] = measured("clock", [{"2": (skew, error)}, {}, {}, {}])
+        assert found.state.value == state
+    assert states(measured("clock", [{}])) == {"clock": "ok"}
+
+
+def test_a_run_folder_that_one_node_does_not_see() -> None:
+    assert states(measured("disk", [900.0, None, 800.0, None])) == {"run.dir": "ok", "run.dir speed": "ok"}
+    assert states(measured("disk", [900.0, None, 8.0, None])) == {"run.dir": "ok", "run.dir speed": "warn"}
+    [other] = measured("disk", [True, True, False, False])
+    assert other.state.value == "fail" and other.found.endswith("on n1")
+    [absent] = measured("disk", [True, True, {"failed": "FileNotFoundError"}, True])
+    assert absent.state.value == "fail" and "rank 2 (n1): FileNotFoundError" in absent.found
+
+
+def test_a_group_that_does_not_form_names_the_ranks() -> None:
+    assert group_finding(came(), [None] * 4).state.value == "ok"
+    found = group_finding(came(), [None, {"failed": "connectFullMesh"}, None, None])
+    assert found.state.value == "fail" and "rank 1 (n0): connectFullMesh" in found.found
+
+
+def test_ranks_are_numbered_node_by_node() -> None:
+    assert nodes_of([0, 1, 0, 1, 2, 0]) == [[0, 1], [2, 3, 4], [5]]
+    assert ranges([7, 0, 1, 2]) == "0-2, 7" and ranges([]) == "none"
+
+
+def test_the_launcher_of_an_allocation_and_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    hostile = "runs/a b'\"$(touch x)${run.name}"
+    cfg = load("doctor", ["cluster=slurm", "node=true", r"run.dir=runs/a b'\"$(touch x)\${run.name}", "timeout_s=7"])
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    here = command(cfg)
+    assert here[1:4] == ["-m", "torch.distributed.run", "--standalone"] and "--nproc-per-node=2" in here
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    there = command(cfg)
+    assert there[0] == "srun" and {"--nodes=4", "--ntasks=32", "--gpus-per-node=8"} <= set(there)
+    at = there.index("trainer.node_check")
+    checked = load("node_check", there[at + 1 :])
+    assert Path(checked.run.dir) == Path(cfg.run.dir).absolute()
+    assert checked.gpus_per_node == 8 and checked.network_gbit == 400 and checked.timeout_s == 7
+    assert hostile.split("/")[1][:3] in checked.run.dir
+
+
+def test_what_libraries_print_hides_no_findings() -> None:
+    assert read('NCCL version 2\n{"findings": [{"name": "a", "state": "ok", "found": "b", "cure": ""}]}\n[1]\n') == [
+        ok("a", "b")
+    ]
+    assert read("nothing\n") is None
