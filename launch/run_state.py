@@ -59,6 +59,8 @@ def _judge(report: dict[str, Any], now: float) -> tuple[str, str]:
         return _without_beats(report, last, now)
     if any(f"/gen-{b['generation']:04d}/" in h["file"] for b in beats[:1] for h in _listed(report["hangs"])):
         return "hung", f"a report of start {beats[0]['generation']} lies in hangs/"
+    if all(b["phase"] == "end" for b in beats):
+        return _over(beats, step)
     silent = [
         b for b in beats if b["age_s"] > max(SILENT_S, SILENT_BEATS * (report["config"].get("watch.beat_s") or 0))
     ]
