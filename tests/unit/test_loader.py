@@ -202,18 +202,19 @@ def test_a_thread_that_comes_back_late_closes_the_stream_and_opens_nothing(
 
     def late(*args: Any) -> int:
         hangs.set()
-        go_on.wait(20)
+        go_on.wait(60)
         return read(*args)
 
     monkeypatch.setattr(stream, "read", late)
     for _ in range(40):
-        if not hangs.is_set():
-            ours.next()
-    assert hangs.wait(5)
+        ours.next()
+        if hangs.wait(1):  # it reads on as soon as there is room; another next() might wait for it
+            break
+    assert hangs.is_set()
     ours.close()
     assert thread.is_alive() and stream._open  # it may be reading from them
     go_on.set()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive() and not stream._open
 
 
