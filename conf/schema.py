@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, get_origin
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -19,18 +19,21 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.frozen import flat, freeze, literal, thaw, user_error_in
 from conf.hints import inner, keys, near, type_of, wording
 from data_pipeline.config import OrderConfig, Passing, UserError
 from data_pipeline.prepare import config as prepare
 from data_pipeline.prepare import quality_config
-from launch.config import PlanConfig, StatusConfig, SuperviseConfig
+from launch.config import PlanConfig, StatusConfig, SubmitConfig, SuperviseConfig
 from trainer.checkpoint_config import ExportHfConfig, GenerateConfig, ImportHfConfig
 from trainer.config import PretrainConfig
+from trainer.tracking_config import SyncConfig
 
-T = TypeVar("T")
+__all__ = ["CONF", "ROOTS", "defaults", "explain", "freeze", "groups", "literal", "load", "options", "run", "thaw"]
 HYDRAS = (HydraException, OmegaConfBaseException, ValueError)  # ValueError: a group set to null
 Entry = tuple[str, Callable[[Any], None]]
 
+FROZEN = "frozen="  # on a command line: the file that `freeze` made
 CONF = Path(__file__).resolve().parent
 ROOTS: dict[str, type] = {
     "bpe_train": prepare.BpeTrainConfig,
@@ -49,6 +52,8 @@ ROOTS: dict[str, type] = {
     "export_hf": ExportHfConfig,
     "plan": PlanConfig,
     "supervise": SuperviseConfig,
+    "submit": SubmitConfig,
+    "sync": SyncConfig,
     "status": StatusConfig,
 }
 """Each root YAML in conf/ and the dataclass that an entry gets from it."""
@@ -89,11 +94,16 @@ def run(entries: Mapping[str, Entry] | Entry) -> None:
 
 
 def load(root: str, overrides: Sequence[str] = ()) -> Any:
-    """Compose `conf/<root>.yaml` with `overrides` into its dataclass.
+    """Compose `conf/<root>.yaml` with `overrides` into its dataclass, or take it whole from `frozen=FILE`.
 
     Raises:
         UserError: a typo, a wrong type, a missing value or an impossible combination, in one line.
     """
+    frozen = [text for text in overrides if text.startswith(FROZEN)]
+    if frozen and len(overrides) > 1:
+        raise UserError(f"{frozen[0]} is the whole config: give nothing beside it")
+    if frozen:
+        return thaw(Path(frozen[0].removeprefix(FROZEN)), ROOTS[root])
     cfg = _compose(root, overrides)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -101,17 +111,7 @@ def load(root: str, overrides: Sequence[str] = ()) -> Any:
     try:
         return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as e:  # a check in a nested dataclass arrives wrapped
-        raise _user_error_in(e) or UserError(_flat(e)) from None
-
-
-def freeze(cfg: Any) -> str:
-    """A config as YAML, to read and to run again."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
-
-
-def thaw(path: Path, schema: type[T]) -> T:
-    """Read what `freeze` made."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))  # type: ignore[return-value]
+        raise user_error_in(e) or UserError(flat(e)) from None
 
 
 def defaults(root: str) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _compose(root: str, overrides: Sequence[str]) -> DictConfig:
                     _resolved(root, quoted[: i + 1])
                 except HYDRAS as cause:
                     raise UserError(_complaint(root, text, cause)) from None
-            raise UserError(_flat(e)) from None
+            raise UserError(flat(e)) from None
 
 
 def _resolved(root: str, overrides: list[str]) -> DictConfig:
@@ -236,7 +236,7 @@ def _complaint(root: str, override: str, error: Exception) -> str:
     key, _, value = override.partition("=")
     if key in groups(root):
         if value in options(key):
-            return f"{override}: {_flat(error)} (it may be an option of another command)"
+            return f"{override}: {flat(error)} (it may be an option of another command)"
         unset = "" if groups(root)[key] else ", or leave it out"
         return f"{override}: give one of {', '.join(options(key))}{unset}{near(value, options(key))}"
     expected = type_of(ROOTS[root], key)
@@ -244,17 +244,5 @@ def _complaint(root: str, override: str, error: Exception) -> str:
         known = [k for k in keys(ROOTS[root]) if not key.startswith(f"{k}.")]
         return f"{key}: no such key{near(key, known) or '; --cfg job prints all keys'}"
     if expected is str or "${" in value:
-        return f"{override}: {_flat(error)}"
+        return f"{override}: {flat(error)}"
     return f"{override}: give {wording(expected, key)}"
-
-
-def _user_error_in(error: BaseException | None) -> UserError | None:
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _flat(error: Exception) -> str:
-    """Hydra's and OmegaConf's paragraphs without their last one, which tells of Hydra's own switches."""
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return text.split(" full_key:")[0].split(" Set the environment variable HYDRA")[0].split(" Config search path")[0]

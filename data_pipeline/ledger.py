@@ -84,10 +84,32 @@ class Ledger:
 
     def lose(self, step: int, name: str, shard: int) -> Ledger:
         """This ledger without a shard of a source, from `step` on; what is planned stays planned."""
-        here = replace(self.segment(step), step=step, position=self.position(step))
-        later = (here, *(s for s in self.segments if s.step > step))
+        at = self.segment(step)
+        later = (replace(at, step=step, position=self.position(step)), *(s for s in self.segments if s.step > step))
         without = (replace(s, lost={**s.lost, name: tuple(sorted({*s.lost.get(name, ()), shard}))}) for s in later)
-        return Ledger((*(s for s in self.segments if s.step < step), *without))
+        return Ledger((*(s for s in self.segments if s.step <= step and (s is not at or s.step < step)), *without))
+
+    def jump(self, step: int, end: int) -> Ledger:
+        """The run is at `step` again, and the windows of the steps from there to before `end` are jumped over.
+
+        What is planned from `step` on stays planned. The windows jumped over keep their place in the order: they stand
+        as segments of no step, in the mixture and length that they were drawn in. A shard lost by then stays lost.
+        """
+        first = replace(self.segment(step), step=step, position=self.position(step))
+        over = (first, *(replace(s, step=step) for s in self.segments if step < s.step < end))
+        return self._over(step, over, self.position(end))
+
+    def jump_of(self, past: Ledger, step: int) -> Ledger:
+        """This ledger with the jump that `past` has at `step`, if any: a run that resumes at the very step of one."""
+        *over, last = (s for s in past.segments if s.step == step or s is past.segment(step))
+        return self._over(step, tuple(over), last.position) if over else self
+
+    def _over(self, step: int, over: tuple[Segment, ...], position: int) -> Ledger:
+        by = position - self.position(step)
+        here, lost = replace(self.segment(step), step=step, position=self.position(step)), over[-1].lost
+        later = (here, *(s for s in self.segments if s.step > step))
+        moved = (replace(s, position=s.position + by, lost={**s.lost, **lost}) for s in later)
+        return Ledger((*(s for s in self.segments if s.step < step), *over, *moved))
 
     def until(self, step: int) -> Ledger:
         """What has happened before `step`, without what is planned from there on."""

@@ -35,13 +35,13 @@ def plan_ledger(
                 ledger = Ledger.start(windows, n_ctx, counts)
             ledger = ledger.then(at, windows_per_step=windows, n_ctx=n_ctx, weights=counts)
     assert ledger is not None
-    return ledger
+    return ledger.jump_of(past, step) if past else ledger
 
 
 def describe(ledger: Ledger, max_steps: int, dp: int, micro_batch_size: int) -> list[str]:
     """A line for each segment before `max_steps`: from which step, how large a step, in which mixture."""
     lines = []
-    for s in (s for s in ledger.segments if s.step < max_steps):
+    for s in (s for s in ledger.segments if s.step < max_steps and s is ledger.segment(s.step)):
         total, windows = sum(s.weights.values()), s.windows_per_step // dp
         size = micro_batch_at(windows, micro_batch_size)
         mix = ", ".join(f"{name} {count / total:.4g}" for name, count in s.weights.items() if count)

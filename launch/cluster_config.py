@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 
 from data_pipeline.config import MISSING, UserError
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = re.compile(r"KEY|TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
 
 
 class SshLauncher(Enum):
@@ -36,17 +40,60 @@ class SlurmConfig:
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str | None = None  # as Slurm writes it: 30, 12:00:00, 2-00
+    time: str | None = None  # as Slurm writes it: 30 (minutes), 12:00:00, 2-00 (days and hours)
     exclusive: bool = False
     cpus_per_task: int | None = None
     mem: str | None = None  # of a node: 200G; 0 = all
     constraint: str | None = None
-    container: str | None = None  # an image for the pyxis plugin's --container-image
+    container: str | None = None  # an image for the pyxis plugin's --container-image; it sees the checkout and the run
+    container_mounts: list[str] = field(default_factory=list)  # what else it sees, the data for one: FROM:TO
+    container_python: str = "python3"  # the interpreter in it
     modules: list[str] = field(default_factory=list)  # loaded before the start
-    signal_s: int = 120  # before the time limit: then the run saves and requeues itself
+    signal_s: int = 120  # before the time limit, where Slurm may be a minute early: then the run saves and ends
     requeue: bool = True  # by itself when its time is up, and by Slurm when a node is lost
-    chain: int = 1  # jobs that follow one another, for runs longer than the limit
+    chain: int = 1  # jobs of which the next goes on when the time of one is up; after the last, requeue counts
     chain_by: Chain = Chain.singleton
+
+    def __post_init__(self) -> None:
+        for key, (form, allowed) in FORMS.items():
+            given = getattr(self, key)
+            for value in given if isinstance(given, list) else [given]:
+                if value is not None and not re.fullmatch(form, value, re.ASCII):
+                    raise UserError(f"cluster.slurm.{key}: {value!r}: give {allowed}")
+        for key, most in (("cpus_per_task", 1 << 16), ("signal_s", 65535), ("chain", 1000)):
+            value = getattr(self, key)
+            if value is not None and not 1 <= value <= most:
+                raise UserError(f"cluster.slurm.{key}={value}: give 1 to {most}")
+        if self.time is not None and self.signal_s >= seconds(self.time):
+            raise UserError(
+                f"cluster.slurm.time={self.time} is {seconds(self.time)} s and signal_s={self.signal_s}: the job would "
+                "end as soon as it starts; give a longer time or a smaller signal_s"
+            )
+
+
+WORDS = r"\w[\w.@+-]*"
+FORMS = {
+    "partition": (rf"{WORDS}(,{WORDS})*", "names of letters, digits and . _ - + @, with commas between them"),
+    "account": (WORDS, "a name of letters, digits and . _ - + @"),
+    "qos": (WORDS, "a name of letters, digits and . _ - + @"),
+    "time": (r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", "minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S"),
+    "mem": (r"\d+[KMGT]?", "a number of megabytes, or one with K, M, G or T behind it"),
+    "constraint": (r"[\w.&|*,:()\[\]+-]+", "names of features, joined by & | * , and in ( ) or [ ]"),
+    "modules": (r"\w[\w.+@/-]*", "names of letters, digits and . _ - + @ /"),
+    "container_mounts": (r"[^:,\s][^:,]*:/[^:,]*(:[\w+]+)?", "FROM:TO or FROM:TO:FLAGS, without commas"),
+}
+"""What the values are made of that stand in lines which Slurm, pyxis or modules take apart."""
+
+
+def seconds(time: str) -> int:
+    """Slurm's time in seconds."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        hours, minutes, rest_s = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, rest_s = [0, *parts, 0][:3] if len(parts) < 3 else parts
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + rest_s
 
 
 @dataclass
@@ -76,7 +123,10 @@ class ClusterConfig:
     network_gbit: float = MISSING  # of a node, all its adapters together, one direction
     price_per_gpu_hour: float | None = None  # USD, what you pay; null = the plan's own rough assumption
     memory_gib: float | None = None  # of one GPU, where yours has another size than the table says
-    env: dict[str, str] = field(default_factory=dict)  # environment variables of every rank
+    env: dict[str, str] = field(default_factory=dict)  # environment variables of every rank; no secrets
+    forward: list[str] = field(
+        default_factory=list
+    )  # names of the submitter's own that every rank gets; nowhere written
     slurm: SlurmConfig | None = None  # launch.submit starts a run by the one of these three that is there
     ssh: SshConfig | None = None
     local: LocalConfig | None = None
@@ -89,5 +139,21 @@ class ClusterConfig:
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"cluster.{key}={value}: give a positive number")
+        for name, value in self.env.items():
+            if not _VARIABLE.fullmatch(name) or "\0" in value:
+                raise UserError(
+                    f"cluster.env: {name!r} is no environment variable: letters, digits, _, and no zero byte"
+                )
+            if _SECRET.search(name):
+                raise UserError(
+                    f"cluster.env.{name} looks like a secret, which the run folder would show: export it in your shell "
+                    f"and give cluster.forward=[{name}]"
+                )
+        for name in self.forward:
+            if not _VARIABLE.fullmatch(name) or name in self.env:
+                raise UserError(f"cluster.forward: {name!r}: give names of variables that cluster.env does not set")
         if self.price_per_gpu_hour is not None and not 0 <= self.price_per_gpu_hour < math.inf:
             raise UserError(f"cluster.price_per_gpu_hour={self.price_per_gpu_hour}: give 0 or more, or null")
+        for name, text in self.env.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or "\0" in text:
+                raise UserError(f"cluster.env: {name!r}={text!r}: give names as a shell has them, no zero bytes")

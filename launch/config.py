@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from data_pipeline.config import MISSING, DataConfig, UserError
 from launch.cluster_config import ClusterConfig
@@ -33,6 +33,32 @@ class SuperviseConfig:
                 f"backoff_s={self.backoff_s}, max_backoff_s={self.max_backoff_s}, grace_s={self.grace_s}: "
                 "give 0 <= backoff_s <= max_backoff_s and 0 <= grace_s"
             )
+
+
+@dataclass
+class SubmittedRunConfig:
+    name: str = MISSING  # run.name of what is started, of a sweep NAME-0, NAME-1, ...
+    dir: str = MISSING  # run.dir of what is started, of a sweep DIR-0, DIR-1, ...; submit/0001 in it is made here
+
+
+@dataclass
+class SubmitConfig:
+    """`python -m launch.submit ... -- OVERRIDES`: check a run, freeze it with its code version, and start it."""
+
+    run: SubmittedRunConfig = MISSING
+    cluster: ClusterConfig = MISSING
+    sweep: list[list[str]] = field(default_factory=list)  # for each run of a sweep what it overrides; [] = one run
+    max_restarts: int = 3  # in a row without a new checkpoint
+    dry_run: bool = False  # stop when all is checked and written
+
+    def __post_init__(self) -> None:
+        if self.max_restarts < 0:
+            raise UserError(f"max_restarts={self.max_restarts}: give 0 (never restart) or more")
+        for key in ("name", "dir"):
+            if not getattr(self.run, key):
+                raise UserError(f"run.{key} is empty: give one")
+            if "\0" in getattr(self.run, key):
+                raise UserError(f"run.{key} holds a zero byte, which no path can: give another")
 
 
 @dataclass

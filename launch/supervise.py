@@ -1,20 +1,21 @@
 """Entry: `python -m launch.supervise run.dir=runs/x max_restarts=3 -- COMMAND ...`, the one restarter.
 
 The command is started again when it fails, as long as the run's checkpoints advance between failures. It ends with the
-command's own exit code; exit code 2, a user's mistake, would only be made again and ends it at once. SIGINT and SIGTERM
-go on to the command, which may then save and end; it is not restarted after them. What is seen is told on stderr and
-in run.dir/supervise.jsonl. Linux only: it adopts the orphans of a dead launcher, which torchrun puts out of reach of a
-process group's signals, so that no process of an old start can meet a new one.
+command's own exit code; 2, a user's mistake, would only be made again and ends it at once, and so does 85, of a run
+that saved and stopped because more time comes later. SIGUSR1, SIGTERM and SIGINT go on to the ranks, which may then
+save and end; nothing is restarted after them. What is seen is told on stderr and in run.dir/supervise.jsonl. Linux
+only: it adopts the orphans of a dead launcher, which torchrun puts out of reach of a process group's signals, so that
+no process of an old start can meet a new one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,11 +27,13 @@ from typing import IO
 from conf.schema import run
 from data_pipeline.config import UserError
 from launch.config import SuperviseConfig
+from launch.processes import become_subreaper, descendants, end_descendants, send
+from trainer.exit_codes import ALONE, HUNG, PREEMPTED, USER_ERROR
+from trainer.heartbeat import read_heartbeats
 from trainer.run_folder import RunFolder
+from trainer.signals import CODES
 
-USER_ERROR = 2
 TAIL_BYTES = 16384  # of a start's stderr, kept to tell why it failed
-PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
 class Supervisor:
@@ -39,41 +42,46 @@ class Supervisor:
     def __init__(self, cfg: SuperviseConfig, command: list[str]) -> None:
         self.cfg, self.command = cfg, command
         self.root = Path(cfg.run.dir)
+        self.folder = RunFolder(self.root)
         self.root.mkdir(parents=True, exist_ok=True)
+        self._asked: list[int] = []  # the signals that came
         self._stop = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
 
     def supervise(self) -> int:
-        """Returns the exit code of the command's last start, 128 + N where signal N ended it.
+        """Returns the exit code of the command's last start (see `outcome`), 128 + N where signal N ended it.
 
         Raises:
             UserError: the command cannot be started, or what it left behind cannot be ended.
         """
         become_subreaper()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in CODES:
             signal.signal(number, self._forward)
         failures, first, step = 0, "", latest_step(self.root)
         while True:
             self._log("start", step=step)
+            generation = self.folder.newest_generation()
             code, tail = self._run_once()
             end_descendants(self.cfg.grace_s)
             before, step = step, latest_step(self.root)
-            self._log("exit", step=step, exit_code=code)
-            if code == 0 or self._stop.is_set() or is_user_error(code, tail):
-                return code
+            why = None if code == 0 else hang(self.folder, generation) or cause(tail)
+            self._log("exit", step=step, exit_code=code, cause=why)
+            code = told(code, tail)
+            if code in (0, USER_ERROR, PREEMPTED) or self._asked:
+                return outcome(code, self._asked)
             if step > before:
                 failures = 0
             failures += 1
-            first = first if failures > 1 else f"exit code {code}: {cause(tail)}"
+            first = first if failures > 1 else f"exit code {code}: {why}"
             if failures > self.cfg.max_restarts:
                 self._log("give up", step=step, exit_code=code)
-                why = f"{failures} failures after step {max(step, 0)} without a new checkpoint"
-                print(f"error: {why} (max_restarts={self.cfg.max_restarts}); the first: {first}", file=sys.stderr)
+                what = f"{failures} failures after step {max(step, 0)} without a new checkpoint"
+                print(f"error: {what} (max_restarts={self.cfg.max_restarts}); the first: {first}", file=sys.stderr)
                 return code
             wait_s = min(self.cfg.backoff_s * 2 ** (failures - 1), self.cfg.max_backoff_s)
             self._log("restart", step=step, exit_code=code, wait_s=wait_s, failures=failures)
             if self._stop.wait(wait_s):
-                return code
+                return outcome(code, self._asked)
 
     def _run_once(self) -> tuple[int, str]:
         """Start the command and wait for its end: exit code, and the end of its stderr, which also goes to ours."""
@@ -81,8 +89,8 @@ class Supervisor:
             self._process = subprocess.Popen(self.command, stderr=subprocess.PIPE, process_group=0)
         except OSError as e:
             raise UserError(f"{self.command[0]} cannot be started: {e}") from None
-        if self._stop.is_set():  # the signal came while there was nobody to tell
-            self._forward(signal.SIGTERM, None)
+        for number in tuple(self._asked):  # it came while there was nobody to tell
+            self._forward(number, None)
         assert self._process.stderr is not None
         tail = Tee(self._process.stderr)
         code = self._process.wait()
@@ -90,12 +98,23 @@ class Supervisor:
         return code if code >= 0 else 128 - code, tail.text()
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
+        """To the ranks of this host, for launchers do what they like with it: torchrun dies of a SIGUSR1, and gives its
+        workers 30 s for a checkpoint. Where there are none (yet, or under srun), and when asked again: to the command.
+        """
+        again = number in self._asked
+        self._asked.append(number)
         self._stop.set()
-        if self._process is not None and self._process.returncode is None:
+        if self._process is None or self._process.returncode is not None:
+            return
+        ours = {beat.pid for beat in read_heartbeats(self.folder.heartbeats) if beat.host == socket.gethostname()}
+        ranks = ours.intersection(descendants())
+        for pid in ranks:
+            send(pid, number)
+        if again or not ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
 
-    def _log(self, event: str, *, step: int, exit_code: int | None = None, **more: float) -> None:
+    def _log(self, event: str, *, step: int, exit_code: int | None = None, **more: float | str | None) -> None:
         """`step`: of the latest checkpoint, -1 where there is none."""
         body = {"time": time.time(), "event": event, "exit_code": exit_code, "step": step, **more}
         with (self.root / "supervise.jsonl").open("a") as f:
@@ -131,75 +150,39 @@ def latest_step(root: Path) -> int:
     return int(latest.name.split(".")[0].removeprefix("step-")) if latest else -1
 
 
-def is_user_error(code: int, stderr: str) -> bool:
-    """Exit code 2, also where torchrun turned it into its own 1 and tells of it in its report."""
-    root_cause = stderr.rpartition("Root Cause")[2] if "Root Cause" in stderr else ""
-    return code == USER_ERROR or re.search(rf"exitcode\s*:\s*{USER_ERROR}\b", root_cause) is not None
+def told(code: int, stderr: str) -> int:
+    """A rank's exit code that says what to do, also where torchrun turned it into its own 1 and tells of it."""
+    root_cause = stderr.rpartition("Root Cause")[2] if code == 1 and "Root Cause" in stderr else ""
+    found = re.search(r"exitcode\s*:\s*(\d+)\b", root_cause)
+    return int(found[1]) if found and int(found[1]) in (USER_ERROR, HUNG, ALONE, *CODES.values()) else code
+
+
+def outcome(code: int, asked: list[int]) -> int:
+    """How this process ends. Asked with SIGUSR1, whatever failed meanwhile goes on later, from the last checkpoint;
+    asked with SIGTERM or SIGINT, a launcher's 1 is that signal's code."""
+    number = next((n for n in reversed(CODES) if n in asked), None)
+    if number is None or code in (0, USER_ERROR):
+        return code
+    return CODES[number] if number == signal.SIGUSR1 or code == 1 else code
+
+
+def hang(folder: RunFolder, before: int) -> str | None:
+    """The first line of what the watch found in a start after the one numbered `before`; None: no hang."""
+    newest = folder.newest_generation()
+    try:
+        with folder.hang_report(newest).open(encoding="utf-8", errors="replace") as f:
+            return f.readline(800).strip() if newest > before else None
+    except OSError:
+        return None
 
 
 def cause(stderr: str) -> str:
-    """The first line that names an error, then the last three lines: one line of at most 800 characters."""
+    """The first line that names an error or a stop, then the last three lines: one line of at most 800 characters."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", stderr) if line.strip(" =-\t")]
-    errors = [line for line in lines[:-3] if re.match(r"error: |([A-Za-z_]\w*\.)*\w*(Error|Exception)\b", line)]
+    errors = [
+        line for line in lines[:-3] if re.match(r"error: |stopped by |([A-Za-z_]\w*\.)*\w*(Error|Exception)\b", line)
+    ]
     return " | ".join(errors[:1] + lines[-3:])[:800] or "nothing on stderr"
-
-
-def become_subreaper() -> None:
-    """From here on orphaned descendants become our children, whatever session they are in."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-
-
-def end_descendants(grace_s: float) -> None:
-    """Returns when every descendant is gone: SIGTERM, `grace_s` seconds, SIGKILL.
-
-    Raises:
-        UserError: one does not even end with SIGKILL (it hangs in the kernel), so that a restart would meet it.
-    """
-    for number, limit_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
-        deadline = time.monotonic() + limit_s
-        told: set[int] = set()
-        while alive := descendants():
-            for pid in set(alive) - told:
-                send(pid, number)
-                told.add(pid)
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        else:
-            return
-    raise UserError(
-        f"processes {', '.join(map(str, alive))} of the failed start do not end with SIGKILL: not restarted"
-    )
-
-
-def descendants() -> list[int]:
-    """Living descendants of this process; its own dead children are reaped."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
-        if state not in "ZX":
-            children.setdefault(int(parent), []).append(int(stat.parent.name))
-    reap()
-    found = list(children.get(os.getpid(), []))
-    for pid in found:  # grows while it is walked
-        found += children.get(pid, [])
-    return found
-
-
-def reap() -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-def send(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
 
 
 def main() -> None:

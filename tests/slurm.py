@@ -92,7 +92,7 @@ def configuration(root: Path) -> str:
         "SlurmctldHost": f"{host}(127.0.0.1)",
         "SlurmctldPort": control,
         "AuthType": "auth/munge",
-        "AuthInfo": f"socket={run}/munge.sock",
+        "AuthInfo": f"socket={run}/munge.sock,cred_expire=5",  # a requeued job waits so long and a second more
         "SlurmUser": "root",
         "SlurmdUser": "root",
         "SlurmctldPidFile": run / "slurmctld.pid",

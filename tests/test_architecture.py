@@ -29,6 +29,7 @@ CONFIGS = (
     "trainer.model.config",
     "trainer.optim_config",
     "trainer.safety_config",
+    "trainer.tracking_config",
 )
 ORDER = ("ledger", "mixture", "epochs", "plan", "stages")  # pure: the order of the data
 STREAMING = tuple(f"data_pipeline.{m}" for m in ("config", "geometry", "manifest", "bpe", *ORDER, "stream", "loader"))
@@ -46,7 +47,11 @@ class Room:
 
 
 ROOMS = (
-    Room(("conf/*",), (*CONFIGS, "launch.config", "launch.cluster_config", "conf.hints"), ("hydra", "omegaconf")),
+    Room(
+        ("conf/*",),
+        (*CONFIGS, "launch.config", "launch.cluster_config", "conf.frozen", "conf.hints"),
+        ("hydra", "omegaconf", "yaml"),
+    ),
     Room(("data_pipeline/config.py",), (), ()),
     Room(
         (
@@ -71,12 +76,17 @@ ROOMS = (
             "trainer/*config.py",
             "trainer/arithmetic.py",
             "trainer/layouts.py",
-            "trainer/schedule.py",
         ),
         CONFIGS,
         (),
     ),
-    Room(("trainer/world.py", "trainer/journal.py", "trainer/exit_codes.py"), CONFIGS, ()),
+    Room(
+        tuple(f"trainer/{m}.py" for m in ("world", "journal", "exit_codes", "code_version", "progress", "redact")),
+        CONFIGS,
+        (),
+    ),
+    Room(("trainer/schedule.py",), (*CONFIGS, "data_pipeline.ledger"), ()),
+    Room(("trainer/signals.py", "trainer/heartbeat.py"), ("trainer.exit_codes", "trainer.progress"), ()),
     Room(
         ("trainer/plan/*",),
         (*CONFIGS, *(f"trainer.{m}" for m in ("arithmetic", "layouts", "plan", "world"))),
@@ -95,7 +105,19 @@ ROOMS = (
             "data_pipeline.manifest",
             *(
                 f"trainer.{m}"
-                for m in ("arithmetic", "check", "exit_codes", "layouts", "world", "run_folder", "journal", "plan")
+                for m in (
+                    "arithmetic",
+                    "check",
+                    "code_version",
+                    "exit_codes",
+                    "heartbeat",
+                    "layouts",
+                    "world",
+                    "run_folder",
+                    "journal",
+                    "plan",
+                    "signals",
+                )
             ),
         ),
         None,
@@ -106,8 +128,8 @@ DOORS = {
     "torch": ("data_pipeline/loader.py", "trainer/*"),
     "deepspeed": ("trainer/parallel.py", "trainer/fragments.py", "trainer/zero1.py"),
     "megatron": ("trainer/parallel.py", "trainer/model/linear.py", "trainer/loss.py"),
-    "mlflow": ("trainer/tracking.py",),
-    "matplotlib": ("trainer/mixture_plot.py", "launch/plan_plot.py", "data_pipeline/prepare/*"),
+    "mlflow": ("trainer/sender.py",),
+    "matplotlib": ("trainer/mixture_plot.py", "trainer/plots.py", "launch/plan_plot.py", "data_pipeline/prepare/*"),
     "webdataset": ("data_pipeline/shards.py",),
     "urllib3": ("data_pipeline/remote/places.py", "data_pipeline/prepare/web/ask.py"),
     "fsspec": ("data_pipeline/remote/places.py",),
@@ -120,8 +142,10 @@ DOORS = {
     "ftfy": ("data_pipeline/prepare/page_text.py",),
     "fastwarc": ("data_pipeline/prepare/web/page_archive.py",),
     "transformers": ("trainer/export_hf.py",),
+    "jinja2": ("launch/slurm.py", "data_pipeline/prepare/funnel.py"),
     "hydra": ("conf/schema.py",),
-    "omegaconf": ("conf/schema.py",),
+    "omegaconf": ("conf/schema.py", "conf/frozen.py"),
+    "yaml": ("conf/frozen.py",),
     **dict.fromkeys(("pickle", "dill", "cloudpickle", "shelve"), ()),  # a file that is read must not run anything
 }
 """The files that may import a package; none = nobody."""
@@ -206,7 +230,7 @@ PLANTED = {
     "a library past its door": (
         "trainer/loop.py",
         "import mlflow",
-        "imports mlflow, whose door is trainer/tracking.py",
+        "imports mlflow, whose door is trainer/sender.py",
     ),
     "inside a function": (
         "trainer/schedule.py",

@@ -33,6 +33,8 @@ NEEDED = {
     "pretrain": ["data.path=data", "max_steps=10"],
     "plan": ["data.tokens=1_000_000"],
     "supervise": ["run.dir=runs/a"],
+    "submit": [],
+    "sync": ["run_dir=runs/a"],
     "status": ["run_dir=runs/a"],
     "generate": ["checkpoint=runs/a", "prompt=It was"],
     "import_hf": ["source=gpt2", "out=checkpoint"],

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 from data_pipeline.config import UserError
-from trainer.config import Tracker, TrackingConfig
+from trainer.tracking_config import Tracker, TrackingConfig
 
 PASSWORD = r"[^:/@]*:[^@]*@|.*[?&]password="  # in what follows a database's scheme
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from data_pipeline.config import UserError
@@ -12,6 +13,7 @@ from trainer.init_from import check_init_from
 from trainer.layouts import check_layout
 from trainer.optim_config import Kind
 from trainer.plan.auto import resumed, settle
+from trainer.redact import refuse_secrets
 from trainer.run_folder import RunFolder, check_model, model_of
 from trainer.schedule import lr_at
 from trainer.sources import Sources, check_cache, check_past, check_sources, open_sources, plan_run
@@ -36,6 +38,7 @@ def check(cfg: PretrainConfig, world: World) -> Checked:
     check_sources(cfg, sources)
     check_cache(cfg, sources, world)
     check_tracking(cfg.tracking)
+    check_shown(cfg)
     state = check_resume(cfg, sources)
     if chosen:
         chosen += resumed(state.get("layout", {}))
@@ -44,6 +47,16 @@ def check(cfg: PretrainConfig, world: World) -> Checked:
     tokens = plan.ledger.tokens(cfg.max_steps)
     lr_at(cfg.optim.schedule, cfg.optim.lr, step=0, max_steps=cfg.max_steps, tokens=0, step_tokens=0, end_tokens=tokens)
     return Checked(cfg, geometry, sources, state, chosen)
+
+
+def check_shown(cfg: PretrainConfig) -> None:
+    """Raises UserError for a config that cannot be shown, and for a model that a registry cannot hold."""
+    refuse_secrets(asdict(cfg))
+    if cfg.tracking.register is not None and cfg.model.sparse_layers:
+        raise UserError(
+            f"tracking.register={cfg.tracking.register}, but a model of model.attention={cfg.model.attention} has no "
+            "Hugging Face files to register: give tracking.register=null"
+        )
 
 
 def check_resume(cfg: PretrainConfig, sources: Sources) -> dict[str, Any]:

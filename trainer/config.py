@@ -11,6 +11,7 @@ from trainer.checkpoint_config import CheckpointConfig
 from trainer.model.config import ModelConfig
 from trainer.optim_config import OptimConfig
 from trainer.safety_config import GuardConfig, WatchConfig
+from trainer.tracking_config import TrackingConfig
 
 AUTO = "auto"
 T = TypeVar("T")
@@ -49,11 +50,6 @@ class Resume(Enum):
     auto = "auto"  # from the run's last checkpoint where there is one, else from the start
     never = "never"  # refuses a run folder that already holds a checkpoint
     must = "must"  # refuses a run folder that holds none
-
-
-class Tracker(Enum):
-    mlflow = "mlflow"
-    none = "none"  # metrics.jsonl in the run folder only
 
 
 @dataclass
@@ -97,13 +93,6 @@ class EvalConfig:
             raise UserError(f"eval.every={self.every}: give a number of steps, or 0 to validate only at the end")
         if self.windows is not None and self.windows < 1:
             raise UserError(f"eval.windows={self.windows}: give at least 1, or null for all")
-
-
-@dataclass
-class TrackingConfig:
-    name: Tracker = MISSING
-    uri: str | None = None  # mlflow: where the server or the database is
-    experiment: str = "gradus"
 
 
 @dataclass

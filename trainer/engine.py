@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,16 @@ from trainer.zero1 import flatten
 
 
 class NonFiniteError(UserError):
-    """The global gradient norm is inf or nan; weights and moments are as they were before the step."""
+    """The global gradient norm `norm` is inf or nan; weights and moments are as they were before the step."""
+
+    def __init__(self, message: str, norm: float) -> None:
+        super().__init__(message)
+        self.norm = norm
+
+
+def accept_all(norm: float) -> bool:
+    """Any step whose gradient norm is finite."""
+    return True
 
 
 class Engine:
@@ -48,6 +58,8 @@ class Engine:
         self.mesh = mesh
         self._complete = False  # the last backward of the step was made
         self._norm: float | None = None
+        self._accept: Callable[[float], bool] = accept_all
+        self._open: bool | None = None  # what the gate has said in this step; some wrappers ask for each group
         self.adam = adamw(model, cfg.optim) if cfg.optim.kind is Kind.adamw else muon(model, cfg.optim)
         self.adam.gate = self._gate
         quiet()
@@ -91,8 +103,11 @@ class Engine:
         self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
         return loss_sum.detach()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, accept: Callable[[float], bool] = accept_all) -> float:
         """Update the weights at rate `lr`; returns the global gradient norm before clipping.
+
+        `accept` is asked once, with a norm that is finite; where it says no, on all ranks alike, weights and moments
+        stay as they are.
 
         Raises:
             NonFiniteError: on every rank, with weights and moments unchanged.
@@ -100,7 +115,7 @@ class Engine:
         if not self._complete:
             raise RuntimeError("step before a backward with last=True")
         self._complete = False
-        self._norm = None
+        self._norm, self._accept, self._open = None, accept, None
         for group in self.adam.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         self.deepspeed.step()
@@ -108,7 +123,8 @@ class Engine:
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient norm is {norm} at lr={lr:.3g}: this step's update is not made; "
-                "give a lower optim.lr or a longer optim.schedule.warmup, and resume from the last checkpoint"
+                "give a lower optim.lr or a longer optim.schedule.warmup, and resume from the last checkpoint",
+                norm,
             )
         return norm
 
@@ -121,11 +137,18 @@ class Engine:
         finally:
             self.deepspeed.train()
 
+    def close(self) -> None:
+        """Takes DeepSpeed's hooks away, so that the memory goes when the last reference does."""
+        self.deepspeed.destroy()
+
     def _loss_sum(self, batch: Batch) -> Tensor:
         return self.deepspeed(*(t.to(self.mesh.device, non_blocking=True) for t in batch if t is not None))
 
     def _gate(self) -> bool:
-        return math.isfinite(self._grad_norm())
+        if self._open is None:
+            norm = self._grad_norm()
+            self._open = math.isfinite(norm) and self._accept(norm)
+        return self._open
 
     def _grad_norm(self) -> float:
         """The norm that the ZeRO wrapper has just computed, read from the device once a step."""

@@ -13,11 +13,14 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from data_pipeline.config import UserError
+
+FSYNC_S = 1.0  # so much of the newest rows may be gone after a power cut; a checkpoint's are flushed before it
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Row:
 
 
 class JournalWriter:
-    """The appending end: a queue and the thread that empties it into the file.
+    """The appending end: a queue and the thread that empties it into the file, fsynced each second that brought rows.
 
     A last line torn by a kill is cut off first, so that the next one starts on its own line.
     """
@@ -72,10 +75,22 @@ class JournalWriter:
             self._file.close()
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
+        due: float | None = None  # time.monotonic at which what is not safe yet is made so; None: all is
+        while True:
             try:
-                if self._error is None:  # after an error nothing more, so that the journal has no hole
-                    self._write(item.line()) if isinstance(item, Row) else os.fsync(self._file.fileno())
+                item = self._queue.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                item = threading.Event()  # nobody waits for this one
+            if item is None:
+                return
+            try:
+                if isinstance(item, Row) and self._error is None:  # after an error no more: the journal has no hole
+                    self._write(item.line())
+                    due = due or time.monotonic() + FSYNC_S
+                if isinstance(item, threading.Event) or (due is not None and due <= time.monotonic()):
+                    due = None
+                    if self._error is None:
+                        os.fsync(self._file.fileno())
             except OSError as e:
                 self._error = e
             if isinstance(item, threading.Event):
@@ -156,6 +171,22 @@ def read_journal(path: Path) -> list[Row]:
             before = kept[row.step].metrics if row.step in kept else {}
             kept[row.step] = Row(row.step, row.generation, row.time, {**before, **row.metrics})
     return [kept[step] for step in sorted(kept)]
+
+
+def superseded(rows: Iterable[Row]) -> list[dict[str, int]]:
+    """The steps that a later start did again: {"generation", "from_step", "to_step"} of each start that has some."""
+    begun: dict[int, int] = {}  # generation: the step that it goes on from
+    last: dict[int, int] = {}  # and the last that it logged
+    for row in rows:
+        last[row.generation] = max(last.get(row.generation, 0), row.step)
+        if row.resumed_at is not None:
+            begun[row.generation] = row.resumed_at
+    found = []
+    for generation, to_step in sorted(last.items()):
+        back_to = min((step for later, step in begun.items() if later > generation), default=to_step)
+        if back_to < to_step:
+            found.append({"generation": generation, "from_step": back_to + 1, "to_step": to_step})
+    return found
 
 
 class NewNumbers:

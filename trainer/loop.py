@@ -8,9 +8,12 @@ Steps are counted by what is done: the row, the validation and the checkpoint of
 from __future__ import annotations
 
 import contextlib
+import math
 import time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,19 +23,23 @@ from data_pipeline.geometry import Geometry
 from data_pipeline.loader import IGNORE, Batch
 from data_pipeline.manifest import TOKENIZER
 from data_pipeline.plan import Plan
-from trainer import checkpoint, parallel
+from trainer import checkpoint, parallel, signals
 from trainer.arithmetic import flops_per_token
 from trainer.config import Precision, PretrainConfig
 from trainer.engine import NonFiniteError
 from trainer.feed import Feed
+from trainer.guard import Guard
 from trainer.host import OnItsWay, to_device
 from trainer.metrics import Speed, peak_flops, peak_memory_gib, progress_line
+from trainer.progress import SAVE, VALIDATE, Progress
+from trainer.rollback import check_skips, roll_back
 from trainer.run_folder import RunFolder
 from trainer.saving import Saver
-from trainer.schedule import lr_at
+from trainer.schedule import lr_of
+from trainer.signals import Stopped, agreed
 from trainer.sources import Sources, data_state, plan_run
 from trainer.start import beginning, build_engine, introduction, take_run
-from trainer.tracking import Tracker
+from trainer.tracking import Status, Tracker
 from trainer.validate import validate
 from trainer.world import World
 from trainer.writing import Writer
@@ -44,20 +51,27 @@ class Trainer:
     def __init__(
         self, cfg: PretrainConfig, config_text: str, world: World, geometry: Geometry, sources: Sources
     ) -> None:
+        self.signals, self.progress = signals.OF_THIS_PROCESS, Progress()
         self.cfg, self.config_text, self.geometry, self.sources = cfg, config_text, geometry, sources
-        self.mesh = parallel.start(world, cfg.parallel)
+        self.mesh = parallel.start(world, cfg.parallel, cfg.watch.collective_s)
         self.run = RunFolder(cfg.run.dir)
         self.generation, found = take_run(self.run, self.mesh, config_text)
         state = checkpoint.read_state(found) if found else {}
+        self.guard = Guard(cfg.guard, state.get("guard"))
+        dtype = torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16
+        self.speed = Speed(flops_per_token(cfg.model), peak_flops(self.mesh.device, dtype) * world.world_size)
+        self.tracker: Tracker | None = None  # on rank 0
+        self.stand(found, state, plan_run(cfg, sources, state))
+
+    def stand(self, found: Path | None, state: dict[str, Any], plan: Plan) -> None:
+        """Begin at a checkpoint of this state; None and {}: at the beginning. For starts and rollbacks. Collective."""
+        cfg, sources = self.cfg, self.sources
         self.step: int = state.get("step", 0)
         self.val_loss: float | None = None  # of this step, where it was validated
         self.best_val_loss: float | None = state.get("best_val_loss")
         begin = beginning(cfg, found)
-        self.engine = build_engine(cfg, geometry, self.mesh, found, begin)
-        self.feed = Feed(cfg, self.mesh, sources, plan_run(cfg, sources, state), self.step)
-        dtype = torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16
-        self.speed = Speed(flops_per_token(cfg.model), peak_flops(self.mesh.device, dtype) * world.world_size)
-        self.tracker: Tracker | None = None  # on rank 0
+        self.engine = build_engine(cfg, self.geometry, self.mesh, found, begin)
+        self.feed = Feed(cfg, self.mesh, sources, plan, self.step)
         checkpoint.together(f"{self.run.root} takes no metrics", self._open_tracker)
         self.saver = Saver(
             self.engine,
@@ -66,7 +80,7 @@ class Trainer:
                 self.mesh,
                 self.run,
                 self.generation,
-                config_text,
+                self.config_text,
                 tokenizer=sources.any.root / TOKENIZER,
                 eot_id=sources.any.eot_id,
                 flush=self._flush,
@@ -74,56 +88,82 @@ class Trainer:
             ),
         )
         self.saved_at = time.monotonic()
-        if world.is_main:
-            print(introduction(cfg, geometry, self.mesh, sources, self.plan, found, begin), flush=True)
+        if self.mesh.world.is_main:
+            print(introduction(cfg, self.geometry, self.mesh, sources, self.plan, found, begin), flush=True)
 
     @property
     def plan(self) -> Plan:
         return self.feed.plan
 
     def train(self) -> None:
-        """To max_steps. Raises UserError where data, numbers or the disk stop it; the last checkpoint stands."""
+        """To max_steps.
+
+        Raises:
+            UserError: data, numbers or the disk stop it; the last checkpoint stands.
+            Stopped: on every rank, with the checkpoint of that step published, because any rank got a signal.
+        """
         cfg = self.cfg
         self.speed.start()
+        self.progress.begin(self.step)
+        self.signals.train(self.progress, cfg.watch.stop_s)
         while self.step < cfg.max_steps:
-            loss, grad_norm, lr, save_now = self._update()
+            self.guard.enter(self.plan.ledger, self.step)
+            loss, grad_norm, lr, (save_now, *stop) = self._update()
+            skipped = self.guard.record(self.step, self.plan.ledger.position(self.step), loss, grad_norm)
             self.step += 1
+            self.progress.step_done(self.step)
             self.speed.step(self.plan.ledger.segment(self.step - 1).tokens_per_step)
             last = self.step == cfg.max_steps
             self.val_loss = None
-            if last or due(self.step, cfg.log_every):
-                self._log(loss, grad_norm, lr)
+            if last or skipped or due(self.step, cfg.log_every):
+                self._log(loss, grad_norm, lr, skipped)
+            if skipped and self.guard.must_roll_back(self.step):
+                with self.progress.phase(SAVE):
+                    roll_back(self)
+                self.progress.begin(self.step)
+                continue
             if last or due(self.step, cfg.eval.every):
-                self._evaluate()
-            if last or save_now or due(self.step, cfg.checkpoint.every_steps) or self._is_best():
-                self._save(last)
+                with self.progress.phase(VALIDATE):
+                    self._evaluate()
+            if last or any((save_now, *stop)) or due(self.step, cfg.checkpoint.every_steps) or self._is_best():
+                with self.progress.phase(SAVE):
+                    self._save(last)
+            if not last and (signal := agreed(stop)):
+                with self.progress.phase(SAVE):
+                    self.signals.over()
+                    self.saver.wait()
+                raise Stopped(signal, self.step, self.run.latest())
+        self.signals.over()
 
-    def _update(self) -> tuple[float, float, float, bool]:
+    def _update(self) -> tuple[float, float, float, list[float]]:
         """One optimizer step.
 
-        Returns the loss (nats per token, over all ranks), the global gradient norm, the learning rate, and whether rank
-        0's clock asks for a checkpoint.
+        Returns the loss (nats per token, over all ranks), the global gradient norm, the learning rate, and the wishes
+        of all ranks: 0 or more.
 
         Raises:
-            UserError: on every rank, with no weight changed: data that one cannot read, or a norm that is not finite.
+            UserError: on every rank, with no weight changed: data that one cannot read.
         """
         while True:
             started = time.monotonic()
             batches, unread = self.feed.next()
             self.speed.wait(time.monotonic() - started)
-            valid, clock = self._agree_on_step(batches, unread)
+            valid, *wishes, skipped = self.agree_on_step(batches, unread)
             loss = torch.zeros((), device=self.mesh.device)
             for micro_step, batch in enumerate(batches):
                 parallel.seed_dropout(self.mesh, self.cfg.seed, self.step, micro_step)
                 loss += self.engine.backward(batch, valid, last=micro_step + 1 == len(batches))
-            facts = torch.stack([loss / valid, clock])
+            facts = torch.stack([loss / valid, valid, skipped, *wishes])
             dist.all_reduce(facts, group=self.mesh.dp_group)
-            told, lr = OnItsWay(facts), self._lr()
-            try:
-                grad_norm = self.engine.step(lr)  # waits for the device, once; `told` has come by then
-            except NonFiniteError:
-                if not valid.isnan():
-                    raise
+            told = OnItsWay(facts)
+            lr = lr_of(self.cfg.optim, self.plan.ledger, step=self.step, max_steps=self.cfg.max_steps)
+            try:  # waits for the device, once; `told` has come by then
+                grad_norm = self.engine.step(lr, partial(self.guard.accepts, told.numbers))
+            except NonFiniteError as e:
+                grad_norm = e.norm
+            mean_loss, counted, all_skipped, *wished = told.numbers()
+            self.guard.check(all_skipped, self.mesh.world.world_size * self.mesh.dp)
+            if math.isnan(counted):
                 self.saver.check()
                 for lost in self.feed.retire(self.step, unread):
                     if self.tracker is not None:
@@ -133,23 +173,12 @@ class Trainer:
             else:
                 if unread is not None:
                     raise RuntimeError("a step without data was made") from unread
-                mean_loss, wishes = told.numbers()
-                return mean_loss, grad_norm, lr, self.cfg.checkpoint.every_minutes > 0 and wishes > 0
+                return mean_loss, grad_norm, lr, wished
 
-    def _lr(self) -> float:
-        cfg, ledger, step = self.cfg, self.plan.ledger, self.step
-        return lr_at(
-            cfg.optim.schedule,
-            cfg.optim.lr,
-            step=step,
-            max_steps=cfg.max_steps,
-            tokens=ledger.tokens(step),
-            step_tokens=ledger.segment(step).tokens_per_step,
-            end_tokens=ledger.tokens(cfg.max_steps),
-        )
+    def agree_on_step(self, batches: list[Batch], unread: UserError | None) -> torch.Tensor:
+        """[valid tokens, rank 0's wish to save by the clock, *wishes to stop, steps skipped], sums over all ranks.
 
-    def _agree_on_step(self, batches: list[Batch], unread: UserError | None) -> torch.Tensor:
-        """[valid tokens of the step over all ranks, rank 0's wish to save by the clock], not waited for.
+        Not waited for.
 
         A rank that could not read, or whose checkpoint in flight could not be written, makes the count NaN: it takes
         part in the step, so that no one waits for it, and the gradient is NaN everywhere, which the engine refuses
@@ -159,11 +188,11 @@ class Trainer:
         wish = self.mesh.world.is_main and 0 < minutes * 60 <= time.monotonic() - self.saved_at
         valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches) if self.mesh.tp_rank == 0 else 0
         count = float("nan") if unread or self.saver.failed else valid
-        facts = to_device([count, float(wish)], self.mesh.device)
+        facts = to_device([count, float(wish), *self.signals.wishes(), self.guard.skipped], self.mesh.device)
         dist.all_reduce(facts)
         return facts
 
-    def _log(self, loss: float, grad_norm: float, lr: float) -> None:
+    def _log(self, loss: float, grad_norm: float, lr: float, skipped: str | None) -> None:
         if self.tracker is None:
             return
         ledger = self.plan.ledger
@@ -184,6 +213,9 @@ class Trainer:
         if len(self.sources.train) > 1:
             total = sum(here.weights.values())
             row |= {f"data/share/{name}": here.weights.get(name, 0) / total for name in self.sources.train}
+        if skipped:
+            row["guard/skipped"] = 1
+            print(f"guard: {self.guard.told()}", flush=True)
         self.tracker.log(self.step, row)
         eta = self.speed.eta_s(ledger.tokens(self.cfg.max_steps) - ledger.tokens(self.step))
         print(progress_line(self.step, self.cfg.max_steps, row, eta), flush=True)
@@ -207,6 +239,7 @@ class Trainer:
 
     def _save(self, last: bool) -> None:
         started = time.monotonic()
+        check_skips(self)  # no checkpoint of weights that some ranks have updated and others not
         if self._is_best():
             self.best_val_loss = self.val_loss
         state = {
@@ -214,8 +247,9 @@ class Trainer:
             "val_loss": self.val_loss,
             "best_val_loss": self.best_val_loss,
             "data": data_state(self.cfg, self.sources, self.plan, self.step),
+            "guard": self.guard.to_json(),
         }
-        self.saver.save(self.step, state, last=last)
+        self.saver.save(self.step, state, last=last, back_to=None if last else self.guard.first_bad(self.step))
         self.saved_at = time.monotonic()
         if self.tracker is not None:
             self.tracker.log(self.step, {"checkpoint/stall_s": self.saved_at - started})
@@ -234,8 +268,11 @@ class Trainer:
                 self.tracker.log(step, {"checkpoint/write_s": seconds})
 
     def _open_tracker(self) -> None:
-        if self.mesh.world.is_main:
+        if self.tracker is not None:
+            self.tracker.begin(self.generation, self.step)
+        elif self.mesh.world.is_main:
             self.tracker = Tracker(self.cfg, self.run, self.generation, resumed_at=self.step)
+        if self.tracker is not None:
             self.tracker.show(self.plan, self.step)
 
     def __enter__(self) -> Trainer:
@@ -244,10 +281,12 @@ class Trainer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with contextlib.ExitStack() as rest:  # from the last to the first, and each whatever becomes of the others
             if self.tracker is not None:
-                rest.callback(self.tracker.close, failed=kind is not None)
+                rest.callback(self.tracker.close, Status.of(error))
             rest.callback(self.feed.close)
             self.saver.close()
-        if kind is None:  # after an error the other ranks may be gone: no collective any more
+        if kind in (None, Stopped):  # after an error the other ranks may be gone: no collective any more
+            if kind is Stopped:
+                dist.barrier()  # a launcher ends the other ranks as soon as one ends with a code
             parallel.stop(self.mesh)
 
 

@@ -71,7 +71,7 @@ def draw(plan: Plan, step: int, max_steps: int, name: str) -> bytes:
     from matplotlib.figure import Figure
 
     ledger = plan.ledger
-    segments = [s for s in ledger.segments if s.step < max_steps]
+    segments = [s for s in ledger.segments if s.step < max_steps and s is ledger.segment(s.step)]
     steps = [*(s.step for s in segments), max_steps]
     edges = np.array([ledger.tokens(s) for s in steps], dtype=float)
     scale, unit = _unit(edges[-1])

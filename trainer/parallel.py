@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_pipeline.config import UserError
+from data_pipeline.config import Passing, UserError
 from trainer.config import ParallelConfig
 from trainer.world import World
 
@@ -49,7 +51,7 @@ with _hidden("mlflow"), warnings.catch_warnings():
     import deepspeed.comm.comm as deepspeed_comm
     from megatron.core import parallel_state
 
-TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for the others ends itself
+LOST = re.compile(r"timed out|timeout|connection (reset|closed|refused)|broken pipe|gloo|nccl", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,10 @@ class Mesh:
     tp_group: Any
 
 
-def start(world: World, parallel: ParallelConfig) -> Mesh:
+def start(world: World, parallel: ParallelConfig, timeout_s: float = 600.0) -> Mesh:
     """Join the run's process group (nccl on a GPU, gloo without one) and split it into dp and tp groups.
+
+    A rank that waits longer than `timeout_s` for the others ends itself.
 
     Raises:
         UserError: tp does not divide the world, or this machine has fewer GPUs than ranks.
@@ -79,10 +83,12 @@ def start(world: World, parallel: ParallelConfig) -> Mesh:
     if parallel.tp > 1:  # before CUDA starts: megatron-core wants a collective launched before the GEMM that hides it
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _device(world)
-    _start_deepspeed(device)
-    minutes = int(TIMEOUT.total_seconds() // 60)
+    _start_deepspeed(device, timeout_s)
     parallel_state.initialize_model_parallel(
-        parallel.tp, distributed_timeout_minutes=minutes, create_gloo_process_groups=False, order="tp-cp-ep-dp-pp"
+        parallel.tp,
+        distributed_timeout_minutes=timeout_s / 60,  # it makes a timedelta of them
+        create_gloo_process_groups=False,
+        order="tp-cp-ep-dp-pp",
     )
     return Mesh(
         world=world,
@@ -94,6 +100,30 @@ def start(world: World, parallel: ParallelConfig) -> Mesh:
         dp_group=parallel_state.get_data_parallel_group(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
     )
+
+
+@contextmanager
+def ranks_lost(world: World, timeout_s: float) -> Iterator[None]:
+    """What torch says inside when other ranks do not answer, or are gone, becomes one line that a user understands.
+
+    Raises:
+        Passing: a collective or the start of the process group failed for want of the others.
+    """
+    try:
+        yield
+    except RuntimeError as e:  # torch.distributed.DistError is one; gloo raises the bare one
+        text = " ".join(str(e).split())
+        if not isinstance(e, dist.DistError) and not LOST.search(text):
+            raise
+        me = f"rank {world.rank} of {world.world_size} on {socket.gethostname()}"
+        if re.search(r"timed out|timeout", text, re.IGNORECASE):
+            told = (
+                f"{me} waited for the other ranks for watch.collective_s={timeout_s:g} s and got no answer: a host or "
+                "its network is gone, or a rank hangs"
+            )
+        else:
+            told = f"{me} lost the connection to another rank: that one, or its host, has ended; what it said tells why"
+        raise Passing(f"{told} ({text[:300]})") from e
 
 
 def stop(mesh: Mesh) -> None:
@@ -116,7 +146,7 @@ def _device(world: World) -> torch.device:
     return device
 
 
-def _start_deepspeed(device: torch.device) -> None:
+def _start_deepspeed(device: torch.device, timeout_s: float) -> None:
     # megatron-core and DeepSpeed call collectives by names that torch 2.13 has replaced.
     renamed = "(all_gather_into_tensor|reduce_scatter_tensor)"
     warnings.filterwarnings("ignore", f".torch.distributed.{renamed}. is deprecated", FutureWarning)
@@ -125,7 +155,7 @@ def _start_deepspeed(device: torch.device) -> None:
     if device.type == "cpu":  # megatron-core allocates its buffers on torch.cuda.current_device()
         torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
     backend = "gloo" if device.type == "cpu" else "nccl"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=TIMEOUT)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
 
 
 def mpu(mesh: Mesh) -> SimpleNamespace:

@@ -5,9 +5,12 @@ Everything that can be refused is refused here, before torch is imported.
 
 from __future__ import annotations
 
+import sys
+
 from conf.schema import freeze, run
 from trainer.check import check
 from trainer.config import PretrainConfig
+from trainer.signals import OF_THIS_PROCESS, Stopped
 from trainer.world import read_world
 
 
@@ -17,10 +20,20 @@ def pretrain(cfg: PretrainConfig) -> None:
     if chosen and world.is_main:
         print(chosen, flush=True)
     from trainer.loop import Trainer  # from here on torch, deepspeed and megatron
+    from trainer.parallel import ranks_lost
 
-    with Trainer(cfg, freeze(cfg), world, geometry, sources) as trainer:
-        trainer.train()
+    try:
+        with (
+            ranks_lost(world, cfg.watch.collective_s),
+            Trainer(cfg, freeze(cfg), world, geometry, sources) as trainer,
+        ):
+            trainer.train()
+    except Stopped as e:
+        if world.is_main:
+            print(e, file=sys.stderr, flush=True)
+        sys.exit(e.code)
 
 
 if __name__ == "__main__":
+    OF_THIS_PROCESS.install()
     run(("pretrain", pretrain))

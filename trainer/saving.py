@@ -58,11 +58,11 @@ class Saver:
         """The save in flight has failed, as far as this rank knows."""
         return self._error is not None
 
-    def save(self, step: int, state: dict[str, Any], *, last: bool = False) -> None:
+    def save(self, step: int, state: dict[str, Any], *, last: bool = False, back_to: int | None = None) -> None:
         """Write the checkpoint of `step`, once the one before it is published.
 
         `state`: what the loop wants back, JSON; `val_loss` in it ranks checkpoints. `last` of the run: adds Hugging
-        Face's files, and returns when it is published.
+        Face's files, and returns when it is published. `back_to`: see `Save`.
 
         Raises:
             UserError: on every rank, when any could not write this one or the one before; those published stand.
@@ -75,7 +75,7 @@ class Saver:
         if self._snapshot and not last:
             fragments = self._snapshot.take(fragments)
         body = describe(engine.cfg, engine.mesh, step, get_optimizer_step(engine.adam), state)
-        save = Save(step, aside, fragments, body, last, started)
+        save = Save(step, aside, fragments, body, last, started, back_to)
         writer.abort.clear()
         thread = threading.Thread(target=self._run, args=(save,), name="checkpoint", daemon=True)
         thread.start()
@@ -140,6 +140,11 @@ class Saver:
                 self.writer.watch(save, LAST_WAIT_S)
             if error := self._forget(save):
                 print(f"{_failed(save.step)}: {error}", file=sys.stderr, flush=True)
+
+    def release(self) -> None:
+        """Lets go of the engine and of the memory for its copies, once nothing is in flight and nothing will be."""
+        del self.engine
+        self._snapshot = None
 
     def _forget(self, save: Save) -> Exception | None:
         """Nothing is in flight any more. Returns why it failed here; then what was written goes."""

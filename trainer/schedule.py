@@ -5,7 +5,21 @@ from __future__ import annotations
 import math
 
 from data_pipeline.config import UserError
-from trainer.optim_config import ScheduleConfig, ScheduleKind, Unit
+from data_pipeline.ledger import Ledger
+from trainer.optim_config import OptimConfig, ScheduleConfig, ScheduleKind, Unit
+
+
+def lr_of(optim: OptimConfig, ledger: Ledger, *, step: int, max_steps: int) -> float:
+    """The rate of the update after `step` updates of a run whose steps are the ledger's."""
+    return lr_at(
+        optim.schedule,
+        optim.lr,
+        step=step,
+        max_steps=max_steps,
+        tokens=ledger.tokens(step),
+        step_tokens=ledger.segment(step).tokens_per_step,
+        end_tokens=ledger.tokens(max_steps),
+    )
 
 
 def lr_at(

@@ -56,3 +56,10 @@ def read_world() -> World:
         given = ", ".join(f"{k}={os.environ[k]}" for k in keys)
         raise UserError(f"{given}: {size} counts the ranks of a node; start with torchrun or deepspeed, or unset it")
     return world
+
+
+def environment(world: World, address: str, port: int) -> dict[str, str]:
+    """What a launcher sets for a rank, for `read_world` and for torch; rank 0 is at `address`."""
+    names = {"RANK": world.rank, "WORLD_SIZE": world.world_size, "LOCAL_RANK": world.local_rank}
+    local = {} if world.local_world_size is None else {"LOCAL_WORLD_SIZE": world.local_world_size}
+    return {k: str(v) for k, v in {**names, **local, "MASTER_ADDR": address, "MASTER_PORT": port}.items()}

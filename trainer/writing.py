@@ -43,7 +43,10 @@ class ElsewhereError(UserError):
 
 @dataclass(frozen=True)
 class Save:
-    """One checkpoint on its way. `fragments`: what this rank writes; `last` of the run: with Hugging Face's files."""
+    """One checkpoint on its way. `fragments`: what this rank writes; `last` of the run: with Hugging Face's files.
+
+    `back_to`: a checkpoint of so many steps or fewer stays, for the guard to go back to; None: none has to.
+    """
 
     step: int
     aside: Path
@@ -51,6 +54,7 @@ class Save:
     state: bytes
     last: bool
     started: float  # time.monotonic
+    back_to: int | None = None
 
 
 @dataclass
@@ -167,7 +171,12 @@ class Writer:
         self.flush()
         path = self.run.publish(aside, save.step, self.generation)
         _afterwards("its line is not told", lambda: self.published(path, save.step, time.monotonic() - save.started))
-        _afterwards("an old one is not removed", lambda: self.run.prune(cfg.checkpoint.keep, cfg.checkpoint.keep_best))
+        _afterwards("an old one is not removed", lambda: self._prune(save))
+
+    def _prune(self, save: Save) -> None:
+        kept, every = self.cfg.checkpoint, self.cfg.checkpoint.every_steps
+        also = None if save.back_to is None else self.run.before(save.back_to, every)
+        self.run.prune(kept.keep, kept.keep_best, also)
 
 
 class Pulse:

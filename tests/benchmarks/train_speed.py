@@ -101,6 +101,7 @@ def config_of(size: str, micro_batch: int, given: dict[str, str], fp8: bool) -> 
     from trainer.checkpoint_config import CheckpointConfig
     from trainer.model.config import ModelConfig
     from trainer.optim_config import OptimConfig, ScheduleConfig, ScheduleKind
+    from trainer.tracking_config import Tracker, TrackingConfig
 
     shape = {"n_ctx": 1024, "vocab_size": 50257, **SIZES[size][1]}
     capped = float(given["cap_gib"]) > 0
@@ -114,7 +115,7 @@ def config_of(size: str, micro_batch: int, given: dict[str, str], fp8: bool) -> 
         parallel=c.ParallelConfig(**{"name": "zero1", "recompute": recompute, **small}),
         eval=c.EvalConfig(every=0),
         checkpoint=CheckpointConfig(every_steps=0),
-        tracking=c.TrackingConfig(name=c.Tracker.none),
+        tracking=TrackingConfig(name=Tracker.none),
         tokens_per_step=micro_batch * shape["n_ctx"],
         micro_batch_size=micro_batch,
         max_steps=10**6,

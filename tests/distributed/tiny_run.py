@@ -26,8 +26,6 @@ from trainer.config import (
     PretrainConfig,
     Recompute,
     RunConfig,
-    Tracker,
-    TrackingConfig,
 )
 from trainer.engine import Engine
 from trainer.model.config import ModelConfig
@@ -36,6 +34,7 @@ from trainer.model.init import initialise
 from trainer.optim_config import OptimConfig, ScheduleConfig, ScheduleKind
 from trainer.run_folder import RunFolder
 from trainer.saving import Saver
+from trainer.tracking_config import Tracker, TrackingConfig
 from trainer.world import read_world
 from trainer.writing import Writer
 

@@ -40,10 +40,12 @@ def make_data(root: Path, vocab_size: int = 1024) -> Path:
     return root
 
 
-def start(run_dir: Path, *overrides: str, ranks: int = 1, device: str = "cpu") -> list[subprocess.Popen[str]]:
+def start(
+    run_dir: Path, *overrides: str, ranks: int = 1, device: str = "cpu", entry: str = "trainer.pretrain"
+) -> list[subprocess.Popen[str]]:
     """`python -m trainer.pretrain` on each rank, as torchrun would start it; stderr is kept."""
     port = free_port()
-    argv = [sys.executable, "-m", "trainer.pretrain", *TINY, f"run.dir={run_dir}", *overrides]
+    argv = [sys.executable, "-m", entry, *TINY, f"run.dir={run_dir}", *overrides]
     return [
         subprocess.Popen(
             argv,

@@ -25,7 +25,8 @@ from trainer.config import PretrainConfig
 from trainer.journal import read_journal
 from trainer.mixture_plot import draw
 from trainer.run_folder import RunFolder
-from trainer.tracking import CLOSE_S, Tracker
+from trainer.shipper import CLOSE_S
+from trainer.tracking import Tracker
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("mlflow") is None,

@@ -13,10 +13,11 @@ from data_pipeline.prepare.config import BpeTrainConfig, ShardsConfig
 from data_pipeline.prepare.recipe import BadWordsConfig, DedupConfig, LanguageConfig, LengthConfig
 from launch.config import SuperviseConfig
 from trainer.checkpoint_config import CheckpointConfig, GenerateConfig
-from trainer.config import EvalConfig, ParallelConfig, Precision, PretrainConfig, RunConfig, Tracker, TrackingConfig
+from trainer.config import EvalConfig, ParallelConfig, Precision, PretrainConfig, RunConfig
 from trainer.layouts import check_layout
 from trainer.model.config import ModelConfig
 from trainer.optim_config import Kind, OptimConfig, ScheduleConfig, ScheduleKind
+from trainer.tracking_config import Tracker, TrackingConfig
 
 
 def deal(tokens_per_step: int, n_ctx: int, micro_batch_size: int, lanes: int, dp: int) -> int | None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
 import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.config import UserError
 from tests.ranks import ROOT
-from trainer.journal import JournalWriter, NewNumbers, Row, read_journal, read_rows
+from trainer.journal import JournalWriter, NewNumbers, Row, read_journal, read_rows, superseded
 
 
 def start(generation: int, resumed_at: int) -> Row:
@@ -181,3 +184,38 @@ def test_reading_on_leaves_out_what_a_step_done_again_repeats(tmp_path: Path) ->
     for i in [0, 4, 8, 9, 10, 2, 12, len(rows)]:  # a reader that starts anywhere, and falls back after a failure
         assert [(row.step, row.metrics) for row, _ in news.rows(ends[i])] == expected[i:]
         assert [(row.step, row.metrics) for row, _ in NewNumbers(path).rows(ends[i])] == expected[i:]
+
+
+def test_rows_are_made_safe_within_seconds_also_when_nobody_flushes_and_nothing_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, safe = tmp_path / "metrics.jsonl", []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (real(fd), safe.append(path.stat().st_size)))
+    writer = JournalWriter(path)
+    for step in range(50):
+        writer.put(loss(step, 1, 1.0))
+    deadline = time.monotonic() + 60
+    while not safe or safe[-1] < path.stat().st_size or len(list(read_rows(path))) < 50:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(safe) < 25  # once for many rows, not once for each
+    writer.close()
+
+
+def test_superseded_ranges_are_the_steps_that_the_journal_leaves_out(tmp_path: Path) -> None:
+    """Against the reading that counts: a logged step is in a range of its start, or in the run as it counts."""
+    draw = random.Random()
+    for turn in range(50):
+        path, at = tmp_path / f"{turn}.jsonl", 0
+        rows: list[Row] = []
+        for generation in range(1, draw.randint(2, 6)):
+            begin = draw.randint(0, at)
+            at = begin + draw.randint(0, 6)
+            rows += [start(generation, begin), *(loss(s, generation, 1.0) for s in range(begin + 1, at + 1))]
+        write(path, *rows)
+        ranges = superseded(rows)
+        told = {(r["generation"], s) for r in ranges for s in range(r["from_step"], r["to_step"] + 1)}
+        logged = {(row.generation, row.step) for row in rows if row.resumed_at is None}
+        counts = {(row.generation, row.step) for row in read_journal(path)}
+        assert logged - told == counts and all(r["from_step"] <= r["to_step"] for r in ranges)

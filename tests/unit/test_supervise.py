@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.supervise import cause, is_user_error
+from launch.supervise import cause, outcome, told
 from tests.ranks import ROOT
 
 PUBLISH = """
@@ -108,14 +108,14 @@ def test_no_process_of_a_failed_start_lives_on(tmp_path: Path) -> None:
     assert [p for p in pids if is_running(p)] == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_goes_on_to_the_command_which_is_then_not_restarted(tmp_path: Path, number: int) -> None:
-    save = f"trap 'echo saved > {tmp_path}/saved; exit 5' INT TERM"
+    save = f"trap 'echo saved > {tmp_path}/saved; exit 5' INT TERM USR1"
     script = f"{save}; echo up > {tmp_path}/up; while true; do sleep 0.05; done"
     process = subprocess.Popen(argv(tmp_path, "bash", "-c", script), cwd=ROOT, stderr=subprocess.DEVNULL)
     wait_for(tmp_path / "up")
     process.send_signal(number)
-    assert process.wait(20) == 5
+    assert process.wait(20) == (85 if number == signal.SIGUSR1 else 5)
     assert (tmp_path / "saved").exists()
     assert [e[0] for e in events(tmp_path)] == ["start", "exit"]
 
@@ -169,7 +169,7 @@ def test_users_mistake_under_torchrun_is_not_retried(tmp_path: Path) -> None:
     done = subprocess.run(
         argv(tmp_path, *under_torchrun(tmp_path, "exit 2")), cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=200
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert [e[0] for e in events(tmp_path)] == ["start", "exit"], done.stderr
 
 
@@ -192,10 +192,50 @@ def test_workers_of_a_killed_torchrun_are_gone_before_the_restart(tmp_path: Path
     assert [e[0] for e in events(tmp_path)] == ["start", "exit", "restart", "start", "exit"]
 
 
-def test_exit_code_2_is_found_in_torchruns_report() -> None:
+@pytest.mark.parametrize("code", [2, 85, 86, 87, 130, 143])
+def test_a_ranks_exit_code_is_found_in_torchruns_report(code: int) -> None:
     report = (
-        "Other Failures:\n  exitcode  : 2 (pid: 5)\nRoot Cause (first observed failure):\n  exitcode  : {} (pid: 4)\n"
+        "Other Failures:\n  exitcode  : 3 (pid: 5)\nRoot Cause (first observed failure):\n  exitcode  : {} (pid: 4)\n"
     )
-    assert is_user_error(1, report.format(2))
-    assert not is_user_error(1, report.format(-9))
-    assert not is_user_error(1, "exitcode : 2")
+    assert told(1, report.format(code)) == code
+    assert told(1, report.format(-9)) == told(1, report.format(1)) == told(1, f"exitcode : {code}") == 1
+    assert told(9, report.format(code)) == 9
+
+
+def test_who_asked_says_how_a_failed_command_ends() -> None:
+    usr1, term, interrupt = signal.SIGUSR1, signal.SIGTERM, signal.SIGINT
+    for code, asked, expected in (
+        (1, [], 1),
+        (1, [usr1], 85),
+        (138, [usr1], 85),
+        (87, [usr1], 85),
+        (0, [usr1], 0),
+        (2, [usr1], 2),
+        (1, [term], 143),
+        (5, [term], 5),
+        (1, [usr1, term], 143),
+        (1, [interrupt], 130),
+    ):
+        assert outcome(code, list(asked)) == expected, (code, asked)
+
+
+def test_a_preempted_command_is_not_restarted_and_the_exit_row_tells_why(tmp_path: Path) -> None:
+    done = supervise(tmp_path, "bash", "-c", "echo stopped by SIGUSR1 after step 7 >&2; exit 85")
+    assert done.returncode == 85
+    rows = [json.loads(line) for line in (tmp_path / "supervise.jsonl").read_text().splitlines()]
+    assert [(row["event"], row.get("cause")) for row in rows] == [
+        ("start", None),
+        ("exit", "stopped by SIGUSR1 after step 7"),
+    ]
+
+
+def test_a_hangs_finding_is_the_cause(tmp_path: Path) -> None:
+    program = PUBLISH + (
+        "report = folder.hang_report(generation)\n"
+        "report.parent.mkdir(parents=True)\n"
+        "report.write_text('no step for 9 s: waiting for rank 1\\nmore\\n')\n"
+        "sys.exit(86)\n"
+    )
+    done = supervise(tmp_path, sys.executable, "-c", program, str(tmp_path), max_restarts=0)
+    assert done.returncode == 86
+    assert done.stderr.splitlines()[-1].endswith("the first: exit code 86: no step for 9 s: waiting for rank 1")

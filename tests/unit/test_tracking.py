@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from conf.schema import load
+from conf.schema import freeze, load
 from data_pipeline.config import UserError
 from tests.ranks import ROOT
 from trainer.address import check_tracking, tracking_uri, ui_command
-from trainer.config import PretrainConfig, TrackingConfig
-from trainer.config import Tracker as Name
-from trainer.journal import read_journal
+from trainer.check import check_shown
+from trainer.config import PretrainConfig
+from trainer.environment import code_version
+from trainer.exit_codes import PREEMPTED
+from trainer.journal import read_journal, read_rows
 from trainer.run_folder import RunFolder
-from trainer.tracking import STATE, Tracker
+from trainer.shipper import Status
+from trainer.tracking import Tracker
+from trainer.tracking_config import Tracker as Name
+from trainer.tracking_config import TrackingConfig
+from trainer.tracking_state import STATE, ShippingLock, TrackingState
 
 DEAD = "http://127.0.0.1:9"  # the discard port: refused at once
 
@@ -90,3 +98,108 @@ def test_damaged_state_is_refused_with_its_cure(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with pytest.raises(UserError, match=r"tracking.json: damaged .* delete it"):
         Tracker(config(tmp_path, f"tracking.uri={DEAD}"), folder, folder.take_generation(), 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, Status.finished),
+        (SystemExit(0), Status.finished),
+        (SystemExit(PREEMPTED), Status.preempted),
+        (SystemExit(143), Status.stopped),
+        (KeyboardInterrupt(), Status.stopped),
+        (SystemExit(2), Status.failed),
+        (UserError("x"), Status.failed),
+        (RuntimeError("x"), Status.failed),
+    ],
+)
+def test_a_run_is_told_to_have_ended_as_its_exit_code_says(error: BaseException | None, status: Status) -> None:
+    assert Status.of(error) is status
+
+
+def test_a_start_tells_its_generation_and_its_system_once_a_step(tmp_path: Path) -> None:
+    pytest.importorskip("psutil", reason="the tracking extra is not installed")
+    folder = RunFolder(tmp_path)
+    for generation in (1, 2):
+        folder.take_generation()
+        cfg = config(tmp_path, "tracking=none", "tracking.system_s=0.01")
+        tracker = Tracker(cfg, folder, generation, 5 * (generation - 1))
+        time.sleep(0.1)  # nothing logged: no step that they could be of
+        for step in range(5 * generation - 4, 5 * generation + 1):
+            tracker.log(step, {"train/loss": 1.0})
+            deadline = time.monotonic() + 60
+            while not any(r.step == step and "system/cpu_percent" in r.metrics for r in read_journal(folder.metrics)):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        tracker.close()
+    rows = [row for row, _ in read_rows(folder.metrics)]
+    assert [(r.step, r.metrics) for r in rows if r.resumed_at is not None] == [
+        (0, {"run/generation": 1.0}),
+        (5, {"run/generation": 2.0}),
+    ]
+    keyed = [(key, row.step, row.generation) for row in rows for key in row.metrics]
+    assert len(keyed) == len(set(keyed))
+    assert all(0 <= r.metrics["system/cpu_percent"] <= 100 for r in rows if "system/cpu_percent" in r.metrics)
+    assert all(r.metrics["system/network_in_mb_per_s"] >= 0 for r in rows if "system/network_in_mb_per_s" in r.metrics)
+    assert [path.name for path in sorted(folder.environments.iterdir())] == ["0001.json", "0002.json"]
+
+
+def test_the_code_version_is_what_submit_froze_else_what_git_says(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    found = code_version(folder)
+    assert (found or {}).get("commit", "") == commit
+    for number in ("0001", "0002"):
+        (tmp_path / "submit" / number).mkdir(parents=True)
+        (tmp_path / "submit" / number / "code.json").write_text(json.dumps({"commit": number, "dirty": False}))
+    assert code_version(folder) == {"commit": "0002", "dirty": False}
+
+
+def sync(root: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "trainer.tracking", "sync", f"run_dir={root}", *overrides]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+def test_sync_refuses_what_is_no_run_and_one_that_is_being_sent(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow", reason="the tracking extra is not installed")
+    done = sync(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and "holds no metrics.jsonl" in done.stderr, done.stderr
+    folder = RunFolder(tmp_path)
+    folder.metrics.touch()
+    folder.config.write_text(freeze(config(tmp_path)))
+    lock = ShippingLock(tmp_path)
+    assert lock.take() and not ShippingLock(tmp_path).take()
+    done = sync(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and "the run is going on" in done.stderr, done.stderr
+    lock.release()
+    assert ShippingLock(tmp_path).take()
+
+
+def test_another_address_starts_from_nothing_and_keeps_the_runs_tag_and_end(tmp_path: Path) -> None:
+    state = TrackingState(tmp_path, "http://a", "gradus")
+    state.change(run_id="r", offset=77, status="FINISHED", described=True)
+    assert TrackingState(tmp_path, "http://a", "gradus")["offset"] == 77
+    other = TrackingState(tmp_path, "http://b", "gradus")
+    assert (other["uuid"], other["status"], other["offset"], other["run_id"]) == (state["uuid"], "FINISHED", 0, None)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("tracking.system_s=-1", "tracking.system_s=-1"),
+        ("tracking.register=a/b", "tracking.register='a/b': give a name"),
+        ("tracking.register=o'x", 'tracking.register="o\'x": give a name'),
+    ],
+)
+def test_a_tracking_that_cannot_be_is_one_line(override: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load("pretrain", ["experiment=demo", "data.path=none", override])
+    assert str(caught.value).startswith(line)
+
+
+def test_a_model_that_no_registry_can_hold_is_refused_before_training(tmp_path: Path) -> None:
+    sparse = ["model.attention=DB", "model.band=4", "tracking.register=mine"]
+    with pytest.raises(UserError, match=r"tracking.register=mine, but a model of model.attention=DB"):
+        check_shown(config(tmp_path, *sparse))
+    with pytest.raises(UserError, match=r"tracking.register=mine needs MLflow's registry"):
+        config(tmp_path, "tracking=none", "tracking.register=mine")

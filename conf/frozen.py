@@ -1,0 +1,125 @@
+"""A config as a YAML file and back: what a run keeps of itself, and what a job is started by.
+
+A frozen file is data. Whatever stands in it as text is that text: `${x}` is not looked up anywhere, and a file that
+holds a YAML tag, an anchor or an alias, which no frozen config has, is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data_pipeline.config import Passing, UserError
+
+T = TypeVar("T")
+MOST_BYTES = 1 << 20
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that is not one plain word: PyYAML's other styles do not bring each line break back."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    plain = re.fullmatch(r"[A-Za-z_/][\w/.-]*", text, re.ASCII)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _text)
+_Dumper.add_multi_representer(Enum, lambda dumper, member: _text(dumper, member.name))
+
+
+def freeze(cfg: Any) -> str:
+    """A config as YAML, to read and to run again."""
+    return yaml.dump(asdict(cfg), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)
+
+
+def thaw(path: Path, schema: type[T]) -> T:
+    """Read what `freeze` made.
+
+    Raises:
+        UserError: no such file, no YAML, too big, keys that the schema does not know, values that it refuses.
+        Passing: it cannot be read, for a reason that may pass.
+    """
+    try:
+        body = OmegaConf.create(_plain_yaml(_read(path)))
+        if not isinstance(body, DictConfig):
+            raise UserError("not a mapping of keys to values")
+        cfg = OmegaConf.merge(OmegaConf.structured(schema), _literals(OmegaConf.to_container(body)))
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            raise UserError(f"not given: {', '.join(missing)}")
+        return OmegaConf.to_object(cfg)  # type: ignore[return-value]
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as e:
+        key = getattr(e, "full_key", None)
+        why = user_error_in(e) or (f"{key}: " if key else "") + flat(e)
+        raise UserError(f"{path}: not a frozen config: {why}") from None
+
+
+def literal(text: str) -> str:
+    """A value for a command line of ours that arrives as just this text, whatever stands in it."""
+    quoted = text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\"")
+    text = _inert(_inert(text))  # Hydra composes, then a dataclass is made of it: each resolves
+    if not quoted:
+        return text
+    return "'" + re.sub(r"(\\*)(')", r"\1\1\\\2", text) + "'"
+
+
+def user_error_in(error: BaseException | None) -> UserError | None:
+    """The check of a nested dataclass that an error of OmegaConf's wraps."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def flat(error: Exception) -> str:
+    """Hydra's and OmegaConf's paragraphs without their last one, which tells of Hydra's own switches."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return text.split(" full_key:")[0].split(" Set the environment variable HYDRA")[0].split(" Config search path")[0]
+
+
+def _read(path: Path) -> str:
+    try:
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:  # a fifo would wait
+            if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+                raise UserError("not a regular file")
+            if len(data := f.read(MOST_BYTES + 1)) > MOST_BYTES:
+                raise UserError(f"more than the {MOST_BYTES} bytes that a frozen config may have")
+            return data.decode()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
+        raise UserError((e.strerror or str(e)).lower()) from None
+    except OSError as e:
+        raise Passing((e.strerror or str(e)).lower()) from None
+
+
+def _plain_yaml(text: str) -> str:
+    """`text`, without what makes YAML more than data: a small file of aliases can stand for a huge one."""
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise UserError(f"line {event.start_mark.line + 1}: a YAML anchor or alias, which no frozen config has")
+        if getattr(event, "tag", None):
+            raise UserError(f"line {event.start_mark.line + 1}: a YAML tag, {event.tag}, which no frozen config has")
+    return text
+
+
+def _literals(body: Any) -> Any:
+    """`body` with every text such that OmegaConf takes it as it stands."""
+    if isinstance(body, dict):
+        return {key: _literals(value) for key, value in body.items()}
+    if isinstance(body, list):
+        return [_literals(value) for value in body]
+    return _inert(body) if isinstance(body, str) else body
+
+
+def _inert(text: str) -> str:
+    """OmegaConf looks up `${x}`, takes `\\${x}` for the text `${x}`, and a pair of backslashes before one for one."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

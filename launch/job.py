@@ -1,0 +1,34 @@
+"""What a launcher is given to start: the frozen configs of a run, or of each run of a sweep, and where. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.schema import literal
+from launch.cluster_config import ClusterConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str  # run.name
+    run_dir: Path  # absolute
+    folder: Path  # run_dir/submit/0001: frozen configs, code version, and what the launcher writes
+    configs: tuple[Path, ...]  # the frozen config of each array element; one, where it is no sweep
+    run_dirs: tuple[Path, ...]  # the run folder of each
+    cluster: ClusterConfig
+    python: str
+    cwd: Path  # the checkout
+    max_restarts: int
+
+
+def supervised(job: Job, i: int, launcher: Sequence[str]) -> list[str]:
+    """The command that starts `launcher` again when it fails, as long as the checkpoints of element `i` advance."""
+    own = [f"run.dir={literal(str(job.run_dirs[i]))}", f"max_restarts={job.max_restarts}"]
+    return [job.python, "-m", "launch.supervise", *own, "--", *launcher]
+
+
+def entry(job: Job, i: int) -> list[str]:
+    """What a Python, or a launcher that starts one, is given to train element `i`."""
+    return ["-m", "trainer.pretrain", f"frozen={job.configs[i]}"]

@@ -1,0 +1,70 @@
+"""What a run is held against before it is sent to a cluster, and what the plan says of it. No torch."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from data_pipeline.config import UserError
+from launch.cluster_config import ClusterConfig
+from launch.plan import cluster_of, simulated
+from trainer.check import check
+from trainer.config import PretrainConfig
+from trainer.plan.choose import rows, way_out
+from trainer.plan.course import course, seconds
+from trainer.plan.hardware import CPU
+from trainer.world import World
+
+FRESH_S = 60.0  # a heartbeat younger than this is of a run that goes on
+
+
+def preflight(cfg: PretrainConfig, cluster: ClusterConfig) -> tuple[PretrainConfig, list[str]]:
+    """The config to freeze, still open where the plan is to choose at each start, and some lines on what will run.
+
+    Raises:
+        UserError: what its ranks would refuse, or a model that does not fit on them.
+    """
+    if cfg.gpu not in (None, cluster.gpu):
+        raise UserError(f"gpu={cfg.gpu}, but cluster.gpu={cluster.gpu}: leave gpu out, the run is for cluster.gpu")
+    machines, price = cluster_of(cluster)
+    ranks = machines.world_size
+    cfg = replace(cfg, gpu=cluster.gpu)
+    checked = check(cfg, World(0, ranks, 0, cluster.gpus_per_node))
+    step = checked.state.get("step", 0)
+    lines = [f"{cfg.run.name}: {'resumes at' if checked.state else 'starts at'} step {step} of {cfg.max_steps}"]
+    lines += [checked.chosen] if checked.chosen else []
+    if cluster.gpu == CPU:
+        return cfg, [*lines, f"  {ranks} ranks on CPUs, for which nothing is planned: memory and time are not checked"]
+    (row,) = rows(checked.cfg, machines)  # with what the ranks will choose, nothing is open
+    if not row.fits:
+        raise UserError(way_out(row, checked.cfg, machines))
+    left_s = seconds(checked.cfg, row.layout, machines, course(checked.cfg, None)) * (1 - step / cfg.max_steps)
+    stated = "" if cluster.price_per_gpu_hour is not None else ", at a price that is assumed"
+    guess = " (links simulated)" if simulated(machines) else ""
+    lines.append(
+        f"  {cluster.nodes} x {cluster.gpus_per_node} {machines.gpu.name}: {row.layout}, "
+        f"{row.memory.gib()['total']:.1f} of {row.room_gib:.1f} GiB a rank"
+    )
+    lines.append(
+        f"  about {row.tokens_per_s:,.0f} tokens/s{guess}, {left_s / 86400:.2f} days, "
+        f"{left_s / 3600 * ranks * price:,.0f} USD{stated}"
+    )
+    return cfg, lines
+
+
+def alive(run_dir: Path) -> str | None:
+    """A warning where a rank of this run has just been heard of: two starts of a run end one another."""
+    for path in run_dir.glob("heartbeats/rank-*.json"):
+        try:
+            body = json.loads(path.read_bytes()[:65536])
+            age, host, phase = time.time() - body["time"], body["host"], body["phase"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue  # of another version, or half there: only a warning hangs on it
+        if age < FRESH_S and phase != "end":
+            return (
+                f"warning: a rank of {run_dir} was at work on {host!r} {max(0, age):.0f} s ago: "
+                "this start takes the run over from it"
+            )
+    return None

@@ -1,0 +1,72 @@
+"""The processes below this one, whatever session they are in. Linux only."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+
+from data_pipeline.config import UserError
+
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+
+
+def become_subreaper() -> None:
+    """From here on orphaned descendants become our children, whatever session they are in."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def end_descendants(grace_s: float) -> None:
+    """Returns when every descendant is gone: SIGTERM, `grace_s` seconds, SIGKILL.
+
+    Raises:
+        UserError: one does not even end with SIGKILL (it hangs in the kernel), so that a restart would meet it.
+    """
+    for number, limit_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
+        deadline = time.monotonic() + limit_s
+        told: set[int] = set()
+        while alive := descendants():
+            for pid in set(alive) - told:
+                send(pid, number)
+                told.add(pid)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        else:
+            return
+    raise UserError(
+        f"processes {', '.join(map(str, alive))} of the failed start do not end with SIGKILL: not restarted"
+    )
+
+
+def descendants() -> list[int]:
+    """Living descendants of this process; its own dead children are reaped."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while we looked
+        if state not in "ZX":
+            children.setdefault(int(parent), []).append(int(stat.parent.name))
+    reap()
+    found = list(children.get(os.getpid(), []))
+    for pid in found:  # grows while it is walked
+        found += children.get(pid, [])
+    return found
+
+
+def reap() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -1,0 +1,178 @@
+"""Entry: `python -m launch.submit cluster=slurm run.name=x cluster.nodes=2 -- experiment=gpt2_small_webtext`.
+
+What follows `--` is the command line of trainer.pretrain. All that its ranks would refuse, and a model that does not
+fit, is refused here, without torch. The config and the code's version are frozen in run.dir/submit/0001, so that what
+runs is what was checked, whatever becomes of conf/. docs/launch.md is the page on it.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from conf.schema import freeze, literal, load, run
+from data_pipeline.config import UserError
+from data_pipeline.manifest import publish, publish_json
+from launch.cluster_config import ClusterConfig
+from launch.config import SubmitConfig
+from launch.job import Job
+from launch.preflight import alive, preflight
+from trainer.code_version import code_version
+from trainer.config import PretrainConfig
+from trainer.run_folder import RunFolder
+
+LAUNCHERS = ("slurm", "ssh", "local")  # sections of cluster, and modules beside this one
+OURS = ("run", "run.name", "run.dir")  # given left of the --
+
+
+def submit(cfg: SubmitConfig, overrides: list[str], argv: list[str]) -> int:
+    """The exit code of what was started; 0 where it was handed over, or not asked for.
+
+    Raises:
+        UserError: a run or a cluster that cannot be; then nothing is started and nothing written.
+    """
+    launcher = import_module(f"launch.{launcher_of(cfg.cluster)}")
+    check_forward(cfg.cluster)
+    run_dir = Path(cfg.run.dir).absolute()
+    runs, said = [], []
+    for i, (name, path, given) in enumerate(elements(cfg, run_dir, overrides)):
+        try:
+            own = [f"run.name={literal(name)}", f"run.dir={literal(str(path))}"]
+            one, lines = preflight(load("pretrain", [*given, *own]), cfg.cluster)
+        except UserError as e:
+            raise (type(e)(f"sweep[{i}]: {e}") if cfg.sweep else e) from None
+        runs.append(one)
+        said += [*lines, *filter(None, [alive(path)])]
+    print("\n".join(said), flush=True)
+    job = write(cfg, run_dir, runs, argv)
+    try:
+        commands = launcher.prepare(job)
+    except BaseException:  # a refusal: the folder of what was never started would only confuse
+        shutil.rmtree(job.folder)
+        raise
+    print(f"frozen: {job.folder}")
+    print("\n".join(map(shlex.join, commands)), flush=True)
+    if cfg.dry_run:
+        return 0
+    if cfg.cluster.slurm is not None:
+        print(f"submitted: {', '.join(launcher.submit(commands))}")
+        return 0
+    return foreground(commands, job.cwd)
+
+
+def launcher_of(cluster: ClusterConfig) -> str:
+    """Raises UserError where the cluster is started in no way, or in several."""
+    found = [name for name in LAUNCHERS if getattr(cluster, name) is not None]
+    if len(found) != 1:
+        how = " and ".join(f"cluster.{name}" for name in found) or "no way to start a run"
+        raise UserError(
+            f"cluster={cluster.name} has {how}: "
+            "give cluster=slurm, ssh or local, and the machine's own values one by one"
+        )
+    return found[0]
+
+
+def check_forward(cluster: ClusterConfig) -> None:
+    """Raises UserError where there is nothing to forward under a name."""
+    missing = [name for name in cluster.forward if name not in os.environ]
+    if missing:
+        raise UserError(f"cluster.forward names {missing[0]}, which is not in your environment: export it first")
+
+
+def elements(cfg: SubmitConfig, run_dir: Path, overrides: list[str]) -> list[tuple[str, Path, list[str]]]:
+    """run.name, run.dir and the overrides of each run: one, or those of the sweep, numbered.
+
+    Raises:
+        UserError: an override that is to stand left of the --.
+    """
+    for text in [*overrides, *(text for own in cfg.sweep for text in own)]:
+        if text.partition("=")[0] in OURS:
+            raise UserError(f"{text}: give run.name and run.dir left of the --; runs of a sweep get a number each")
+    if not cfg.sweep:
+        return [(cfg.run.name, run_dir, overrides)]
+    numbered = enumerate(cfg.sweep)
+    return [(f"{cfg.run.name}-{i}", Path(f"{run_dir}-{i}"), [*overrides, *own]) for i, own in numbered]
+
+
+def write(cfg: SubmitConfig, run_dir: Path, runs: list[PretrainConfig], argv: list[str]) -> Job:
+    """Freeze all that is started into a new folder of the run."""
+    try:
+        texts = [freeze(one).encode() for one in runs]
+        submitted = freeze(cfg).encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"a value is no text in UTF-8 ({e.reason}): rename what it names") from None
+    version, patch = code_version()
+    folder = RunFolder(run_dir).take_submission()
+    names = [f"config-{i}.yaml" for i in range(len(runs))] if cfg.sweep else ["config.yaml"]
+    for name, text in zip(names, texts, strict=True):
+        publish(folder / name, text)
+    publish(folder / "submit.yaml", submitted)
+    told: dict[str, Any] = {"argv": argv, "host": socket.gethostname(), "time": time.time(), **version}
+    publish_json(folder / "code.json", told)
+    if patch:
+        publish(folder / "code.patch", patch)
+    return Job(
+        name=cfg.run.name,
+        run_dir=run_dir,
+        folder=folder,
+        configs=tuple(folder / name for name in names),
+        run_dirs=tuple(Path(one.run.dir) for one in runs),
+        cluster=cfg.cluster,
+        python=sys.executable,
+        cwd=Path.cwd(),
+        max_restarts=cfg.max_restarts,
+    )
+
+
+def foreground(commands: list[list[str]], cwd: Path) -> int:
+    """Run the commands one after the other; the exit code of the first that failed, 0 where none did.
+
+    SIGINT, SIGTERM and SIGUSR1 go on to the one that runs, and no other is started after it.
+    """
+    process: subprocess.Popen[bytes] | None = None
+    told: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        if process is not None and process.returncode is None:
+            process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, forward)
+    failed = 0
+    for command in commands:
+        if told:
+            break
+        process = subprocess.Popen(command, cwd=cwd, process_group=0)  # a terminal's ^C comes once, through us
+        if told:  # it came while there was nobody to tell
+            process.send_signal(told[-1])
+        code = process.wait()
+        failed = failed or (code if code >= 0 else 128 - code)
+    return failed or (128 + told[0] if told else 0)
+
+
+def main() -> None:
+    argv = list(sys.argv)
+    at = argv.index("--") if "--" in argv else len(argv)
+    sys.argv, overrides = argv[:at], argv[at + 1 :]
+
+    def started(cfg: SubmitConfig) -> None:
+        if at == len(argv):
+            raise UserError("what to train is not given: end the line with -- and trainer.pretrain's own overrides")
+        sys.exit(submit(cfg, overrides, argv))
+
+    run(("submit", started))
+
+
+if __name__ == "__main__":
+    main()

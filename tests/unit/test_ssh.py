@@ -1,0 +1,184 @@
+"""What launch.ssh makes of a cluster and a run: the hosts, what each is to run, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.schema import freeze, load
+from data_pipeline.config import UserError
+from launch.cluster_config import ClusterConfig, SshConfig, SshLauncher
+from launch.job import Job
+from launch.ssh import check_elastic, prepare, read_hostfile
+from tests.ranks import ROOT
+
+HOSTILE = "a b$(touch x);'`touch x`\"%n %h\n#"
+
+SIX_LANES = (
+    "model=test",
+    "optim=small",
+    "data.path=data",
+    "data.lanes=6",
+    "tokens_per_step=768",
+    "micro_batch_size=1",
+    "run.name=x",
+    "max_steps=9",
+)
+
+
+@pytest.fixture(autouse=True)
+def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.delenv("PDSH_SSH_ARGS_APPEND", raising=False)
+
+
+def job(folder: Path, cluster: dict[str, Any] | None = None, **ssh: Any) -> Job:
+    """A run of two hosts with one CPU rank each, but for what is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "config.yaml"
+    config.write_text(freeze(load("pretrain", SIX_LANES)))
+    given = {"name": "ssh", "nodes": 2, "gpus_per_node": 1, "gpu": "cpu", "network_gbit": 1.0, **(cluster or {})}
+    hosts = {} if "hostfile" in ssh else {"hosts": ["h1", "h2"]}
+    return Job(
+        name="x",
+        run_dir=folder.parent,
+        folder=folder,
+        configs=(config,),
+        run_dirs=(folder.parent,),
+        cluster=ClusterConfig(ssh=SshConfig(**{**hosts, **ssh}), **given),
+        python=sys.executable,
+        cwd=ROOT,
+        max_restarts=3,
+    )
+
+
+def test_pdsh_starts_deepspeeds_launcher_on_every_host(tmp_path: Path) -> None:
+    (argv,) = prepare(job(tmp_path / "f", {"gpus_per_node": 4, "env": {"A": "1"}}, interface="eth0"))
+    assert (tmp_path / "f/hostfile").read_text() == "h1 slots=4\nh2 slots=4\n"
+    command = argv[argv.index("--") + 1 :]
+    assert command[:1] == ["env"] and "BatchMode=yes" in command[1]
+    assert command[2:-1] == ["pdsh", "-S", "-R", "ssh", "-f", "2", "-w", "h1,h2"]
+    line = shlex.split(command[-1])
+    assert {"A=1", "DS_ACCELERATOR=cpu", "GLOO_SOCKET_IFNAME=eth0", "NCCL_SOCKET_IFNAME=eth0"} < set(line)
+    assert {"--node_rank=%n", f"--hostfile={tmp_path}/f/hostfile", "--master_addr=h1", "--no_ssh"} < set(line)
+    assert line[-2:] == ["trainer.pretrain", f"frozen={tmp_path}/f/config.yaml"]
+
+
+def test_torchrun_is_elastic_and_joined_at_the_first_host(tmp_path: Path) -> None:
+    (argv,) = prepare(job(tmp_path / "f", launcher=SshLauncher.torchrun, min_nodes=1))
+    assert argv[argv.index("--") + 1 :] == [sys.executable, "-m", "launch.everywhere", f"{tmp_path}/f/ssh.json"]
+    commands = json.loads((tmp_path / "f/ssh.json").read_text())
+    assert list(commands) == ["h1", "h2"]
+    for i, (host, command) in enumerate(commands.items()):
+        assert command[0] == "ssh" and command[-2] == host
+        line = shlex.split(command[-1])
+        assert {"--nnodes=1:2", "--nproc-per-node=1", "--rdzv-endpoint=h1:29500", f"--local-addr={host}"} < set(line)
+        assert f"is_host={i == 0}," in command[-1]
+        assert line[-3:] == ["-m", "trainer.pretrain", f"frozen={tmp_path}/f/config.yaml"]
+
+
+@pytest.mark.parametrize("launcher", list(SshLauncher))
+def test_hostile_paths_and_values_stay_data(tmp_path: Path, launcher: SshLauncher) -> None:
+    """The line that ssh gives to the remote shell is run by one here, with the host's programs replaced by printf."""
+    folder = tmp_path / HOSTILE.replace("/", "") / "f"
+    made = job(folder, {"env": {"A": HOSTILE}}, launcher=launcher)
+    (argv,) = prepare(replace(made, python="python", cwd=tmp_path))
+    if launcher is SshLauncher.deepspeed:
+        line = re.sub("%(.)", lambda m: {"%": "%", "n": "0"}[m[1]], argv[-1])  # as pdsh does
+    else:
+        line = json.loads((folder / "ssh.json").read_text())["h1"][-1]
+    show = tmp_path / "bin"
+    show.mkdir()
+    (show / "python").write_text(
+        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([os.environ['A'], *sys.argv]))"
+    )
+    (show / "python").chmod(0o755)
+    done = subprocess.run(
+        ["sh", "-c", line], cwd=tmp_path, env={"PATH": f"{show}:/usr/bin:/bin"}, capture_output=True, text=True
+    )
+    said = json.loads(done.stdout)
+    assert (said[0], said[-1]) == (HOSTILE, f"frozen={folder}/config.yaml")
+    assert not list(tmp_path.rglob("x"))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "ssh", "message"),
+    [
+        ({}, {"hosts": []}, r"cluster.ssh.hosts=\[\] and cluster.ssh.hostfile=None: give one of the two"),
+        ({}, {"hosts": ["h1", "-oProxyCommand=x"]}, "'-oProxyCommand=x' is no host name: letters"),
+        ({}, {"hosts": ["h1", "root@h2"]}, "'root@h2' is no host name: .* ~/.ssh/config"),
+        ({}, {"hosts": ["h1", "h[2-3]"]}, "is no host name"),
+        ({}, {"hosts": ["h1", "h1"]}, "h1 stands there twice"),
+        ({"nodes": 3}, {}, "cluster.nodes=3, but cluster.ssh.hosts names 2 hosts: make them the same"),
+        ({}, {"master_port": 80}, "cluster.ssh.master_port=80: give 1024 to 65535"),
+        ({}, {"interface": "eth0 x"}, "cluster.ssh.interface='eth0 x': give a network interface"),
+        ({"env": {"A B": "1"}}, {}, "'A B' is no name of a variable"),
+        ({"forward": ["NOT_THERE_AT_ALL"]}, {}, "NOT_THERE_AT_ALL is not in the environment: set it, or leave it out"),
+        ({}, {"min_nodes": 1}, "min_nodes=1: deepspeed starts a fixed number .*launcher=torchrun"),
+        ({}, {"min_nodes": 3, "launcher": SshLauncher.torchrun}, "min_nodes=3: give 1 to cluster.nodes=2"),
+        ({}, {"hostfile": "/not/there"}, "cluster.ssh.hostfile=/not/there cannot be read: No such file"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    tmp_path: Path, cluster: dict[str, Any], ssh: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        prepare(job(tmp_path / "f", cluster, **ssh))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "f/hostfile").exists()
+
+
+def test_a_sweep_is_refused(tmp_path: Path) -> None:
+    one = job(tmp_path / "f")
+    with pytest.raises(UserError, match="sweep gives 2 runs: over ssh they are started one by one"):
+        prepare(replace(one, configs=one.configs * 2))
+
+
+def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "pdsh" else name)
+    with pytest.raises(UserError, match="needs pdsh here, which is not installed"):
+        prepare(job(tmp_path / "f"))
+    prepare(job(tmp_path / "f", launcher=SshLauncher.torchrun))  # needs none
+
+
+def test_a_number_of_hosts_that_cannot_train_is_named_before_the_start(tmp_path: Path) -> None:
+    """Six lanes: one, two and three hosts divide them, four and five do not."""
+    cfg = load("pretrain", SIX_LANES)
+    cluster = job(
+        tmp_path / "f", {"nodes": 3}, launcher=SshLauncher.torchrun, min_nodes=1, hosts=["a", "b", "c"]
+    ).cluster
+    check_elastic(cfg, cluster)
+    with pytest.raises(UserError, match=r"min_nodes=1: a run on 4, 5 of the 6 hosts cannot be \(.*data.lanes=6"):
+        check_elastic(cfg, replace(cluster, nodes=6))
+
+
+def test_a_hostfile_is_deepspeeds(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("# mine\n\nh1 slots=8\nh-2.example.org   slots=8  # new\n")
+    assert read_hostfile(path, 8) == ["h1", "h-2.example.org"]
+    (tmp_path / "f").mkdir()
+    prepare(job(tmp_path / "f", {"gpus_per_node": 8}, hostfile=str(path)))
+    assert (tmp_path / "f/hostfile").read_text() == "h1 slots=8\nh-2.example.org slots=8\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h1 slots=8\nh2\n", r"hosts:2: 'h2': write HOST slots=N"),
+        ("h1 8\n", r"hosts:1: 'h1 8': write HOST slots=N"),
+        ("h1 slots=4\n", r"hosts:1: h1 has slots=4, but cluster.gpus_per_node=8: every host runs as many"),
+        ("\0" * 9000, r"hosts:1: .{0,330}: write HOST slots=N"),
+    ],
+)
+def test_a_damaged_hostfile_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_hostfile(tmp_path / "hosts", 8)

@@ -1,0 +1,47 @@
+"""Which code this is: the commit, what differs from it, and every installed package. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MOST_PATCH = 8 << 20  # bytes
+GIT_S = 60.0  # a checkout on a slow disk
+
+
+def code_version() -> tuple[dict[str, Any], bytes]:
+    """What is known of the code, and the patch from its commit to it: b"" where there is none, or where it is too big.
+
+    No checkout is no mistake: then `git` says why nothing is known of a commit.
+    """
+    found: dict[str, Any] = {"python": platform.python_version(), "packages": packages()}
+    try:
+        _git("ls-files", "--error-unmatch", "--", str(Path(__file__).resolve()))  # of this project, not one around it
+        commit = _git("rev-parse", "HEAD").decode().strip()
+        changed = _git("status", "--porcelain", "--", ".").decode(errors="replace").splitlines()
+        patch = _git("diff", "--binary", "--no-ext-diff", "--no-textconv", "HEAD", "--", ".") if changed else b""
+    except (OSError, subprocess.SubprocessError) as e:
+        said = e.stderr.decode(errors="replace") if isinstance(e, subprocess.CalledProcessError) else str(e)
+        return found | {"git": " ".join(said.split())[:300]}, b""
+    found |= {"commit": commit, "dirty": bool(changed), "untracked": [x[3:] for x in changed if x[:2] == "??"][:100]}
+    if len(patch) > MOST_PATCH:
+        found["patch"] = f"left out: {len(patch)} bytes, at most {MOST_PATCH} are kept"
+        patch = b""
+    return found, patch
+
+
+def packages() -> dict[str, str]:
+    """Every installed distribution and its version."""
+    named = ((d.metadata["Name"], d.version) for d in distributions())
+    return dict(sorted((name, version) for name, version in named if name))
+
+
+def _git(*words: str) -> bytes:
+    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
+    done = subprocess.run(["git", "-C", str(ROOT), *words], env=env, capture_output=True, timeout=GIT_S, check=True)
+    return done.stdout
