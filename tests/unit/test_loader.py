@@ -205,12 +205,13 @@ def test_a_thread_that_comes_back_late_closes_the_stream_and_opens_nothing(
         go_on.wait(60)
         return read(*args)
 
+    ours.next()  # else its first read may hang, which the next() below would wait for
     monkeypatch.setattr(stream, "read", late)
     for _ in range(40):
-        ours.next()
-        if hangs.wait(1):  # it reads on as soon as there is room; another next() might wait for it
+        if hangs.wait(0.05):  # it reads on as soon as there is room
             break
-    assert hangs.is_set()
+        ours.next()
+    assert hangs.wait(60)
     ours.close()
     assert thread.is_alive() and stream._open  # it may be reading from them
     go_on.set()
