@@ -27,6 +27,7 @@ CODES = {
     143: "saved and stopped on SIGTERM",
 }
 STOPPED = (exit_codes.PREEMPTED, 130, 143)
+START_S = 1800.0  # what a start may take where the config does not say
 SILENT_BEATS, SILENT_S = 6, 60.0  # a rank that let so many beats fall out, and for so long, is taken for gone
 
 
@@ -55,10 +56,16 @@ def _judge(report: dict[str, Any], now: float) -> tuple[str, str]:
     newest = max((b["time"] for b in beats), default=None)
     if last and last.get("event") != "start" and (newest is None or last["time"] >= newest):
         return _ended(last, events)
-    if not beats:
+    if newest is None:
         return _without_beats(report, last, now)
+    later = [s for s in _listed(report["starts"])[-1:] if s["generation"] > beats[0]["generation"]]
+    begun = max((x["time"] for x in (last, *later) if isinstance(x.get("time"), int | float)), default=newest)
+    if begun > newest and now - begun < (report["config"].get("watch.start_s") or START_S):
+        return "starting", f"begun {now - begun:.0f} s ago, no heartbeat since"
     if any(f"/gen-{b['generation']:04d}/" in h["file"] for b in beats[:1] for h in _listed(report["hangs"])):
         return "hung", f"a report of start {beats[0]['generation']} lies in hangs/"
+    if all(b["phase"] == "end" for b in beats):
+        return _over(beats, step)
     silent = [
         b for b in beats if b["age_s"] > max(SILENT_S, SILENT_BEATS * (report["config"].get("watch.beat_s") or 0))
     ]
@@ -115,7 +122,7 @@ def _without_beats(report: dict[str, Any], last: dict[str, Any], now: float) -> 
     if not known:
         submitted = _listed(report["submissions"])
         return "never started", f"submitted {len(submitted)} times" if submitted else "no start has left a trace"
-    age, limit = now - max(known), report["config"].get("watch.start_s") or 1800
+    age, limit = now - max(known), report["config"].get("watch.start_s") or START_S
     if (not row or max(known) > row["time"]) and age < limit:
         return "starting", f"begun {age:.0f} s ago, no heartbeat and no row since"
     return f"no heartbeat for {age:.0f} s", "there are no heartbeats; the newest trace is that old"

@@ -135,7 +135,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_stops_every_rank_in_one_line_and_the_run_goes_on_when_there_is_room(
     data: Path, tmp_path: Path, small_disk: Path
 ) -> None:
-    common = (f"data.path={data}", "max_steps=40", "checkpoint.keep=9", "model.dropout=0.1")
+    common = (f"data.path={data}", "max_steps=20", "checkpoint.keep=9", "model.dropout=0.1")
     for code, err in finish(start(small_disk / "run", *common, ranks=2)):
         assert code == 1 and "No space left on device" in err and "Traceback" not in err, err
     latest = RunFolder(small_disk / "run").latest()

@@ -172,6 +172,7 @@ def test_an_end_is_told_with_its_exit_code_and_cause(going: Path, code: int, eve
     assert found == state
     assert word in text and cause in text
     supervised(going, {"event": "start", "exit_code": None})
+    assert told(going)[0] == "starting"
     beat(going, 0, age=0)
     assert told(going)[0] == "training"  # what ended has begun again
 

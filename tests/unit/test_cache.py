@@ -428,7 +428,7 @@ def test_what_is_expected_is_there_before_it_is_read(local: Manifest, server: Se
 def test_no_hint_is_dropped_however_many_there_are(local: Manifest, server: Server, tmp_path: Path) -> None:
     cache = cache_in(tmp_path)
     manifest, ahead = open_source(server.url, cache), ReadAhead(cache)
-    server.delay = 0.05
+    server.delay = 0.01
     starts = [(n, start) for n in range(3) for start in range(0, TOKENS[n] - N_CTX, N_CTX)]
     for n, start in starts:
         ahead.want(manifest, manifest.shards[n], [start], N_CTX + 1)

@@ -202,18 +202,20 @@ def test_a_thread_that_comes_back_late_closes_the_stream_and_opens_nothing(
 
     def late(*args: Any) -> int:
         hangs.set()
-        go_on.wait(20)
+        go_on.wait(60)
         return read(*args)
 
+    ours.next()  # else its first read may hang, which the next() below would wait for
     monkeypatch.setattr(stream, "read", late)
     for _ in range(40):
-        if not hangs.is_set():
-            ours.next()
-    assert hangs.wait(5)
+        if hangs.wait(0.05):  # it reads on as soon as there is room
+            break
+        ours.next()
+    assert hangs.wait(60)
     ours.close()
     assert thread.is_alive() and stream._open  # it may be reading from them
     go_on.set()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive() and not stream._open
 
 
