@@ -27,7 +27,7 @@ from trainer.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.xdist_group("slurm")]
 STEPS = 300
-HOSTILE = "it's \"a\" $(touch hit) 100% run"
+HOSTILE = 'it\'s "a" $(touch hit) 100% run'
 
 
 @dataclass(frozen=True)
