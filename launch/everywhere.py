@@ -3,8 +3,8 @@
 FILE is JSON: {host: the argv of its ssh}. What a host says is shown with its name in front. A host that is lost (ssh's
 exit code 255) is tried again every RETRY_S seconds while another one lives: torchrun there joins the others, so that a
 host that was cut off or started anew is taken back. The run is done as soon as one host's command ends with 0; one that
-fails is not started again, `launch.supervise` does that when all have ended. SIGTERM or SIGINT closes the connections'
-stdin: launch.leash on the other side stops its command, and what that still says and its exit code arrive here.
+fails is not started again, `launch.supervise` does that when all have ended. SIGTERM, SIGINT or SIGUSR1 closes the
+connections' stdin: launch.leash on the other side stops its command, and what that still says and its exit code come.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class Host:
         pipe = subprocess.PIPE  # a group of its own: a signal to ours must not cut the connection
         self.process = subprocess.Popen(self._argv, stdin=pipe, stdout=pipe, stderr=pipe, process_group=0)
         self.ended_at: float | None = None
-        for source, sink in ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr)):
-            assert source is not None
-            threading.Thread(target=self._show, args=(source, sink), daemon=True).start()
+        pipes = ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr))
+        self._shows = [threading.Thread(target=self._show, args=ends, daemon=True) for ends in pipes]
+        for show in self._shows:
+            show.start()
 
     def code(self) -> int | None:
         """The exit code; None while it runs."""
@@ -62,6 +63,13 @@ class Host:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
 
+    def close(self) -> None:
+        """What has been said is shown; what still runs here of the connection is ended."""
+        if self.code() is None:
+            self.process.kill()
+        for show in self._shows:
+            show.join(5)
+
     def _show(self, source: IO[bytes], sink: IO[str]) -> None:
         for line in source:
             with contextlib.suppress(OSError):
@@ -71,7 +79,7 @@ class Host:
 class Everywhere:
     def __init__(self, commands: dict[str, list[str]]) -> None:
         self.stopped = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._stop)
         self.hosts = [Host(name, argv) for name, argv in commands.items()]
 
@@ -106,8 +114,7 @@ class Everywhere:
         while any(host.code() is None for host in self.hosts) and time.monotonic() < deadline:
             time.sleep(0.2)
         for host in self.hosts:
-            if host.code() is None:
-                host.process.kill()
+            host.close()
         codes = [host.code() or LOST for host in self.hosts]
         return next((code if code > 0 else 128 - code for code in codes if code != LOST), LOST)
 

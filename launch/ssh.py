@@ -25,6 +25,7 @@ from trainer.world import World
 
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # Linux's own limit
+PROGRAMS = {Transport.pdsh: ["pdsh"], Transport.openmpi: ["mpirun", "ompi_info"]}
 HOSTFILE_BYTES = 1 << 20
 SILENCE_S = {SshLauncher.deepspeed: 60, SshLauncher.torchrun: 180}
 """A connection that brings nothing for so long is lost, on both ends; a host that may come and go is waited for longer,
@@ -141,10 +142,8 @@ def _check(cluster: ClusterConfig, ssh: SshConfig) -> None:
         raise UserError(
             f"cluster.ssh.transport={ssh.transport.value} with launcher=torchrun, which takes plain ssh: leave it out"
         )
-    needed = {Transport.pdsh: ["pdsh"], Transport.openmpi: ["mpirun", "ompi_info"]}[ssh.transport]
-    if ssh.launcher is SshLauncher.torchrun:
-        needed = []
-    if absent := [program for program in ("ssh", *needed) if shutil.which(program) is None]:
+    needed = ["ssh", *([] if ssh.launcher is SshLauncher.torchrun else PROGRAMS[ssh.transport])]
+    if absent := [program for program in needed if shutil.which(program) is None]:
         raise UserError(f"cluster.ssh needs {', '.join(absent)} here, which is not installed")
 
 
