@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data_pipeline.config import Passing, UserError
 
 T = TypeVar("T")
-MOST_BYTES = 1 << 20
+MOST_BYTES, MOST_LEVELS = 1 << 18, 32
 
 
 class _Dumper(yaml.SafeDumper):
@@ -103,7 +103,11 @@ def _read(path: Path) -> str:
 
 def _plain_yaml(text: str) -> str:
     """`text`, without what makes YAML more than data: a small file of aliases can stand for a huge one."""
+    level = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if level > MOST_LEVELS:  # PyYAML's time is quadratic in them
+            raise UserError(f"line {event.start_mark.line + 1}: more than {MOST_LEVELS} levels")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise UserError(f"line {event.start_mark.line + 1}: a YAML anchor or alias, which no frozen config has")
         if getattr(event, "tag", None):

@@ -141,9 +141,7 @@ class ClusterConfig:
                 raise UserError(f"cluster.{key}={value}: give a positive number")
         for name, value in self.env.items():
             if not _VARIABLE.fullmatch(name) or "\0" in value:
-                raise UserError(
-                    f"cluster.env: {name!r} is no environment variable: letters, digits, _, and no zero byte"
-                )
+                raise UserError(f"cluster.env: {name!r} is no variable: give letters, digits and _, and no zero byte")
             if _SECRET.search(name):
                 raise UserError(
                     f"cluster.env.{name} looks like a secret, which the run folder would show: export it in your shell "
