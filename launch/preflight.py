@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,11 @@ from launch.cluster_config import ClusterConfig
 from launch.plan import cluster_of, simulated
 from trainer.check import check
 from trainer.config import PretrainConfig
+from trainer.heartbeat import read_heartbeats
 from trainer.plan.choose import rows, way_out
 from trainer.plan.course import course, seconds
 from trainer.plan.hardware import CPU
+from trainer.run_folder import RunFolder
 from trainer.world import World
 
 FRESH_S = 60.0  # a heartbeat younger than this is of a run that goes on
@@ -56,15 +57,11 @@ def preflight(cfg: PretrainConfig, cluster: ClusterConfig) -> tuple[PretrainConf
 
 def alive(run_dir: Path) -> str | None:
     """A warning where a rank of this run has just been heard of: two starts of a run end one another."""
-    for path in run_dir.glob("heartbeats/rank-*.json"):
-        try:
-            body = json.loads(path.read_bytes()[:65536])
-            age, host, phase = time.time() - body["time"], body["host"], body["phase"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue  # of another version, or half there: only a warning hangs on it
-        if age < FRESH_S and phase != "end":
+    for beat in read_heartbeats(RunFolder(run_dir).heartbeats):
+        age = time.time() - beat.time
+        if age < FRESH_S and beat.phase != "end":
             return (
-                f"warning: a rank of {run_dir} was at work on {host!r} {max(0, age):.0f} s ago: "
-                "this start takes the run over from it"
+                f"warning: rank {beat.rank} of {run_dir} was at work on {beat.host!r} {max(0, age):.0f} s ago: this "
+                "start takes the run over from it"
             )
     return None

@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 from conf.schema import freeze, literal, load, run
 from data_pipeline.config import UserError
 from data_pipeline.manifest import publish, publish_json
+from launch import local, slurm, ssh
 from launch.cluster_config import ClusterConfig
 from launch.config import SubmitConfig
 from launch.job import Job
@@ -31,7 +31,7 @@ from trainer.code_version import code_version
 from trainer.config import PretrainConfig
 from trainer.run_folder import RunFolder
 
-LAUNCHERS = ("slurm", "ssh", "local")  # sections of cluster, and modules beside this one
+LAUNCHERS = {"slurm": slurm, "ssh": ssh, "local": local}  # by the section of cluster that asks for it
 OURS = ("run", "run.name", "run.dir")  # given left of the --
 
 
@@ -41,7 +41,7 @@ def submit(cfg: SubmitConfig, overrides: list[str], argv: list[str]) -> int:
     Raises:
         UserError: a run or a cluster that cannot be; then nothing is started and nothing written.
     """
-    launcher = import_module(f"launch.{launcher_of(cfg.cluster)}")
+    prepare = LAUNCHERS[launcher_of(cfg.cluster)].prepare
     check_forward(cfg.cluster)
     run_dir = Path(cfg.run.dir).absolute()
     runs, said = [], []
@@ -56,7 +56,7 @@ def submit(cfg: SubmitConfig, overrides: list[str], argv: list[str]) -> int:
     print("\n".join(said), flush=True)
     job = write(cfg, run_dir, runs, argv)
     try:
-        commands = launcher.prepare(job)
+        commands = prepare(job)
     except BaseException:  # a refusal: the folder of what was never started would only confuse
         shutil.rmtree(job.folder)
         raise
@@ -65,7 +65,7 @@ def submit(cfg: SubmitConfig, overrides: list[str], argv: list[str]) -> int:
     if cfg.dry_run:
         return 0
     if cfg.cluster.slurm is not None:
-        print(f"submitted: {', '.join(launcher.submit(commands))}")
+        print(f"submitted: {', '.join(slurm.submit(commands))}")
         return 0
     return foreground(commands, job.cwd)
 

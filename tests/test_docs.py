@@ -63,13 +63,24 @@ class Line(NamedTuple):
 
 
 def lines(page: str, words: list[str]) -> Iterator[Line]:
-    if "--" in words:  # launch.supervise ... -- COMMAND
+    if "--" in words:  # launch.supervise ... -- COMMAND, launch.submit ... -- OVERRIDES
         at = words.index("--")
-        yield from [*lines(page, words[:at]), *lines(page, words[at + 1 :])]
+        before = list(lines(page, words[:at]))
+        yield from before
+        submitted = [line for line in before if line.module == "launch.submit"]
+        yield from map(submitted_run, submitted, [words[at + 1 :]]) if submitted else lines(page, words[at + 1 :])
         return
     at = next((i for i, word in enumerate(words) if word in ("-m", "--module")), None)
     if at is not None and words[at + 1].split(".")[0] in ("data_pipeline", "trainer", "launch"):
         yield Line(page, words[at + 1], words[at + 2 :], ranks(words[:at]))
+
+
+def submitted_run(line: Line, overrides: list[str]) -> Line:
+    """What launch.submit starts: trainer.pretrain with the run's name and the cluster's GPUs."""
+    cfg = load("submit", line.arguments)
+    own = [f"run.name={cfg.run.name}", f"run.dir={cfg.run.dir}", f"gpu={cfg.cluster.gpu}"]
+    count = cfg.cluster.nodes * cfg.cluster.gpus_per_node
+    return Line(line.page, "trainer.pretrain", [*overrides, *own], count)
 
 
 def ranks(launcher: list[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -25,6 +24,8 @@ from tests.ranks import ROOT
 from tests.system.runs import TINY, make_data
 from trainer import code_version
 from trainer.config import PretrainConfig, RunConfig
+from trainer.heartbeat import Heartbeat, write_heartbeat
+from trainer.run_folder import RunFolder
 
 CPU = ("cluster.gpu=cpu", "cluster.gpus_per_node=2")
 HOSTILE = (
@@ -71,6 +72,24 @@ def test_a_hostile_name_and_folder_reach_the_run_as_they_are(
     assert not (ROOT / "x").exists() and not Path("y").exists()
 
 
+@pytest.mark.parametrize(
+    ("left", "written"),
+    [
+        (["cluster=slurm", "cluster.nodes=2", "cluster.slurm.time=12:00:00", "cluster.slurm.chain=2"], "job.sbatch"),
+        (["cluster=ssh", "cluster.nodes=2", "cluster.ssh.hosts=[n1,n2]"], "hostfile"),
+    ],
+    ids=["slurm", "ssh"],
+)
+def test_the_launchers_of_a_cluster_prepare_what_is_submitted(
+    left: list[str], written: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "a $(touch x) run"
+    right = trains(data, "tokens_per_step=1024", "micro_batch_size=1")
+    assert dry([*left, "cluster.gpu=cpu", "cluster.gpus_per_node=2", "run.name=it's", f"run.dir={run_dir}"], right) == 0
+    assert (run_dir / "submit/0001" / written).is_file()
+    assert "4 ranks" in capsys.readouterr().out
+
+
 REFUSED = [
     # left of the --, right of it, the line
     ([], ["run.name=x"], "run.name=x: give run.name and run.dir left of the --"),
@@ -88,7 +107,9 @@ REFUSED = [
     (["sweep=[['seed=1'],['optim.lr=fast']]"], [], "sweep[1]: optim.lr=fast: give a number"),
     (["cluster.nodes=2"], [], "cluster.nodes=2 with cluster=local, which is one machine: give cluster=ssh"),
     (["cluster=infiniband"], [], "cluster=infiniband has no way to start a run: give cluster=slurm, ssh or local"),
-    (["cluster.slurm.time=1"], [], "cluster=local has cluster.slurm and cluster.local: give cluster=slurm"),
+    (["cluster=slurm", "cluster.slurm.partition=$(x)"], [], "cluster.slurm.partition: '$(x)': give names"),
+    (["cluster=ssh"], [], "cluster.ssh"),
+    (["cluster.slurm.time=10"], [], "cluster=local has cluster.slurm and cluster.local: give cluster=slurm"),
     (["cluster.env.HF_TOKEN=abc"], [], "cluster.env.HF_TOKEN looks like a secret"),
     (["cluster.env={1A: x}"], [], "cluster.env: '1A' is no variable"),
     (["cluster.forward=['A B']"], [], "cluster.forward: 'A B': give names of variables"),
@@ -138,13 +159,13 @@ def test_a_sweep_freezes_each_run_by_itself(data: Path, tmp_path: Path, capsys: 
 def test_each_submission_has_a_folder_of_its_own_and_a_run_at_work_is_told_of(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "run/heartbeats").mkdir(parents=True)
-    beat = tmp_path / "run/heartbeats/rank-00000.json"
-    beat.write_text("[" * 5000)  # none of ours: no warning, and no end
+    folder, now = RunFolder(tmp_path / "run").heartbeats, time.time()
+    folder.mkdir(parents=True)
+    (folder / "rank-00000.json").write_text("[" * 5000)  # none of ours: no warning, and no end
     said = []
-    for body in (None, {"age": 5, "phase": "step"}, {"age": 5, "phase": "end"}, {"age": 300, "phase": "step"}):
-        if body:
-            beat.write_text(json.dumps({"time": time.time() - body["age"], "host": "n1", "phase": body["phase"]}))
+    for age, phase in ((None, ""), (5, "step"), (5, "end"), (300, "step")):
+        if age:
+            write_heartbeat(folder, Heartbeat(0, "n1", 9, 1, now - age, 3, phase, now - age, None, None))
         dry([*CPU, f"run.dir={tmp_path}/run"], trains(data))
         said.append("warning: " in capsys.readouterr().out)
     assert said == [False, True, False, False]
