@@ -199,7 +199,8 @@ def _env(job: Job, ssh: SshConfig) -> dict[str, str]:
 
 def _torchrun(job: Job, ssh: SshConfig, hosts: list[str], i: int) -> list[str]:
     """What joins the i-th host to the others that are there; the first one keeps the list of them."""
-    wait = f"last_call_timeout={LAST_CALL_S},keep_alive_interval=5,keep_alive_max_attempt=3"
+    wait = f"last_call_timeout={LAST_CALL_S},read_timeout={SILENCE_S[ssh.launcher]}"  # a cut host's torchrun lives on
+    wait += ",keep_alive_interval=5,keep_alive_max_attempt=3"
     return [
         *(job.python, "-m", "torch.distributed.run"),
         f"--nnodes={ssh.min_nodes or len(hosts)}:{len(hosts)}",
