@@ -2,9 +2,10 @@
 
 FILE is JSON: {host: the argv of its ssh}. What a host says is shown with its name in front. A host that is lost (ssh's
 exit code 255) is tried again every RETRY_S seconds while another one lives: torchrun there joins the others, so that a
-host that was cut off or started anew is taken back. The run is done as soon as one host's command ends with 0; one that
-fails is not started again, `launch.supervise` does that when all have ended. SIGTERM or SIGINT closes the connections'
-stdin: launch.leash on the other side stops its command, and what that still says and its exit code arrive here.
+host that was cut off or started anew is taken back; so is, RETRIES times, one whose command failed while the others'
+went on. The run is done as soon as one host's command ends with 0, and has failed when all have ended; then
+`launch.supervise` starts it anew. SIGTERM, SIGINT or SIGUSR1 closes the connections' stdin: launch.leash on the other
+side stops its command, and what that still says and its exit code come here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import IO
 
 LOST = 255  # ssh's own exit code
 RETRY_S = 5.0
+FAILED_S = 45.0  # a host's own failure: the others have gone on without it for so long
+RETRIES = 3  # after such failures, on one host: each return costs the others a start
 BEAT_S = 10.0  # between two words to a host, whose launch.leash waits for them
 LEAVE_S = 60.0  # for hosts whose launchers wait for one another at the end of a run
 END_S = 150.0  # launch.leash takes 2 x 60 s at most
@@ -33,15 +36,29 @@ class Host:
     def __init__(self, name: str, argv: list[str]) -> None:
         self.name = name
         self._argv = argv
+        self._failures = 0
         self.start()
+
+    def revive(self) -> None:
+        """Start again what was lost, or has failed alone: to be called while another host lives."""
+        code = self.code()
+        if code is None or self.ended_at is None:
+            return
+        for_s = time.monotonic() - self.ended_at
+        if code == LOST and for_s > RETRY_S:
+            self.start()
+        elif code != LOST and for_s > FAILED_S and self._failures < RETRIES:
+            self._failures += 1
+            self.start()
 
     def start(self) -> None:
         pipe = subprocess.PIPE  # a group of its own: a signal to ours must not cut the connection
         self.process = subprocess.Popen(self._argv, stdin=pipe, stdout=pipe, stderr=pipe, process_group=0)
         self.ended_at: float | None = None
-        for source, sink in ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr)):
-            assert source is not None
-            threading.Thread(target=self._show, args=(source, sink), daemon=True).start()
+        pipes = ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr))
+        self._shows = [threading.Thread(target=self._show, args=ends, daemon=True) for ends in pipes]
+        for show in self._shows:
+            show.start()
 
     def code(self) -> int | None:
         """The exit code; None while it runs."""
@@ -62,6 +79,13 @@ class Host:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
 
+    def close(self) -> None:
+        """What has been said is shown; what still runs here of the connection is ended."""
+        if self.code() is None:
+            self.process.kill()
+        for show in self._shows:
+            show.join(5)
+
     def _show(self, source: IO[bytes], sink: IO[str]) -> None:
         for line in source:
             with contextlib.suppress(OSError):
@@ -71,7 +95,7 @@ class Host:
 class Everywhere:
     def __init__(self, commands: dict[str, list[str]]) -> None:
         self.stopped = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._stop)
         self.hosts = [Host(name, argv) for name, argv in commands.items()]
 
@@ -83,8 +107,7 @@ class Everywhere:
             if 0 in codes or None not in codes:
                 break
             for host in self.hosts:
-                if host.code() == LOST and time.monotonic() - (host.ended_at or 0) > RETRY_S:
-                    host.start()
+                host.revive()
             if time.monotonic() > beat_at:
                 beat_at = time.monotonic() + BEAT_S
                 for host in self.hosts:
@@ -106,8 +129,7 @@ class Everywhere:
         while any(host.code() is None for host in self.hosts) and time.monotonic() < deadline:
             time.sleep(0.2)
         for host in self.hosts:
-            if host.code() is None:
-                host.process.kill()
+            host.close()
         codes = [host.code() or LOST for host in self.hosts]
         return next((code if code > 0 else 128 - code for code in codes if code != LOST), LOST)
 

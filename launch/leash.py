@@ -22,10 +22,10 @@ import time
 from types import FrameType
 from typing import IO
 
-from launch.supervise import become_subreaper, end_descendants
+from launch.processes import become_subreaper, end_descendants
 from trainer.exit_codes import USER_ERROR
 
-LOST = 255
+LOST = 255  # what ssh itself says of a lost connection: launch.everywhere connects again
 GRACE_S = 60.0  # for a rank that saves before it ends
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from conf.schema import thaw
 from data_pipeline.config import UserError
 from data_pipeline.manifest import publish, publish_json
-from launch.cluster_config import ClusterConfig, SshConfig, SshLauncher
+from launch.cluster_config import ClusterConfig, SshConfig, SshLauncher, Transport
 from launch.job import Job, entry, supervised
 from trainer.config import PretrainConfig
 from trainer.layouts import check_layout
@@ -24,13 +24,14 @@ from trainer.plan.hardware import CPU
 from trainer.world import World
 
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-INTERFACE = re.compile(r"[A-Za-z0-9_.,=^-]{1,64}")  # NCCL's own way of writing them
+INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # Linux's own limit
+PROGRAMS = {Transport.pdsh: ["pdsh"], Transport.openmpi: ["mpirun", "ompi_info"]}
 HOSTFILE_BYTES = 1 << 20
 SILENCE_S = {SshLauncher.deepspeed: 60, SshLauncher.torchrun: 180}
 """A connection that brings nothing for so long is lost, on both ends; a host that may come and go is waited for longer,
 for it is taken back with the least ado while its connection lives."""
 NODE_RANK = "--node_rank=%n"  # pdsh's own sign for a host's number
+GRACE_S = 60  # for a rank that saves before it ends
 LAST_CALL_S = 15  # torchrun starts without the missing hosts so long after min_nodes of them have come
 
 
@@ -48,7 +49,8 @@ def prepare(job: Job) -> list[list[str]]:
     _check(job.cluster, ssh)
     publish(job.folder / "hostfile", "".join(f"{h} slots={job.cluster.gpus_per_node}\n" for h in hosts).encode())
     if ssh.launcher is SshLauncher.deepspeed:
-        return [supervised(job, 0, _pdsh(job, ssh, hosts))]
+        spread = _pdsh if ssh.transport is Transport.pdsh else _openmpi
+        return [supervised(job, 0, spread(job, ssh, hosts))]
     check_elastic(thaw(job.configs[0], PretrainConfig), job.cluster)
     commands = {
         host: _ssh(job, host, _on_host(job, ssh, _torchrun(job, ssh, hosts, i))) for i, host in enumerate(hosts)
@@ -129,12 +131,6 @@ def _check(cluster: ClusterConfig, ssh: SshConfig) -> None:
         raise UserError(f"cluster.ssh.master_port={ssh.master_port}: give 1024 to 65535")
     if ssh.interface is not None and not INTERFACE.fullmatch(ssh.interface):
         raise UserError(f"cluster.ssh.interface={ssh.interface!r}: give a network interface, such as eth0")
-    for name in (*cluster.env, *cluster.forward):
-        if not VARIABLE.fullmatch(name):
-            raise UserError(f"cluster.env and cluster.forward: {name!r} is no name of a variable: letters, digits, '_'")
-    absent = [name for name in cluster.forward if name not in os.environ]
-    if absent:
-        raise UserError(f"cluster.forward: {', '.join(absent)} is not in the environment: set it, or leave it out")
     if ssh.min_nodes is not None and ssh.launcher is not SshLauncher.torchrun:
         raise UserError(
             f"cluster.ssh.min_nodes={ssh.min_nodes}: deepspeed starts a fixed number of hosts, "
@@ -142,18 +138,18 @@ def _check(cluster: ClusterConfig, ssh: SshConfig) -> None:
         )
     if ssh.min_nodes is not None and not 1 <= ssh.min_nodes <= cluster.nodes:
         raise UserError(f"cluster.ssh.min_nodes={ssh.min_nodes}: give 1 to cluster.nodes={cluster.nodes}")
-    needed = ["ssh"] if ssh.launcher is SshLauncher.torchrun else ["ssh", "pdsh"]
+    if ssh.launcher is SshLauncher.torchrun and ssh.transport is not Transport.pdsh:
+        raise UserError(
+            f"cluster.ssh.transport={ssh.transport.value} with launcher=torchrun, which takes plain ssh: leave it out"
+        )
+    needed = ["ssh", *([] if ssh.launcher is SshLauncher.torchrun else PROGRAMS[ssh.transport])]
     if absent := [program for program in needed if shutil.which(program) is None]:
         raise UserError(f"cluster.ssh needs {', '.join(absent)} here, which is not installed")
 
 
 def _on_host(job: Job, ssh: SshConfig, launcher: list[str]) -> list[str]:
     """What runs on a host: the launcher with its environment, for as long as the connection lasts."""
-    env = dict(job.cluster.env)
-    if job.cluster.gpu == CPU:
-        env["DS_ACCELERATOR"] = "cpu"
-    if ssh.interface is not None:
-        env |= {"GLOO_SOCKET_IFNAME": ssh.interface, "NCCL_SOCKET_IFNAME": ssh.interface}
+    env = _env(job, ssh)
     leash = [job.python, "-m", "launch.leash", f"--needs={','.join(job.cluster.forward)}"]
     if ssh.launcher is SshLauncher.torchrun:  # launch.everywhere, unlike pdsh, has a word to say from time to time
         leash.append(f"--silence={SILENCE_S[ssh.launcher]}")
@@ -177,9 +173,34 @@ def _pdsh(job: Job, ssh: SshConfig, hosts: list[str]) -> list[str]:
     return ["env", f"PDSH_SSH_ARGS_APPEND={options}", "pdsh", *fan_out, shlex.join(line)]
 
 
+def _openmpi(job: Job, ssh: SshConfig, hosts: list[str]) -> list[str]:
+    """mpirun, as DeepSpeed's launcher calls it. It counts the ranks, trainer/world.py reads its numbers; no rank speaks
+    MPI. The environment is `env`'s words: DeepSpeed's own way puts quotes into values that have spaces."""
+    mpirun = [*("--bind-to", "none"), *("--mca", "plm_rsh_args", shlex.join(_options(job)))]
+    mpirun += ["--mca", "odls_base_sigkill_timeout", str(GRACE_S)]
+    if ssh.interface is not None:
+        mpirun += [*("--mca", "oob_tcp_if_include", ssh.interface), *("--mca", "btl_tcp_if_include", ssh.interface)]
+    mpirun += [word for name in job.cluster.forward for word in ("-x", name)]
+    env = _env(job, ssh) | {"MASTER_ADDR": hosts[0], "MASTER_PORT": str(ssh.master_port)}
+    return [
+        *(job.python, "-m", "deepspeed.launcher.runner", "--launcher=openmpi", f"--launcher_args={shlex.join(mpirun)}"),
+        *(f"--hostfile={job.folder / 'hostfile'}", f"--master_addr={hosts[0]}", "--force_multi", "--no_python"),
+        *("env", "-C", str(job.cwd), *(f"{k}={v}" for k, v in env.items()), job.python, *entry(job, 0)),
+    ]
+
+
+def _env(job: Job, ssh: SshConfig) -> dict[str, str]:
+    """What every rank finds in its environment."""
+    env = ({"DS_ACCELERATOR": CPU} if job.cluster.gpu == CPU else {}) | job.cluster.env
+    if ssh.interface is not None:
+        env |= {"GLOO_SOCKET_IFNAME": ssh.interface, "NCCL_SOCKET_IFNAME": ssh.interface}
+    return env
+
+
 def _torchrun(job: Job, ssh: SshConfig, hosts: list[str], i: int) -> list[str]:
     """What joins the i-th host to the others that are there; the first one keeps the list of them."""
-    wait = f"last_call_timeout={LAST_CALL_S},keep_alive_interval=5,keep_alive_max_attempt=3"
+    wait = f"last_call_timeout={LAST_CALL_S},read_timeout={SILENCE_S[ssh.launcher]}"  # a cut host's torchrun lives on
+    wait += ",keep_alive_interval=5,keep_alive_max_attempt=3"
     return [
         *(job.python, "-m", "torch.distributed.run"),
         f"--nnodes={ssh.min_nodes or len(hosts)}:{len(hosts)}",

@@ -99,20 +99,8 @@ class Cluster:
 
     def on(self, name: str, argv: Sequence[str]) -> list[str]:
         """The command that runs `argv` on a host, as somebody who is logged in there."""
-        hostname = f'{name}; exec "$@"'
-        return [
-            "ip",
-            "netns",
-            "exec",
-            self.netns(name),
-            "unshare",
-            "--uts",
-            "sh",
-            "-c",
-            f"hostname {hostname}",
-            "-",
-            *argv,
-        ]
+        script = f'hostname {name}; exec "$@"'
+        return ["ip", "netns", "exec", self.netns(name), *("unshare", "--uts", "sh", "-c", script, "-"), *argv]
 
     def start(self, name: str, argv: Sequence[str], **popen: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(self.on(name, argv), text=True, **{"cwd": ROOT, **popen})

@@ -22,8 +22,17 @@ class World:
         return self.rank == 0
 
 
+OPENMPI = {
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+}
+"""What mpirun sets, which says neither where rank 0 is nor at which port."""
+
+
 def read_world() -> World:
-    """From what `torchrun`, `deepspeed` or Slurm's rendezvous put into the environment; alone without it.
+    """From what `torchrun`, `deepspeed`, mpirun or Slurm's rendezvous put into the environment; alone without it.
 
     Alone, the process becomes a world of one and takes a free port for it.
 
@@ -31,6 +40,14 @@ def read_world() -> World:
         UserError: RANK without WORLD_SIZE or the like: a launcher that set half of what is needed.
     """
     keys: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not any(k in os.environ for k in keys) and OPENMPI["RANK"] in os.environ:
+        absent = [k for k in (*OPENMPI.values(), "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+        if absent:
+            raise UserError(
+                f"{OPENMPI['RANK']} in the environment but not {', '.join(absent)}: start with torchrun or deepspeed, "
+                "or give mpirun MASTER_ADDR and MASTER_PORT with -x"
+            )
+        os.environ.update({k: os.environ[name] for k, name in OPENMPI.items()})
     found = [k for k in keys if k in os.environ]
     if not found:
         import socket

@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from launch.everywhere import Host
 from tests.ranks import ROOT
 
 LEASH = [sys.executable, "-m", "launch.leash"]
@@ -56,6 +59,20 @@ def test_a_lost_host_is_taken_back_while_another_lives(tmp_path: Path) -> None:
     process = everywhere(tmp_path, a=sh("sleep 7"), b=sh(first))
     out, _ = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, out) == (0, "b: back\n")
+
+
+def test_a_host_that_failed_alone_is_taken_back_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.everywhere.FAILED_S", 0.1)
+    host = Host("b", sh("echo again; exit 1"))
+    deadline = time.monotonic() + TIMEOUT_S
+    while host.code() is None or time.monotonic() - (host.ended_at or 0) < 0.5:
+        host.revive()
+        time.sleep(0.02)
+        assert time.monotonic() < deadline
+    host.close()
+    assert capfd.readouterr().out == "b: again\n" * 4
 
 
 def test_a_stop_reaches_the_far_side_and_what_it_then_says_comes_back(tmp_path: Path) -> None:

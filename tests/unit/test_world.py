@@ -10,7 +10,13 @@ import pytest
 from data_pipeline.config import UserError
 from trainer.world import World, read_world
 
-KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+KEYS = (*MPI, *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +42,17 @@ def test_the_ranks_of_the_node_are_counted(monkeypatch: pytest.MonkeyPatch, name
         monkeypatch.setenv(name, wrong)
         with pytest.raises(UserError, match=f"WORLD_SIZE=8, .*{name}={wrong}: .*start with torchrun or deepspeed"):
             read_world()
+
+
+def test_mpiruns_numbers_are_read_where_rank_0_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in MPI.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match=r"RANK in the environment but not MASTER_ADDR, MASTER_PORT: .* with -x"):
+        read_world()
+    monkeypatch.setenv("MASTER_ADDR", "h1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert read_world() == World(rank=5, world_size=8, local_rank=1, local_world_size=4)
+    assert (os.environ["RANK"], os.environ["MASTER_ADDR"]) == ("5", "h1")  # torch finds them too
 
 
 def test_alone_it_is_a_world_of_one_with_a_port_that_is_free() -> None:
