@@ -65,6 +65,17 @@ def thaw(path: Path, schema: type[T]) -> T:
         raise UserError(f"{path}: not a frozen config: {why}") from None
 
 
+def peek(path: Path) -> dict[str, Any]:
+    """What a frozen config says, unchecked: of a run that may be of another version. Raises as `thaw` does."""
+    try:
+        body = yaml.safe_load(_plain_yaml(_read(path)))
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise UserError(f"not a frozen config: {flat(e)}") from None
+    if not isinstance(body, dict):
+        raise UserError("not a mapping of keys to values")
+    return body
+
+
 def literal(text: str) -> str:
     """A value for a command line of ours that arrives as just this text, whatever stands in it."""
     quoted = text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\"")

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.frozen import flat, freeze, literal, thaw, user_error_in
+from conf.frozen import flat, freeze, literal, peek, thaw, user_error_in
 from conf.hints import inner, keys, near, type_of, wording
 from data_pipeline.config import OrderConfig, Passing, UserError
 from data_pipeline.prepare import config as prepare
@@ -30,7 +30,20 @@ from trainer.config import PretrainConfig
 from trainer.node_config import NodeCheckConfig
 from trainer.tracking_config import SyncConfig
 
-__all__ = ["CONF", "ROOTS", "defaults", "explain", "freeze", "groups", "literal", "load", "options", "run", "thaw"]
+__all__ = [
+    "CONF",
+    "ROOTS",
+    "defaults",
+    "explain",
+    "freeze",
+    "groups",
+    "literal",
+    "load",
+    "options",
+    "peek",
+    "run",
+    "thaw",
+]
 HYDRAS = (HydraException, OmegaConfBaseException, ValueError)  # ValueError: a group set to null
 Entry = tuple[str, Callable[[Any], None]]
 

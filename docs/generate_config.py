@@ -56,7 +56,7 @@ def docs(schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     for f in fields(schema):
         hint, key = hints[f.name], prefix + f.name
         if element := next((a for a in get_args(hint) if is_dataclass(a)), None):
-            hint, key = element, f"{key}.NAME" if get_origin(hint) is dict else f"{key}[N]"
+            hint, key = element, key + {dict: ".NAME", list: "[N]"}.get(get_origin(hint), "")  # or one that may be null
         if is_dataclass(hint):
             text = ast.get_docstring(class_node(hint)) or ""
             if text:
@@ -122,7 +122,8 @@ def wording(hint: Any) -> str:
     if get_args(hint) == (int, str):
         return "int or `auto`"
     if element := next((a for a in get_args(hint) if is_dataclass(a)), None):
-        return f"{'mapping of names to' if get_origin(hint) is dict else 'list of'} {element.__name__}"
+        many = {dict: "mapping of names to ", list: "list of "}.get(get_origin(hint), "")
+        return f"{many}{element.__name__}{'' if many else ' or null'}"
     inner = next((a for a in get_args(hint) if isinstance(a, type) and issubclass(a, Enum)), hint)
     if isinstance(inner, type) and issubclass(inner, Enum):
         return ", ".join(f"`{member.name}`" for member in inner)

@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from conf.schema import peek
 from data_pipeline.config import UserError
 from data_pipeline.ledger import Ledger
 from data_pipeline.manifest import read_json
@@ -77,7 +76,7 @@ def _config(root: Path) -> Report:
     path = RunFolder(root).config
     if not path.exists():
         return {}
-    body = yaml.safe_load(_read(path, TAIL_BYTES)[1])
+    body = peek(path)
     watch = body.get("watch") or {}
     keys = ("max_steps", "tokens_per_step", "micro_batch_size", "precision")
     return {
