@@ -232,10 +232,10 @@ def test_what_a_run_holds_is_closed_even_if_its_last_save_is_a_defect() -> None:
     def close(*how: Any) -> None:
         closed.append(how)
 
-    parts = {name: SimpleNamespace(close=close) for name in ("feed", "tracker")}
+    parts = {name: SimpleNamespace(close=close) for name in ("feed", "tracker", "watch")}
     with pytest.raises(ZeroDivisionError):
         Trainer.__exit__(SimpleNamespace(saver=SimpleNamespace(close=defect), **parts), UserError, UserError(), None)  # type: ignore[arg-type]
-    assert closed == [(), (Status.failed,)]
+    assert closed == [(), (Status.failed,), ()]
 
 
 def test_the_snapshot_takes_twelve_bytes_a_parameter_over_the_world(ranks: list[Any]) -> None:
