@@ -15,7 +15,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,9 +26,8 @@ from typing import IO
 from conf.schema import run
 from data_pipeline.config import UserError
 from launch.config import SuperviseConfig
-from launch.processes import become_subreaper, descendants, end_descendants, send
+from launch.processes import become_subreaper, end_descendants, ranks_below, send
 from trainer.exit_codes import ALONE, HUNG, PREEMPTED, USER_ERROR
-from trainer.heartbeat import read_heartbeats
 from trainer.redact import redact
 from trainer.run_folder import RunFolder
 from trainer.signals import CODES
@@ -107,8 +105,7 @@ class Supervisor:
         self._stop.set()
         if self._process is None or self._process.returncode is not None:
             return
-        ours = {beat.pid for beat in read_heartbeats(self.folder.heartbeats) if beat.host == socket.gethostname()}
-        ranks = ours.intersection(descendants())
+        ranks = ranks_below(self.folder.heartbeats)
         for pid in ranks:
             send(pid, number)
         if again or not ranks:
