@@ -9,6 +9,8 @@ from pathlib import Path
 from conf.schema import literal
 from launch.cluster_config import ClusterConfig
 
+SUBMITTED = "submitted.json"  # in a submission's folder, once it has been started: Slurm's ids, commands, time
+
 
 @dataclass(frozen=True)
 class Job:

@@ -105,19 +105,15 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {row.step: row.metrics["train/loss"] for row in rows(run_dir)}
 
 
-def use(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("transport", ["pdsh", "openmpi"])
+def test_deepspeed_trains_on_two_hosts(
+    cluster: Cluster, data: Path, tmp_path: Path, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if transport == "openmpi":
         if shutil.which("mpirun") is None:
             pytest.skip("mpirun is not installed (apt: openmpi-bin)")
         for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
             monkeypatch.setenv(name, "1")
-
-
-@pytest.mark.parametrize("transport", ["pdsh", "openmpi"])
-def test_deepspeed_trains_on_two_hosts(
-    cluster: Cluster, data: Path, tmp_path: Path, transport: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use(transport, monkeypatch)
     of = [f"cluster.ssh.transport={transport}"]
     process = submit(cluster, tmp_path, f"data.path={data}", "max_steps=6", of=of)
     assert process.wait(PATIENCE_S) == 0, said(tmp_path)
@@ -133,20 +129,12 @@ def test_deepspeed_trains_on_two_hosts(
     )
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "transport"),
-    [
-        (signal.SIGUSR1, 85, "pdsh"),
-        (signal.SIGINT, 130, "pdsh"),
-        (signal.SIGUSR1, 85, "openmpi"),
-    ],
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 85), (signal.SIGINT, 130)])
 def test_one_signal_saves_on_all_hosts_before_it_is_said(
-    cluster: Cluster, data: Path, tmp_path: Path, number: int, code: int, transport: str, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, data: Path, tmp_path: Path, number: int, code: int
 ) -> None:
-    use(transport, monkeypatch)
     overrides = (f"data.path={data}", "max_steps=100000", "checkpoint.every_steps=0", "watch.beat_s=0.1")
-    process = submit(cluster, tmp_path, *overrides, of=[f"cluster.ssh.transport={transport}"])
+    process = submit(cluster, tmp_path, *overrides)
     wait_until(lambda: any(row.step >= 4 for row in rows(tmp_path / RUN)), tmp_path, process)
     process.send_signal(number)
     assert process.wait(PATIENCE_S) == code, said(tmp_path)[-6000:]

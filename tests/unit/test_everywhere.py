@@ -109,11 +109,15 @@ def test_a_leash_ends_its_command_and_orphans_with_the_connection_which_may_stil
 def test_a_leash_tells_the_ranks_alone_which_then_end_their_launcher(tmp_path: Path) -> None:
     """A launcher that is told, too, gives its ranks less time than they may need."""
     rank = "trap 'touch saved; exit 143' TERM; echo up; while :; do sleep 0.05; done"
-    script = f'trap "touch told" TERM; cd {tmp_path}; sh -c "$0" & echo $! > rank; wait $!; code=$?; wait $!; exit $code'
+    script = (
+        f'trap "touch told" TERM; cd {tmp_path}; sh -c "$0" & echo $! > rank; wait $!; code=$?; wait $!; exit $code'
+    )
     process = leash(f"--ranks={tmp_path}", "--", "sh", "-c", script, rank)
     assert process.stdin is not None and process.stdout is not None and process.stdout.readline() == "up\n"
     pid, now = int((tmp_path / "rank").read_text()), time.time()
-    write_heartbeat(tmp_path / "heartbeats", Heartbeat(0, socket.gethostname(), pid, 1, now, 3, "step", now, None, None))
+    write_heartbeat(
+        tmp_path / "heartbeats", Heartbeat(0, socket.gethostname(), pid, 1, now, 3, "step", now, None, None)
+    )
     process.stdin.close()
     assert process.wait(TIMEOUT_S) == 143
     assert (tmp_path / "saved").exists() and not (tmp_path / "told").exists()

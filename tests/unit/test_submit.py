@@ -60,11 +60,15 @@ def test_a_hostile_name_and_folder_reach_the_run_as_they_are(
 ) -> None:
     run_dir = tmp_path / name
     left = [f"run.name={literal(name)}", f"run.dir={literal(str(run_dir))}", *CPU, "cluster.env.NOTE=$(touch y) '"]
+    left.append("cluster.env.TOKENIZERS_PARALLELISM=false")  # no token
     assert dry(left, trains(data)) == 0
     cfg = load("pretrain", [f"frozen={run_dir}/submit/0001/config.yaml"])
     assert (cfg.run, cfg.gpu, cfg.max_steps) == (RunConfig(name, str(run_dir)), "cpu", 8)
     submitted = thaw(run_dir / "submit/0001/submit.yaml", SubmitConfig)
-    assert (submitted.run.name, submitted.cluster.env) == (name, {"NOTE": "$(touch y) '"})
+    assert (submitted.run.name, submitted.cluster.env) == (
+        name,
+        {"NOTE": "$(touch y) '", "TOKENIZERS_PARALLELISM": "false"},
+    )
     command = shlex.split(capsys.readouterr().out.partition("frozen: ")[2].removeprefix(str(run_dir)))
     assert command[-1] == f"frozen={run_dir}/submit/0001/config.yaml" and "NOTE=$(touch y) '" in command
     (given_dir,) = [word for word in command if word.startswith("run.dir=")]
@@ -111,6 +115,8 @@ REFUSED = [
     (["cluster=ssh"], [], "cluster.ssh"),
     (["cluster.slurm.time=10"], [], "cluster=local has cluster.slurm and cluster.local: give cluster=slurm"),
     (["cluster.env.HF_TOKEN=abc"], [], "cluster.env.HF_TOKEN looks like a secret"),
+    (["cluster.env.DB_PWD=abc"], [], "cluster.env.DB_PWD looks like a secret"),
+    (["cluster.env.TRACK=https://me:abc@h"], [], "cluster.env.TRACK looks like a secret, which the run folder would"),
     (["cluster.env={1A: x}"], [], "cluster.env: '1A' is no variable"),
     (["cluster.forward=['A B']"], [], "cluster.forward: 'A B': give names of variables"),
     (["cluster.forward=[NOT_SET_ANYWHERE]"], [], "cluster.forward names NOT_SET_ANYWHERE, which is not in your env"),
