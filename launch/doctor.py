@@ -7,6 +7,7 @@ at. One line for each check, ok, warn or fail, with what to do; exit code 1 wher
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -125,6 +126,7 @@ def main() -> None:
     at = sys.argv.index("--") if "--" in sys.argv else None
     command = None if at is None else sys.argv[at + 1 :]
     sys.argv = sys.argv[:at]
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was started is ended on the way
     run(("doctor", lambda cfg: sys.exit(report(look(cfg, command), cfg.json))))
 
 

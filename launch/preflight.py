@@ -75,7 +75,7 @@ def alive(run_dir: Path) -> str | None:
 
 def queued(run_dir: Path) -> str | None:
     """A warning where a job that was submitted for this run still waits or runs, as far as squeue is here and says."""
-    ids = set()
+    ids: set[str] = set()
     for path in RunFolder(run_dir).submissions.glob(f"*/{SUBMITTED}"):
         with suppress(UserError, Passing):  # damaged: launch.status tells
             jobs = read_json(path, "the others are asked for").get("jobs")

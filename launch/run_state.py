@@ -125,11 +125,11 @@ def _without_beats(report: dict[str, Any], last: dict[str, Any], now: float) -> 
     known = [t for t in times if isinstance(t, int | float)]
     if not known:
         submitted = _listed(report["submissions"])
-        runs = [str(run) for s in submitted for run in s.get("runs", ())]
+        runs = dict.fromkeys(str(run) for s in submitted for run in s.get("runs", ()))
         if runs:
-            return "a sweep", f"its runs have folders of their own: {', '.join(dict.fromkeys(runs))}"
-        times = sum(bool(s.get("submitted")) for s in submitted)
-        return "never started", f"submitted {times} times" if times else "no start has left a trace"
+            return "a sweep", f"its runs have folders of their own: {', '.join(runs)}"
+        count = sum(bool(s.get("submitted")) for s in submitted)
+        return "never started", f"submitted {count} times" if count else "no start has left a trace"
     age, limit = now - max(known), report["config"].get("watch.start_s") or START_S
     if (not row or max(known) > row["time"]) and age < limit:
         return "starting", f"begun {age:.0f} s ago, no heartbeat and no row since"

@@ -157,7 +157,7 @@ def told(code: int, stderr: str) -> int:
 
 def outcome(code: int, asked: list[int]) -> int:
     """How this process ends. Asked with SIGUSR1, whatever failed meanwhile goes on later, from the last checkpoint;
-    asked with SIGTERM or SIGINT, a launcher's 1 is that signal's code, and so is the other's, which it told the ranks."""
+    asked with SIGTERM or SIGINT, a launcher's 1 is that signal's code, and so is the other's if it told that."""
     number = next((n for n in reversed(CODES) if n in asked), None)
     if number is None or code in (0, USER_ERROR):
         return code
