@@ -49,7 +49,7 @@ def prepare(job: Job) -> list[list[str]]:
     _check(job.cluster, ssh)
     publish(job.folder / "hostfile", "".join(f"{h} slots={job.cluster.gpus_per_node}\n" for h in hosts).encode())
     if ssh.launcher is SshLauncher.deepspeed and ssh.transport is Transport.openmpi:
-        return [supervised(job, 0, _openmpi(job, ssh, hosts), grace_s=GRACE_S + 30)]  # mpirun's own, and its end
+        return [supervised(job, 0, _openmpi(job, ssh, hosts), grace_s=2 * GRACE_S + 30)]  # mpirun's own, and its end
     if ssh.launcher is SshLauncher.deepspeed:
         commands = {"": _pdsh(job, ssh, hosts)}  # which puts the hosts' names before what they say by itself
     else:
@@ -186,7 +186,8 @@ def _pdsh(job: Job, ssh: SshConfig, hosts: list[str]) -> list[str]:
 
 def _openmpi(job: Job, ssh: SshConfig, hosts: list[str]) -> list[str]:
     """mpirun, as DeepSpeed's launcher calls it. It counts the ranks, trainer/world.py reads its numbers; no rank speaks
-    MPI. The environment is `env`'s words: DeepSpeed's own way puts quotes into values that have spaces."""
+    MPI. The environment is `env`'s words: DeepSpeed's own way puts quotes into values that have spaces. When a rank ends
+    otherwise than with 0 mpirun waits GRACE_S, sends the others SIGTERM, waits as long, and sends SIGKILL."""
     mpirun = [*("--bind-to", "none"), *("--mca", "plm_rsh_args", shlex.join(_options(job)))]
     mpirun += ["--mca", "odls_base_sigkill_timeout", str(GRACE_S)]
     if ssh.interface is not None:
