@@ -186,8 +186,8 @@ def _pdsh(job: Job, ssh: SshConfig, hosts: list[str]) -> list[str]:
 
 def _openmpi(job: Job, ssh: SshConfig, hosts: list[str]) -> list[str]:
     """mpirun, as DeepSpeed's launcher calls it. It counts the ranks, trainer/world.py reads its numbers; no rank speaks
-    MPI. The environment is `env`'s words: DeepSpeed's own way puts quotes into values that have spaces. When a rank ends
-    otherwise than with 0 mpirun waits GRACE_S, sends the others SIGTERM, waits as long, and sends SIGKILL."""
+    MPI. The environment is `env`'s words: DeepSpeed's own way puts quotes into values that have spaces. Where a rank
+    ends otherwise than with 0 mpirun waits GRACE_S, sends the others SIGTERM, waits as long, and sends SIGKILL."""
     mpirun = [*("--bind-to", "none"), *("--mca", "plm_rsh_args", shlex.join(_options(job)))]
     mpirun += ["--mca", "odls_base_sigkill_timeout", str(GRACE_S)]
     if ssh.interface is not None:
