@@ -254,6 +254,7 @@ TRAPS = st.text(st.sampled_from("\\${}x'\" \n.:oc,env!&*#-0e1_n"), min_size=1)
 @given(name=TEXT | TRAPS, path=TEXT | TRAPS)
 @example(name="null", path="'${x}'")
 @example(name="1e5", path="\x85\u2028\ufeff")
+@example(name="!x${*", path="a${b")  # no reference at all
 def test_a_frozen_config_thaws_as_it_was_whatever_its_text(name: str, path: str) -> None:
     cfg = replace(BASE, run=RunConfig(name.replace("???", ""), path.replace("???", "")))
     assert refrozen(cfg) == cfg
