@@ -8,9 +8,11 @@ function is named, not pickled; arguments and results travel as JSON.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -23,9 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """One below those that the kernel gives to outgoing connections, for nobody holds it until it is used."""
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port := secrets.choice(range(16384, 32768))))
+            return port
 
 
 def rank_env(rank: int, world_size: int, port: int, device: str = "cpu") -> dict[str, str]:
