@@ -25,7 +25,7 @@ from trainer.heartbeat import read_heartbeats
 from trainer.journal import read_journal
 from trainer.run_folder import RunFolder
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.xdist_group("slurm")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("slurm")]
 STEPS = 300
 HOSTILE = 'it\'s "a" $(touch hit) 100% run'
 
@@ -85,7 +85,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         pytest.skip(f"Slurm cannot be started: {why}")
     root = tmp_path_factory.mktemp("slurm_runs")
     own = (f"data.path={make_data(root / 'data')}", f"max_steps={STEPS}", "checkpoint.every_steps=40")
-    own += ("model.dropout=0.1", "eval.every=50")
+    own += ("model.dropout=0.1", "eval.every=50", "watch.hang_min_s=400")
     whole = root / "whole"
     pretrain(whole, *own, ranks=2)
     with slurm.cluster(root / "slurm") as env:
@@ -130,17 +130,17 @@ def test_a_signal_then_a_lost_node_then_done(site: Site) -> None:
 
 def test_the_time_limit_is_a_signal_before_it(site: Site) -> None:
     """Slurm looks at limits every 30 s; a rank stands still until then, so that the run is not done before."""
-    run, [job] = site.submit("limit", "cluster.slurm.time=1", "cluster.slurm.signal_s=10")
+    run, [job] = site.submit("limit", "cluster.slurm.time=2", "cluster.slurm.signal_s=10")
     site.reached(run, 20)
     pid = rank_pid(run, 1)
     os.kill(pid, signal.SIGSTOP)
     try:
-        wait_for(lambda: ": SIGUSR1\n" in site.logs().rpartition("limit")[2], 100)
+        wait_for(lambda: any(": SIGUSR1\n" in log.read_text() for log in run.rglob("slurm-*.out")), 200)
     finally:
         os.kill(pid, signal.SIGCONT)
     site.wait(job, Restarts="1")
     assert 20 < saved(run) < STEPS
-    site.wait(job, JobState="COMPLETED")  # on a slow machine after more than one other minute
+    site.wait(job, JobState="COMPLETED")  # on a slow machine after another stop or two
     assert starts(run) == 1 + int(site.job(job)["Restarts"])
     site.same(run)
 
