@@ -36,6 +36,7 @@ from trainer.run_folder import RunFolder
 from trainer.signals import CODES
 
 TAIL_BYTES = 16384  # of a start's stderr, kept to tell why it failed
+AGAIN_S = 3.0  # between two SIGUSR1 to a launcher that has not ended
 NOTHING_SAVED = "stopped without a checkpoint"  # an event: `idle` times in a row
 
 
@@ -123,9 +124,28 @@ class Supervisor:
             self._forward(number, None)
         assert self._process.stderr is not None
         tail = Tee(self._process.stderr)
-        code = self._process.wait()
+        code = self._wait(self._process)
         self._process = None
         return code if code >= 0 else 128 - code, tail.text()
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Its exit code. srun drops a SIGUSR1 that comes before its tasks run, and nobody minds another one: where no
+        rank of this host took it, it is said again."""
+        while True:
+            try:
+                return process.wait(AGAIN_S)
+            except subprocess.TimeoutExpired:
+                if signal.SIGUSR1 in self._asked and not self._ranks():
+                    self._tell(process, signal.SIGUSR1)
+
+    def _ranks(self) -> set[int]:
+        """Process ids of the ranks below this process."""
+        ours = {beat.pid for beat in read_heartbeats(self.folder.heartbeats) if beat.host == socket.gethostname()}
+        return ours.intersection(descendants())
+
+    def _tell(self, process: subprocess.Popen[bytes], number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         """To the ranks of this host, for launchers do what they like with it: torchrun dies of a SIGUSR1, and gives its
@@ -136,13 +156,10 @@ class Supervisor:
         self._stop.set()
         if self._process is None or self._process.returncode is not None:
             return
-        ours = {beat.pid for beat in read_heartbeats(self.folder.heartbeats) if beat.host == socket.gethostname()}
-        ranks = ours.intersection(descendants())
-        for pid in ranks:
+        for pid in (ranks := self._ranks()):
             send(pid, number)
         if again or not ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
+            self._tell(self._process, number)
 
     def _log(self, event: str, *, step: int, exit_code: int | None = None, **more: float | str | None) -> None:
         """`step`: of the latest checkpoint, -1 where there is none."""

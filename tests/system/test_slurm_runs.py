@@ -5,6 +5,7 @@ Every run has the same data and seed, so that all are compared with one that was
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -107,6 +108,12 @@ def starts(run: Path) -> int:
     return len(list((run / "generations").iterdir()))
 
 
+def supervised(run: Path) -> list[str]:
+    """The events."""
+    rows = run / "supervise.jsonl"
+    return [json.loads(line)["event"] for line in rows.read_text().splitlines()] if rows.exists() else []
+
+
 def rank_pid(run: Path, rank: int) -> int:
     return next(beat.pid for beat in read_heartbeats(run / "heartbeats") if beat.rank == rank)
 
@@ -143,6 +150,17 @@ def test_the_time_limit_is_a_signal_before_it(site: Site) -> None:
     site.wait(job, JobState="COMPLETED")  # on a slow machine after another stop or two
     assert starts(run) == 1 + int(site.job(job)["Restarts"])
     site.same(run)
+
+
+def test_a_job_that_never_gets_to_a_checkpoint_does_not_come_back_for_ever(site: Site) -> None:
+    run, [job] = site.submit("idle", "max_restarts=1")
+    for stops in range(2):
+        site.wait(job, JobState="RUNNING", Restarts=str(stops))
+        wait_for(lambda n=stops + 1: supervised(run).count("start") == n, 60)
+        site.control("scancel", "--batch", "--signal=USR1", job)
+        wait_for(lambda n=stops + 1: supervised(run).count("stopped without a checkpoint") == n, 100)
+    site.wait(job, JobState="FAILED", ExitCode="1:0", Restarts="1")
+    assert "stopped by SIGUSR1 2 times in a row after step 0 without a new checkpoint" in site.logs()
 
 
 def test_an_array_of_two_one_preempted_one_with_a_killed_rank(site: Site) -> None:

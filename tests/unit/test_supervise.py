@@ -120,6 +120,15 @@ def test_a_signal_goes_on_to_the_command_which_is_then_not_restarted(tmp_path: P
     assert [e[0] for e in events(tmp_path)][:2] == ["start", "exit"] and "restart" not in str(events(tmp_path))
 
 
+def test_a_sigusr1_that_the_command_was_not_ready_for_is_said_again(tmp_path: Path) -> None:
+    up = f"echo up > {tmp_path}/up"
+    script = f"trap '' USR1; {up}; sleep 1; trap 'exit 5' USR1; while true; do sleep 0.05; done"
+    process = subprocess.Popen(argv(tmp_path, "bash", "-c", script), cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for(tmp_path / "up")
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(40) == 85
+
+
 def test_a_signal_during_the_pause_ends_it(tmp_path: Path) -> None:
     command = argv(tmp_path, "bash", "-c", "exit 3", backoff_s=50)
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
