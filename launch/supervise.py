@@ -36,7 +36,7 @@ from trainer.run_folder import RunFolder
 from trainer.signals import CODES
 
 TAIL_BYTES = 16384  # of a start's stderr, kept to tell why it failed
-AGAIN_S = 3.0  # between two SIGUSR1 to a launcher that has not ended
+AGAIN_S = 1.0  # between two SIGUSR1 to a launcher whose ranks have not begun
 NOTHING_SAVED = "stopped without a checkpoint"  # an event: `idle` times in a row
 
 
@@ -129,13 +129,13 @@ class Supervisor:
         return code if code >= 0 else 128 - code, tail.text()
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
-        """Its exit code. srun drops a SIGUSR1 that comes before its tasks run, and nobody minds another one: where no
-        rank of this host took it, it is said again."""
+        """Its exit code. srun drops a SIGUSR1 that comes before its tasks run: it is said again until ranks are there."""
+        generation = self.folder.newest_generation()
         while True:
             try:
                 return process.wait(AGAIN_S)
             except subprocess.TimeoutExpired:
-                if signal.SIGUSR1 in self._asked and not self._ranks():
+                if signal.SIGUSR1 in self._asked and self.folder.newest_generation() <= generation:
                     self._tell(process, signal.SIGUSR1)
 
     def _ranks(self) -> set[int]:
