@@ -129,7 +129,7 @@ class Supervisor:
         return code if code >= 0 else 128 - code, tail.text()
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
-        """Its exit code. srun drops a SIGUSR1 that comes before its tasks run: it is said again until ranks are there."""
+        """Its exit code. srun drops a SIGUSR1 that comes before its tasks run: it is repeated until ranks are there."""
         generation = self.folder.newest_generation()
         while True:
             try:
