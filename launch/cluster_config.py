@@ -45,6 +45,8 @@ class SlurmConfig:
     cpus_per_task: int | None = None
     mem: str | None = None  # of a node: 200G; 0 = all
     constraint: str | None = None
+    reservation: str | None = None
+    exclude: list[str] = field(default_factory=list)  # names of nodes to leave out
     container: str | None = None  # an image for the pyxis plugin's --container-image; it sees the checkout and the run
     container_mounts: list[str] = field(default_factory=list)  # what else it sees, the data for one: FROM:TO
     container_python: str = "python3"  # the interpreter in it
@@ -64,13 +66,15 @@ class SlurmConfig:
             value = getattr(self, key)
             if value is not None and not 1 <= value <= most:
                 raise UserError(f"cluster.slurm.{key}={value}: give 1 to {most}")
-        if self.time is not None and self.signal_s >= seconds(self.time):
+        if self.time is not None and self.signal_s + EARLY_S >= seconds(self.time):
             raise UserError(
-                f"cluster.slurm.time={self.time} is {seconds(self.time)} s and signal_s={self.signal_s}: the job would "
-                "end as soon as it starts; give a longer time or a smaller signal_s"
+                f"cluster.slurm.time={self.time} is {seconds(self.time)} s and signal_s={self.signal_s}, a signal "
+                f"that may come {EARLY_S} s early: the job would end as soon as it starts; give a longer time or a "
+                "smaller signal_s"
             )
 
 
+EARLY_S = 60  # Slurm's own resolution
 WORDS = r"\w[\w.@+-]*"
 FORMS = {
     "partition": (rf"{WORDS}(,{WORDS})*", "names of letters, digits and . _ - + @, with commas between them"),
@@ -79,6 +83,10 @@ FORMS = {
     "time": (r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", "minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S"),
     "mem": (r"\d+[KMGT]?", "a number of megabytes, or one with K, M, G or T behind it"),
     "constraint": (r"[\w.&|*,:()\[\]+-]+", "names of features, joined by & | * , and in ( ) or [ ]"),
+    "reservation": (rf"{WORDS}(,{WORDS})*", "names of letters, digits and . _ - + @, with commas between them"),
+    "exclude": (r"\w[\w.-]*", "names of hosts, each by itself"),
+    "container": (r"\S(.*\S)?", "an image, or null"),
+    "container_python": (r"\S(.*\S)?", "the interpreter in the container"),
     "modules": (r"\w[\w.+@/-]*", "names of letters, digits and . _ - + @ /"),
     "container_mounts": (r"[^:,\s][^:,]*:/[^:,]*(:[\w+]+)?", "FROM:TO or FROM:TO:FLAGS, without commas"),
 }

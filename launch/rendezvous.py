@@ -50,6 +50,12 @@ def rendezvous(env: Mapping[str, str]) -> dict[str, str]:
     except ValueError:
         said = ", ".join(f"{key}={value!r}" for key, value in given.items())
         raise UserError(f"{said}: not as srun sets them: start launch.rendezvous with srun, and set none") from None
+    before = sum(tasks_on(given["SLURM_STEP_TASKS_PER_NODE"], i) for i in range(node))
+    if rank != before + local:
+        raise UserError(
+            f"SLURM_PROCID={rank} is task {local} of node {node}, where rank {before + local} would be: the ranks go "
+            "node by node; give srun --distribution=block"
+        )
     return environment(World(rank, size, local, local_size), address, port(job, step))
 
 

@@ -7,8 +7,11 @@ name, is a word of sbatch's own command line.
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -22,6 +25,15 @@ from trainer.exit_codes import PREEMPTED
 TEMPLATE = "job.sbatch.jinja"
 WAIT_S = 60  # after the end of the first rank the others are killed
 PREVIOUS = "PREVIOUS_JOB"  # in a command of a chain: the id of the job before it, known once that one is submitted
+
+OVERRULES = {
+    "time": ("SBATCH_TIMELIMIT",),
+    "mem": ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"),
+    "gpus-per-node": ("SBATCH_GPUS_PER_NODE", "SBATCH_GPUS", "SBATCH_GPUS_PER_TASK", "SBATCH_GRES"),
+    "requeue": ("SBATCH_NO_REQUEUE",),
+    "no-requeue": ("SBATCH_REQUEUE",),
+}
+"""Environment variables that sbatch takes before an `#SBATCH` line, where they are not just called like it."""
 
 
 def prepare(job: Job) -> list[list[str]]:
@@ -54,10 +66,13 @@ def submit(commands: list[list[str]]) -> list[str]:
         Passing: Slurm does not take a job; what it says. Those before it in the chain are submitted.
     """
     ids: list[str] = []
+    env = environment(commands)
+    if ignored := sorted(os.environ.keys() - env):
+        print(f"ignored, the job script says it itself: {', '.join(ignored)}", file=sys.stderr, flush=True)
     for command in commands:
         words = [w.replace(PREVIOUS, ids[-1]) if ids and w.startswith("--dependency=") else w for w in command]
         try:
-            done = subprocess.run(words, capture_output=True, text=True)
+            done = subprocess.run(words, capture_output=True, text=True, env=env)
         except FileNotFoundError:
             raise UserError(
                 "no sbatch here: run launch.submit on a login node of the cluster, or dry_run=true"
@@ -67,6 +82,16 @@ def submit(commands: list[list[str]]) -> list[str]:
             raise Passing(f"sbatch ended with {done.returncode}: {done.stderr.strip()}{before}")
         ids.append(done.stdout.strip().split(";")[0])  # ID;CLUSTER in a federation
     return ids
+
+
+def environment(commands: list[list[str]]) -> dict[str, str]:
+    """Ours, without the variables by which sbatch would overrule lines of these commands' scripts."""
+    scripts = [Path(word) for words in commands for word in words if word.endswith("/job.sbatch")]
+    given = {key for path in scripts for key in re.findall(r"^#SBATCH --([\w-]+)", path.read_text(), re.MULTILINE)}
+    gone = {"SBATCH_ARRAY_INX"}
+    for key in given:
+        gone |= set(OVERRULES.get(key, (f"SBATCH_{key.upper().replace('-', '_')}",)))
+    return {key: value for key, value in os.environ.items() if key not in gone}
 
 
 def render(job: Job) -> str:
@@ -101,13 +126,14 @@ def srun(job: Job, i: int) -> list[str]:
     slurm, python, container = _slurm(job), job.python, []
     if slurm.container is not None:
         python = slurm.container_python
-        seen = dict.fromkeys((job.cwd, job.run_dirs[i], job.folder))
+        above = job.run_dirs[i].parent  # MLflow's file lies beside the runs, where no other tracker is given
+        seen = dict.fromkeys((job.cwd, above if above != above.parent else job.run_dirs[i], job.folder))
         mounts = ",".join([*(f"{path}:{path}" for path in seen), *slurm.container_mounts])
         container = [f"--container-image={slurm.container}", f"--container-mounts={mounts}"]
         container += [f"--container-workdir={job.cwd}"]
     cpus = [f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []
-    step = ["srun", "--export=ALL", "--mpi=none", "--kill-on-bad-exit=0", f"--wait={WAIT_S}", *cpus, *container]
-    return [*step, python, "-m", "launch.rendezvous", "--", python, *entry(job, i)]
+    step = ["srun", "--export=ALL", "--mpi=none", "--distribution=block", "--kill-on-bad-exit=0", f"--wait={WAIT_S}"]
+    return [*step, *cpus, *container, python, "-m", "launch.rendezvous", "--", python, *entry(job, i)]
 
 
 def lines(command: list[str]) -> list[list[str]]:

@@ -1,11 +1,12 @@
 """Entry: `python -m launch.supervise run.dir=runs/x max_restarts=3 -- COMMAND ...`, the one restarter.
 
 The command is started again when it fails, as long as the run's checkpoints advance between failures. It ends with the
-command's own exit code; 2, a user's mistake, would only be made again and ends it at once, and so does 85, of a run
-that saved and stopped because more time comes later. SIGUSR1, SIGTERM and SIGINT go on to the ranks, which may then
-save and end; nothing is restarted after them. What is seen is told on stderr and in run.dir/supervise.jsonl. Linux
-only: it adopts the orphans of a dead launcher, which torchrun puts out of reach of a process group's signals, so that
-no process of an old start can meet a new one.
+command's own exit code; 2, a user's mistake, would only be made again and ends it at once, and so do 130 and 143, of a
+run that was told to end, and 85, of one that saved and stopped because more time comes later; that becomes 1 where
+again and again nothing was saved. Whether a training is done, its last checkpoint says. SIGUSR1, SIGTERM and SIGINT go
+on to the ranks, which may then save and end; nothing is restarted after them. What is seen is told on stderr and in
+run.dir/supervise.jsonl. Linux only: it adopts the orphans of a dead launcher, which torchrun puts out of reach of a
+process group's signals, so that no process of an old start can meet a new one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from conf.schema import run
+from conf.schema import peek, run
 from data_pipeline.config import UserError
 from launch.config import SuperviseConfig
 from launch.processes import become_subreaper, end_descendants, ranks_below, send
@@ -33,6 +34,8 @@ from trainer.run_folder import RunFolder
 from trainer.signals import CODES
 
 TAIL_BYTES = 16384  # of a start's stderr, kept to tell why it failed
+AGAIN_S = 1.0  # between two SIGUSR1 to a launcher whose ranks have not begun
+NOTHING_SAVED = "stopped without a checkpoint"  # an event: `idle` times in a row
 
 
 class Supervisor:
@@ -57,6 +60,7 @@ class Supervisor:
         for number in CODES:
             signal.signal(number, self._forward)
         failures, first, step = 0, "", latest_step(self.root)
+        at_first = step
         while True:
             self._log("start", step=step)
             generation = self.folder.newest_generation()
@@ -64,10 +68,10 @@ class Supervisor:
             end_descendants(self.cfg.grace_s)
             before, step = step, latest_step(self.root)
             why = None if code == 0 else hang(self.folder, generation) or cause(tail)
-            code = told(code, tail)
+            code, why = judged(told(code, tail), why, step, self._max_steps(generation))
             self._log("exit", step=step, exit_code=code, cause=why)
-            if code in (0, USER_ERROR, PREEMPTED) or self._asked:
-                return outcome(code, self._asked)
+            if code in (0, USER_ERROR, *CODES.values()) or self._asked:
+                return self._end(outcome(code, self._asked), at_first, step)
             if step > before:
                 failures = 0
             failures += 1
@@ -80,7 +84,33 @@ class Supervisor:
             wait_s = min(self.cfg.backoff_s * 2 ** (failures - 1), self.cfg.max_backoff_s)
             self._log("restart", step=step, exit_code=code, wait_s=wait_s, failures=failures)
             if self._stop.wait(wait_s):
-                return outcome(code, self._asked)
+                return self._end(outcome(code, self._asked), at_first, step)
+
+    def _max_steps(self, generation: int) -> int | None:
+        """Of the run that the command has trained; None where it trained none: no newer start than `generation`."""
+        if self.folder.newest_generation() <= generation:
+            return None
+        try:
+            found = peek(self.folder.config).get("max_steps")
+        except (UserError, OSError):
+            return None
+        return found if isinstance(found, int) else None
+
+    def _end(self, code: int, at_first: int, step: int) -> int:
+        """85 makes a job come back, which has no end where each time is too short for a checkpoint: 1 instead."""
+        if code != PREEMPTED or step > at_first:
+            return code
+        idle = 1 + idle_stops(self.root / "supervise.jsonl", step)
+        code = code if idle <= self.cfg.max_restarts else 1
+        self._log(NOTHING_SAVED, step=step, exit_code=code, idle=idle)
+        if code != PREEMPTED:
+            print(
+                f"error: stopped by SIGUSR1 {idle} times in a row after step {max(step, 0)} without a new checkpoint "
+                f"(max_restarts={self.cfg.max_restarts}): that is too little time for one; give the job more "
+                "(cluster.slurm.time, or a smaller signal_s)",
+                file=sys.stderr,
+            )
+        return code
 
     def _run_once(self) -> tuple[int, str]:
         """Start the command and wait for its end: exit code, and the end of its stderr, which also goes to ours."""
@@ -92,9 +122,23 @@ class Supervisor:
             self._forward(number, None)
         assert self._process.stderr is not None
         tail = Tee(self._process.stderr)
-        code = self._process.wait()
+        code = self._wait(self._process)
         self._process = None
         return code if code >= 0 else 128 - code, tail.text()
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Its exit code. srun drops a SIGUSR1 that comes before its tasks run: it is repeated until ranks are there."""
+        generation = self.folder.newest_generation()
+        while True:
+            try:
+                return process.wait(AGAIN_S)
+            except subprocess.TimeoutExpired:
+                if signal.SIGUSR1 in self._asked and self.folder.newest_generation() <= generation:
+                    self._tell(process, signal.SIGUSR1)
+
+    def _tell(self, process: subprocess.Popen[bytes], number: int) -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, number)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         """To the ranks of this host, for launchers do what they like with it: torchrun dies of a SIGUSR1, and gives its
@@ -105,12 +149,10 @@ class Supervisor:
         self._stop.set()
         if self._process is None or self._process.returncode is not None:
             return
-        ranks = ranks_below(self.folder.heartbeats)
-        for pid in ranks:
+        for pid in (ranks := ranks_below(self.folder.heartbeats)):
             send(pid, number)
         if again or not ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
+            self._tell(self._process, number)
 
     def _log(self, event: str, *, step: int, exit_code: int | None = None, **more: float | str | None) -> None:
         """`step`: of the latest checkpoint, -1 where there is none."""
@@ -148,8 +190,41 @@ def latest_step(root: Path) -> int:
     return int(latest.name.split(".")[0].removeprefix("step-")) if latest else -1
 
 
+def idle_stops(events: Path, step: int) -> int:
+    """How often in a row, up to now, the run was stopped by SIGUSR1 at `step` without a checkpoint in between."""
+    idle = 0
+    with events.open("rb") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, AttributeError):  # half a line, of a host that went down
+                row = json.loads(line)
+                if row.get("event") == NOTHING_SAVED:
+                    idle = int(row.get("idle", 0)) if row.get("step") == step else 0
+    return idle
+
+
+def judged(code: int, why: str | None, step: int, max_steps: int | None) -> tuple[int, str | None]:
+    """Exit code and cause of a start of a training to `max_steps` whose latest checkpoint is of `step`.
+
+    A launcher may fail when all is done, killing whom it thinks late, or end well where a node was lost.
+    """
+    if max_steps is None or code == USER_ERROR:
+        return code, why
+    if step >= max_steps and code:
+        return 0, f"exit code {code} after the last of {max_steps} steps was saved: the run is done ({why})"
+    if step < max_steps and code == 0:
+        return 1, f"exit code 0, but the latest checkpoint is of step {max(step, 0)} of {max_steps}: not done"
+    return code, why
+
+
 def told(code: int, stderr: str) -> int:
-    """A rank's exit code that says what to do, also where torchrun turned it into its own 1 and tells of it."""
+    """A rank's exit code that says what to do, also where the launcher turned it into another and tells of it.
+
+    torchrun makes 1 of it. srun ends with the highest of all ranks' codes, and kills those that are left of a failed
+    step: the first rank that ended says why, by its own code, or by srun's where a signal killed it.
+    """
+    ends = re.findall(r"^srun: error: \S+: tasks? [\d,-]+: (?:Exited with exit code (\d+)|\w)", stderr, re.MULTILINE)
+    if code and ends:
+        return int(ends[0] or code)
     root_cause = stderr.rpartition("Root Cause")[2] if code == 1 and "Root Cause" in stderr else ""
     found = re.search(r"exitcode\s*:\s*(\d+)\b", root_cause)
     return int(found[1]) if found and int(found[1]) in (USER_ERROR, HUNG, ALONE, *CODES.values()) else code

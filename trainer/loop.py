@@ -282,6 +282,8 @@ class Trainer:
             rest.callback(self.feed.close)
             self.saver.close()
         if kind in (None, Stopped):  # after an error the other ranks may be gone: no collective any more
+            # rank 0 may wait for MLflow, and a launcher ends whoever is left some time after the first has ended
+            parallel.wait_for_main(self.mesh, f"closed {self.generation}", self.cfg.watch.start_s)
             if kind is Stopped:
                 dist.barrier()  # a launcher ends the other ranks as soon as one ends with a code
             parallel.stop(self.mesh)

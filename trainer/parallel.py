@@ -12,7 +12,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -139,6 +139,19 @@ def ranks_lost(world: World, timeout_s: float) -> Iterator[None]:
         else:
             told = f"{me} lost the connection to another rank: that one, or its host, has ended; what it said tells why"
         raise Passing(f"{told}; in {place_of_error(e.__traceback__)} ({text[:300]})") from e
+
+
+def wait_for_main(mesh: Mesh, what: str, timeout_s: float) -> None:
+    """Rank 0 says that it has done `what`; the others return when it has, when it is gone, or `timeout_s` later.
+
+    No collective: rank 0 does not wait, and the others may for longer than a collective's timeout.
+    """
+    store = dist.distributed_c10d._get_default_store()  # private: where the ranks have met
+    with suppress(dist.DistError):  # rank 0, which holds the store, has ended; or the time is over
+        if mesh.world.is_main:
+            store.set(what, "done")
+        else:
+            store.wait([what], timedelta(seconds=timeout_s))
 
 
 def stop(mesh: Mesh) -> None:

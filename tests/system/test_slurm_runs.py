@@ -5,6 +5,7 @@ Every run has the same data and seed, so that all are compared with one that was
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ from trainer.heartbeat import read_heartbeats
 from trainer.journal import read_journal
 from trainer.run_folder import RunFolder
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.xdist_group("slurm")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("slurm")]
 STEPS = 300
 HOSTILE = 'it\'s "a" $(touch hit) 100% run'
 
@@ -85,7 +86,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         pytest.skip(f"Slurm cannot be started: {why}")
     root = tmp_path_factory.mktemp("slurm_runs")
     own = (f"data.path={make_data(root / 'data')}", f"max_steps={STEPS}", "checkpoint.every_steps=40")
-    own += ("model.dropout=0.1", "eval.every=50")
+    own += ("model.dropout=0.1", "eval.every=50", "watch.hang_min_s=400")
     whole = root / "whole"
     pretrain(whole, *own, ranks=2)
     with slurm.cluster(root / "slurm") as env:
@@ -107,6 +108,12 @@ def starts(run: Path) -> int:
     return len(list((run / "generations").iterdir()))
 
 
+def supervised(run: Path) -> list[str]:
+    """The events."""
+    rows = run / "supervise.jsonl"
+    return [json.loads(line)["event"] for line in rows.read_text().splitlines()] if rows.exists() else []
+
+
 def rank_pid(run: Path, rank: int) -> int:
     return next(beat.pid for beat in read_heartbeats(run / "heartbeats") if beat.rank == rank)
 
@@ -122,7 +129,9 @@ def test_a_signal_then_a_lost_node_then_done(site: Site) -> None:
     site.control("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     site.wait(job, Restarts="2")
     assert last(run) < STEPS
-    site.control("scontrol", "update", "nodename=n2", "state=resume")
+    slurm.said(
+        site.env, "scontrol", "update", "nodename=n2", "state=resume"
+    )  # refused where it has come back by itself
     site.wait(job, JobState="COMPLETED", Restarts="2")
     assert starts(run) == 3
     site.same(run)
@@ -130,19 +139,30 @@ def test_a_signal_then_a_lost_node_then_done(site: Site) -> None:
 
 def test_the_time_limit_is_a_signal_before_it(site: Site) -> None:
     """Slurm looks at limits every 30 s; a rank stands still until then, so that the run is not done before."""
-    run, [job] = site.submit("limit", "cluster.slurm.time=1", "cluster.slurm.signal_s=10")
+    run, [job] = site.submit("limit", "cluster.slurm.time=2", "cluster.slurm.signal_s=10")
     site.reached(run, 20)
     pid = rank_pid(run, 1)
     os.kill(pid, signal.SIGSTOP)
     try:
-        wait_for(lambda: ": SIGUSR1\n" in site.logs().rpartition("limit")[2], 100)
+        wait_for(lambda: any(": SIGUSR1\n" in log.read_text() for log in run.rglob("slurm-*.out")), 200)
     finally:
         os.kill(pid, signal.SIGCONT)
     site.wait(job, Restarts="1")
     assert 20 < saved(run) < STEPS
-    site.wait(job, JobState="COMPLETED")  # on a slow machine after more than one other minute
+    site.wait(job, JobState="COMPLETED")  # on a slow machine after another stop or two
     assert starts(run) == 1 + int(site.job(job)["Restarts"])
     site.same(run)
+
+
+def test_a_job_that_never_gets_to_a_checkpoint_does_not_come_back_for_ever(site: Site) -> None:
+    run, [job] = site.submit("idle", "max_restarts=1")
+    for stops in range(2):
+        site.wait(job, JobState="RUNNING", Restarts=str(stops))
+        wait_for(lambda n=stops + 1: supervised(run).count("start") == n, 60)
+        site.control("scancel", "--batch", "--signal=USR1", job)
+        wait_for(lambda n=stops + 1: supervised(run).count("stopped without a checkpoint") == n, 100)
+    site.wait(job, JobState="FAILED", ExitCode="1:0", Restarts="1")
+    assert "stopped by SIGUSR1 2 times in a row after step 0 without a new checkpoint" in site.logs()
 
 
 def test_an_array_of_two_one_preempted_one_with_a_killed_rank(site: Site) -> None:

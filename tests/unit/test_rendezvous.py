@@ -92,6 +92,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], env: dict[str, 
     assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_ranks_that_do_not_go_node_by_node_are_refused() -> None:
+    """srun --distribution=cyclic: the second task of node 2 would be rank 7."""
+    with pytest.raises(UserError, match=r"SLURM_PROCID=7 is task 1 of node 2, where rank 5 would be: .*=block"):
+        rendezvous(TASK | {"SLURM_PROCID": "7"})
+
+
 def test_ports_of_steps_and_jobs_nearby_differ_and_are_none_that_linux_gives_out() -> None:
     job = secrets.randbelow(1 << 26)
     made = [port(job + i, step) for i in range(1408) for step in range(16)]

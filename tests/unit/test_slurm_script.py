@@ -92,6 +92,8 @@ FULL = {
     "cpus_per_task": 8,
     "mem": "0",
     "constraint": "[ib|eth]&h100*2",
+    "reservation": "week-1",
+    "exclude": ["n3", "n-4.site"],
     "modules": ["cuda/12.4", "gcc"],
 }
 CASES: list[tuple[int, dict[str, Any]]] = [
@@ -137,6 +139,8 @@ def test_the_lines_for_sbatch_say_all_that_was_given(tmp_path: Path) -> None:
         "--cpus-per-task=8",
         "--mem=0",
         "--constraint=[ib|eth]&h100*2",
+        "--reservation=week-1",
+        "--exclude=n3,n-4.site",
         "--exclusive",
         "--array=0-1",
         "--requeue",
@@ -145,7 +149,9 @@ def test_the_lines_for_sbatch_say_all_that_was_given(tmp_path: Path) -> None:
     ]
     assert "\nmodule load cuda/12.4 || exit 1\nmodule load gcc || exit 1\n" in script
     assert "DS_ACCELERATOR" not in script and "\nexport OMP_NUM_THREADS=8\n" in script
-    assert "srun --export=ALL --mpi=none --kill-on-bad-exit=0 --wait=60 --cpus-per-task=8 " in script
+    assert (
+        "srun --export=ALL --mpi=none --distribution=block --kill-on-bad-exit=0 --wait=60 --cpus-per-task=8 " in script
+    )
     assert script.count("srun ") == 2, "one step for each run of the sweep"
 
 
@@ -154,9 +160,8 @@ def test_a_container_sees_the_checkout_the_run_and_what_is_mounted(tmp_path: Pat
     made = replace(made, cwd=Path("/checkout"))
     words = srun(made, 1)
     at = words.index("--container-image=img.sqsh")
-    run, folder = tmp_path / "run1", made.folder
     assert words[at + 1 :] == [
-        f"--container-mounts=/checkout:/checkout,{run}:{run},{folder}:{folder},/data:/mnt:ro",
+        f"--container-mounts=/checkout:/checkout,{tmp_path}:{tmp_path},{made.folder}:{made.folder},/data:/mnt:ro",
         "--container-workdir=/checkout",
         *("/env/python", "-m", "launch.rendezvous", "--", "/env/python", *entry(made, 1)),
     ]
@@ -167,7 +172,7 @@ def test_a_container_sees_the_checkout_the_run_and_what_is_mounted(tmp_path: Pat
 BAD = ["a\nb", "a b", "$(touch x)", "`x`", "a'b", 'a"b', "a;b", "#", "", "a\\b", "é"]
 
 
-@pytest.mark.parametrize("key", ["partition", "account", "qos", "time", "mem", "constraint"])
+@pytest.mark.parametrize("key", ["partition", "account", "qos", "time", "mem", "constraint", "reservation"])
 @pytest.mark.parametrize("value", BAD)
 def test_what_slurm_could_take_for_something_else_is_refused(key: str, value: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -185,7 +190,10 @@ def test_what_slurm_could_take_for_something_else_is_refused(key: str, value: st
         ({"cpus_per_task": 0}, "cluster.slurm.cpus_per_task=0: give 1 to"),
         ({"signal_s": 0}, "cluster.slurm.signal_s=0: give 1 to 65535"),
         ({"chain": 0}, "cluster.slurm.chain=0: give 1 to"),
-        ({"time": "2"}, "cluster.slurm.time=2 is 120 s and signal_s=120: the job would end as soon as it starts"),
+        ({"exclude": ["n1", "n[2-3]"]}, "cluster.slurm.exclude: 'n[2-3]': give names of hosts"),
+        ({"container": ""}, "cluster.slurm.container: '': give an image, or null"),
+        ({"container": "img", "container_python": ""}, "cluster.slurm.container_python: ''"),
+        ({"time": "3"}, "cluster.slurm.time=3 is 180 s and signal_s=120, a signal that may come 60 s early: the job"),
     ],
 )
 def test_a_mistake_is_refused_with_its_key(given: dict[str, Any], message: str) -> None:
@@ -276,3 +284,25 @@ def test_where_sbatch_is_absent_or_refuses_one_line_says_so(tmp_path: Path, monk
     fake.chmod(0o755)
     with pytest.raises(Passing, match=r"^sbatch ended with 1: full \(submitted before it: 7\)$"):
         submit(commands)
+
+
+def test_the_submitters_environment_does_not_overrule_the_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = tmp_path / "sbatch"
+    fake.write_text(f'#!/bin/sh\n/usr/bin/env > "{tmp_path}/seen"\necho 7\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    overrule = ["SBATCH_ARRAY_INX", "SBATCH_NO_REQUEUE", "SBATCH_PARTITION", "SBATCH_SIGNAL", "SBATCH_TIMELIMIT"]
+    for name in (*overrule, "SBATCH_ACCOUNT"):
+        monkeypatch.setenv(name, "other")
+    assert submit(prepare(job(tmp_path / "run", partition="gpu", time="1-0"))) == ["7"]
+    seen = [line for line in (tmp_path / "seen").read_text().splitlines() if line.startswith("SBATCH_")]
+    assert seen == ["SBATCH_ACCOUNT=other"], "of which the script says nothing"
+    assert capsys.readouterr().err == f"ignored, the job script says it itself: {', '.join(overrule)}\n"
+
+
+def test_no_name_of_the_script_is_one_that_a_rank_may_get(tmp_path: Path) -> None:
+    names = dict.fromkeys(("job", "child", "code", "command"), "kept")
+    _, env = seen(job(tmp_path, env=names))
+    assert names.items() <= env.items()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.supervise import cause, outcome, told
+from launch.supervise import cause, judged, outcome, told
 from tests.ranks import ROOT
 
 PUBLISH = """
@@ -117,7 +117,16 @@ def test_a_signal_goes_on_to_the_command_which_is_then_not_restarted(tmp_path: P
     process.send_signal(number)
     assert process.wait(20) == (85 if number == signal.SIGUSR1 else 5)
     assert (tmp_path / "saved").exists()
-    assert [e[0] for e in events(tmp_path)] == ["start", "exit"]
+    assert [e[0] for e in events(tmp_path)][:2] == ["start", "exit"] and "restart" not in str(events(tmp_path))
+
+
+def test_a_sigusr1_that_the_command_was_not_ready_for_is_said_again(tmp_path: Path) -> None:
+    up = f"echo up > {tmp_path}/up"
+    script = f"trap '' USR1; {up}; sleep 1; trap 'exit 5' USR1; while true; do sleep 0.05; done"
+    process = subprocess.Popen(argv(tmp_path, "bash", "-c", script), cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for(tmp_path / "up")
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(40) == 85
 
 
 def test_a_signal_during_the_pause_ends_it(tmp_path: Path) -> None:
@@ -228,6 +237,7 @@ def test_a_preempted_command_is_not_restarted_and_the_exit_row_tells_why(tmp_pat
     assert [(row["event"], row.get("cause")) for row in rows] == [
         ("start", None),
         ("exit", "stopped by SIGUSR1 after step 7"),
+        ("stopped without a checkpoint", None),
     ]
 
 
@@ -241,3 +251,66 @@ def test_a_hangs_finding_is_the_cause(tmp_path: Path) -> None:
     done = supervise(tmp_path, sys.executable, "-c", program, str(tmp_path), max_restarts=0)
     assert done.returncode == 86
     assert done.stderr.splitlines()[-1].endswith("the first: exit code 86: no step for 9 s: waiting for rank 1")
+
+
+SAVE = """
+aside = folder.aside(step, generation)
+aside.mkdir()
+folder.publish(aside, step, generation)
+"""
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_a_command_that_others_told_to_end_is_not_restarted(tmp_path: Path, code: int) -> None:
+    assert supervise(tmp_path, "bash", "-c", f"exit {code}").returncode == code
+    assert [e[0] for e in events(tmp_path)] == ["start", "exit"]
+
+
+def test_stops_without_a_new_checkpoint_come_to_an_end(tmp_path: Path) -> None:
+    """As a job that requeues itself would: what is saved in between begins the count anew."""
+    stop, save = f"{PUBLISH}\nsys.exit(85)", f"{PUBLISH}\n{SAVE}\nsys.exit(85)"
+    codes = []
+    for program in (stop, stop, save, stop, stop, stop):
+        done = supervise(tmp_path, sys.executable, "-c", program, str(tmp_path), max_restarts=2)
+        codes.append(done.returncode)
+    assert codes == [85, 85, 85, 85, 85, 1]
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: stopped by SIGUSR1 3 times in a row after step 100 without a new checkpoint (max_restarts=2): "
+    )
+
+
+def test_whether_a_training_is_done_its_last_checkpoint_says(tmp_path: Path) -> None:
+    """Of 300 steps, 100 in each start: the first ends with 0 all the same, the last one's launcher is killed."""
+    ends = "sys.exit({100: 0, 200: 9, 300: 137}[step])"
+    config = "(folder.root / 'config.yaml').write_text('max_steps: 300')"
+    program = f"{PUBLISH}\n{config}\n{SAVE}\n{ends}"
+    done = supervise(tmp_path, sys.executable, "-c", program, str(tmp_path), max_restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert [(code, step) for event, code, step in events(tmp_path) if event == "exit"] == [(1, 100), (9, 200), (0, 300)]
+    rows = [json.loads(line) for line in (tmp_path / "supervise.jsonl").read_text().splitlines()]
+    causes = [row["cause"] for row in rows if row["event"] == "exit"]
+    assert causes[0] == "exit code 0, but the latest checkpoint is of step 100 of 300: not done"
+    assert causes[2].startswith("exit code 137 after the last of 300 steps was saved: the run is done")
+    assert supervise(tmp_path, "bash", "-c", "exit 3", max_restarts=0).returncode == 3, "a command that trained nothing"
+
+
+def test_a_users_mistake_stays_one_and_what_trains_nothing_is_believed() -> None:
+    assert judged(2, "why", 300, 300) == (2, "why")
+    assert judged(0, None, 100, None) == (0, None)
+    assert judged(137, "why", 100, 300) == (137, "why")
+
+
+@pytest.mark.parametrize(
+    ("code", "ends", "expected"),
+    [
+        (137, ["task 1: Exited with exit code 2", "tasks 0,2-3: Killed"], 2),
+        (143, ["task 1: Exited with exit code 1", "task 0: Exited with exit code 143"], 1),
+        (137, ["task 1: Killed", "task 0: Exited with exit code 1"], 137),
+        (139, ["task 0: Segmentation fault (core dumped)"], 139),
+        (85, ["tasks 0-1: Exited with exit code 85"], 85),
+    ],
+)
+def test_the_first_rank_that_srun_saw_end_says_why(code: int, ends: list[str], expected: int) -> None:
+    said = "".join(f"srun: error: n[1-2]: {end}\n" for end in ends)
+    assert told(code, f"step 1\nsrun: Job step aborted: Waiting\n{said}") == expected
+    assert told(0, said) == 0
