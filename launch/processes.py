@@ -24,6 +24,8 @@ def become_subreaper() -> None:
 def end_descendants(grace_s: float) -> None:
     """Returns when every descendant is gone: SIGTERM, `grace_s` seconds, SIGKILL.
 
+    Reaps all dead children: not to be called before the caller has the exit code of its own.
+
     Raises:
         UserError: one does not even end with SIGKILL (it hangs in the kernel), so that a restart would meet it.
     """
@@ -31,6 +33,7 @@ def end_descendants(grace_s: float) -> None:
         deadline = time.monotonic() + limit_s
         told: set[int] = set()
         while alive := descendants():
+            _reap()
             for pid in set(alive) - told:
                 send(pid, number)
                 told.add(pid)
@@ -38,6 +41,7 @@ def end_descendants(grace_s: float) -> None:
                 break
             time.sleep(0.05)
         else:
+            _reap()
             return
     raise UserError(
         f"processes {', '.join(map(str, alive))} of the failed start do not end with SIGKILL: not restarted"
@@ -45,28 +49,28 @@ def end_descendants(grace_s: float) -> None:
 
 
 def descendants() -> list[int]:
-    """Living descendants of this process; its own dead children are reaped."""
+    """Living descendants of this process. Reaps none, so that a signal handler may ask while `Popen.wait` waits."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
+        except OSError:
+            continue  # it ended while we looked, or is not for us to see (hidepid)
         if state not in "ZX":
             children.setdefault(int(parent), []).append(int(stat.parent.name))
-    reap()
     found = list(children.get(os.getpid(), []))
     for pid in found:  # grows while it is walked
         found += children.get(pid, [])
     return found
 
 
-def reap() -> None:
+def _reap() -> None:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
 
 
 def send(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    """Where it is gone, or another user's: nothing."""
+    with contextlib.suppress(OSError):
         os.kill(pid, number)
