@@ -33,7 +33,7 @@ def end_descendants(grace_s: float) -> None:
         deadline = time.monotonic() + limit_s
         told: set[int] = set()
         while alive := descendants():
-            _reap()
+            reap()
             for pid in set(alive) - told:
                 send(pid, number)
                 told.add(pid)
@@ -41,7 +41,7 @@ def end_descendants(grace_s: float) -> None:
                 break
             time.sleep(0.05)
         else:
-            _reap()
+            reap()
             return
     raise UserError(
         f"processes {', '.join(map(str, alive))} of the failed start do not end with SIGKILL: not restarted"
@@ -64,7 +64,7 @@ def descendants() -> list[int]:
     return found
 
 
-def _reap() -> None:
+def reap() -> None:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
