@@ -19,13 +19,13 @@ def launch(ranks: int, module: str, words: list[str]) -> int:
     port, argv = free_port(), [sys.executable, "-m", module, *words]
     processes = [subprocess.Popen(argv, env=rank_env(r, ranks, port)) for r in range(ranks)]
     bad, deadline = 0, float("inf")
-    while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-        if not bad and (bad := next((p.returncode for p in processes if p.returncode), 0)):
+    while None in (codes := [p.poll() for p in processes]) and time.monotonic() < deadline:
+        if not bad and (bad := next(filter(None, codes), 0)):
             deadline = time.monotonic() + GRACE_S
         time.sleep(0.02)
     for p in processes:
         p.kill()
-    bad = bad or next((p.returncode for p in processes if p.returncode), 0)
+    bad = bad or next(filter(None, (p.wait() for p in processes)), 0)
     return bad if bad >= 0 else 128 - bad
 
 
