@@ -154,7 +154,7 @@ def publish_report(folder: Path, rank: int, text: str) -> bool:
 
 
 def _flight_recorder() -> str:
-    """NCCL's own record of its last collectives, JSON, where torch has one."""
+    """NCCL's own record of its last 2000 collectives (torch's default, TORCH_FR_BUFFER_SIZE), JSON."""
     c10d = getattr(getattr(sys.modules.get("torch"), "_C", None), "_distributed_c10d", None)
     dump = getattr(c10d, "_dump_nccl_trace_json", None)
     if dump is None:

@@ -84,8 +84,6 @@ def start(world: World, parallel: ParallelConfig, timeout_s: float = 600.0) -> M
     if parallel.tp > 1:  # before CUDA starts: megatron-core wants a collective launched before the GEMM that hides it
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _device(world)
-    if device.type == "cuda":  # torch's flight recorder, read by trainer/hang.py: the last collectives of each rank
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")
     _start_deepspeed(device, timeout_s)
     parallel_state.initialize_model_parallel(
         parallel.tp,
