@@ -77,7 +77,8 @@ def test_steps_of_much_more_work_or_of_another_length_begin_a_new_median() -> No
     for work in ((2000, 64), (2000, 128), (2000, 64)):
         progress.next_takes(*work)
         assert (progress.step_s, progress.at.phase, progress.at.step) == (None, START, step)
-        for step in range(step + 1, step + 3):
+        for _ in range(2):
+            step += 1
             progress.step_done(step)
             progress.next_takes(*work)
         assert progress.step_s is not None and progress.at.phase == STEP
