@@ -112,7 +112,7 @@ class Supervisor:
         for pid in ranks:
             send(pid, number)
         if again or not ranks:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
 
     def _log(self, event: str, *, step: int, exit_code: int | None = None, **more: float | str | None) -> None:
