@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.config import Passing, UserError
@@ -26,6 +26,16 @@ MOST_BYTES, MOST_LEVELS = 1 << 18, 32
 
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that is not one plain word: PyYAML's other styles do not bring each line break back."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, which PyYAML takes for the last of them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        made = super().construct_mapping(node, deep)
+        if len(made) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key stands twice", node.start_mark)
+        return made
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -50,10 +60,7 @@ def thaw(path: Path, schema: type[T]) -> T:
         Passing: it cannot be read, for a reason that may pass.
     """
     try:
-        body = OmegaConf.create(_plain_yaml(_read(path)))
-        if not isinstance(body, DictConfig):
-            raise UserError("not a mapping of keys to values")
-        cfg = OmegaConf.merge(OmegaConf.structured(schema), _literals(OmegaConf.to_container(body)))
+        cfg = OmegaConf.merge(OmegaConf.structured(schema), _literals(peek(path)))
         if missing := sorted(OmegaConf.missing_keys(cfg)):
             raise UserError(f"not given: {', '.join(missing)}")
         return OmegaConf.to_object(cfg)  # type: ignore[return-value]
@@ -68,7 +75,7 @@ def thaw(path: Path, schema: type[T]) -> T:
 def peek(path: Path) -> dict[str, Any]:
     """What a frozen config says, unchecked: of a run that may be of another version. Raises as `thaw` does."""
     try:
-        body = yaml.safe_load(_plain_yaml(_read(path)))
+        body = yaml.load(_plain_yaml(_read(path)), Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"not a frozen config: {flat(e)}") from None
     if not isinstance(body, dict):

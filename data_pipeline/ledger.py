@@ -93,7 +93,8 @@ class Ledger:
         """The run is at `step` again, and the windows of the steps from there to before `end` are jumped over.
 
         What is planned from `step` on stays planned. The windows jumped over keep their place in the order: they stand
-        as segments of no step, in the mixture and length that they were drawn in. A shard lost by then stays lost.
+        as segments of no step, in the mixture and length that they were drawn in, behind those of earlier jumps to this
+        step; no earlier jump is to a later one. A shard lost by then stays lost.
         """
         first = replace(self.segment(step), step=step, position=self.position(step))
         over = (first, *(replace(s, step=step) for s in self.segments if step < s.step < end))
@@ -109,7 +110,8 @@ class Ledger:
         here, lost = replace(self.segment(step), step=step, position=self.position(step)), over[-1].lost
         later = (here, *(s for s in self.segments if s.step > step))
         moved = (replace(s, position=s.position + by, lost={**s.lost, **lost}) for s in later)
-        return Ledger((*(s for s in self.segments if s.step < step), *over, *moved))
+        before = (s for s in self.segments if s.step < step or (s.step == step and s is not self.segment(step)))
+        return Ledger((*before, *over, *moved))
 
     def until(self, step: int) -> Ledger:
         """What has happened before `step`, without what is planned from there on."""

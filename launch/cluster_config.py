@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from data_pipeline.config import MISSING, UserError
+from trainer.redact import redact, secret_name
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"KEY|TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
 
 
 class SshLauncher(Enum):
@@ -142,7 +142,7 @@ class ClusterConfig:
         for name, value in self.env.items():
             if not _VARIABLE.fullmatch(name) or "\0" in value:
                 raise UserError(f"cluster.env: {name!r} is no variable: give letters, digits and _, and no zero byte")
-            if _SECRET.search(name):
+            if secret_name(name) or redact(value) != value:
                 raise UserError(
                     f"cluster.env.{name} looks like a secret, which the run folder would show: export it in your shell "
                     f"and give cluster.forward=[{name}]"

@@ -7,6 +7,7 @@ at. One line for each check, ok, warn or fail, with what to do; exit code 1 wher
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -16,11 +17,10 @@ from conf.schema import literal, load, run
 from data_pipeline.config import UserError
 from launch.checks import folder, hosts, packages, services, slurm
 from launch.checks.run import checkpoint_bytes, trainable
-from launch.cluster_config import SshLauncher
 from launch.config import DoctorConfig
 from launch.nodes import examine_nodes
 from launch.side_by_side import Check, run_checks
-from launch.ssh import hosts_of
+from launch.ssh import hosts_of, needed_programs
 from trainer import machine
 from trainer.config import PretrainConfig
 from trainer.finding import Finding, State
@@ -80,8 +80,7 @@ def cluster_checks(cfg: DoctorConfig) -> list[Check]:
             Check("partition", partial(slurm.partition, cluster, cluster.slurm), QUICK_S, late),
         ]
     if cluster.ssh is not None:
-        pdsh = ("pdsh",) if cluster.ssh.launcher is SshLauncher.deepspeed else ()
-        checks.append(Check("programs", one(partial(hosts.programs, ("ssh", *pdsh))), QUICK_S))
+        checks.append(Check("programs", one(partial(hosts.programs, needed_programs(cluster.ssh))), QUICK_S))
         checks += [
             Check(
                 f"host {name}", one(partial(hosts.host, name, ROOT)), QUICK_S + 20, f"ssh {name} hangs: try it by hand"
@@ -127,6 +126,7 @@ def main() -> None:
     at = sys.argv.index("--") if "--" in sys.argv else None
     command = None if at is None else sys.argv[at + 1 :]
     sys.argv = sys.argv[:at]
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was started is ended on the way
     run(("doctor", lambda cfg: sys.exit(report(look(cfg, command), cfg.json))))
 
 

@@ -1,6 +1,7 @@
 """Entry: `python -m launch.everywhere FILE`: runs a command on each of several hosts, which may come and go.
 
-FILE is JSON: {host: the argv of its ssh}. What a host says is shown with its name in front. A host that is lost (ssh's
+FILE is JSON: {host: the argv of its ssh}. What a host says is shown with its name in front; that of "", which is pdsh
+and names the hosts itself, as it is. A host that is lost (ssh's
 exit code 255) is tried again every RETRY_S seconds while another one lives: torchrun there joins the others, so that a
 host that was cut off or started anew is taken back; so is, RETRIES times, one whose command failed while the others'
 went on. The run is done as soon as one host's command ends with 0, and has failed when all have ended; then
@@ -26,7 +27,7 @@ RETRY_S = 5.0
 FAILED_S = 45.0  # a host's own failure: the others have gone on without it for so long
 RETRIES = 3  # after such failures, on one host: each return costs the others a start
 BEAT_S = 10.0  # between two words to a host, whose launch.leash waits for them
-LEAVE_S = 60.0  # for hosts whose launchers wait for one another at the end of a run
+LEAVE_S = 120.0  # for hosts whose launchers wait for one another, and for rank 0's last rows, at the end of a run
 END_S = 150.0  # launch.leash takes 2 x 60 s at most
 
 
@@ -34,7 +35,7 @@ class Host:
     """One host's command, started as often as its connection is lost."""
 
     def __init__(self, name: str, argv: list[str]) -> None:
-        self.name = name
+        self._label = f"{name}: " if name else ""
         self._argv = argv
         self._failures = 0
         self.start()
@@ -89,7 +90,7 @@ class Host:
     def _show(self, source: IO[bytes], sink: IO[str]) -> None:
         for line in source:
             with contextlib.suppress(OSError):
-                print(f"{self.name}: {line.decode(errors='replace')}", end="", file=sink, flush=True)
+                print(f"{self._label}{line.decode(errors='replace')}", end="", file=sink, flush=True)
 
 
 class Everywhere:

@@ -9,6 +9,8 @@ from pathlib import Path
 from conf.schema import literal
 from launch.cluster_config import ClusterConfig
 
+SUBMITTED = "submitted.json"  # in a submission's folder, once it has been started: Slurm's ids, commands, time
+
 
 @dataclass(frozen=True)
 class Job:
@@ -23,9 +25,13 @@ class Job:
     max_restarts: int
 
 
-def supervised(job: Job, i: int, launcher: Sequence[str]) -> list[str]:
-    """The command that starts `launcher` again when it fails, as long as the checkpoints of element `i` advance."""
+def supervised(job: Job, i: int, launcher: Sequence[str], grace_s: int | None = None) -> list[str]:
+    """The command that starts `launcher` again when it fails, as long as the checkpoints of element `i` advance.
+
+    `grace_s`: for what a launcher that has ended left behind; None: launch.supervise's own.
+    """
     own = [f"run.dir={literal(str(job.run_dirs[i]))}", f"max_restarts={job.max_restarts}"]
+    own += [] if grace_s is None else [f"grace_s={grace_s}"]
     return [job.python, "-m", "launch.supervise", *own, "--", *launcher]
 
 

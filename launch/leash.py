@@ -1,8 +1,9 @@
-"""Entry: `python -m launch.leash [--needs A,B] [--silence S] -- COMMAND ...`, on a host that is reached through ssh.
+"""Entry: `python -m launch.leash [--needs A,B] [--silence S] [--ranks DIR] -- COMMAND ...`, on a host reached by ssh.
 
 ssh leaves what it started running when the connection ends, so that a stopped or lost start would go on beside the
 next one. Here the command ends with its connection: when stdin ends, or, with --silence, brings nothing for S seconds
-(a host that was cut off sees no end), it gets SIGTERM, GRACE_S seconds to save, and SIGKILL, its descendants too.
+(a host that was cut off sees no end), it gets SIGTERM, GRACE_S seconds to save, and SIGKILL, its descendants too; with
+--ranks the ranks alone get that SIGTERM, by their heartbeats in that run folder, as soon as there are some.
 Exits with the command's own exit code, 128 + N where signal N ended it, as ssh itself with 255 where the connection was
 lost. Linux only.
 """
@@ -19,11 +20,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from launch.processes import become_subreaper, end_descendants
+from launch.processes import become_subreaper, end_descendants, ranks_below, send
 from trainer.exit_codes import USER_ERROR
+from trainer.run_folder import RunFolder
 
 LOST = 255  # what ssh itself says of a lost connection: launch.everywhere connects again
 GRACE_S = 60.0  # for a rank that saves before it ends
@@ -32,8 +35,8 @@ GRACE_S = 60.0  # for a rank that saves before it ends
 class Leash:
     """Runs one command for as long as somebody holds the other end of stdin."""
 
-    def __init__(self, command: list[str], silence_s: float | None) -> None:
-        self.command, self.silence_s = command, silence_s
+    def __init__(self, command: list[str], silence_s: float | None = None, run_dir: Path | None = None) -> None:
+        self.command, self.silence_s, self.run_dir = command, silence_s, run_dir
         self.stopped = ""  # why
         self.lost = False
         self.heard = time.monotonic()
@@ -54,8 +57,7 @@ class Leash:
         if self.stopped:
             with contextlib.suppress(OSError):  # nobody may hear it
                 print(f"leash: {self.stopped}: stopping", file=sys.stderr, flush=True)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+            self._tell(process.pid)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_S)
         end_descendants(GRACE_S)
@@ -75,6 +77,15 @@ class Leash:
         if self.silence_s is not None and time.monotonic() - self.heard > self.silence_s:
             self.lost = True
             self.stopped = f"nothing came over the connection for {self.silence_s:g} s"
+
+    def _tell(self, group: int) -> None:
+        """SIGTERM to the ranks, or to the command's whole group."""
+        ranks = ranks_below(RunFolder(self.run_dir).heartbeats) if self.run_dir is not None else ()
+        for pid in ranks:
+            send(pid, signal.SIGTERM)
+        if not ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGTERM)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stopped = signal.Signals(number).name
@@ -103,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="launch.leash")
     parser.add_argument("--needs", default="", help="names of environment variables that ssh must have brought")
     parser.add_argument("--silence", type=float, help="seconds without a word on stdin after which it is lost")
+    parser.add_argument("--ranks", type=Path, help="the run folder whose ranks are told to stop, not their launcher")
     parser.add_argument("command", nargs="+", help="-- and what to run")
     given = parser.parse_args()
     absent = [name for name in given.needs.split(",") if name and name not in os.environ]
@@ -113,7 +125,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(USER_ERROR)
-    sys.exit(Leash(given.command, given.silence).run())
+    sys.exit(Leash(given.command, given.silence, given.ranks).run())
 
 
 if __name__ == "__main__":

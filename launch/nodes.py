@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,7 +59,7 @@ def examine_nodes(cfg: DoctorConfig, root: Path) -> list[Finding]:
 def command(cfg: DoctorConfig) -> list[str]:
     """srun over all nodes of the allocation where we are in one, else torchrun here."""
     allocated = "SLURM_JOB_ID" in os.environ
-    gpus = 0 if cfg.cluster.gpu == CPU else _gpus()
+    gpus = 0 if cfg.cluster.gpu == CPU else gpus_of_a_node(os.environ, cfg.cluster.gpus_per_node)
     ranks = gpus or CPU_RANKS
     expected = 0 if cfg.cluster.gpu == CPU else cfg.cluster.gpus_per_node
     check = ["-m", "trainer.node_check", f"run.dir={literal(str(Path(cfg.run.dir).absolute()))}"]
@@ -73,12 +75,19 @@ def command(cfg: DoctorConfig) -> list[str]:
     return [*step, sys.executable, "-m", "launch.rendezvous", "--", sys.executable, *check]
 
 
-def _gpus() -> int:
-    """Of this node: as many as Slurm gave, or as nvidia-smi shows and CUDA_VISIBLE_DEVICES leaves."""
-    given = os.environ.get("SLURM_GPUS_ON_NODE", "")
-    if given.isdecimal():
-        return int(given)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+def gpus_of_a_node(env: Mapping[str, str], wanted: int) -> int:
+    """In an allocation as many as Slurm gave, else as nvidia-smi shows and CUDA_VISIBLE_DEVICES leaves.
+
+    salloc runs its command where it was typed, on a login node as a rule: there Slurm tells what was asked for, and
+    where GPUs were asked for in another way (--gres, a whole node) nothing: then srun is to give the `wanted`.
+    """
+    if "SLURM_JOB_ID" in env:
+        on_node, asked = env.get("SLURM_GPUS_ON_NODE", ""), env.get("SLURM_GPUS_PER_NODE", "")
+        if "SLURMD_NODENAME" in env and on_node.isdecimal():
+            return int(on_node)
+        kinds = re.findall(r"(?:^|,)(?:[^:,]+:)*(\d+)(?=,|$)", asked)  # 8, h100:8, a:1,b:2
+        return sum(map(int, kinds)) or wanted
+    visible = env.get("CUDA_VISIBLE_DEVICES")
     found = len(nvidia_smi("index"))
     return found if visible is None else min(found, len([v for v in visible.split(",") if v not in ("", "-1")]))
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipeline.config import UserError
+from data_pipeline.config import Passing, UserError
+from data_pipeline.manifest import read_json
 from launch.cluster_config import ClusterConfig
+from launch.job import SUBMITTED
 from launch.plan import cluster_of, simulated
 from trainer.check import check
 from trainer.config import PretrainConfig
@@ -19,6 +24,7 @@ from trainer.run_folder import RunFolder
 from trainer.world import World
 
 FRESH_S = 60.0  # a heartbeat younger than this is of a run that goes on
+QUEUE_S = 15.0
 
 
 def preflight(cfg: PretrainConfig, cluster: ClusterConfig) -> tuple[PretrainConfig, list[str]]:
@@ -65,3 +71,24 @@ def alive(run_dir: Path) -> str | None:
                 "start takes the run over from it"
             )
     return None
+
+
+def queued(run_dir: Path) -> str | None:
+    """A warning where a job that was submitted for this run still waits or runs, as far as squeue is here and says."""
+    ids: set[str] = set()
+    for path in RunFolder(run_dir).submissions.glob(f"*/{SUBMITTED}"):
+        with suppress(UserError, Passing):  # damaged: launch.status tells
+            jobs = read_json(path, "the others are asked for").get("jobs")
+            ids.update(map(str, jobs if isinstance(jobs, list) else ()))
+    if not ids:
+        return None
+    argv = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%F"]  # %F: of an array the id of all of it
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=QUEUE_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = sorted(ids.intersection(done.stdout.split()))
+    if not found:
+        return None
+    which = ", ".join(found)
+    return f"warning: {run_dir} is in the queue already, as job {which}: scancel it if this one is to replace it"

@@ -6,10 +6,12 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 from data_pipeline.config import UserError
+from trainer.heartbeat import read_heartbeats
 
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
@@ -62,6 +64,12 @@ def descendants() -> list[int]:
     for pid in found:  # grows while it is walked
         found += children.get(pid, [])
     return found
+
+
+def ranks_below(heartbeats: Path) -> set[int]:
+    """Living descendants of this process that are ranks, by the heartbeats in that folder."""
+    ours = {beat.pid for beat in read_heartbeats(heartbeats) if beat.host == socket.gethostname()}
+    return ours.intersection(descendants())
 
 
 def reap() -> None:

@@ -19,6 +19,7 @@ from conf.schema import peek
 from data_pipeline.config import UserError
 from data_pipeline.ledger import Ledger
 from data_pipeline.manifest import read_json
+from launch.job import SUBMITTED
 from launch.run_state import judge
 from trainer.run_folder import RunFolder
 
@@ -186,11 +187,13 @@ def _checkpoint(path: Path, now: float) -> Report:
 
 
 def _submissions(root: Path) -> list[Report]:
-    """Each `launch.submit`, with the version of the code that it froze."""
+    """Each `launch.submit`, with the version of the code that it froze; `submitted`: None where it started nothing."""
     found = []
     for folder in sorted(p for p in (root / "submit").glob("*") if p.name.isdecimal()):
         code = _whole(partial(read_json, folder / "code.json", DAMAGED))
-        found.append({"number": folder.name, **code})
+        path = folder / SUBMITTED
+        submitted = _whole(partial(read_json, path, DAMAGED)) if path.exists() else None
+        found.append({**code, "number": folder.name, "submitted": submitted})
     return found
 
 

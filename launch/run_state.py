@@ -55,7 +55,7 @@ def _judge(report: dict[str, Any], now: float) -> tuple[str, str]:
         return "done", f"the checkpoint of step {step} of {max_steps} is published"
     newest = max((b["time"] for b in beats), default=None)
     if last and last.get("event") != "start" and (newest is None or last["time"] >= newest):
-        return _ended(last, events)
+        return _ended(last, events, report["config"], now)
     if newest is None:
         return _without_beats(report, last, now)
     later = [s for s in _listed(report["starts"])[-1:] if s["generation"] > beats[0]["generation"]]
@@ -99,7 +99,7 @@ def _over(beats: list[dict[str, Any]], saved: Any) -> tuple[str, str]:
     return ("stopped by a signal" if step == saved else "failed"), said
 
 
-def _ended(last: dict[str, Any], events: list[dict[str, Any]]) -> tuple[str, str]:
+def _ended(last: dict[str, Any], events: list[dict[str, Any]], cfg: dict[str, Any], now: float) -> tuple[str, str]:
     """`last` is the supervisor's row of an end, or of what it does about one."""
     exits = [e for e in events if e.get("event") == "exit"]
     code = exits[-1].get("exit_code") if exits else last.get("exit_code")
@@ -107,7 +107,11 @@ def _ended(last: dict[str, Any], events: list[dict[str, Any]]) -> tuple[str, str
     cause = str(exits[-1].get("cause") or "") if exits else ""  # a launcher may have made another code of the ranks'
     why += f": {cause}" if cause else ""
     if last["event"] == "restart":
-        return "starting", f"again after {last.get('wait_s', 0):g} s of waiting; {why}"
+        wait_s, age = last.get("wait_s", 0), now - last["time"]
+        if age > wait_s + (cfg.get("watch.start_s") or START_S):
+            said = f"launch.supervise was to start it again after {wait_s:g} s and has not: it is gone, submit it again"
+            return f"no start for {age:.0f} s", f"{said}; {why}"
+        return "starting", f"again after {wait_s:g} s of waiting; {why}"
     if code in STOPPED or cause.startswith("stopped by "):
         return "stopped by a signal", why
     if code == exit_codes.HUNG or cause.startswith("hang: "):
@@ -121,7 +125,11 @@ def _without_beats(report: dict[str, Any], last: dict[str, Any], now: float) -> 
     known = [t for t in times if isinstance(t, int | float)]
     if not known:
         submitted = _listed(report["submissions"])
-        return "never started", f"submitted {len(submitted)} times" if submitted else "no start has left a trace"
+        runs = dict.fromkeys(str(run) for s in submitted for run in s.get("runs", ()))
+        if runs:
+            return "a sweep", f"its runs have folders of their own: {', '.join(runs)}"
+        count = sum(bool(s.get("submitted")) for s in submitted)
+        return "never started", f"submitted {count} times" if count else "no start has left a trace"
     age, limit = now - max(known), report["config"].get("watch.start_s") or START_S
     if (not row or max(known) > row["time"]) and age < limit:
         return "starting", f"begun {age:.0f} s ago, no heartbeat and no row since"

@@ -25,12 +25,24 @@ class Check(NamedTuple):
 
 def run_checks(checks: Sequence[Check]) -> list[Finding]:
     """What each found, in their order; an exception, or no answer within its limit, fails that check alone."""
-    said: dict[int, bytearray] = {}
-    started, pids, deadlines = time.monotonic(), {}, {}
-    with selectors.DefaultSelector() as selector:
+    said = {i: bytearray() for i in range(len(checks))}
+    started, late = time.monotonic(), set[int]()
+    fds: dict[int, int] = {}
+    pids: dict[int, int] = {}
+    try:
         for i, check in enumerate(checks):
-            fd, pids[i] = _start(check)
-            said[i], deadlines[i] = bytearray(), started + check.limit_s
+            fds[i], pids[i] = _start(check)
+        _listen(fds, said, {i: started + check.limit_s for i, check in enumerate(checks)}, late)
+    finally:  # also where we are told to end
+        for pid in pids.values():
+            _end(pid)
+    return [f for i, check in enumerate(checks) for f in _findings(check, bytes(said[i]), late=i in late)]
+
+
+def _listen(fds: dict[int, int], said: dict[int, bytearray], deadlines: dict[int, float], late: set[int]) -> None:
+    """Until each has said all, or its deadline has passed: fills `said` and `late`."""
+    with selectors.DefaultSelector() as selector:
+        for i, fd in fds.items():
             selector.register(fd, selectors.EVENT_READ, i)
         while selector.get_map():
             for key, _ in selector.select(0.1):
@@ -43,11 +55,7 @@ def run_checks(checks: Sequence[Check]) -> list[Finding]:
                 if time.monotonic() > deadlines[key.data]:
                     selector.unregister(key.fd)
                     os.close(key.fd)
-                    said[key.data].clear()
-                    deadlines[key.data] = -1.0
-    for pid in pids.values():
-        _end(pid)
-    return [f for i, check in enumerate(checks) for f in _findings(check, bytes(said[i]), late=deadlines[i] < 0)]
+                    late.add(key.data)
 
 
 def _start(check: Check) -> tuple[int, int]:

@@ -6,7 +6,6 @@ What a host is to do is one argv until ssh wants a line, which `shlex.join` make
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -31,6 +30,7 @@ SILENCE_S = {SshLauncher.deepspeed: 60, SshLauncher.torchrun: 180}
 """A connection that brings nothing for so long is lost, on both ends; a host that may come and go is waited for longer,
 for it is taken back with the least ado while its connection lives."""
 NODE_RANK = "--node_rank=%n"  # pdsh's own sign for a host's number
+HOLD = 'exec "$@" </proc/$PPID/fd/0'  # $PPID: pdsh, which gives nobody its stdin
 GRACE_S = 60  # for a rank that saves before it ends
 LAST_CALL_S = 15  # torchrun starts without the missing hosts so long after min_nodes of them have come
 
@@ -48,13 +48,15 @@ def prepare(job: Job) -> list[list[str]]:
     hosts = hosts_of(job.cluster)
     _check(job.cluster, ssh)
     publish(job.folder / "hostfile", "".join(f"{h} slots={job.cluster.gpus_per_node}\n" for h in hosts).encode())
+    if ssh.launcher is SshLauncher.deepspeed and ssh.transport is Transport.openmpi:
+        return [supervised(job, 0, _openmpi(job, ssh, hosts), grace_s=2 * GRACE_S + 30)]  # mpirun's own, and its end
     if ssh.launcher is SshLauncher.deepspeed:
-        spread = _pdsh if ssh.transport is Transport.pdsh else _openmpi
-        return [supervised(job, 0, spread(job, ssh, hosts))]
-    check_elastic(thaw(job.configs[0], PretrainConfig), job.cluster)
-    commands = {
-        host: _ssh(job, host, _on_host(job, ssh, _torchrun(job, ssh, hosts, i))) for i, host in enumerate(hosts)
-    }
+        commands = {"": _pdsh(job, ssh, hosts)}  # which puts the hosts' names before what they say by itself
+    else:
+        check_elastic(thaw(job.configs[0], PretrainConfig), job.cluster)
+        commands = {
+            host: _ssh(job, host, _on_host(job, ssh, _torchrun(job, ssh, hosts, i))) for i, host in enumerate(hosts)
+        }
     publish_json(job.folder / "ssh.json", commands)
     return [supervised(job, 0, [job.python, "-m", "launch.everywhere", str(job.folder / "ssh.json")])]
 
@@ -142,16 +144,22 @@ def _check(cluster: ClusterConfig, ssh: SshConfig) -> None:
         raise UserError(
             f"cluster.ssh.transport={ssh.transport.value} with launcher=torchrun, which takes plain ssh: leave it out"
         )
-    needed = ["ssh", *([] if ssh.launcher is SshLauncher.torchrun else PROGRAMS[ssh.transport])]
-    if absent := [program for program in needed if shutil.which(program) is None]:
+    if absent := [program for program in needed_programs(ssh) if shutil.which(program) is None]:
         raise UserError(f"cluster.ssh needs {', '.join(absent)} here, which is not installed")
+
+
+def needed_programs(ssh: SshConfig) -> list[str]:
+    """What must be in PATH where the run is submitted."""
+    return ["ssh", *([] if ssh.launcher is SshLauncher.torchrun else PROGRAMS[ssh.transport])]
 
 
 def _on_host(job: Job, ssh: SshConfig, launcher: list[str]) -> list[str]:
     """What runs on a host: the launcher with its environment, for as long as the connection lasts."""
     env = _env(job, ssh)
     leash = [job.python, "-m", "launch.leash", f"--needs={','.join(job.cluster.forward)}"]
-    if ssh.launcher is SshLauncher.torchrun:  # launch.everywhere, unlike pdsh, has a word to say from time to time
+    if ssh.launcher is SshLauncher.deepspeed:  # which gives a rank 30 s to save; torchrun would start it again
+        leash.append(f"--ranks={job.run_dirs[0]}")
+    else:  # launch.everywhere has a word for each connection from time to time; those of pdsh share one stdin
         leash.append(f"--silence={SILENCE_S[ssh.launcher]}")
         # without it the ranks meet in torchrun's own store, where one that comes back finds the addresses of the dead
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -160,7 +168,11 @@ def _on_host(job: Job, ssh: SshConfig, launcher: list[str]) -> list[str]:
 
 def _pdsh(job: Job, ssh: SshConfig, hosts: list[str]) -> list[str]:
     """DeepSpeed's launcher on every host at once. Left to start them by itself (without --no_ssh) it writes shell lines
-    without quotes, and stops with `pkill -f`, which ends every other run on the host as well."""
+    without quotes, and stops with `pkill -f`, which ends every other run on the host as well.
+
+    pdsh dies of a signal and leaves the hosts to themselves: so each ssh gets pdsh's stdin, which launch.everywhere
+    closes to stop them, and then waits for what the hosts say.
+    """
     launcher = [
         *(job.python, "-m", "deepspeed.launcher.runner", "--no_ssh", NODE_RANK),
         f"--hostfile={job.folder / 'hostfile'}",
@@ -168,14 +180,14 @@ def _pdsh(job: Job, ssh: SshConfig, hosts: list[str]) -> list[str]:
         *("--no_local_rank", "--module", *entry(job, 0)[1:]),
     ]
     line = [word if word == NODE_RANK else word.replace("%", "%%") for word in _on_host(job, ssh, launcher)]
-    options = " ".join([*filter(None, [os.environ.get("PDSH_SSH_ARGS_APPEND")]), *_options(job)])
-    fan_out = ["-S", "-R", "ssh", "-f", str(len(hosts)), "-w", ",".join(hosts)]
-    return ["env", f"PDSH_SSH_ARGS_APPEND={options}", "pdsh", *fan_out, shlex.join(line)]
+    fan_out = ["-S", "-R", "exec", "-f", str(len(hosts)), "-w", ",".join(hosts)]
+    return ["pdsh", *fan_out, "sh", "-c", HOLD, "-", *_ssh(job, "%h", line)]
 
 
 def _openmpi(job: Job, ssh: SshConfig, hosts: list[str]) -> list[str]:
     """mpirun, as DeepSpeed's launcher calls it. It counts the ranks, trainer/world.py reads its numbers; no rank speaks
-    MPI. The environment is `env`'s words: DeepSpeed's own way puts quotes into values that have spaces."""
+    MPI. The environment is `env`'s words: DeepSpeed's own way puts quotes into values that have spaces. Where a rank
+    ends otherwise than with 0 mpirun waits GRACE_S, sends the others SIGTERM, waits as long, and sends SIGKILL."""
     mpirun = [*("--bind-to", "none"), *("--mca", "plm_rsh_args", shlex.join(_options(job)))]
     mpirun += ["--mca", "odls_base_sigkill_timeout", str(GRACE_S)]
     if ssh.interface is not None:

@@ -167,7 +167,22 @@ def _submissions(report: Report) -> list[str]:
     found = report["submissions"] if isinstance(report["submissions"], list) else []
     told = [s for s in found if "unreadable" not in s]
     dirty = {True: ", with changes that are not committed", False: "", None: ""}
-    return [f"submission {s['number']}: commit {s.get('commit')}{dirty[bool(s.get('dirty'))]}" for s in told]
+    lines = []
+    for s in told:
+        lines.append(f"submission {s['number']}: commit {s.get('commit')}{dirty[bool(s.get('dirty'))]}, {_started(s)}")
+        lines += [f"  of a sweep: {s['folder']}"] if "folder" in s else []
+        lines += [f"  a run of the sweep: {run}" for run in s.get("runs", ())]
+    return lines
+
+
+def _started(submission: Report) -> str:
+    started = submission.get("submitted")
+    if started is None:
+        return "nothing was started (a dry run)"
+    if "unreadable" in started:
+        return f"cannot be read: {started['unreadable']}"
+    jobs = ", ".join(map(str, started.get("jobs") or ()))
+    return f"submitted {clock(started.get('time'))}" + (f" as job {jobs}" if jobs else "")
 
 
 def _number(value: Any, form: str) -> str:

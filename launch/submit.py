@@ -15,20 +15,22 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from conf.schema import freeze, literal, load, run
 from data_pipeline.config import UserError
-from data_pipeline.manifest import publish, publish_json
+from data_pipeline.manifest import publish, publish_json, read_json
 from launch import local, slurm, ssh
 from launch.cluster_config import ClusterConfig
 from launch.config import SubmitConfig
-from launch.job import Job
-from launch.preflight import alive, preflight
+from launch.job import SUBMITTED, Job
+from launch.preflight import alive, preflight, queued
 from trainer.code_version import code_version
 from trainer.config import PretrainConfig
+from trainer.redact import redact_command
 from trainer.run_folder import RunFolder
 
 LAUNCHERS = {"slurm": slurm, "ssh": ssh, "local": local}  # by the section of cluster that asks for it
@@ -52,21 +54,30 @@ def submit(cfg: SubmitConfig, overrides: list[str], argv: list[str]) -> int:
         except UserError as e:
             raise (type(e)(f"sweep[{i}]: {e}") if cfg.sweep else e) from None
         runs.append(one)
-        said += [*lines, *filter(None, [alive(path)])]
+        said += [*lines, *filter(None, [alive(path), queued(path)])]
     print("\n".join(said), flush=True)
+    submissions = RunFolder(run_dir).submissions
+    made = [path for path in (submissions, *submissions.parents) if not path.exists()]
     job = write(cfg, run_dir, runs, argv)
     try:
         commands = prepare(job)
     except BaseException:  # a refusal: the folder of what was never started would only confuse
         shutil.rmtree(job.folder)
+        with suppress(OSError):  # something else has come to lie there
+            for path in made:
+                path.rmdir()
         raise
+    folders = [job.folder, *elements_folders(job)]
     print(f"frozen: {job.folder}")
     print("\n".join(map(shlex.join, commands)), flush=True)
     if cfg.dry_run:
         return 0
     if cfg.cluster.slurm is not None:
-        print(f"submitted: {', '.join(slurm.submit(commands))}")
+        jobs = slurm.submit(commands)
+        record(folders, commands, jobs)
+        print(f"submitted: {', '.join(jobs)}")
         return 0
+    record(folders, commands, [])
     return foreground(commands, job.cwd)
 
 
@@ -117,7 +128,8 @@ def write(cfg: SubmitConfig, run_dir: Path, runs: list[PretrainConfig], argv: li
     for name, text in zip(names, texts, strict=True):
         publish(folder / name, text)
     publish(folder / "submit.yaml", submitted)
-    told: dict[str, Any] = {"argv": argv, "host": socket.gethostname(), "time": time.time(), **version}
+    told: dict[str, Any] = {"argv": redact_command(argv), "host": socket.gethostname(), "time": time.time(), **version}
+    told |= {"runs": [one.run.dir for one in runs]} if cfg.sweep else {}
     publish_json(folder / "code.json", told)
     if patch:
         publish(folder / "code.patch", patch)
@@ -134,8 +146,25 @@ def write(cfg: SubmitConfig, run_dir: Path, runs: list[PretrainConfig], argv: li
     )
 
 
+def elements_folders(job: Job) -> list[Path]:
+    """A submission in the folder of each run of a sweep, which says where all of it lies; [] where it is no sweep."""
+    others = [path for path in job.run_dirs if path != job.run_dir]
+    code = {k: v for k, v in read_json(job.folder / "code.json", "submit it again").items() if k != "runs"}
+    folders = [RunFolder(path).take_submission() for path in others]
+    for folder in folders:
+        publish_json(folder / "code.json", {**code, "folder": str(job.folder)})
+    return folders
+
+
+def record(folders: list[Path], commands: list[list[str]], jobs: list[str]) -> None:
+    """That it was started: without this file a submission was a dry run. `jobs`: Slurm's ids."""
+    told = {"jobs": jobs, "commands": [redact_command(command) for command in commands], "time": time.time()}
+    for folder in folders:
+        publish_json(folder / SUBMITTED, told)
+
+
 def foreground(commands: list[list[str]], cwd: Path) -> int:
-    """Run the commands one after the other; the exit code of the first that failed, 0 where none did.
+    """Run the commands one after the other; the exit code of the first that failed, else 0 where all were run.
 
     SIGINT, SIGTERM and SIGUSR1 go on to the one that runs, SIGHUP (a closed terminal) as SIGTERM, unless it is ignored
     (nohup); no other is started after it.
@@ -155,13 +184,13 @@ def foreground(commands: list[list[str]], cwd: Path) -> int:
     failed = 0
     for command in commands:
         if told:
-            break
+            return failed or 128 + told[0]
         process = subprocess.Popen(command, cwd=cwd, process_group=0)  # a terminal's ^C comes once, through us
         if told:  # it came while there was nobody to tell
             process.send_signal(told[-1])
         code = process.wait()
         failed = failed or (code if code >= 0 else 128 - code)
-    return failed or (128 + told[0] if told else 0)
+    return failed
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,9 +26,8 @@ from typing import IO
 from conf.schema import run
 from data_pipeline.config import UserError
 from launch.config import SuperviseConfig
-from launch.processes import become_subreaper, descendants, end_descendants, send
+from launch.processes import become_subreaper, end_descendants, ranks_below, send
 from trainer.exit_codes import ALONE, HUNG, PREEMPTED, USER_ERROR
-from trainer.heartbeat import read_heartbeats
 from trainer.redact import redact
 from trainer.run_folder import RunFolder
 from trainer.signals import CODES
@@ -107,8 +105,7 @@ class Supervisor:
         self._stop.set()
         if self._process is None or self._process.returncode is not None:
             return
-        ours = {beat.pid for beat in read_heartbeats(self.folder.heartbeats) if beat.host == socket.gethostname()}
-        ranks = ours.intersection(descendants())
+        ranks = ranks_below(self.folder.heartbeats)
         for pid in ranks:
             send(pid, number)
         if again or not ranks:
@@ -160,11 +157,12 @@ def told(code: int, stderr: str) -> int:
 
 def outcome(code: int, asked: list[int]) -> int:
     """How this process ends. Asked with SIGUSR1, whatever failed meanwhile goes on later, from the last checkpoint;
-    asked with SIGTERM or SIGINT, a launcher's 1 is that signal's code."""
+    asked with SIGTERM or SIGINT, a launcher's 1 is that signal's code, and so is the other's if it told that."""
     number = next((n for n in reversed(CODES) if n in asked), None)
     if number is None or code in (0, USER_ERROR):
         return code
-    return CODES[number] if number == signal.SIGUSR1 or code == 1 else code
+    others = (1, CODES[signal.SIGTERM], CODES[signal.SIGINT])
+    return CODES[number] if number == signal.SIGUSR1 or code in others else code
 
 
 def hang(folder: RunFolder, before: int) -> str | None:

@@ -101,7 +101,7 @@ ROOMS = (
     ),
     Room(("trainer/run_folder.py",), (*CONFIGS, "trainer.arithmetic"), ()),
     Room(("trainer/*",), ("trainer", *STREAMING), None),
-    Room(("launch/*config.py",), (*CONFIGS, "launch.cluster_config"), ()),
+    Room(("launch/*config.py",), (*CONFIGS, "launch.cluster_config", "trainer.redact"), ()),
     Room(
         ("launch/*",),
         (

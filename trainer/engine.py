@@ -121,11 +121,7 @@ class Engine:
         self.deepspeed.step()
         norm = self._grad_norm()  # where a wrapper saw inf or nan by itself, it never came to the gate
         if not math.isfinite(norm):
-            raise NonFiniteError(
-                f"the gradient norm is {norm} at lr={lr:.3g}: this step's update is not made; "
-                "give a lower optim.lr or a longer optim.schedule.warmup, and resume from the last checkpoint",
-                norm,
-            )
+            raise NonFiniteError(f"the gradient norm is {norm}: this step's update is not made", norm)
         return norm
 
     def evaluate(self, batch: Batch) -> Tensor:

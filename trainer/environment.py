@@ -5,16 +5,18 @@ Of the environment only what steers a training is told: an unknown variable may 
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import platform
 import re
 import socket
 import subprocess
 import sys
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
-from data_pipeline.manifest import publish_json
+from data_pipeline.manifest import publish_json, read_json
 from trainer.code_version import code_version, packages
 from trainer.redact import redact_command, redact_tree
 from trainer.run_folder import RunFolder
@@ -23,6 +25,7 @@ STEERING = re.compile(
     r"(CUDA|NCCL|GLOO|UCX|FI|OMPI|OMP|MKL|TORCH|TORCHINDUCTOR|TORCHELASTIC|PYTORCH|TRITON|DS|DEEPSPEED|SLURM|MLFLOW|HF"
     r"|PYTHON|LD|ROCR|HIP|CONDA|VIRTUAL)_?.*|PATH|TZ|LANG|LC_.*|MASTER_ADDR|MASTER_PORT|WORLD_SIZE|HOSTNAME"
 )
+VERSION = ("commit", "dirty", "untracked")  # what two versions of the code are told apart by, beside the patch
 GPUS = ("index", "name", "memory.total", "driver_version")
 PATIENCE_S = 30.0  # for nvidia-smi
 
@@ -49,10 +52,21 @@ def store(folder: RunFolder, generation: int) -> None:
 
 
 def code_of(folder: RunFolder) -> dict[str, Any]:
-    """The version that the newest launch.submit froze, else that of the code that runs here."""
-    frozen = sorted(folder.root.glob("submit/[0-9]*/code.json"))
-    body = json.loads(frozen[-1].read_text(encoding="utf-8")) if frozen else code_version()[0]
-    return {key: value for key, value in body.items() if key not in ("packages", "python")}  # those of this node count
+    """The version of the code that runs here; where the newest launch.submit froze another one, also that one."""
+    version, patch = code_version()
+    here = {key: value for key, value in version.items() if key not in ("packages", "python")}  # those are told above
+    frozen = sorted(folder.submissions.glob("[0-9]*/code.json"))
+    if not frozen:
+        return here
+    body = read_json(frozen[-1], "this start goes on")
+    theirs = {key: body.get(key) for key in VERSION}
+    of_sweep = Path(str(body["folder"])) if "folder" in body else frozen[-1].parent
+    with contextlib.suppress(OSError):
+        theirs["changes"] = sha256((of_sweep / "code.patch").read_bytes()).hexdigest()
+    ours = {key: here.get(key) for key in VERSION} | ({"changes": sha256(patch).hexdigest()} if patch else {})
+    differ = {key: value for key, value in theirs.items() if value != ours.get(key)}
+    differ |= {"changes": None} if "changes" in ours and "changes" not in theirs else {}
+    return {**here, "submitted": {"number": frozen[-1].parent.name, **differ}} if differ else here
 
 
 def nvidia_smi(fields: tuple[str, ...]) -> list[list[str]]:

@@ -53,9 +53,11 @@ class Guard:
             raise _damaged(e) from None
 
     def enter(self, ledger: Ledger, step: int) -> None:
-        """Before a step is judged: where it has another mixture or length of windows than the last, all begins anew."""
+        """Before a step is judged: all begins anew where its mixture or its windows' length is another than the last
+        one's, or its batch less than half, for a mean over fewer windows is noisier."""
         here, last = ledger.segment(step), ledger.segment(max(0, step - 1))
-        if (here.n_ctx, here.weights) != (last.n_ctx, last.weights):
+        smaller = 2 * here.windows_per_step < last.windows_per_step
+        if smaller or (here.n_ctx, here.weights) != (last.n_ctx, last.weights):
             self.recent.clear()
 
     def judge(self, loss: float, norm: float) -> str | None:

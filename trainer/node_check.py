@@ -93,6 +93,7 @@ def own_facts(world: World) -> dict[str, Any]:
     """Of this rank, and of its node where it is the first there."""
     first = world.local_rank == 0
     addresses = machine.own_addresses()
+    git = {"commit": commit()} if first else {}  # four commands, on a disk that all nodes may share
     checks = [machine.shared_memory(), machine.open_files(), machine.locked_memory()] if first else []
     return {
         "host": machine.node_name(),
@@ -102,7 +103,7 @@ def own_facts(world: World) -> dict[str, Any]:
         "interface": os.environ.get("GLOO_SOCKET_IFNAME", ""),
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "smi": machine.nvidia_smi(*SMI) if first else [],
-        "versions": {"python": python_version(), **{name: _version(name) for name in PACKAGES}, "commit": commit()},
+        "versions": {"python": python_version(), **{name: _version(name) for name in PACKAGES}, **git},
         "machine": [finding.as_json() for finding in checks],
     }
 

@@ -36,12 +36,12 @@ def names(came: list[Any], nodes: list[list[int]]) -> str:
 
 
 def versions(came: list[Any]) -> Finding:
-    first = came[0]["versions"]
+    first = came[0]["versions"]  # what only the first rank of a node tells, the others do not differ in
     differ = [
         f"{key} is {fact['versions'].get(key)} on rank {rank} ({fact['host']}), {value} on rank 0"
         for key, value in first.items()
         for rank, fact in enumerate(came)
-        if fact["versions"].get(key) != value
+        if fact["versions"].get(key, value) != value
     ]
     if differ:
         cure = "bring checkout and environment to the same state on all nodes, or share them"
@@ -81,6 +81,7 @@ def gpus(cfg: NodeCheckConfig, came: list[Any], nodes: list[list[int]]) -> Itera
             yield ok("GPUs", "none, and none asked for: ranks on CPUs")
         return
     few = [f for f in firsts if f["torch_gpus"] < max(cfg.gpus_per_node, 1)]
+    short = [f"{f['host']}: {len(n)} ranks" for f, n in zip(firsts, nodes, strict=True) if len(n) < cfg.gpus_per_node]
     unseen = [f for f in firsts if f["visible"] is None and f["smi"] and f["torch_gpus"] != len(f["smi"])]
     models = sorted({gpu["name"] for f in firsts for gpu in f["smi"]})
     found = f"{firsts[0]['torch_gpus']} a node, {' and '.join(models)}"
@@ -95,6 +96,9 @@ def gpus(cfg: NodeCheckConfig, came: list[Any], nodes: list[list[int]]) -> Itera
             f"{told}; {cfg.gpus_per_node} are asked for",
             "look at nvidia-smi and dmesg there, or take the node out",
         )
+    elif short:
+        cure = f"ask for all of them (--gpus-per-node={cfg.gpus_per_node}): GPUs without a rank are not tried"
+        yield fail("GPUs", f"{'; '.join(short)} were started, {cfg.gpus_per_node} GPUs are asked for", cure)
     elif len(models) > 1:
         yield warn("GPUs", found, "take nodes of one kind: all wait for the slowest")
     else:

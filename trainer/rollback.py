@@ -3,7 +3,8 @@
 The mesh stays, since a process cannot meet its gloo groups a second time; the engine, the feed and the saver are made
 anew, as a start makes them. So what follows is what a start from that checkpoint with that ledger would do.
 
-    saver waits -> `latest` moves back, later checkpoints go -> a new generation -> old engine away -> as any start
+    saver waits -> all ranks make the plan -> `latest` moves back, later checkpoints go -> a new generation
+    -> old engine away -> as any start
 
 Killed before the first checkpoint after it, the run resumes from the same checkpoint, meets the same steps, judges them
 the same and goes back the same way: nothing of a rollback has to be remembered that the checkpoints do not hold.
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from data_pipeline.plan import Plan
 from trainer import checkpoint
 from trainer.progress import SAVE
 from trainer.sources import plan_of
@@ -48,15 +50,17 @@ def roll_back(t: Trainer) -> None:
     t.guard.refuse_another(t.step)
     t.feed.close()
     t.saver.wait()
-    told = checkpoint.together(f"run.dir={t.run.root} cannot go back", lambda: _move(t))
-    generation, name = next(each for each in told if each is not None)
+    what = f"run.dir={t.run.root} cannot go back"
+    name = checkpoint.together(what, lambda: _goal(t))[0]
     found = t.run.checkpoints / name if name else None
-    state = checkpoint.read_state(found) if found else {}
-    to, ledger = state.get("step", 0), t.plan.ledger
-    t.guard.roll_back(state.get("guard"), to, (ledger.position(to), ledger.position(t.step)))
+    ahead: list[tuple[dict[str, Any], Plan]] = []
+    checkpoint.together(what, lambda: ahead.append(_ahead(t, found)))  # nothing has moved where one of them cannot
+    [(state, plan)] = ahead
+    generation = next(g for g in checkpoint.together(what, lambda: _move(t, found)) if g)
+    to, before = state.get("step", 0), t.plan.ledger
+    t.guard.roll_back(state.get("guard"), to, (before.position(to), before.position(t.step)))
     if t.mesh.world.is_main:
         print(f"guard: {t.guard.told()}", flush=True)
-    plan = plan_of(t.cfg, t.sources, ledger.jump(to, t.step))
     _free_engine(t)
     t.generation = generation
     t.stand(found, state, plan)
@@ -68,17 +72,25 @@ def check_skips(t: Trainer) -> None:
     t.guard.check(float(t.agree_on_step([], None)[-1]), t.mesh.world.world_size)
 
 
-def _move(t: Trainer) -> tuple[int, str] | None:
-    """Rank 0: the run's pointer and a new generation. Returns the generation and the checkpoint's name, "" for none."""
+def _goal(t: Trainer) -> str | None:
+    """The name of the checkpoint to go back to, of rank 0; None for the beginning, and elsewhere."""
+    to = t.run.before(t.guard.first_bad(t.step), t.cfg.checkpoint.every_steps) if t.mesh.world.is_main else None
+    return to.name if to else None
+
+
+def _ahead(t: Trainer, found: Path | None) -> tuple[dict[str, Any], Plan]:
+    """The state to go back to and the plan from there on. Raises UserError where either cannot be."""
+    state = checkpoint.read_state(found) if found else {}
+    return state, plan_of(t.cfg, t.sources, t.plan.ledger.jump(state.get("step", 0), t.step))
+
+
+def _move(t: Trainer, to: Path | None) -> int | None:
+    """Rank 0: the run's pointer and a new generation, which is returned."""
     if not t.mesh.world.is_main:
         return None
-    to = t.run.before(t.guard.first_bad(t.step), t.cfg.checkpoint.every_steps)
-    if to is not None:
-        checkpoint.read_state(to)  # one that cannot be read is no place to go
-    gone: list[Path] = t.run.go_back(to, t.generation)
-    if gone:
+    if gone := t.run.go_back(to, t.generation):
         print(f"guard: removed, as made of the bad steps: {', '.join(p.name for p in gone)}", flush=True)
-    return t.run.take_generation(), to.name if to else ""
+    return t.run.take_generation()
 
 
 def _free_engine(t: Trainer) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from trainer.finding import Finding, fail, ok, warn
 
 CONNECT_S = 5
 SKEW_S = 1.0
+PACKAGES = {"ssh": "openssh-client", "mpirun": "openmpi-bin", "ompi_info": "openmpi-bin"}  # Debian's, of other names
 MOST = 1 << 16  # bytes of a line of an answer
 PROBE = """
 import json, subprocess, sys, time
@@ -34,10 +36,11 @@ print(json.dumps({"time": time.time()}), flush=True)
 """
 
 
-def programs(names: tuple[str, ...]) -> Finding:
+def programs(names: Sequence[str]) -> Finding:
     absent = [name for name in names if shutil.which(name) is None]
     if absent:
-        return fail("programs", f"not in PATH: {', '.join(absent)}", f"apt-get install {' '.join(absent)}")
+        wanted = dict.fromkeys(PACKAGES.get(name, name) for name in absent)
+        return fail("programs", f"not in PATH: {', '.join(absent)}", f"apt-get install {' '.join(wanted)}")
     return ok("programs", ", ".join(names))
 
 

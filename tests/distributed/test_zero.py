@@ -406,7 +406,7 @@ def test_steps_of_any_number_and_size_of_micro_batches_in_bf16_stay_within_its_r
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_nan_gradient_and_one_that_is_not_accepted_change_nothing(precision: str, zero: int, two: Curves) -> None:
     got = two[f"{precision} zero{zero} veto"]
-    assert "the gradient norm is" in got["error"] and "optim.lr" in got["error"]
+    assert got["error"] in {f"the gradient norm is {norm}: this step's update is not made" for norm in ("inf", "nan")}
     assert got["changed"] == [] and got["owned"] > 0
     undisturbed = two[f"zero{zero}" if precision == "fp32" else f"bf16 zero{zero}"]
     assert got["curve"] == undisturbed[:3], "the step after the refused one is not what it would have been"

@@ -129,6 +129,22 @@ def test_deepspeed_trains_on_two_hosts(
     )
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 85), (signal.SIGINT, 130)])
+def test_one_signal_saves_on_all_hosts_before_it_is_said(
+    cluster: Cluster, data: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    overrides = (f"data.path={data}", "max_steps=100000", "checkpoint.every_steps=0", "watch.beat_s=0.1")
+    process = submit(cluster, tmp_path, *overrides)
+    wait_until(lambda: any(row.step >= 4 for row in rows(tmp_path / RUN)), tmp_path, process)
+    process.send_signal(number)
+    assert process.wait(PATIENCE_S) == code, said(tmp_path)[-6000:]
+    left = {host: cluster.processes(host) for host in cluster.names}  # at once: a new start may follow
+    latest = RunFolder(tmp_path / RUN).latest()
+    assert latest is not None and int(latest.name[5:13]) == rows(tmp_path / RUN)[-1].step
+    assert not any("trainer.pretrain" in line for lines in left.values() for line in lines.values()), left
+    assert_quiet(cluster)
+
+
 def test_a_host_cut_off_for_good_ends_the_run_with_one_clear_line_and_no_orphan(
     cluster: Cluster, data: Path, tmp_path: Path
 ) -> None:
@@ -139,7 +155,7 @@ def test_a_host_cut_off_for_good_ends_the_run_with_one_clear_line_and_no_orphan(
     try:
         assert process.wait(PATIENCE_S) not in (0, 2), said(tmp_path)
         told = re.findall(r"^h1: error: .*", said(tmp_path), re.MULTILINE)
-        assert len(told) == 1 and "rank 0 on h1: waited 20 s for the others (watch.collective_s): " in told[0]
+        assert len(told) == 1 and "rank 0 of 2 on h1 waited for the other ranks for watch.collective_s=20 s" in told[0]
         last = said(tmp_path).splitlines()[-1]
         assert last.startswith("error: 1 failures after step ") and told[0] in last
         assert_quiet(cluster)  # the one that is cut off as well

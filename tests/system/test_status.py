@@ -177,6 +177,14 @@ def test_an_end_is_told_with_its_exit_code_and_cause(going: Path, code: int, eve
     assert told(going)[0] == "training"  # what ended has begun again
 
 
+def test_a_supervisor_that_died_in_its_back_off_is_not_starting_for_ever(going: Path) -> None:
+    beat(going, 0, age=9000)
+    supervised(going, {"event": "exit", "exit_code": 1, "cause": "x", "time": time.time() - 8001})
+    supervised(going, {"event": "restart", "exit_code": 1, "wait_s": 2.0, "time": time.time() - 8000})
+    state, text = told(going)
+    assert state == "no start for 8000 s" and "was to start it again after 2 s and has not" in text
+
+
 def test_a_run_without_supervisor_that_ended_early_is_told_by_what_it_saved(going: Path) -> None:
     (going / "supervise.jsonl").unlink()
     beat(going, 0, age=5000, phase="end")

@@ -102,6 +102,19 @@ def test_a_signal_goes_on_to_the_run_and_no_other_is_started(number: signal.Sign
     assert not (tmp_path / "second").exists()
 
 
+def test_a_signal_that_comes_as_the_last_run_ends_well_changes_nothing(tmp_path: Path) -> None:
+    waits = f"import os, signal; signal.signal({int(signal.SIGTERM)}, lambda *a: os._exit(0)); "
+    waits += f"open({str(tmp_path / 'up')!r}, 'w'); signal.pause()"
+    process = subprocess.Popen(foreground(waits), cwd=ROOT, env=ENV)
+    try:
+        wait_for(lambda: (tmp_path / "up").exists(), 60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_usr1_saves_and_ends_with_85_through_every_layer(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from launch.checks import folder, hosts, packages, services, slurm
 from launch.side_by_side import Check, run_checks
-from tests.places import serving
+from tests.places import serving, wait_for
 from tests.ranks import ROOT
 from trainer import machine
 from trainer.finding import MOST, Finding, State, fail, ok
@@ -78,6 +78,21 @@ def test_each_check_has_its_own_limit_and_its_own_failure(tmp_path: Path) -> Non
     assert found[3:] == two
     assert states(found[:3]) == {"hang": "fail", "broken": "fail", "killed": "fail"}
     stat = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")  # what the check had started is gone too
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+def test_sigterm_ends_what_the_doctor_started(tmp_path: Path) -> None:
+    (tmp_path / "ssh").write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 999\n"
+    )
+    (tmp_path / "ssh").chmod(0o755)
+    argv = [sys.executable, "-m", "launch.doctor", "cluster=ssh", "cluster.ssh.hosts=[h1]", f"run.dir={tmp_path}/run"]
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    doctor = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    wait_for((tmp_path / "pid").exists, 60)
+    doctor.send_signal(signal.SIGTERM)
+    assert doctor.wait(60) == 143
+    stat = Path(f"/proc/{int((tmp_path / 'pid').read_text())}/stat")
     assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX"
 
 
@@ -341,7 +356,9 @@ def test_a_host_whose_clock_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_host_with_another_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ssh(tmp_path, monkeypatch, f'cd / && sh -c "$(echo "$last" | sed "s,{ROOT},/,")"')
+    found = ssh(
+        tmp_path, monkeypatch, f'cd / && sh -c "$(echo "$last" | sed "s, {ROOT}$, /,")"'
+    )  # the last word: the interpreter may lie in it
     assert found.state is State.fail and "commit None, here" in found.found
 
 

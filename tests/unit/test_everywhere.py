@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from launch.everywhere import Host
 from tests.ranks import ROOT
+from trainer.heartbeat import Heartbeat, write_heartbeat
 
 LEASH = [sys.executable, "-m", "launch.leash"]
 SAVES = 'trap "echo saved; exit 9" TERM; echo up; while :; do sleep 0.05; done'
@@ -102,6 +104,23 @@ def test_a_leash_ends_its_command_and_orphans_with_the_connection_which_may_stil
         end.close()
     process.wait(TIMEOUT_S)
     assert (tmp_path / "saved").exists() and not is_running(orphan)
+
+
+def test_a_leash_tells_the_ranks_alone_which_then_end_their_launcher(tmp_path: Path) -> None:
+    """A launcher that is told, too, gives its ranks less time than they may need."""
+    rank = "trap 'touch saved; exit 143' TERM; echo up; while :; do sleep 0.05; done"
+    script = (
+        f'trap "touch told" TERM; cd {tmp_path}; sh -c "$0" & echo $! > rank; wait $!; code=$?; wait $!; exit $code'
+    )
+    process = leash(f"--ranks={tmp_path}", "--", "sh", "-c", script, rank)
+    assert process.stdin is not None and process.stdout is not None and process.stdout.readline() == "up\n"
+    pid, now = int((tmp_path / "rank").read_text()), time.time()
+    write_heartbeat(
+        tmp_path / "heartbeats", Heartbeat(0, socket.gethostname(), pid, 1, now, 3, "step", now, None, None)
+    )
+    process.stdin.close()
+    assert process.wait(TIMEOUT_S) == 143
+    assert (tmp_path / "saved").exists() and not (tmp_path / "told").exists()
 
 
 def test_a_leash_takes_silence_for_a_lost_connection_and_a_word_for_a_living_one() -> None:

@@ -74,16 +74,17 @@ def test_nothing_but_what_is_not_finite_is_bad_in_the_first_steps() -> None:
     assert guard.record(3, 3, 3.0, 1.0) is None and guard.judge(1e9, 1.0) == "loss spike"
 
 
-def test_a_stage_of_other_windows_or_weights_is_judged_anew_and_a_ramp_or_a_lost_shard_is_not() -> None:
+def test_a_stage_of_other_windows_or_weights_or_far_fewer_of_them_is_judged_anew_and_a_ramp_is_not() -> None:
     guard = Guard(GuardConfig(min_steps=2, window=8))
     ledger = Ledger.start(4, 16, {"a": 1}).then(3, windows_per_step=8).lose(5, "a", 0)
-    ledger = ledger.then(8, n_ctx=32).then(11, weights={"a": 1, "b": 1})
+    ledger = ledger.then(8, n_ctx=32).then(11, weights={"a": 1, "b": 1}).then(13, windows_per_step=4)
+    ledger = ledger.then(15, windows_per_step=12).then(17, windows_per_step=5)
     lengths = []
-    for step in range(12):
+    for step in range(19):
         guard.enter(ledger, step)
         lengths.append(len(guard.recent))
         guard.record(step, ledger.position(step), 3.0, 1.0)
-    assert lengths == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 0]
+    assert lengths == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 0, 1, 2, 3, 4, 5, 0, 1]
 
 
 def test_many_bad_steps_near_one_another_send_the_run_back_and_far_ones_do_not() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conf.schema import load
-from launch.nodes import command, read
+from launch.nodes import command, gpus_of_a_node, read
 from trainer.finding import Finding, fail, ok
 from trainer.node_config import NodeCheckConfig, NodeRunConfig
 from trainer.node_findings import came_findings, group_finding, measured_findings
@@ -84,6 +84,27 @@ def test_no_gpu_is_a_matter_of_what_is_asked_for() -> None:
     none = [rank(r, smi=[], torch_gpus=0) for r in range(4)]
     for asked, state in ((0, "ok"), (8, "warn")):
         assert states(came_findings(config(gpus_per_node=asked), none, NODES, "n0:1"))["GPUs"] == state
+
+
+def test_gpus_without_a_rank_are_not_good() -> None:
+    facts = [rank(0, torch_gpus=2), rank(2, torch_gpus=2), rank(3)]
+    [found] = [f for f in came_findings(config(), facts, [[0], [1, 2]], "n0:1") if f.name == "GPUs"]
+    assert found.state.value == "fail" and "n0: 1 ranks were started, 2 GPUs" in found.found
+
+
+@pytest.mark.parametrize(
+    ("env", "count"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURMD_NODENAME": "n1", "SLURM_GPUS_PER_NODE": "8"}, 4),
+        ({"SLURM_GPUS_ON_NODE": "1", "SLURM_GPUS_PER_NODE": "8"}, 8),  # of another job, around an salloc
+        ({"SLURM_GPUS_PER_NODE": "h100:8"}, 8),
+        ({"SLURM_GPUS_PER_NODE": "a:1,b:2"}, 3),
+        ({"SLURM_GPUS_PER_NODE": "gpu:a100:4"}, 4),
+        ({}, 6),  # salloc --gres, or whole nodes
+    ],
+)
+def test_gpus_of_a_node_by_slurms_variables(env: dict[str, str], count: int) -> None:
+    assert gpus_of_a_node({"SLURM_JOB_ID": "1", **env}, 6) == count
 
 
 def measured(name: str, values: list[Any], **values_of_config: Any) -> list[Finding]:
@@ -163,7 +184,7 @@ def test_the_launcher_of_an_allocation_and_of_this_machine(monkeypatch: pytest.M
     assert here[1:4] == ["-m", "torch.distributed.run", "--standalone"] and "--nproc-per-node=2" in here
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
-    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "8")
     there = command(cfg)
     assert there[0] == "srun" and {"--nodes=4", "--ntasks=32", "--gpus-per-node=8"} <= set(there)
     at = there.index("trainer.node_check")

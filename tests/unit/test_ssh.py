@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from conf.schema import freeze, load
 from data_pipeline.config import UserError
 from launch.cluster_config import ClusterConfig, SshConfig, SshLauncher, Transport
 from launch.job import Job
-from launch.ssh import check_elastic, prepare, read_hostfile
+from launch.ssh import HOLD, check_elastic, needed_programs, prepare, read_hostfile
 from tests.ranks import ROOT
 
 HOSTILE = "a b$(touch x);'`touch x`\"%n %h\n#"
@@ -37,7 +38,6 @@ SIX_LANES = (
 @pytest.fixture(autouse=True)
 def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.delenv("PDSH_SSH_ARGS_APPEND", raising=False)
 
 
 def job(folder: Path, cluster: dict[str, Any] | None = None, **ssh: Any) -> Job:
@@ -63,13 +63,25 @@ def job(folder: Path, cluster: dict[str, Any] | None = None, **ssh: Any) -> Job:
 def test_pdsh_starts_deepspeeds_launcher_on_every_host(tmp_path: Path) -> None:
     (argv,) = prepare(job(tmp_path / "f", {"gpus_per_node": 4, "env": {"A": "1"}}, interface="eth0"))
     assert (tmp_path / "f/hostfile").read_text() == "h1 slots=4\nh2 slots=4\n"
-    command = argv[argv.index("--") + 1 :]
-    assert command[:1] == ["env"] and "BatchMode=yes" in command[1]
-    assert command[2:-1] == ["pdsh", "-S", "-R", "ssh", "-f", "2", "-w", "h1,h2"]
+    assert argv[argv.index("--") + 1 :] == [sys.executable, "-m", "launch.everywhere", f"{tmp_path}/f/ssh.json"]
+    command = json.loads((tmp_path / "f/ssh.json").read_text())[""]
+    assert command[:10] == ["pdsh", "-S", "-R", "exec", "-f", "2", "-w", "h1,h2", "sh", "-c"]
+    assert command[11:13] == ["-", "ssh"] and "BatchMode=yes" in command and command[-3:-1] == ["-T", "%h"]
     line = shlex.split(command[-1])
     assert {"A=1", "DS_ACCELERATOR=cpu", "GLOO_SOCKET_IFNAME=eth0", "NCCL_SOCKET_IFNAME=eth0"} < set(line)
     assert {"--node_rank=%n", f"--hostfile={tmp_path}/f/hostfile", "--master_addr=h1", "--no_ssh"} < set(line)
     assert line[-2:] == ["trainer.pretrain", f"frozen={tmp_path}/f/config.yaml"]
+
+
+@pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
+def test_what_pdsh_starts_hears_the_end_of_pdshs_stdin() -> None:
+    script = "echo up %h; cat; echo down %h; exit 7"
+    argv = ["pdsh", "-S", "-R", "exec", "-w", "h1,h2", "sh", "-c", HOLD, "-", "sh", "-c", script]
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    assert {process.stdout.readline(), process.stdout.readline()} == {"h1: up h1\n", "h2: up h2\n"}
+    out, _ = process.communicate(timeout=60)  # closes stdin
+    assert (process.returncode, sorted(out.splitlines())) == (7, ["h1: down h1", "h2: down h2"])
 
 
 def test_openmpi_gets_its_environment_as_words_of_env(tmp_path: Path) -> None:
@@ -114,11 +126,12 @@ def test_hostile_paths_and_values_stay_data(tmp_path: Path, launcher: SshLaunche
     """The line that ssh gives to the remote shell is run by one here, with the host's programs replaced by printf."""
     folder = tmp_path / HOSTILE.replace("/", "") / "f"
     made = job(folder, {"env": {"A": HOSTILE}}, launcher=launcher)
-    (argv,) = prepare(replace(made, python="python", cwd=tmp_path))
+    prepare(replace(made, python="python", cwd=tmp_path))
+    commands = json.loads((folder / "ssh.json").read_text())
     if launcher is SshLauncher.deepspeed:
-        line = re.sub("%(.)", lambda m: {"%": "%", "n": "0"}[m[1]], argv[-1])  # as pdsh does
+        line = re.sub("%(.)", lambda m: {"%": "%", "n": "0"}[m[1]], commands[""][-1])  # as pdsh does
     else:
-        line = json.loads((folder / "ssh.json").read_text())["h1"][-1]
+        line = commands["h1"][-1]
     show = tmp_path / "bin"
     show.mkdir()
     (show / "python").write_text(
@@ -167,6 +180,12 @@ def test_a_sweep_is_refused(tmp_path: Path) -> None:
     one = job(tmp_path / "f")
     with pytest.raises(UserError, match="sweep gives 2 runs: over ssh they are started one by one"):
         prepare(replace(one, configs=one.configs * 2))
+
+
+def test_what_a_way_to_start_needs_here() -> None:
+    needed = {t: needed_programs(SshConfig(transport=t)) for t in Transport}
+    assert needed == {Transport.pdsh: ["ssh", "pdsh"], Transport.openmpi: ["ssh", "mpirun", "ompi_info"]}
+    assert needed_programs(SshConfig(launcher=SshLauncher.torchrun)) == ["ssh"]
 
 
 def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

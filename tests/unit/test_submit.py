@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -17,9 +18,13 @@ from hypothesis import strategies as st
 
 from conf.schema import freeze, literal, load, thaw
 from data_pipeline.config import UserError
+from data_pipeline.manifest import publish_json
 from launch.config import SubmitConfig, SuperviseConfig
 from launch.job import Job, entry, supervised
-from launch.submit import submit
+from launch.preflight import queued
+from launch.run_report import gather
+from launch.status import show
+from launch.submit import record, submit
 from tests.ranks import ROOT
 from tests.system.runs import TINY, make_data
 from trainer import code_version
@@ -60,11 +65,15 @@ def test_a_hostile_name_and_folder_reach_the_run_as_they_are(
 ) -> None:
     run_dir = tmp_path / name
     left = [f"run.name={literal(name)}", f"run.dir={literal(str(run_dir))}", *CPU, "cluster.env.NOTE=$(touch y) '"]
+    left.append("cluster.env.TOKENIZERS_PARALLELISM=false")  # no token
     assert dry(left, trains(data)) == 0
     cfg = load("pretrain", [f"frozen={run_dir}/submit/0001/config.yaml"])
     assert (cfg.run, cfg.gpu, cfg.max_steps) == (RunConfig(name, str(run_dir)), "cpu", 8)
     submitted = thaw(run_dir / "submit/0001/submit.yaml", SubmitConfig)
-    assert (submitted.run.name, submitted.cluster.env) == (name, {"NOTE": "$(touch y) '"})
+    assert (submitted.run.name, submitted.cluster.env) == (
+        name,
+        {"NOTE": "$(touch y) '", "TOKENIZERS_PARALLELISM": "false"},
+    )
     command = shlex.split(capsys.readouterr().out.partition("frozen: ")[2].removeprefix(str(run_dir)))
     assert command[-1] == f"frozen={run_dir}/submit/0001/config.yaml" and "NOTE=$(touch y) '" in command
     (given_dir,) = [word for word in command if word.startswith("run.dir=")]
@@ -111,6 +120,8 @@ REFUSED = [
     (["cluster=ssh"], [], "cluster.ssh"),
     (["cluster.slurm.time=10"], [], "cluster=local has cluster.slurm and cluster.local: give cluster=slurm"),
     (["cluster.env.HF_TOKEN=abc"], [], "cluster.env.HF_TOKEN looks like a secret"),
+    (["cluster.env.DB_PWD=abc"], [], "cluster.env.DB_PWD looks like a secret"),
+    (["cluster.env.TRACK=https://me:abc@h"], [], "cluster.env.TRACK looks like a secret, which the run folder would"),
     (["cluster.env={1A: x}"], [], "cluster.env: '1A' is no variable"),
     (["cluster.forward=['A B']"], [], "cluster.forward: 'A B': give names of variables"),
     (["cluster.forward=[NOT_SET_ANYWHERE]"], [], "cluster.forward names NOT_SET_ANYWHERE, which is not in your env"),
@@ -126,7 +137,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     with pytest.raises(UserError) as caught:
         dry([*CPU, f"run.dir={tmp_path}/run", *left], trains(data, *right))
     assert str(caught.value).startswith(line) and "\n" not in str(caught.value) and "abc" not in str(caught.value)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_fit_is_refused_with_the_way_out(data: Path, tmp_path: Path) -> None:
@@ -154,6 +165,30 @@ def test_a_sweep_freezes_each_run_by_itself(data: Path, tmp_path: Path, capsys: 
         ("s-1", f"{tmp_path}/s-1", 2e-3, 5),
     ]
     assert capsys.readouterr().out.count("launch.supervise run.dir=") == 2
+    for i in (0, 1):  # what a run's environment and status look for
+        code = json.loads((tmp_path / f"s-{i}/submit/0001/code.json").read_text())
+        assert (code["folder"], "argv" in code) == (f"{tmp_path}/s/submit/0001", True)
+    text = "\n".join(show(gather(tmp_path / "s", time.time())))
+    assert f"state: a sweep (its runs have folders of their own: {tmp_path}/s-0, {tmp_path}/s-1)" in text
+    assert "nothing was started (a dry run)" in text
+
+
+def test_what_was_started_is_told_and_a_job_in_the_queue_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = RunFolder(tmp_path / "run").take_submission()
+    publish_json(made / "code.json", {"commit": "abc", "dirty": False})
+    assert "nothing was started (a dry run)" in "\n".join(show(gather(tmp_path / "run", time.time())))
+    record([made], [["sbatch", "--token", "hush"]], ["17"])
+    assert "hush" not in (made / "submitted.json").read_text()
+    assert "commit abc, submitted 20" in (text := "\n".join(show(gather(tmp_path / "run", time.time()))))
+    assert "as job 17" in text and "state: never started (submitted 1 times)" in text
+    monkeypatch.setenv("PATH", str(tmp_path))  # no squeue
+    assert queued(tmp_path / "run") is None
+    for ids, warned in (("16 170", False), ("16 17", True)):
+        (tmp_path / "squeue").write_text(f"#!/bin/sh\necho {ids}\n")
+        (tmp_path / "squeue").chmod(0o755)
+        assert (queued(tmp_path / "run") is not None) == warned
 
 
 def test_each_submission_has_a_folder_of_its_own_and_a_run_at_work_is_told_of(
@@ -219,6 +254,7 @@ TRAPS = st.text(st.sampled_from("\\${}x'\" \n.:oc,env!&*#-0e1_n"), min_size=1)
 @given(name=TEXT | TRAPS, path=TEXT | TRAPS)
 @example(name="null", path="'${x}'")
 @example(name="1e5", path="\x85\u2028\ufeff")
+@example(name="!x${*", path="a${b")  # no reference at all
 def test_a_frozen_config_thaws_as_it_was_whatever_its_text(name: str, path: str) -> None:
     cfg = replace(BASE, run=RunConfig(name.replace("???", ""), path.replace("???", "")))
     assert refrozen(cfg) == cfg

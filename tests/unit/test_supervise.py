@@ -215,6 +215,8 @@ def test_who_asked_says_how_a_failed_command_ends() -> None:
         (5, [term], 5),
         (1, [usr1, term], 143),
         (1, [interrupt], 130),
+        (143, [interrupt], 130),
+        (137, [interrupt], 137),
     ):
         assert outcome(code, list(asked)) == expected, (code, asked)
 

@@ -149,14 +149,20 @@ def test_a_start_tells_its_generation_and_its_system_once_a_step(tmp_path: Path)
     assert [path.name for path in sorted(folder.environments.iterdir())] == ["0001.json", "0003.json"]
 
 
-def test_the_code_version_is_what_submit_froze_else_what_runs_here(tmp_path: Path) -> None:
-    folder, here = RunFolder(tmp_path), code_version()[0]
-    assert code_of(folder) == {k: v for k, v in here.items() if k not in ("packages", "python")}
-    for number in ("0001", "0002"):
-        (tmp_path / "submit" / number).mkdir(parents=True)
-        told = {"commit": number, "dirty": False, "packages": {"x": "1"}}
-        (tmp_path / "submit" / number / "code.json").write_text(json.dumps(told))
-    assert code_of(folder) == {"commit": "0002", "dirty": False}
+def test_the_code_version_is_of_what_runs_here_and_says_where_another_was_submitted(tmp_path: Path) -> None:
+    folder, (version, patch) = RunFolder(tmp_path), code_version()
+    here = {k: v for k, v in version.items() if k not in ("packages", "python")}
+    assert code_of(folder) == here
+    for number, commit in (("0001", "old"), ("0002", "other"), ("0003", version.get("commit"))):
+        (made := tmp_path / "submit" / number).mkdir(parents=True)
+        (made / "code.json").write_text(json.dumps({**version, "commit": commit}))
+        if patch:
+            (made / "code.patch").write_bytes(patch)
+        if commit != version.get("commit"):
+            assert code_of(folder) == {**here, "submitted": {"number": number, "commit": commit}}
+    assert code_of(folder) == here
+    (made / "code.patch").write_bytes(b"another")
+    assert code_of(folder)["submitted"].keys() == {"number", "changes"}
 
 
 def sync(root: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
