@@ -26,6 +26,8 @@ def become_subreaper() -> None:
 def end_descendants(grace_s: float) -> None:
     """Returns when every descendant is gone: SIGTERM, `grace_s` seconds, SIGKILL.
 
+    Reaps all dead children: not to be called before the caller has the exit code of its own.
+
     Raises:
         UserError: one does not even end with SIGKILL (it hangs in the kernel), so that a restart would meet it.
     """
@@ -33,6 +35,7 @@ def end_descendants(grace_s: float) -> None:
         deadline = time.monotonic() + limit_s
         told: set[int] = set()
         while alive := descendants():
+            reap()
             for pid in set(alive) - told:
                 send(pid, number)
                 told.add(pid)
@@ -40,6 +43,7 @@ def end_descendants(grace_s: float) -> None:
                 break
             time.sleep(0.05)
         else:
+            reap()
             return
     raise UserError(
         f"processes {', '.join(map(str, alive))} of the failed start do not end with SIGKILL: not restarted"
@@ -47,16 +51,15 @@ def end_descendants(grace_s: float) -> None:
 
 
 def descendants() -> list[int]:
-    """Living descendants of this process; its own dead children are reaped."""
+    """Living descendants of this process. Reaps none, so that a signal handler may ask while `Popen.wait` waits."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
+        except OSError:
+            continue  # it ended while we looked, or is not for us to see (hidepid)
         if state not in "ZX":
             children.setdefault(int(parent), []).append(int(stat.parent.name))
-    reap()
     found = list(children.get(os.getpid(), []))
     for pid in found:  # grows while it is walked
         found += children.get(pid, [])
@@ -76,5 +79,6 @@ def reap() -> None:
 
 
 def send(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    """Where it is gone, or another user's: nothing."""
+    with contextlib.suppress(OSError):
         os.kill(pid, number)

@@ -27,7 +27,7 @@ CODES = {
     143: "saved and stopped on SIGTERM",
 }
 STOPPED = (exit_codes.PREEMPTED, 130, 143)
-START_S = 1800.0  # what a start may take where the config does not say
+START_S = 600.0  # what a start may take where the config does not say
 SILENT_BEATS, SILENT_S = 6, 60.0  # a rank that let so many beats fall out, and for so long, is taken for gone
 
 

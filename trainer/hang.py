@@ -110,12 +110,15 @@ def read_spots(folder: Path) -> list[Spot]:
 def report(spots: list[Spot], silent: dict[int, str], limit_s: float) -> str:
     """Who is waited for, in the first line; then each place with its ranks. `silent`: host of ranks that wrote nothing.
 
-    The ranks that are waited for are those that are not in the collective that most are in.
+    The ranks that are waited for are those that are not in the collective that most are in. Where none is in one, most
+    ranks' place is it: NCCL only queues a collective, and a rank waits where it first reads what comes of it.
     """
     places: dict[str, list[Spot]] = defaultdict(list)
     for spot in spots:
         places[spot.where].append(spot)
-    waiting = max((where for where in places if where.startswith(COLLECTIVE)), key=lambda w: len(places[w]), default="")
+    most = [where for where, group in places.items() if 1 < len(group) > len(spots) / 2]
+    collectives = [where for where in places if where.startswith(COLLECTIVE)]
+    waiting = max(collectives or most, key=lambda w: len(places[w]), default="")
     late = [spot for where, group in places.items() if where != waiting for spot in group]
     if silent:
         who = "; ".join(f"rank {rank} on {host} does not answer" for rank, host in silent.items())
@@ -151,7 +154,7 @@ def publish_report(folder: Path, rank: int, text: str) -> bool:
 
 
 def _flight_recorder() -> str:
-    """NCCL's own record of its last collectives, JSON, where torch has one."""
+    """NCCL's own record of its last 2000 collectives (torch's default, TORCH_FR_BUFFER_SIZE), JSON."""
     c10d = getattr(getattr(sys.modules.get("torch"), "_C", None), "_distributed_c10d", None)
     dump = getattr(c10d, "_dump_nccl_trace_json", None)
     if dump is None:

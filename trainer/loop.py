@@ -38,7 +38,7 @@ from trainer.run_folder import RunFolder
 from trainer.saving import Saver
 from trainer.schedule import lr_of
 from trainer.signals import Stopped, agreed
-from trainer.sources import Sources, data_state, plan_run
+from trainer.sources import Sources, data_state, fetch_s, plan_run
 from trainer.start import beginning, build_engine, introduction, take_run
 from trainer.tracking import Status, Tracker
 from trainer.validate import validate
@@ -59,13 +59,17 @@ class Trainer:
         self.run = RunFolder(cfg.run.dir)
         self.tracker: Tracker | None = None  # on rank 0
         self.generation, found = take_run(self.run, self.mesh, config_text)
-        self.watch = Watch(cfg.watch, self.run, self.generation, world, self.progress, self._flush)
+        at, patience = (self.run, self.generation, world, self.progress), fetch_s(cfg.data, sources)
+        self.watch = Watch(cfg.watch, *at, self._flush, patience)
         state = checkpoint.read_state(found) if found else {}
         self.guard = Guard(cfg.guard, state.get("guard"))
         dtype = torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16
         self.speed = Speed(flops_per_token(cfg.model), peak_flops(self.mesh.device, dtype) * world.world_size)
         self.own = OwnWork(self.mesh.device)
-        self.stand(found, state, plan_run(cfg, sources, state))
+        with contextlib.ExitStack() as undo:  # what is begun is closed, where the rest fails
+            undo.push(self)
+            self.stand(found, state, plan_run(cfg, sources, state))
+            undo.pop_all()
 
     def stand(self, found: Path | None, state: dict[str, Any], plan: Plan) -> None:
         """Begin at a checkpoint of this state; None and {}: at the beginning. For starts and rollbacks. Collective."""
@@ -77,20 +81,10 @@ class Trainer:
         self.engine = build_engine(cfg, self.geometry, self.mesh, found, begin)
         self.feed = Feed(cfg, self.mesh, sources, plan, self.step)
         checkpoint.together(f"{self.run.root} takes no metrics", self._open_tracker)
-        self.saver = Saver(
-            self.engine,
-            Writer(
-                cfg,
-                self.mesh,
-                self.run,
-                self.generation,
-                self.config_text,
-                tokenizer=sources.any.root / TOKENIZER,
-                eot_id=sources.any.eot_id,
-                flush=self._flush,
-                published=self._published,
-            ),
-        )
+        where = (cfg, self.mesh, self.run, self.generation, self.config_text)
+        writer = Writer(*where, sources.any.root / TOKENIZER, sources.any.eot_id, self._flush, self._published)
+        self.saver = Saver(self.engine, writer, self.progress.moved)
+        self.progress.linger = self.saver.linger
         self.saved_at = time.monotonic()
         if self.mesh.world.is_main:
             print(introduction(cfg, self.geometry, self.mesh, sources, self.plan, found, begin), flush=True)
@@ -110,11 +104,13 @@ class Trainer:
         self.signals.train(self.progress, cfg.watch.stop_s)
         while self.step < cfg.max_steps:
             self.guard.enter(self.plan.ledger, self.step)
+            here = self.plan.ledger.segment(self.step)
+            self.progress.next_takes(here.tokens_per_step, here.n_ctx)
             loss, grad_norm, lr, (save_now, *stop) = self._update()
             skipped = self.guard.record(self.step, self.plan.ledger.position(self.step), loss, grad_norm)
             self.step += 1
             self.progress.step_done(self.step)
-            self.speed.step(self.plan.ledger.segment(self.step - 1).tokens_per_step)
+            self.speed.step(here.tokens_per_step)
             last = self.step == cfg.max_steps
             self.val_loss = None
             if last or skipped or due(self.step, cfg.log_every):
@@ -132,8 +128,6 @@ class Trainer:
                     self.signals.over()
                     self.saver.wait()
                 raise Stopped(signal, self.step, self.run.latest())
-        self.signals.over()
-        self.progress.end()
 
     def _update(self) -> tuple[float, float, float, list[float]]:
         """One optimizer step.
@@ -218,7 +212,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.val_loss, losses = validate(
-            self.engine, self.feed, self.sources.val, self.plan.ledger.segment(self.step - 1)
+            self.engine, self.feed, self.sources.val, self.plan.ledger.segment(self.step - 1), self.progress.moved
         )
         if self.tracker is not None:
             each = {f"val/loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
@@ -275,12 +269,15 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.signals.over()
+        self.progress.end()  # what closes and writes on is no hang
         with contextlib.ExitStack() as rest:  # from the last to the first, and each whatever becomes of the others
             rest.callback(self.watch.close)
             if self.tracker is not None:
                 rest.callback(self.tracker.close, Status.of(error))
-            rest.callback(self.feed.close)
-            self.saver.close()
+            for made in (vars(self).get("feed"), vars(self).get("saver")):  # not both, where `stand` has failed
+                if made is not None:
+                    rest.callback(made.close)
         if kind in (None, Stopped):  # after an error the other ranks may be gone: no collective any more
             # rank 0 may wait for MLflow, and a launcher ends whoever is left some time after the first has ended
             parallel.wait_for_main(self.mesh, f"closed {self.generation}", self.cfg.watch.start_s)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 START, STEP, VALIDATE, SAVE, END = "start", "step", "validate", "save", "end"
 WINDOW = 20  # steps whose median is what a step takes
+MUCH = 1.5  # x the tokens of the steps of the median: nothing is known of such a step
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Progress:
         self._own: deque[float] = deque(maxlen=WINDOW)
         self.step_s: float | None = None  # median of the last steps; None before the second
         self.own_s: float | None = None  # of this rank's own part of them
+        self.linger: Callable[[], None] = lambda: None  # for who ends the process at once: a moment for the checkpoint
+        self._work = (0, 0)  # what the steps of the median are of: tokens, n_ctx
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -42,6 +45,21 @@ class Progress:
     def begin(self, step: int) -> None:
         """The first step after `step` begins: it compiles, and is counted to the start."""
         self.at = At(START, step, time.monotonic())
+
+    def moved(self) -> None:
+        """Still in the same phase, and it comes further."""
+        self.at = replace(self.at, since=time.monotonic())
+
+    def next_takes(self, tokens: int, n_ctx: int) -> None:
+        """What the next step is of. Much longer, or of another length (which compiles anew), it is as the first one."""
+        before, length = self._work
+        if n_ctx == length and tokens <= MUCH * before:
+            return
+        self._work = (tokens, n_ctx)
+        if before:
+            self._seconds.clear()
+            self.step_s = None
+            self.begin(self.at.step)
 
     def step_done(self, step: int) -> None:
         """`step` steps are done, the next one begins."""

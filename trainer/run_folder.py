@@ -3,6 +3,8 @@
 config.yaml                           the frozen config of the last start
 metrics.jsonl                         the journal
 mixture.png                           what the run is fed, where that is more than one source in one way
+tracking.json                         what MLflow has got of it; tracking.lock: held by who sends
+supervise.jsonl                       the starts and ends that launch.supervise has seen, with causes
 plots/loss.png                        and grad_norm.png, throughput.png, drawn from the journal now and then
 environment/0001.json                 one file for each start: code version, packages, GPUs, command line
 generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time

@@ -13,19 +13,38 @@ from data_pipeline.config import UserError
 
 @dataclass
 class WatchConfig:
-    """When a run is taken for hung, and how ranks wait for one another."""
+    """When a run is taken for hung, and how ranks wait for one another.
+
+    The watch is to be first, for it tells who is waited for: collective_s is above hang_min_s, start_s and stop_s.
+    """
 
     beat_s: float = 5.0  # between two heartbeats of a rank
     hang_factor: float = 10.0  # a step that takes so many times the median of the last ones is hung
-    hang_min_s: float = 120.0  # and at least so long
-    start_s: float = 1800.0  # what the first step (compilation), a validation and a wait for a checkpoint may take
+    hang_min_s: float = 120.0  # and at least so long; with a remote source, what data.fetch may take comes on top
+    start_s: float = 600.0  # what a first step (compilation), a batch of validation, a silent checkpoint may take
     stop_s: float = 60.0  # after a signal the ranks agree in that time, or exit and save nothing
-    collective_s: float = 600.0  # a rank that waits longer for the others in a collective ends itself
+    collective_s: float = 900.0  # a rank that waits longer for the others in a collective ends itself, without stacks
 
     def __post_init__(self) -> None:
         for key in ("beat_s", "hang_factor", "hang_min_s", "start_s", "stop_s", "collective_s"):
             if not 0 < getattr(self, key) < math.inf:
                 raise UserError(f"watch.{key}={getattr(self, key)}: give a positive number")
+
+    def contradictions(self, fetch_s: float) -> list[str]:
+        """What the collectives' timeout would come before. `fetch_s`: what a remote source may take, 0 without one."""
+        limits = {
+            f"watch.hang_min_s={self.hang_min_s:g}{f' and {fetch_s:g} of data.fetch' * (fetch_s > 0)}": (
+                self.hang_min_s + fetch_s
+            ),
+            f"watch.start_s={self.start_s:g}": self.start_s,
+            f"watch.stop_s={self.stop_s:g}": self.stop_s,
+        }
+        return [
+            f"{name} is not below watch.collective_s={self.collective_s:g}: what hangs ends by the collectives' "
+            "timeout, without stacks"
+            for name, seconds in limits.items()
+            if seconds >= self.collective_s
+        ]
 
 
 @dataclass

@@ -11,10 +11,12 @@ stops all of them with one UserError, and a run never ends well with a checkpoin
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from trainer.snapshot import Snapshot, bytes_of, check_room
 from trainer.writing import ElsewhereError, Pulse, Save, Writer, describe
 
 LAST_WAIT_S = 10.0  # after an error of the run: for ranks that write nothing any more, and may be dead
+LINGER_S = 30.0  # where the process is given up
 SILENCE_S = 10.0  # without any news in the folder: then a rank waits in a collective, where errors are told
 
 
@@ -37,14 +40,14 @@ class Saver:
 
     With checkpoint.background, `save` returns once what it saves is copied into host memory, about 12 bytes x
     parameters / world_size on each rank (trainer/snapshot.py); without, and at the end of the run, the same thread
-    reads the live weights and `save` waits.
+    reads the live weights and `save` waits. `moved` is called while `save` or `wait` waits and the folder changes.
 
     Raises:
         UserError: on every rank, where one has no memory for its copy.
     """
 
-    def __init__(self, engine: Engine, writer: Writer) -> None:
-        self.engine, self.writer = engine, writer
+    def __init__(self, engine: Engine, writer: Writer, moved: Callable[[], None] = lambda: None) -> None:
+        self.engine, self.writer, self._moved = engine, writer, moved
         self.background = engine.cfg.checkpoint.background
         self._snapshot: Snapshot | None = None
         if self.background:
@@ -94,14 +97,15 @@ class Saver:
         save = self._save
         if save is None:
             return
-        if self.writer.mesh.world.is_main:
-            pulse = Pulse(save.aside)
-            while self._thread.is_alive() and pulse.silence_s() <= SILENCE_S:
-                self._thread.join(0.05)
-        else:
-            self._thread.join()
-            if self._error is None:
-                self.writer.watch(save, SILENCE_S)
+        is_main, pulse = self.writer.mesh.world.is_main, Pulse(save.aside)
+        while self._thread.is_alive():
+            if pulse.silence_s() <= SILENCE_S:
+                self._moved()
+            elif is_main:
+                break
+            self._thread.join(0.05)
+        if not is_main and self._error is None:
+            self.writer.watch(save, SILENCE_S, self._moved)
         self._finish(save)
 
     def _finish(self, save: Save) -> None:
@@ -140,6 +144,20 @@ class Saver:
                 self.writer.watch(save, LAST_WAIT_S)
             if error := self._forget(save):
                 print(f"{_failed(save.step)}: {error}", file=sys.stderr, flush=True)
+
+    def linger(self) -> None:
+        """For a thread that ends the process at once: gives what is in flight LINGER_S, as long as its folder changes.
+
+        Files only. No rank goes before, for a launcher then ends the others.
+        """
+        if (save := self._save) is not None:
+            waiting = threading.Thread(target=self._linger, args=(save,), daemon=True)
+            waiting.start()
+            waiting.join(LINGER_S)
+
+    def _linger(self, save: Save) -> None:
+        with contextlib.suppress(OSError):
+            self.writer.watch(save, LAST_WAIT_S)
 
     def release(self) -> None:
         """Lets go of the engine and of the memory for its copies, once nothing is in flight and nothing will be."""

@@ -39,6 +39,7 @@ class Signals:
     def __init__(self) -> None:
         self.got: dict[signal.Signals, float] = {}  # time.monotonic of the first of each
         self.progress: Progress | None = None  # since the first step began
+        self._first = 0  # steps done by then
         self._stop_s = 0.0
         self._over = False
 
@@ -55,11 +56,11 @@ class Signals:
 
     def train(self, progress: Progress, stop_s: float) -> None:
         """From here on a signal waits for the ranks' agreement: `stop_s` seconds beyond the step that is under way."""
-        self._stop_s = stop_s
+        self._stop_s, self._first = stop_s, progress.at.step
         self.progress = progress
 
     def over(self) -> None:
-        """The ranks have agreed, or all steps are done: what comes now changes nothing but by insisting."""
+        """The ranks have agreed, or the run ends, well or not: what comes now changes nothing but by insisting."""
         self._over = True
 
     def wishes(self) -> list[float]:
@@ -93,8 +94,9 @@ class Signals:
         if at.phase not in (START, STEP) or time.monotonic() - max(first, at.since) <= limit_s:
             return
         name = next(iter(self.got)).name
-        if at.phase == START:
+        if at.phase == START and at.step == self._first:
             end(CODES[next(iter(self.got))], f"{name} in the first step: nothing to save, nothing lost")
+        progress.linger()
         end(
             ALONE,
             f"{name} after step {at.step}, and the other ranks did not agree to stop within {limit_s:.0f} s "

@@ -108,6 +108,12 @@ def check_cache(cfg: PretrainConfig, sources: Sources, world: World) -> None:
     )
 
 
+def fetch_s(cfg: DataConfig, sources: Sources) -> float:
+    """How long a step may wait for a remote source before that is an error; 0 where all are local folders."""
+    afar = any(m.origin is not None for m in (*sources.train.values(), *sources.val.values()))
+    return cfg.fetch.timeout_s * (cfg.fetch.retries + 2) if afar else 0.0
+
+
 def plan_run(cfg: PretrainConfig, sources: Sources, state: Mapping[str, Any]) -> Plan:
     """The plan of the whole run: what its checkpoint's state says it has done, then what the config asks for.
 

@@ -95,8 +95,10 @@ class Writer:
                 self.run.fence(self.generation)  # a newer start clears the folder: then it is that, no missing file
             raise
 
-    def watch(self, save: Save, patience_s: float) -> None:
+    def watch(self, save: Save, patience_s: float, moved: Callable[[], None] = lambda: None) -> None:
         """Returns when the checkpoint is published or given up, or when for `patience_s` nothing happened to it.
+
+        `moved`: called while it goes on.
 
         For a rank whose own part is written. No collective: those have a timeout, and a slow disk is no error.
         """
@@ -104,6 +106,7 @@ class Writer:
         while not self.run.settled(save.step, self.generation) and not (save.aside / FAILED).exists():
             if pulse.silence_s() > patience_s:
                 return
+            moved()
             time.sleep(0.05)
 
     def _write_part(self, save: Save, rank: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+from contextlib import nullcontext
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -19,11 +20,14 @@ import torch.distributed as dist
 from data_pipeline.config import Passing, UserError
 from tests.distributed import tiny_run as run
 from tests.ranks import run_ranks
+from tests.system.runs import TINY, make_data
 from trainer import saving
 from trainer.loop import Trainer
 from trainer.model.layout import specs, to_local
+from trainer.progress import END, Progress
 from trainer.run_folder import RunFolder
 from trainer.shipper import Status
+from trainer.signals import Signals
 from trainer.weights import Source
 
 HERE = "tests.distributed.test_saving"
@@ -55,7 +59,7 @@ def both_ways(folder: str) -> dict[str, Any]:
         return {
             "failing": failing(engine, Path(folder) / "failing"),
             "stranded": stranded(engine, Path(folder) / "stranded"),
-            "closed": closed(engine, Path(folder) / "closed"),
+            **{how: closed(engine, Path(folder) / how, how) for how in ("close", "linger")},
             "slow": slow(engine, Path(folder) / "slow"),
             "no memory": no_memory(engine, Path(folder) / "memory"),
             "memory": run.saver(engine, Path(folder) / "memory")._snapshot.nbytes,
@@ -114,12 +118,12 @@ def stranded(engine: Any, folder: Path) -> dict[str, Any]:
     return {"error": error_of(saver.wait), "left": [p.name for p in (folder / "checkpoints").iterdir()]}
 
 
-def closed(engine: Any, folder: Path) -> list[str]:
-    """The run ends by an error while rank 0 has still to write: it is published before any rank goes."""
+def closed(engine: Any, folder: Path, how: str) -> list[str]:
+    """The run ends, by an error or at once, while rank 0 has still to write: published before any rank goes."""
     saver = run.saver(engine, folder)
     late(saver, rank=0)
     saver.save(1, STATE)
-    saver.close()
+    getattr(saver, how)()
     left = sorted(p.name for p in (folder / "checkpoints").iterdir())
     dist.barrier()
     return left
@@ -132,8 +136,10 @@ def late(saver: Any, rank: int) -> None:
 
 
 def slow(engine: Any, folder: Path) -> list[bool]:
-    """Rank 1's disk is slow: was the checkpoint published whenever this rank went into a collective over it?"""
-    saver, published = run.saver(engine, folder), []
+    """Rank 1's disk is slow: was the checkpoint published whenever this rank went into a collective over it? And did
+    the wait say that it is no hang?"""
+    saver, published, moved = run.saver(engine, folder), [], threading.Event()
+    saver._moved = moved.set
     ask = saver._failures
 
     def asked() -> Any:
@@ -144,7 +150,7 @@ def slow(engine: Any, folder: Path) -> list[bool]:
     late(saver, rank=1)
     saver.save(1, STATE)
     saver.wait()
-    return published
+    return [*published, moved.is_set()]
 
 
 def no_memory(engine: Any, folder: Path) -> str:
@@ -209,11 +215,12 @@ def test_a_save_in_flight_publishes_nothing_over_a_newer_start(ranks: list[Any])
 
 
 def test_a_save_in_flight_is_published_when_the_run_ends_by_an_error(ranks: list[Any]) -> None:
-    assert [got["closed"] for got in ranks] == [["latest", "step-00000001.gen-0001"]] * 2
+    for how in ("close", "linger"):
+        assert [got[how] for got in ranks] == [["latest", "step-00000001.gen-0001"]] * 2
 
 
 def test_no_rank_waits_in_a_collective_while_another_still_writes(ranks: list[Any]) -> None:
-    assert [got["slow"] for got in ranks] == [[True, True]] * 2
+    assert [got["slow"] for got in ranks] == [[True, True, True]] * 2
 
 
 def test_a_rank_without_memory_for_its_copy_ends_all_before_the_first_step(ranks: list[Any]) -> None:
@@ -223,7 +230,8 @@ def test_a_rank_without_memory_for_its_copy_ends_all_before_the_first_step(ranks
         assert "checkpoint.background=false" in got and got.endswith("(rank 1)"), got
 
 
-def test_what_a_run_holds_is_closed_even_if_its_last_save_is_a_defect() -> None:
+@pytest.mark.parametrize("begun", [True, False])
+def test_what_a_run_holds_is_closed_even_if_its_last_save_is_a_defect_or_there_is_none_yet(begun: bool) -> None:
     closed: list[Any] = []
 
     def defect() -> None:
@@ -232,10 +240,38 @@ def test_what_a_run_holds_is_closed_even_if_its_last_save_is_a_defect() -> None:
     def close(*how: Any) -> None:
         closed.append(how)
 
-    parts = {name: SimpleNamespace(close=close) for name in ("feed", "tracker", "watch")}
-    with pytest.raises(ZeroDivisionError):
-        Trainer.__exit__(SimpleNamespace(saver=SimpleNamespace(close=defect), **parts), UserError, UserError(), None)  # type: ignore[arg-type]
-    assert closed == [(), (Status.failed,), ()]
+    parts = {name: SimpleNamespace(close=close) for name in ("tracker", "watch", *["feed"] * begun)}
+    parts |= {"signals": Signals(), "progress": (progress := Progress())}
+    parts |= {"saver": SimpleNamespace(close=defect)} if begun else {}
+    with pytest.raises(ZeroDivisionError) if begun else nullcontext():
+        Trainer.__exit__(SimpleNamespace(**parts), UserError, UserError(), None)  # type: ignore[arg-type]
+    assert closed == [*[()] * begun, (Status.failed,), ()]
+    assert progress.at.phase == END, "what closes is no hang"
+
+
+def start_without_saver(run_dir: str, data: str) -> dict[str, Any]:
+    """The second half of a start fails: the error, and the threads that live on."""
+    from conf.schema import load
+    from trainer import loop
+    from trainer.layouts import check_layout
+    from trainer.sources import open_sources
+    from trainer.world import read_world
+
+    def refuse(*_: Any) -> None:
+        raise UserError("no memory")
+
+    loop.Saver = refuse  # type: ignore[assignment, misc]
+    cfg, world = load("pretrain", [*TINY, f"run.dir={run_dir}", f"data.path={data}", "max_steps=3"]), read_world()
+    error = error_of(lambda: Trainer(cfg, "", world, check_layout(cfg, 1), open_sources(cfg.data)))
+    return {"error": error, "alive": [thread.name for thread in threading.enumerate()]}
+
+
+def test_a_start_that_fails_halfway_closes_what_it_has_begun(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    [got] = run_ranks(1, f"{HERE}:start_without_saver", run_dir=str(tmp_path / "run"), data=str(data))
+    assert got["error"] == "no memory"
+    assert not {"watch", "heartbeat", "journal", "system", "loader"} & set(got["alive"]), got["alive"]
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_the_snapshot_takes_twelve_bytes_a_parameter_over_the_world(ranks: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""A tiny run as it is really started: launch.supervise, torchrun, two ranks."""
+"""A tiny run as it is really started: launch.supervise, torchrun (or the quick tests.direct), two ranks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from tests.ranks import ROOT
 from tests.system.runs import TINY
 
 
-def supervised(run: Path, *overrides: str, entry: str = "trainer.pretrain") -> subprocess.Popen[str]:
+def supervised(
+    run: Path, *overrides: str, entry: str = "trainer.pretrain", direct: bool = False
+) -> subprocess.Popen[str]:
     """`overrides` are the entry's; stderr is kept."""
     supervise = ["launch.supervise", f"run.dir={run}", "max_restarts=6", "backoff_s=0.05", "grace_s=5"]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", entry]
-    words = [sys.executable, "-m", *supervise, "--", sys.executable, "-m", *torchrun]
+    launcher = ["tests.direct", "2", entry] if direct else torchrun
+    words = [sys.executable, "-m", *supervise, "--", sys.executable, "-m", *launcher]
     return subprocess.Popen(
         [*words, *TINY, f"run.dir={run}", *overrides],
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -17,10 +18,11 @@ import pytest
 from tests.ranks import ROOT, free_port, rank_env
 from trainer.hang import Spot, place_of, publish_report, read_spots, report, write_stacks
 from trainer.heartbeat import Heartbeat, read_heartbeats, write_heartbeat
-from trainer.progress import SAVE, START, STEP, VALIDATE, At, Progress
+from trainer.progress import END, SAVE, START, STEP, VALIDATE, At, Progress
 from trainer.safety_config import WatchConfig
 from trainer.signals import CODES, Signals, agreed
-from trainer.watch import AGAIN_S, LONG_S, Stragglers, limit_s
+from trainer.stragglers import AGAIN_S, LONG_S, Stragglers
+from trainer.watch import limit_s
 
 CFG = WatchConfig(hang_min_s=10, hang_factor=4, start_s=100)
 
@@ -36,6 +38,18 @@ def test_a_step_may_take_a_multiple_of_the_median_and_what_is_no_step_its_own_ti
     assert limit_s(CFG, At(STEP, 5, 0.0), None) == 100, "nothing is known of a step yet"
     assert limit_s(CFG, At(STEP, 5, 0.0), 1.0) == 10
     assert limit_s(CFG, At(STEP, 5, 0.0), 30.0) == 120
+    assert limit_s(CFG, At(STEP, 5, 0.0), 1.0, fetch_s=50) == 60, "a remote source may be slow, and is no hang"
+    assert limit_s(CFG, At(START, 5, 0.0), None, fetch_s=500) == 500
+    assert limit_s(CFG, At(END, 5, 0.0), 1.0, fetch_s=50) == math.inf
+
+
+def test_the_watch_is_first_by_default_and_says_where_it_is_not() -> None:
+    assert WatchConfig().contradictions(fetch_s=0) == WatchConfig().contradictions(fetch_s=240) == []
+    for key in ("hang_min_s", "start_s", "stop_s"):
+        [line] = WatchConfig(**{key: 900.0}).contradictions(fetch_s=0)
+        assert line.startswith(f"watch.{key}=900 is not below watch.collective_s=900: ")
+    [line] = WatchConfig().contradictions(fetch_s=800)
+    assert line.startswith("watch.hang_min_s=120 and 800 of data.fetch is not below ")
 
 
 def test_the_median_is_of_steps_alone() -> None:
@@ -51,6 +65,23 @@ def test_the_median_is_of_steps_alone() -> None:
     progress.step_done(8)
     assert progress.at.phase == STEP and progress.at.step == 8
     assert progress.step_s is not None and progress.step_s < 0.1
+
+
+def test_steps_of_much_more_work_or_of_another_length_begin_a_new_median() -> None:
+    progress = Progress()
+    progress.begin(0)
+    for step in range(1, 4):
+        progress.next_takes(1000 + step, 64)  # a ramp, slowly
+        progress.step_done(step)
+    assert progress.step_s is not None and progress.at.phase == STEP
+    for work in ((2000, 64), (2000, 128), (2000, 64)):
+        progress.next_takes(*work)
+        assert (progress.step_s, progress.at.phase, progress.at.step) == (None, START, step)
+        for _ in range(2):
+            step += 1
+            progress.step_done(step)
+            progress.next_takes(*work)
+        assert progress.step_s is not None and progress.at.phase == STEP
 
 
 def own_place(ready: threading.Event, go: threading.Event) -> None:
@@ -128,6 +159,10 @@ def test_the_report_names_who_is_not_where_most_wait() -> None:
     assert "all ranks are in collective all_reduce" in report(spots(reduce, reduce), {}, 10)
     assert "rank 2 on n2 does not answer" in report(spots(reduce, reduce), {2: "n2"}, 10)
     assert "no rank waits for another" in report(spots(asleep, "load (y.py:4)"), {}, 10)
+    norm = "read (torch/x.py:1), called by norm (trainer/y.py:2)"  # with NCCL the ranks wait there
+    assert "waiting for rank 1 on n1, which is in " + asleep in report(spots(norm, asleep, norm), {}, 10)
+    assert f"all ranks are in {norm}" in report(spots(norm, norm), {}, 10)
+    assert "no rank waits for another" in report(spots(norm, norm, asleep, asleep), {}, 10)
 
 
 def test_stacks_come_back_as_they_were_found_and_one_rank_reports(tmp_path: Path) -> None:
@@ -188,44 +223,109 @@ def test_any_ranks_wish_stops_all_and_the_strongest_counts() -> None:
 
 
 WAITING = """
-import sys, threading, time
+import errno, os, sys, threading, time
 from pathlib import Path
 from trainer.progress import Progress
 from trainer.run_folder import RunFolder
 from trainer.safety_config import WatchConfig
 from trainer.watch import Watch
 from trainer.world import World
-run = RunFolder(sys.argv[1])
-cfg = WatchConfig(beat_s=0.1, hang_min_s=2.5, hang_factor=1, start_s=2.5)
-watch = Watch(cfg, run, run.take_generation(), World(0, 1, 0), Progress(), lambda: Path(sys.argv[1], "flushed").touch())
+run, progress = RunFolder(sys.argv[1]), Progress()
+limit, ill = float(sys.argv[2]), sys.argv[3]
+cfg = WatchConfig(beat_s=0.1, hang_min_s=limit, hang_factor=1, start_s=limit)
+generation = run.take_generation()
+def stale(self):
+    Path(sys.argv[1], "asked").touch()
+    raise OSError(errno.ESTALE, "Stale file handle")
+def blocks(self):
+    Path(sys.argv[1], "asked").touch()
+    time.sleep(1000)
+if ill:
+    RunFolder.newest_generation = {"stale": stale, "blocks": blocks}[ill]
+progress.linger = lambda: Path(sys.argv[1], "lingered").touch()
+watch = Watch(cfg, run, generation, World(0, 1, 0), progress, lambda: Path(sys.argv[1], "flushed").touch())
 print("up", flush=True)
-time.sleep(float(sys.argv[2]))
+for line in sys.stdin:
+    if line == "end\\n":
+        progress.end()
+        print("ending", flush=True)
 watch.close()
 """
 
 
-def waiting(run: Path, seconds: float) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", WAITING, str(run), str(seconds)]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def waiting(run: Path, limit_s: float, ill: str = "") -> subprocess.Popen[str]:
+    """A rank that comes no further until its stdin ends."""
+    words, pipe = [sys.executable, "-c", WAITING, str(run), str(limit_s), ill], subprocess.PIPE
+    process = subprocess.Popen(words, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     return process
 
 
-def test_a_process_that_was_stopped_for_longer_than_the_limit_is_not_hung(tmp_path: Path) -> None:
-    process = waiting(tmp_path, 5.0)
+def test_a_process_that_was_stopped_for_longer_than_twice_the_limit_is_not_hung(tmp_path: Path) -> None:
+    process = waiting(tmp_path, 2.0)
     while not read_heartbeats(tmp_path / "heartbeats"):
         time.sleep(0.02)
     process.send_signal(signal.SIGSTOP)
-    time.sleep(4.0)
+    time.sleep(9.5)
     process.send_signal(signal.SIGCONT)
-    assert (process.wait(30), process.communicate()[1]) == (0, "")
+    time.sleep(0.2)
+    assert (process.communicate()[1], process.returncode) == ("", 0)
     [only] = read_heartbeats(tmp_path / "heartbeats")
     assert (only.pid, only.phase, only.step) == (process.pid, START, 0)
 
 
-def test_a_process_that_comes_no_further_flushes_and_ends_with_86(tmp_path: Path) -> None:
-    process = waiting(tmp_path, 100.0)
+@pytest.mark.parametrize("ill", ["", "stale", "blocks"])
+def test_a_process_that_comes_no_further_flushes_and_ends_with_86_whatever_the_run_folder_does(
+    tmp_path: Path, ill: str
+) -> None:
+    process = waiting(tmp_path, 2.5, ill)
     assert process.wait(60) == 86
-    assert (tmp_path / "flushed").exists()
+    assert (tmp_path / "flushed").exists() and (tmp_path / "lingered").exists()
+    assert (tmp_path / "asked").exists() == bool(ill)
     err = process.communicate()[1]
-    assert err.startswith("watch: hang: ") and "without another (limit 2 s): no rank waits for another; rank 0" in err
+    said = "watch: rank 0 writes no heartbeat: [Errno 116] Stale file handle; training goes on\n" * (ill == "stale")
+    assert err.startswith(f"{said}watch: hang: ")
+    assert "without another (limit 2 s): no rank waits for another; rank 0" in err
+
+
+def test_the_end_of_a_run_is_no_hang_and_answers_one_of_others(tmp_path: Path) -> None:
+    process = waiting(tmp_path, 1.5)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("end\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "ending\n"
+    folder = tmp_path / "hangs" / "gen-0001"
+    folder.mkdir(parents=True)
+    time.sleep(3)
+    assert [(spot.rank, spot.phase) for spot in read_spots(folder)] == [(0, END)]
+    assert (process.communicate()[1], process.returncode) == ("", 0)
+
+
+ALONE_AT = """
+import signal, sys, time
+from trainer.progress import Progress
+from trainer.signals import Signals
+progress, signals = Progress(), Signals().install()
+progress.begin(7)
+progress.linger = lambda: print("lingered", flush=True)
+signals.train(progress, 0.2)
+progress.begin(int(sys.argv[1]))
+signal.raise_signal(signal.SIGUSR1)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "code", "out", "said"),
+    [
+        (7, 85, "", "error: SIGUSR1 in the first step: nothing to save, nothing lost\n"),
+        (8, 87, "lingered\n", "error: SIGUSR1 after step 8, and the other ranks did not agree to stop within 0 s "),
+    ],
+)
+def test_a_signal_without_agreement_loses_nothing_in_the_first_step_alone(
+    step: int, code: int, out: str, said: str
+) -> None:
+    words = [sys.executable, "-c", ALONE_AT, str(step)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, out)
+    assert done.stderr.startswith(said)
