@@ -37,6 +37,7 @@ from trainer.rollback import check_skips, went_back
 from trainer.run_folder import RunFolder
 from trainer.saving import Saver
 from trainer.schedule import lr_of
+from trainer.shipper import REGISTER_S
 from trainer.signals import Stopped, agreed
 from trainer.sources import Sources, data_state, fetch_s, plan_run
 from trainer.start import beginning, build_engine, introduction, take_run
@@ -280,7 +281,7 @@ class Trainer:
                     rest.callback(made.close)
         if kind in (None, Stopped):  # after an error the other ranks may be gone: no collective any more
             # rank 0 may wait for MLflow, and a launcher ends whoever is left some time after the first has ended
-            parallel.wait_for_main(self.mesh, f"closed {self.generation}", self.cfg.watch.start_s)
+            parallel.wait_for_main(self.mesh, f"closed {self.generation}", self.cfg.watch.start_s + REGISTER_S)
             if kind is Stopped:
                 dist.barrier()  # a launcher ends the other ranks as soon as one ends with a code
             parallel.stop(self.mesh)
