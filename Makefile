@@ -11,7 +11,7 @@ PYTHON ?= python3
 DISK_GB ?= 6
 
 # Tests are run side by side, one for each core.
-SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadgroup
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
 
 VENV := .venv
 RUN := $(VENV)/bin/python

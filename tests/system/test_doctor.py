@@ -92,7 +92,6 @@ def test_in_a_real_slurm(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.xdist_group("hosts")
 @pytest.mark.skipif(hosts.missing() != "", reason=hosts.missing())
 def test_hosts_over_real_ssh(tmp_path: Path) -> None:
     with hosts.Cluster("h1", "h2") as net:

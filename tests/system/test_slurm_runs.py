@@ -26,7 +26,7 @@ from trainer.heartbeat import read_heartbeats
 from trainer.journal import read_journal
 from trainer.run_folder import RunFolder
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("slurm")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 300
 HOSTILE = 'it\'s "a" $(touch hit) 100% run'
 

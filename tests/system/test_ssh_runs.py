@@ -26,7 +26,6 @@ why_not = hosts.missing()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    pytest.mark.xdist_group("hosts"),
     pytest.mark.skipif(bool(why_not), reason=why_not),
 ]
 TWO_HOSTS = (
