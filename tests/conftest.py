@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # also beside a GPU: tests/gpu s
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: a thread for each, set before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `&` switches it off, and what tests start inherits that
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
