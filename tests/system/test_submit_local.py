@@ -86,6 +86,8 @@ def test_the_exit_code_is_that_of_the_first_run_that_failed(ends: tuple[int, ...
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_goes_on_to_the_run_and_no_other_is_started(number: signal.Signals, tmp_path: Path) -> None:
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip(f"{signal.Signals(number).name} is switched off here, as nohup does")
     arrives = signal.SIGTERM if number == signal.SIGHUP else number
     waits = f"import signal, time, sys; signal.signal({int(arrives)}, lambda *a: sys.exit(85)); "
     waits += f"open({str(tmp_path / 'up')!r}, 'w'); time.sleep(100)"
