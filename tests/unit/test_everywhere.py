@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.everywhere import Host
+from tests.places import wait_for
 from tests.ranks import ROOT
 from trainer.heartbeat import Heartbeat, write_heartbeat
 
@@ -114,6 +115,7 @@ def test_a_leash_tells_the_ranks_alone_which_then_end_their_launcher(tmp_path: P
     )
     process = leash(f"--ranks={tmp_path}", "--", "sh", "-c", script, rank)
     assert process.stdin is not None and process.stdout is not None and process.stdout.readline() == "up\n"
+    wait_for(lambda: (tmp_path / "rank").exists() and (tmp_path / "rank").read_text().endswith("\n"), TIMEOUT_S)
     pid, now = int((tmp_path / "rank").read_text()), time.time()
     write_heartbeat(
         tmp_path / "heartbeats", Heartbeat(0, socket.gethostname(), pid, 1, now, 3, "step", now, None, None)
