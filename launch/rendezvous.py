@@ -6,7 +6,6 @@ takes this process's place, so that Slurm's signals and exit codes are COMMAND's
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import socket
@@ -15,6 +14,7 @@ from collections.abc import Mapping
 
 from data_pipeline.config import UserError
 from trainer.exit_codes import USER_ERROR
+from trainer.machine import is_loopback, own_addresses
 from trainer.world import World, environment
 
 NEEDED = (
@@ -84,15 +84,6 @@ def tasks_on(counts: str, node: int) -> int:
     raise ValueError(counts)
 
 
-def loopback() -> str | None:
-    """The address that this host's own name stands for, where no other host can reach it; gloo would give it out."""
-    try:
-        found = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None)}
-    except OSError:
-        return None
-    return min(map(str, found)) if found and all(ipaddress.ip_address(a).is_loopback for a in found) else None
-
-
 def main() -> None:
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     command = sys.argv[at + 1 :]
@@ -101,10 +92,11 @@ def main() -> None:
             raise UserError("write: srun ... python -m launch.rendezvous -- COMMAND ...")
         env = os.environ | rendezvous(os.environ)
         told_here = env["SLURM_LOCALID"] == "0" and env.get("SLURM_STEP_NUM_NODES") != "1"  # once a node, of many
-        if told_here and "GLOO_SOCKET_IFNAME" not in env and (address := loopback()):
+        found = own_addresses() if told_here and "GLOO_SOCKET_IFNAME" not in env else []
+        if found and is_loopback(found):
             print(
-                f"warning: {socket.gethostname()} stands for {address} on this node, where the others cannot reach it: "
-                "if ranks do not find one another, set cluster.env.GLOO_SOCKET_IFNAME to the network's interface",
+                f"warning: {socket.gethostname()} stands for {found[0]} on this node, where the others cannot reach "
+                "it: if ranks do not find one another, set cluster.env.GLOO_SOCKET_IFNAME to the network's interface",
                 file=sys.stderr,
                 flush=True,
             )

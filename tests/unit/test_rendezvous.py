@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import UserError
-from launch.rendezvous import PORTS, first_host, port, rendezvous, tasks_on
+from launch.rendezvous import PORTS, first_host, main, port, rendezvous, tasks_on
 from tests.ranks import ROOT
 
 TASK = {
@@ -144,3 +144,32 @@ def test_tasks_on_each_node_are_as_many_as_were_counted() -> None:
     assert [tasks_on(counts, i) for i in range(len(expected))] == expected, seed
     with pytest.raises(ValueError):
         tasks_on(counts, len(expected))
+
+
+@pytest.mark.parametrize(
+    ("addresses", "env", "told"),
+    [
+        (["127.0.1.1", "::1"], {}, True),
+        (["fe80::1%eth0", "10.0.0.7"], {}, False),
+        ([], {}, False),
+        (["127.0.1.1"], {"GLOO_SOCKET_IFNAME": "eth0"}, False),
+        (["127.0.1.1"], {"SLURM_LOCALID": "1"}, False),
+        (["127.0.1.1"], {"SLURM_STEP_NUM_NODES": "1"}, False),
+    ],
+)
+def test_a_name_that_no_other_host_can_reach_is_told_once_a_node(
+    addresses: list[str],
+    env: dict[str, str],
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    task = TASK | {"SLURM_LOCALID": "0", "SLURM_PROCID": "4"} | env
+    if env.get("SLURM_LOCALID"):
+        task["SLURM_PROCID"] = "5"
+    monkeypatch.setattr(os, "environ", task)
+    monkeypatch.setattr("launch.rendezvous.own_addresses", lambda: addresses)
+    monkeypatch.setattr(os, "execvpe", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["rendezvous", "--", "true"])
+    main()
+    assert ("stands for 127.0.1.1 on this node" in capsys.readouterr().err) == told
