@@ -18,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_pipeline.config import Passing, UserError
+from conf.errors import TransientError, UserError
 
 T = TypeVar("T")
 MOST_BYTES, MOST_LEVELS = 1 << 18, 32
@@ -57,7 +57,7 @@ def thaw(path: Path, schema: type[T]) -> T:
 
     Raises:
         UserError: no such file, no YAML, too big, keys that the schema does not know, values that it refuses.
-        Passing: it cannot be read, for a reason that may pass.
+        TransientError: it cannot be read, for a reason that may pass.
     """
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(schema), _literals(peek(path)))
@@ -116,7 +116,7 @@ def _read(path: Path) -> str:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
         raise UserError((e.strerror or str(e)).lower()) from None
     except OSError as e:
-        raise Passing((e.strerror or str(e)).lower()) from None
+        raise TransientError((e.strerror or str(e)).lower()) from None
 
 
 def _plain_yaml(text: str) -> str:

@@ -1,15 +1,17 @@
-"""Hydra's door: registers the dataclasses, composes an entry's config, freezes it, and says in one line what is wrong.
+"""Composition of a command's config with Hydra, and one-line errors for what does not compose.
 
-Hydra only composes; what an entry gets is a plain, checked dataclass.
+Hydra only composes; a command gets a plain, checked dataclass. The only module that imports Hydra.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, TypeVar, cast, get_origin
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -19,20 +21,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.errors import TransientError, UserError
 from conf.frozen import flat, freeze, literal, peek, thaw, user_error_in
 from conf.hints import inner, keys, near, type_of, wording
-from data_pipeline.config import OrderConfig, Passing, UserError
-from data_pipeline.prepare import config as prepare
-from data_pipeline.prepare import quality_config
-from launch.config import DoctorConfig, PlanConfig, StatusConfig, SubmitConfig, SuperviseConfig
-from trainer.checkpoint_config import ExportHfConfig, GenerateConfig, ImportHfConfig
-from trainer.config import PretrainConfig
-from trainer.node_config import NodeCheckConfig
-from trainer.tracking_config import SyncConfig
 
 __all__ = [
     "CONF",
-    "ROOTS",
     "defaults",
     "explain",
     "freeze",
@@ -41,76 +35,74 @@ __all__ = [
     "load",
     "options",
     "peek",
+    "root_of",
     "run",
+    "run_one_of",
     "thaw",
 ]
 HYDRAS = (HydraException, OmegaConfBaseException, ValueError)  # ValueError: a group set to null
-Entry = tuple[str, Callable[[Any], None]]
+Command = tuple[type, Callable[[Any], None]]
 
 FROZEN = "frozen="  # on a command line: the file that `freeze` made
 CONF = Path(__file__).resolve().parent
-ROOTS: dict[str, type] = {
-    "bpe_train": prepare.BpeTrainConfig,
-    "bpe_code": prepare.BpeCodeConfig,
-    "shards": prepare.ShardsConfig,
-    "import": prepare.ImportConfig,
-    "export": prepare.ExportConfig,
-    "verify": prepare.VerifyConfig,
-    "prepare": prepare.PrepareConfig,
-    "quality_train": quality_config.QualityTrainConfig,
-    "quality_evaluate": quality_config.QualityEvaluateConfig,
-    "order": OrderConfig,
-    "pretrain": PretrainConfig,
-    "generate": GenerateConfig,
-    "import_hf": ImportHfConfig,
-    "export_hf": ExportHfConfig,
-    "plan": PlanConfig,
-    "supervise": SuperviseConfig,
-    "submit": SubmitConfig,
-    "doctor": DoctorConfig,
-    "node_check": NodeCheckConfig,
-    "sync": SyncConfig,
-    "status": StatusConfig,
-}
-"""Each root YAML in conf/ and the dataclass that an entry gets from it."""
-
-for _name, _schema in ROOTS.items():
-    ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
+T = TypeVar("T")
 
 
-def run(entries: Mapping[str, Entry] | Entry) -> None:
-    """The body of `if __name__ == "__main__"`: compose, check, call.
+def root_of(schema: type) -> str:
+    """The name of the YAML file in conf/ that an entry's dataclass belongs to: PretrainConfig, `pretrain`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", schema.__name__.removesuffix("Config")).lower()
 
-    A user's mistake ends in one line and exit code 2; what the machine or a server refuses (a full disk, a missing
-    file, no answer) in one line and exit code 1, for it may pass: `launch.supervise` tries again.
 
-    `entries` is (root, function), or one such pair for each command word that stands first on the command line.
-    `--help` explains the groups and the values, `--cfg job` prints the config that the run would get.
+def run(schema: type[T], function: Callable[[T], None]) -> None:
+    """The body of `if __name__ == "__main__"`: composes the config of a command, checks it and calls `function`.
+
+    `--help` explains the groups and the values, `--cfg job` prints the config that the command would get.
+
+    Exits with code 2 and one line after a user's mistake, with code 1 and one line where the machine or a server
+    refuses (a full disk, a missing file, no answer): that may go away, so `launch.supervise` tries again.
     """
+    with _exit_codes():
+        _run_one(schema, function, sys.argv[1:])
+
+
+def run_one_of(commands: Mapping[str, Command]) -> None:
+    """`run` for a module of several commands: the first word on the command line names one of them."""
     argv = sys.argv[1:]
+    with _exit_codes():
+        if argv[:1] in (["--help"], ["-h"]):
+            _show("\n".join(opening_comment(CONF / f"{root_of(schema)}.yaml") for schema, _ in commands.values()))
+            return
+        word = argv.pop(0) if argv else "nothing"
+        if word not in commands:
+            raise UserError(f"{word}: say first what to do, one of {', '.join(commands)}; --help explains them")
+        _run_one(*commands[word], argv)
+
+
+def _run_one(schema: type[T], function: Callable[[T], None], argv: list[str]) -> None:
+    if {"--help", "-h"} & set(argv):
+        _show(explain(schema))
+    elif "--cfg" in argv:
+        i = argv.index("--cfg")
+        if argv[i + 1 : i + 2] != ["job"]:
+            raise UserError("--cfg: write --cfg job, which prints the config that the run would get")
+        _show(OmegaConf.to_yaml(_compose(schema, argv[:i] + argv[i + 2 :])).rstrip("\n"))
+    else:
+        function(load(schema, argv))
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
     try:
-        root, function = _choose(entries, argv)
-        if {"--help", "-h"} & set(argv):
-            _show(explain(root))
-        elif "--cfg" in argv:
-            at = argv.index("--cfg")
-            if argv[at + 1 : at + 2] != ["job"]:
-                raise UserError("--cfg: write --cfg job, which prints the config that the run would get")
-            _show(OmegaConf.to_yaml(_compose(root, argv[:at] + argv[at + 2 :])).rstrip("\n"))
-        else:
-            function(load(root, argv))
-    except (Passing, OSError) as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(1)
-    except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
+    except (UserError, OSError) as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(1 if isinstance(e, (TransientError, OSError)) else 2)
 
 
-def load(root: str, overrides: Sequence[str] = ()) -> Any:
-    """Compose `conf/<root>.yaml` with `overrides` into its dataclass, or take it whole from `frozen=FILE`.
+def load(schema: type[T], overrides: Sequence[str] = ()) -> T:
+    """The dataclass of a command, composed from its YAML in conf/ and `overrides`, or whole from `frozen=FILE`.
 
     Raises:
         UserError: a typo, a wrong type, a missing value or an impossible combination, in one line.
@@ -119,26 +111,26 @@ def load(root: str, overrides: Sequence[str] = ()) -> Any:
     if frozen and len(overrides) > 1:
         raise UserError(f"{frozen[0]} is the whole config: give nothing beside it")
     if frozen:
-        return thaw(Path(frozen[0].removeprefix(FROZEN)), ROOTS[root])
-    cfg = _compose(root, overrides)
+        return thaw(Path(frozen[0].removeprefix(FROZEN)), schema)
+    cfg = _compose(schema, overrides)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"not given: {', '.join(missing)} (add {missing[0]}=... to the command line)")
     try:
-        return OmegaConf.to_object(cfg)
+        return cast(T, OmegaConf.to_object(cfg))
     except OmegaConfBaseException as e:  # a check in a nested dataclass arrives wrapped
         raise user_error_in(e) or UserError(flat(e)) from None
 
 
-def defaults(root: str) -> dict[str, Any]:
-    """What `conf/<root>.yaml` says when nothing is said, nested, plain; "???" where a value must be given."""
-    return OmegaConf.to_container(_compose(root, ()), enum_to_str=True)  # type: ignore[return-value]
+def defaults(schema: type) -> dict[str, Any]:
+    """The values of a command without overrides, nested and plain; "???" where a value must be given."""
+    return OmegaConf.to_container(_compose(schema, ()), enum_to_str=True)  # type: ignore[return-value]
 
 
-def groups(root: str) -> dict[str, str | None]:
-    """The config groups of `conf/<root>.yaml`, in order, each with the option it takes when nothing is said."""
+def groups(schema: type) -> dict[str, str | None]:
+    """The config groups of a command, in order, each with its default option."""
     found: dict[str, str | None] = {}
-    for item in OmegaConf.load(CONF / f"{root}.yaml").defaults:
+    for item in OmegaConf.load(CONF / f"{root_of(schema)}.yaml").defaults:
         if isinstance(item, DictConfig):
             found |= {str(k): v for k, v in item.items() if not str(k).startswith("override ")}
     return found
@@ -155,14 +147,18 @@ def opening_comment(path: Path) -> str:
     return next((line[1:].strip() for line in lines if line.startswith("#") and not line.startswith("# @")), "")
 
 
-def explain(root: str) -> str:
+def explain(schema: type) -> str:
     """What `--help` prints: what the command does, what it must be given, its groups, its values."""
-    cfg = _compose(root, ())
-    lines = [opening_comment(CONF / f"{root}.yaml"), "", "Usage: GROUP=OPTION or KEY=VALUE, as many as you like."]
+    cfg = _compose(schema, ())
+    lines = [
+        opening_comment(CONF / f"{root_of(schema)}.yaml"),
+        "",
+        "Usage: GROUP=OPTION or KEY=VALUE, as many as you like.",
+    ]
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         lines += ["Must be given: " + ", ".join(missing)]
-    for group, default in groups(root).items():
+    for group, default in groups(schema).items():
         lines += ["", f"{group}= (without it: {default or 'none'})"]
         lines += [f"  {name:<12}  {comment}" for name, comment in options(group).items()]
     values = ("  " + line for line in OmegaConf.to_yaml(cfg).splitlines())
@@ -177,23 +173,12 @@ def _show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _choose(entries: Mapping[str, Entry] | Entry, argv: list[str]) -> Entry:
-    """The (root, function) that is asked for; takes the command word off `argv`."""
-    if isinstance(entries, tuple):
-        return entries
-    if argv[:1] in (["--help"], ["-h"]):
-        _show("\n".join(opening_comment(CONF / f"{root}.yaml") for root, _ in entries.values()))
-        sys.exit(0)
-    word = argv.pop(0) if argv else "nothing"
-    if word not in entries:
-        raise UserError(f"{word}: say first what to do, one of {', '.join(entries)}; --help explains them")
-    return entries[word]
-
-
-def _compose(root: str, overrides: Sequence[str]) -> DictConfig:
+def _compose(schema: type, overrides: Sequence[str]) -> DictConfig:
+    root = root_of(schema)
+    ConfigStore.instance().store(name=f"{root}_schema", node=schema)
     for text in overrides:
         _check_form(text)
-    quoted = [_quote(ROOTS[root], text) for text in overrides]
+    quoted = [_quote(schema, text) for text in overrides]
     GlobalHydra.instance().clear()
     with initialize_config_module("conf", version_base="1.3"):
         try:
@@ -203,7 +188,7 @@ def _compose(root: str, overrides: Sequence[str]) -> DictConfig:
                 try:
                     _resolved(root, quoted[: i + 1])
                 except HYDRAS as cause:
-                    raise UserError(_complaint(root, text, cause)) from None
+                    raise UserError(_complaint(schema, text, cause)) from None
             raise UserError(flat(e)) from None
 
 
@@ -247,17 +232,17 @@ def _quote(schema: type, override: str) -> str:
     return f"{key}={value}"
 
 
-def _complaint(root: str, override: str, error: Exception) -> str:
+def _complaint(schema: type, override: str, error: Exception) -> str:
     """One sentence on an override that does not compose: what it should have been."""
     key, _, value = override.partition("=")
-    if key in groups(root):
+    if key in groups(schema):
         if value in options(key):
             return f"{override}: {flat(error)} (it may be an option of another command)"
-        unset = "" if groups(root)[key] else ", or leave it out"
+        unset = "" if groups(schema)[key] else ", or leave it out"
         return f"{override}: give one of {', '.join(options(key))}{unset}{near(value, options(key))}"
-    expected = type_of(ROOTS[root], key)
+    expected = type_of(schema, key)
     if expected is None:
-        known = [k for k in keys(ROOTS[root]) if not key.startswith(f"{k}.")]
+        known = [k for k in keys(schema) if not key.startswith(f"{k}.")]
         return f"{key}: no such key{near(key, known) or '; --cfg job prints all keys'}"
     if expected is str or "${" in value:
         return f"{override}: {flat(error)}"

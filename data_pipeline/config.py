@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
-
-class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: every operand, and the knob to turn."""
-
-
-class Passing(UserError):
-    """What may pass by itself, such as a server that does not answer: exit code 1, so that a supervisor tries again."""
-
-
-MISSING: Any = "???"  # OmegaConf's mark for "must be given"; written out so that this file needs no OmegaConf
+from conf.errors import MISSING, UserError
 
 
 class OnBadShard(Enum):

@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
-import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,14 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.config import Passing, UserError
+from conf.errors import UserError
+from data_pipeline.files import publish, publish_json, read_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 REPORT = "report.json"  # beside the sources: what was kept of the corpus and what was dropped
 SPLITS = ("train", "val")
-MOST_JSON = 256 << 20  # bytes of a manifest or an index: both are held whole
 _MEMBER = re.compile(r"\d+\.npy")
 _MOST = 1 << 48  # bytes or tokens of a shard: 256 TB, and a line of many such still adds up in 64 bits
 _ANEW = "write the shards anew"
@@ -254,47 +252,3 @@ def decode_block(data: bytes, dtype: np.dtype[Any]) -> np.ndarray:
     if found != dtype or len(shape) != 1 or shape[0] * dtype.itemsize != len(data) - at:
         raise ValueError(f"{found} {shape} in {len(data) - at} bytes, not a line of {dtype} tokens that fills them")
     return np.frombuffer(data, dtype, offset=at)
-
-
-def publish_json(path: Path, body: dict[str, Any]) -> None:
-    publish(path, (json.dumps(body, ensure_ascii=False, indent=1) + "\n").encode())
-
-
-def publish(path: Path, data: bytes) -> None:
-    """Write aside, fsync, rename: a reader sees the old file or the new one, never half of one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    rename(aside, path)
-
-
-def rename(aside: Path, path: Path) -> None:
-    """Move a fsynced file to its name, and make the move itself last."""
-    aside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def read_json(path: Path, cure: str) -> dict[str, Any]:
-    """Raises UserError, ending in `cure`, where `path` is missing or no JSON object; Passing where it can't be read."""
-    try:
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:  # a fifo would wait
-            if not stat.S_ISREG((status := os.fstat(f.fileno())).st_mode):
-                raise UserError(f"{path}: not a regular file: {cure}")
-            if status.st_size > MOST_JSON:
-                raise UserError(f"{path}: {status.st_size} bytes, at most {MOST_JSON} are read: {cure}")
-            body = json.loads(f.read(status.st_size).decode())
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
-        raise UserError(f"{path}: {(e.strerror or str(e)).lower()}: {cure}") from None
-    except OSError as e:
-        raise Passing(f"{path}: {(e.strerror or str(e)).lower()}: mend it, then try again") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON ({e}): {cure}") from None
-    if not isinstance(body, dict):
-        raise UserError(f"{path}: not a JSON object: {cure}")
-    return body

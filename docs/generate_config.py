@@ -14,7 +14,50 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from conf.hints import inner
-from conf.schema import CONF, ROOTS, defaults, groups, opening_comment, options
+from conf.schema import CONF, defaults, groups, opening_comment, options, root_of
+from data_pipeline.config import OrderConfig
+from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.quality.config import QualityEvaluateConfig, QualityTrainConfig
+from data_pipeline.shards.config import (
+    BpeCodeConfig,
+    BpeTrainConfig,
+    ExportConfig,
+    ImportConfig,
+    ShardsConfig,
+    VerifyConfig,
+)
+from launch.config import DoctorConfig, PlanConfig, StatusConfig, SubmitConfig, SuperviseConfig
+from trainer.config.generate import GenerateConfig
+from trainer.config.hf import ExportHfConfig, ImportHfConfig
+from trainer.config.node_check import NodeCheckConfig
+from trainer.config.pretrain import PretrainConfig
+from trainer.config.tracking import SyncConfig
+
+SCHEMAS = (
+    BpeTrainConfig,
+    BpeCodeConfig,
+    ShardsConfig,
+    ImportConfig,
+    ExportConfig,
+    VerifyConfig,
+    PrepareConfig,
+    QualityTrainConfig,
+    QualityEvaluateConfig,
+    OrderConfig,
+    PretrainConfig,
+    GenerateConfig,
+    ImportHfConfig,
+    ExportHfConfig,
+    PlanConfig,
+    SuperviseConfig,
+    SubmitConfig,
+    DoctorConfig,
+    NodeCheckConfig,
+    SyncConfig,
+    StatusConfig,
+)
+ROOTS: dict[str, type] = {root_of(schema): schema for schema in SCHEMAS}
+"""The dataclass of each YAML file at the top of conf/."""
 
 TARGET = Path(__file__).with_name("config.md")
 HEAD = """# Every value of every command
@@ -28,18 +71,18 @@ config. Text is taken as it stands: `prompt='Hello, world'` needs no second pair
 def page() -> str:
     parts = [HEAD]
     for root, schema in ROOTS.items():
-        parts += [f"## conf/{root}.yaml\n\n{opening_comment(CONF / f'{root}.yaml')}\n", table(root, schema)]
+        parts += [f"## conf/{root}.yaml\n\n{opening_comment(CONF / f'{root}.yaml')}\n", table(schema)]
     parts.append("## Groups\n")
-    for group in dict.fromkeys(group for root in ROOTS for group in groups(root)):
-        used = ", ".join(f"{root}.yaml" for root in ROOTS if group in groups(root))
+    for group in dict.fromkeys(group for root in ROOTS for group in groups(ROOTS[root])):
+        used = ", ".join(f"{root}.yaml" for root in ROOTS if group in groups(ROOTS[root]))
         rows = [f"| `{group}={option}` | {comment} |" for option, comment in options(group).items()]
         parts.append("\n".join([f"### {group} ({used})\n", "| option | |", "|---|---|", *rows, ""]))
     return "\n".join(parts)
 
 
-def table(root: str, schema: type) -> str:
+def table(schema: type) -> str:
     rows = ["| key | type | without it | |", "|---|---|---|---|"]
-    chosen, said = groups(root), defaults(root)
+    chosen, said = groups(schema), defaults(schema)
     for key, hint, comment, default in keys(schema):
         group, _, name = key.partition(".")
         if group in chosen and name == "name":

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from data_pipeline.config import MISSING, UserError
-from trainer.redact import redact, secret_name
+from conf.errors import MISSING, UserError
+from trainer.run.redact import redact, secret_name
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from data_pipeline.config import MISSING, DataConfig, UserError
+from conf.errors import MISSING, UserError
+from data_pipeline.config import DataConfig
 from launch.cluster_config import ClusterConfig
-from trainer.config import Open, PretrainConfig
+from trainer.config.parallel import Open
+from trainer.config.pretrain import PretrainConfig
 
 
 @dataclass

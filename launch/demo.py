@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.config import UserError
+from conf.errors import UserError
 from data_pipeline.manifest import decode_block, read_manifest
-from trainer.journal import read_journal, read_rows
-from trainer.run_folder import RunFolder
+from trainer.run.folder import RunFolder
+from trainer.run.journal import read_journal, read_rows
 
 STEPS = 1000
 ROOT = Path("runs/demo")

@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from conf.errors import UserError
 from conf.schema import literal, load, run
-from data_pipeline.config import UserError
 from launch.checks import folder, hosts, packages, services, slurm
-from launch.checks.run import checkpoint_bytes, trainable
+from launch.checks.nodes import examine_nodes
+from launch.checks.run_checks import checkpoint_bytes, trainable
+from launch.checks.runner import Check, run_checks
 from launch.config import DoctorConfig
-from launch.nodes import examine_nodes
-from launch.side_by_side import Check, run_checks
-from launch.ssh import hosts_of, needed_programs
-from trainer import machine
-from trainer.config import PretrainConfig
-from trainer.finding import Finding, State
-from trainer.tracking_config import Tracker, TrackingConfig
+from launch.ssh.launcher import hosts_of, needed_programs
+from trainer.config.pretrain import PretrainConfig
+from trainer.config.tracking import Tracker, TrackingConfig
+from trainer.diagnostics import machine
+from trainer.diagnostics.check_result import Finding, State
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK_S, DISK_S, SERVICE_S, DATA_S = 20.0, 60.0, 20.0, 120.0
@@ -52,7 +52,7 @@ def pretrain_config(cfg: DoctorConfig, command: list[str], run_dir: Path) -> Pre
         if value is not None:
             raise UserError(f"{key}={value}: a run is given, say it behind the --")
     own = [f"run.name={literal(cfg.run.name)}", f"run.dir={literal(str(run_dir))}"]
-    found = load("pretrain", [*command, *own])
+    found = load(PretrainConfig, [*command, *own])
     assert isinstance(found, PretrainConfig)
     return found
 
@@ -98,7 +98,7 @@ def run_checks_of(cfg: DoctorConfig, train: PretrainConfig | None, run_dir: Path
         checks.append(Check("tracking", one(partial(services.tracking, tracking, run_dir)), SERVICE_S))
     data = train.data if train else None
     if cfg.data.path is not None:
-        data = load("pretrain", [f"data.path={literal(cfg.data.path)}", "max_steps=1"]).data
+        data = load(PretrainConfig, [f"data.path={literal(cfg.data.path)}", "max_steps=1"]).data
     if data is not None:
         checks.append(Check("data", partial(services.data, data), DATA_S, "look at data.path: its place hangs"))
     if train is not None:
@@ -127,7 +127,7 @@ def main() -> None:
     command = None if at is None else sys.argv[at + 1 :]
     sys.argv = sys.argv[:at]
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was started is ended on the way
-    run(("doctor", lambda cfg: sys.exit(report(look(cfg, command), cfg.json))))
+    run(DoctorConfig, lambda cfg: sys.exit(report(look(cfg, command), cfg.json)))
 
 
 if __name__ == "__main__":

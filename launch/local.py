@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from data_pipeline.config import UserError
+from conf.errors import UserError
 from launch.cluster_config import LocalLauncher
 from launch.job import Job, entry, supervised
 from trainer.plan.hardware import CPU

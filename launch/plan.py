@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from conf.errors import UserError
 from conf.schema import run
-from data_pipeline.config import UserError
 from launch.cluster_config import ClusterConfig
 from launch.config import PlanConfig
-from trainer.arithmetic import padded_n_head, param_count
-from trainer.config import Offload
+from trainer.config.parallel import Offload
+from trainer.model.arithmetic import padded_n_head, param_count
 from trainer.plan.choose import Row, rows, way_out
 from trainer.plan.course import Part, course, seconds
 from trainer.plan.hardware import gpu_named
@@ -217,4 +217,4 @@ def detail(row: Row) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(("plan", plan))
+    run(PlanConfig, plan)

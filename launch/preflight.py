@@ -9,19 +9,19 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipeline.config import Passing, UserError
-from data_pipeline.manifest import read_json
+from conf.errors import TransientError, UserError
+from data_pipeline.files import read_json
 from launch.cluster_config import ClusterConfig
 from launch.job import SUBMITTED
 from launch.plan import cluster_of, simulated
 from trainer.check import check
-from trainer.config import PretrainConfig
-from trainer.heartbeat import read_heartbeats
+from trainer.config.pretrain import PretrainConfig
+from trainer.distributed.world import World
 from trainer.plan.choose import rows, way_out
 from trainer.plan.course import course, seconds
 from trainer.plan.hardware import CPU
-from trainer.run_folder import RunFolder
-from trainer.world import World
+from trainer.run.folder import RunFolder
+from trainer.run.heartbeat import read_heartbeats
 
 FRESH_S = 60.0  # a heartbeat younger than this is of a run that goes on
 QUEUE_S = 15.0
@@ -77,7 +77,7 @@ def queued(run_dir: Path) -> str | None:
     """A warning where a job that was submitted for this run still waits or runs, as far as squeue is here and says."""
     ids: set[str] = set()
     for path in RunFolder(run_dir).submissions.glob(f"*/{SUBMITTED}"):
-        with suppress(UserError, Passing):  # damaged: launch.status tells
+        with suppress(UserError, TransientError):  # damaged: launch.status tells
             jobs = read_json(path, "the others are asked for").get("jobs")
             ids.update(map(str, jobs if isinstance(jobs, list) else ()))
     if not ids:

@@ -10,8 +10,8 @@ import socket
 import time
 from pathlib import Path
 
-from data_pipeline.config import UserError
-from trainer.heartbeat import read_heartbeats
+from conf.errors import UserError
+from trainer.run.heartbeat import read_heartbeats
 
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 

@@ -20,18 +20,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from conf.errors import UserError
 from conf.schema import freeze, literal, load, run
-from data_pipeline.config import UserError
-from data_pipeline.manifest import publish, publish_json, read_json
-from launch import local, slurm, ssh
+from data_pipeline.files import publish, publish_json, read_json
+from launch import local
 from launch.cluster_config import ClusterConfig
 from launch.config import SubmitConfig
 from launch.job import SUBMITTED, Job
 from launch.preflight import alive, preflight, queued
-from trainer.code_version import code_version
-from trainer.config import PretrainConfig
-from trainer.redact import redact_command
-from trainer.run_folder import RunFolder
+from launch.slurm import launcher as slurm
+from launch.ssh import launcher as ssh
+from trainer.config.pretrain import PretrainConfig
+from trainer.run.code_version import code_version
+from trainer.run.folder import RunFolder
+from trainer.run.redact import redact_command
 
 LAUNCHERS = {"slurm": slurm, "ssh": ssh, "local": local}  # by the section of cluster that asks for it
 OURS = ("run", "run.name", "run.dir")  # given left of the --
@@ -50,7 +52,7 @@ def submit(cfg: SubmitConfig, overrides: list[str], argv: list[str]) -> int:
     for i, (name, path, given) in enumerate(elements(cfg, run_dir, overrides)):
         try:
             own = [f"run.name={literal(name)}", f"run.dir={literal(str(path))}"]
-            one, lines = preflight(load("pretrain", [*given, *own]), cfg.cluster)
+            one, lines = preflight(load(PretrainConfig, [*given, *own]), cfg.cluster)
         except UserError as e:
             raise (type(e)(f"sweep[{i}]: {e}") if cfg.sweep else e) from None
         runs.append(one)
@@ -203,7 +205,7 @@ def main() -> None:
             raise UserError("what to train is not given: end the line with -- and trainer.pretrain's own overrides")
         sys.exit(submit(cfg, overrides, argv))
 
-    run(("submit", started))
+    run(SubmitConfig, started)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from conf.errors import UserError
 from conf.schema import peek, run
-from data_pipeline.config import UserError
 from launch.config import SuperviseConfig
 from launch.processes import become_subreaper, end_descendants, ranks_below, send
-from trainer.exit_codes import ALONE, HUNG, PREEMPTED, USER_ERROR
-from trainer.redact import redact
-from trainer.run_folder import RunFolder
-from trainer.signals import CODES
+from trainer.run.exit_codes import ALONE, HUNG, PREEMPTED, USER_ERROR
+from trainer.run.folder import RunFolder
+from trainer.run.redact import redact
+from trainer.run.signals import CODES
 
 TAIL_BYTES = 16384  # of a start's stderr, kept to tell why it failed
 AGAIN_S = 1.0  # between two SIGUSR1 to a launcher whose ranks have not begun
@@ -270,7 +270,7 @@ def main() -> None:
             raise UserError("what to run is not given: end the line with -- COMMAND ...")
         sys.exit(Supervisor(cfg, command).supervise())
 
-    run(("supervise", supervise))
+    run(SuperviseConfig, supervise)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from random import Random
 import zstandard
 from datatrove.data import Document
 
-from data_pipeline.prepare.read import Input
-from data_pipeline.prepare.recipe import LimitsConfig
-from data_pipeline.prepare.report import Dropped
+from data_pipeline.corpus.read import Input
+from data_pipeline.corpus.report import Dropped
+from data_pipeline.prepare.recipe_config import LimitsConfig
 from data_pipeline.prepare.warc.archive import read
 
 WORDS = [

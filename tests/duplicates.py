@@ -14,7 +14,7 @@ import regex
 from datatrove.data import Document
 
 from data_pipeline.prepare.dedup.keys import write_keys
-from data_pipeline.prepare.recipe import DedupConfig
+from data_pipeline.prepare.recipe_config import DedupConfig
 
 CHANCE = 1e-6
 """Of a false alarm, for each test that asks chance."""

@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from data_pipeline.files import rename
 from data_pipeline.manifest import (
     TOKENIZER,
     Block,
@@ -21,7 +22,6 @@ from data_pipeline.manifest import (
     ShardIndex,
     ShardInfo,
     index_path,
-    rename,
     write_index,
     write_manifest,
 )

@@ -1,6 +1,6 @@
 """The order of the data, dealt by hand: windows lie in queues and lanes take them out one by one. No formula, no numpy.
 
-What `data_pipeline/plan.py` finds by arithmetic is done here in the order of time, from position 0 on. A test that
+What `order/plan.py` finds by arithmetic is done here in the order of time, from position 0 on. A test that
 compares the two is in `tests/unit/test_mixture.py` (shapes, mixtures) or `tests/unit/test_events.py` (events).
 """
 
@@ -17,7 +17,7 @@ Window = tuple[int, int, int]  # source, shard, first token
 
 
 class Leg(NamedTuple):
-    """What `data_pipeline.ledger.Segment` says, in the order of its fields."""
+    """What `data_pipeline.order.ledger.Segment` says, in the order of its fields."""
 
     step: int
     position: int
@@ -262,7 +262,7 @@ def dealt_to(taken: list[list[int]], windows: list[Window], lanes: int, dp: int)
 
 
 def served(plan: Any, steps: Iterable[int], dp: int) -> list[list[list[Window]]]:
-    """[step][rank]: what a `data_pipeline.plan.Plan` gives each rank."""
+    """[step][rank]: what a `data_pipeline.order.plan.Plan` gives each rank."""
     return [[zipped(plan.step(step, rank, dp)[1]) for rank in range(dp)] for step in steps]
 
 

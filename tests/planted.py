@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.feed import Feed
+from trainer.data.feed import Feed
 
 
 def sleeps_here(seconds: float) -> None:

@@ -21,16 +21,16 @@ OURS = ("conf", "data_pipeline", "launch", "trainer")
 CONFIGS = (
     "data_pipeline.config",
     "data_pipeline.prepare.config",
-    "data_pipeline.prepare.quality_config",
-    "data_pipeline.prepare.recipe",
-    "data_pipeline.geometry",
+    "data_pipeline.prepare.quality.step.config",
+    "data_pipeline.prepare.recipe_config",
+    "data_pipeline.order.lookup.geometry",
     "trainer.config",
-    "trainer.checkpoint_config",
-    "trainer.node_config",
-    "trainer.model.config",
-    "trainer.optim_config",
-    "trainer.safety_config",
-    "trainer.tracking_config",
+    "trainer.config.checkpoint",
+    "trainer.config.node_check",
+    "trainer.config.model",
+    "trainer.config.optim",
+    "trainer.config.health",
+    "trainer.config.tracking",
 )
 ORDER = ("ledger", "mixture", "epochs", "plan", "stages")  # pure: the order of the data
 STREAMING = tuple(f"data_pipeline.{m}" for m in ("config", "geometry", "manifest", "bpe", *ORDER, "stream", "loader"))
@@ -56,27 +56,27 @@ ROOMS = (
     Room(("data_pipeline/config.py",), (), ()),
     Room(
         (
-            "data_pipeline/geometry.py",
-            "data_pipeline/ledger.py",
+            "data_pipeline/order/geometry.py",
+            "data_pipeline/order/ledger.py",
             "data_pipeline/prepare/config.py",
-            "data_pipeline/prepare/quality_config.py",
-            "data_pipeline/prepare/recipe.py",
+            "data_pipeline/prepare/quality/config.py",
+            "data_pipeline/prepare/recipe_config.py",
         ),
-        ("data_pipeline.config", "data_pipeline.prepare.quality_config", "data_pipeline.prepare.recipe"),
+        ("data_pipeline.config", "data_pipeline.prepare.quality.step.config", "data_pipeline.prepare.recipe_config"),
         (),
     ),
     Room(("data_pipeline/manifest.py",), ("data_pipeline.config",), ("numpy",)),
     Room(
         tuple(f"data_pipeline/{m}.py" for m in ORDER),
-        ("data_pipeline.config", "data_pipeline.geometry", *(f"data_pipeline.{m}" for m in ORDER)),
+        ("data_pipeline.config", "data_pipeline.order.lookup.geometry", *(f"data_pipeline.{m}" for m in ORDER)),
         ("numpy",),
     ),
     Room(("data_pipeline/*",), ("data_pipeline",), None),
     Room(
         (
             "trainer/*config.py",
-            "trainer/arithmetic.py",
-            "trainer/layouts.py",
+            "trainer/model/arithmetic.py",
+            "trainer/plan/layout_rules.py",
         ),
         CONFIGS,
         (),
@@ -86,29 +86,29 @@ ROOMS = (
         CONFIGS,
         (),
     ),
-    Room(("trainer/schedule.py",), (*CONFIGS, "data_pipeline.ledger"), ()),
+    Room(("trainer/engine/schedule.py",), (*CONFIGS, "data_pipeline.order.lookup.ledger"), ()),
     Room(
-        ("trainer/signals.py", "trainer/heartbeat.py", "trainer/hang.py"),
-        ("trainer.exit_codes", "trainer.progress"),
+        ("trainer/run/signals.py", "trainer/run/heartbeat.py", "trainer/health/hang_report.py"),
+        ("trainer.run.exit_codes", "trainer.run.progress"),
         (),
     ),
-    Room(("trainer/finding.py",), (), ()),
-    Room(("trainer/machine.py",), ("trainer.finding",), ()),
+    Room(("trainer/diagnostics/check_result.py",), (), ()),
+    Room(("trainer/diagnostics/machine.py",), ("trainer.diagnostics.check_result",), ()),
     Room(
         ("trainer/plan/*",),
         (*CONFIGS, *(f"trainer.{m}" for m in ("arithmetic", "layouts", "plan", "world"))),
         (),
     ),
-    Room(("trainer/run_folder.py",), (*CONFIGS, "trainer.arithmetic"), ()),
+    Room(("trainer/run/folder.py",), (*CONFIGS, "trainer.model.arithmetic"), ()),
     Room(("trainer/*",), ("trainer", *STREAMING), None),
-    Room(("launch/*config.py",), (*CONFIGS, "launch.cluster_config", "trainer.redact"), ()),
+    Room(("launch/*config.py",), (*CONFIGS, "launch.cluster_config", "trainer.run.redact"), ()),
     Room(
         ("launch/*",),
         (
             "launch",
             "conf.schema",
             *CONFIGS,
-            "data_pipeline.ledger",
+            "data_pipeline.order.lookup.ledger",
             "data_pipeline.manifest",
             *(
                 f"trainer.{m}"
@@ -134,24 +134,29 @@ ROOMS = (
 )
 
 DOORS = {
-    "torch": ("data_pipeline/loader.py", "trainer/*"),
-    "deepspeed": ("trainer/parallel.py", "trainer/fragments.py", "trainer/zero1.py"),
-    "megatron": ("trainer/parallel.py", "trainer/model/linear.py", "trainer/loss.py"),
-    "mlflow": ("trainer/sender.py",),
-    "matplotlib": ("trainer/mixture_plot.py", "trainer/plots.py", "launch/plan_plot.py", "data_pipeline/prepare/*"),
-    "webdataset": ("data_pipeline/shards.py",),
-    "urllib3": ("data_pipeline/remote/places.py", "data_pipeline/prepare/web/ask.py"),
-    "fsspec": ("data_pipeline/remote/places.py",),
-    "ray": ("data_pipeline/prepare/on_ray.py",),
+    "torch": ("data_pipeline/stream/loader.py", "trainer/*"),
+    "deepspeed": ("trainer/distributed/mesh.py", "trainer/engine/fragments.py", "trainer/engine/bf16_optimizer.py"),
+    "megatron": ("trainer/distributed/mesh.py", "trainer/model/linear.py", "trainer/model/loss.py"),
+    "mlflow": ("trainer/tracking/mlflow_sender.py",),
+    "matplotlib": (
+        "trainer/tracking/mixture_plot.py",
+        "trainer/tracking/plots.py",
+        "launch/plan_plot.py",
+        "data_pipeline/prepare/*",
+    ),
+    "webdataset": ("data_pipeline/shards/write.py",),
+    "urllib3": ("data_pipeline/remote/backends.py", "data_pipeline/prepare/web/http.py"),
+    "fsspec": ("data_pipeline/remote/backends.py",),
+    "ray": ("data_pipeline/prepare/executors/on_ray.py",),
     "datatrove": ("data_pipeline/prepare/*",),
-    "sklearn": ("data_pipeline/prepare/quality.py",),
-    "scipy": ("data_pipeline/prepare/dedup/groups.py", "data_pipeline/prepare/quality.py"),
-    "resiliparse": ("data_pipeline/prepare/warc/charset.py", "data_pipeline/prepare/page_text.py"),
-    "trafilatura": ("data_pipeline/prepare/page_text.py",),
-    "ftfy": ("data_pipeline/prepare/page_text.py",),
+    "sklearn": ("data_pipeline/prepare/quality/step.py",),
+    "scipy": ("data_pipeline/prepare/dedup/groups.py", "data_pipeline/prepare/quality/step.py"),
+    "resiliparse": ("data_pipeline/prepare/warc/charset.py", "data_pipeline/prepare/extract/page_text.py"),
+    "trafilatura": ("data_pipeline/prepare/extract/page_text.py",),
+    "ftfy": ("data_pipeline/prepare/extract/page_text.py",),
     "fastwarc": ("data_pipeline/prepare/web/page_archive.py",),
     "transformers": ("trainer/export_hf.py",),
-    "jinja2": ("launch/slurm.py", "data_pipeline/prepare/funnel.py"),
+    "jinja2": ("launch/slurm/launcher.py", "data_pipeline/prepare/funnel.py"),
     "hydra": ("conf/schema.py",),
     "omegaconf": ("conf/schema.py", "conf/frozen.py"),
     "yaml": ("conf/frozen.py",),
@@ -204,8 +209,8 @@ def imports(name: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def code_amiss(name: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and node.value in WORLD and name != "trainer/world.py":
-            yield node.lineno, f"speaks of {node.value}, which only trainer/world.py reads"
+        if isinstance(node, ast.Constant) and node.value in WORLD and name != "trainer/distributed/world.py":
+            yield node.lineno, f"speaks of {node.value}, which only trainer/distributed/world.py reads"
         if isinstance(node, ast.Call):
             given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
             if given.get("shell"):
@@ -239,10 +244,10 @@ PLANTED = {
     "a library past its door": (
         "trainer/loop.py",
         "import mlflow",
-        "imports mlflow, whose door is trainer/sender.py",
+        "imports mlflow, whose door is trainer/tracking/mlflow_sender.py",
     ),
     "inside a function": (
-        "trainer/schedule.py",
+        "trainer/engine/schedule.py",
         "def f():\n    import torch",
         "imports torch, may import only the standard",
     ),
@@ -253,14 +258,14 @@ PLANTED = {
     ),
     "by a string": ("launch/plan.py", "importlib.import_module('deepspeed.comm')", "imports deepspeed, whose door is"),
     "data knows no trainer": (
-        "data_pipeline/plan.py",
+        "data_pipeline/order/plan.py",
         "from trainer.config import Unit",
         "imports trainer.config.Unit",
     ),
     "of a package": (
         "launch/submit.py",
         "from trainer import engine",
-        "imports trainer.engine, may import of ours only",
+        "imports trainer.engine.engine, may import of ours only",
     ),
     "relative": ("trainer/model/gpt.py", "from ...launch import plan", "imports launch.plan, may import of ours only"),
     "the preparing half": (
@@ -268,14 +273,18 @@ PLANTED = {
         "from data_pipeline.prepare import run",
         "imports data_pipeline.prepare.run",
     ),
-    "torch beside the loader": ("data_pipeline/stream.py", "from torch import Tensor", "imports torch, whose door is"),
+    "torch beside the loader": (
+        "data_pipeline/stream/windows.py",
+        "from torch import Tensor",
+        "imports torch, whose door is",
+    ),
     "torch on a login node": (
         "launch/doctor.py",
         "import torch.cuda",
         "imports torch, whose door is data_pipeline/loader",
     ),
     "a heavy config": (
-        "trainer/config.py",
+        "trainer/config/pretrain.py",
         "import numpy as np",
         "imports numpy, may import only the standard library",
     ),
@@ -284,11 +293,23 @@ PLANTED = {
         "from conf.schema import load",
         "imports conf.schema.load, may import",
     ),
-    "pickle": ("trainer/checkpoint.py", "import pickle", "imports pickle, whose door is shut"),
-    "an unsafe load": ("trainer/checkpoint.py", "torch.load(path)", "torch.load without weights_only=True"),
-    "an unsafe array": ("data_pipeline/stream.py", "np.load(f, allow_pickle=True)", "allow_pickle=True: a file"),
-    "a shell": ("launch/slurm.py", "subprocess.run(line, shell=True)", "shell=True: a file name could run a command"),
-    "the rank": ("trainer/loop.py", "rank = os.environ['RANK']", "speaks of RANK, which only trainer/world.py reads"),
+    "pickle": ("trainer/checkpoint/load.py", "import pickle", "imports pickle, whose door is shut"),
+    "an unsafe load": ("trainer/checkpoint/load.py", "torch.load(path)", "torch.load without weights_only=True"),
+    "an unsafe array": (
+        "data_pipeline/stream/windows.py",
+        "np.load(f, allow_pickle=True)",
+        "allow_pickle=True: a file",
+    ),
+    "a shell": (
+        "launch/slurm/launcher.py",
+        "subprocess.run(line, shell=True)",
+        "shell=True: a file name could run a command",
+    ),
+    "the rank": (
+        "trainer/loop.py",
+        "rank = os.environ['RANK']",
+        "speaks of RANK, which only trainer/distributed/world.py reads",
+    ),
     "a long function": ("trainer/loop.py", "def f():\n" + "    x = 1\n" * 60, "61 lines in f(), at most 60"),
     "a long file": ("trainer/loop.py", "x = 1\n" * 301, "301 lines in a file, at most 300"),
 }
@@ -340,7 +361,7 @@ def test_configs_and_launch_import_without_torch() -> None:
     names += [
         f"trainer.{m}" for m in ("arithmetic", "schedule", "world", "run_folder", "journal", "pretrain", "generate")
     ]
-    names += ["data_pipeline.manifest", "data_pipeline.plan"]
+    names += ["data_pipeline.manifest", "data_pipeline.order.lookup.plan"]
     import_without(("torch", "deepspeed", "megatron", "webdataset", "mlflow", "transformers", "tokenizers"), names)
 
 

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import CONF, ROOTS, explain, freeze, groups, load, options, thaw
-from data_pipeline.config import UserError
-from data_pipeline.mixture import quantise
-from trainer.arithmetic import param_count
-from trainer.config import PretrainConfig
-from trainer.model.config import ModelConfig
+from conf.errors import UserError
+from conf.schema import CONF, explain, freeze, groups, load, options, thaw
+from data_pipeline.order.mixture import quantise
+from data_pipeline.prepare.config import PrepareConfig
+from docs.generate_config import ROOTS
+from trainer.config.generate import GenerateConfig
+from trainer.config.model import ModelConfig
+from trainer.config.pretrain import PretrainConfig
+from trainer.model.arithmetic import param_count
 
 NEEDED = {
     "bpe_train": ["output=vocabulary"],
@@ -46,7 +49,7 @@ NEEDED = {
 
 
 def test_every_yaml_is_a_root_or_an_option_of_one() -> None:
-    reached = {f"{group}/{option}.yaml" for root in ROOTS for group in groups(root) for option in options(group)}
+    reached = {f"{group}/{option}.yaml" for root in ROOTS for group in groups(ROOTS[root]) for option in options(group)}
     reached |= {f"{root}.yaml" for root in ROOTS}
     inside = [re.findall(r"- /(\w+/\w+)@", path.read_text()) for path in (CONF / "corpus").glob("*.yaml")]
     reached |= {f"{option}.yaml" for found in inside for option in found}  # of a recipe
@@ -55,10 +58,10 @@ def test_every_yaml_is_a_root_or_an_option_of_one() -> None:
 
 @pytest.mark.parametrize("root", ROOTS)
 def test_every_root_composes_with_what_it_needs_and_with_no_less(root: str) -> None:
-    assert isinstance(load(root, NEEDED[root]), ROOTS[root])
+    assert isinstance(load(ROOTS[root], NEEDED[root]), ROOTS[root])
     for i, needed in enumerate(NEEDED[root]):
         with pytest.raises(UserError, match=re.escape(needed.split("=")[0])):
-            load(root, NEEDED[root][:i] + NEEDED[root][i + 1 :])
+            load(ROOTS[root], NEEDED[root][:i] + NEEDED[root][i + 1 :])
 
 
 def takes(root: str, group: str, option: str) -> bool:
@@ -71,15 +74,15 @@ def takes(root: str, group: str, option: str) -> bool:
 def test_a_corpus_of_another_command_is_refused_in_one_line() -> None:
     for root in ("shards", "bpe_train"):
         with pytest.raises(UserError, match=r"^corpus=webtext: .*option of another command"):
-            load(root, [*NEEDED[root], "corpus=webtext"])
+            load(ROOTS[root], [*NEEDED[root], "corpus=webtext"])
     with pytest.raises(UserError, match=r"corpus=pydocs: is clean text already: data_pipeline.shards write"):
-        load("prepare", [*NEEDED["prepare"], "corpus=pydocs"])
+        load(PrepareConfig, [*NEEDED["prepare"], "corpus=pydocs"])
 
 
 def rounds() -> Iterator[tuple[str, dict[str, str]]]:
     """(root, {group: option}), each option at least once; several groups at a time, since Hydra takes its time."""
     for root in ROOTS:
-        every = {group: [o for o in options(group) if takes(root, group, o)] for group in groups(root)}
+        every = {group: [o for o in options(group) if takes(root, group, o)] for group in groups(ROOTS[root])}
         for i in range(max(map(len, every.values()), default=0)):
             yield root, {group: names[i % len(names)] for group, names in every.items()}
 
@@ -99,12 +102,12 @@ def test_every_option_composes(root: str, chosen: dict[str, str]) -> None:
         chosen["executor.partition"] = "main"
     if chosen.get("data") == "mix":
         chosen["data.sources.mine.path"] = "mine"
-    cfg = load(root, [*needed, *(f"{group}={option}" for group, option in chosen.items())])
-    for group in set(chosen) & set(groups(root)):
+    cfg = load(ROOTS[root], [*needed, *(f"{group}={option}" for group, option in chosen.items())])
+    for group in set(chosen) & set(groups(ROOTS[root])):
         name = getattr(cfg, group).name
         assert getattr(name, "value", name) == chosen[group]
     if experiment:
-        load(root, [*NEEDED[root], f"experiment={experiment}"])
+        load(ROOTS[root], [*NEEDED[root], f"experiment={experiment}"])
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=lambda path: path.stem)
@@ -114,7 +117,7 @@ def test_the_parameter_count_in_a_models_comment_is_its_own(path: Path) -> None:
 
 
 def test_an_experiment_changes_what_it_names_and_the_command_line_has_the_last_word() -> None:
-    cfg = load("pretrain", [*NEEDED["pretrain"], "experiment=demo", "tokens_per_step=2048"])
+    cfg = load(PretrainConfig, [*NEEDED["pretrain"], "experiment=demo", "tokens_per_step=2048"])
     assert (cfg.model.name, cfg.optim.name, cfg.tokens_per_step, cfg.max_steps) == ("demo", "small", 2048, 10)
 
 
@@ -123,14 +126,14 @@ TEXTS = ["Hello, world", "it's", "a=b", "{x: 1}, [", "back\\slash\\", "two\nline
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_is_taken_as_it_stands(text: str) -> None:
-    assert load("generate", ["checkpoint=runs/a", f"prompt={text}"]).prompt == text
+    assert load(GenerateConfig, ["checkpoint=runs/a", f"prompt={text}"]).prompt == text
 
 
 def test_quotes_and_null_mean_what_they_mean_in_hydra() -> None:
-    assert load("generate", ["checkpoint=runs/a", "prompt='null'"]).prompt == "null"
-    assert load("generate", ["checkpoint=runs/a", "prompt=x", "top_k=null"]).top_k is None
+    assert load(GenerateConfig, ["checkpoint=runs/a", "prompt='null'"]).prompt == "null"
+    assert load(GenerateConfig, ["checkpoint=runs/a", "prompt=x", "top_k=null"]).top_k is None
     with pytest.raises(UserError, match="given: none"):
-        load("generate", ["checkpoint=runs/a", "prompt=null"])
+        load(GenerateConfig, ["checkpoint=runs/a", "prompt=null"])
 
 
 MISTAKES: list[tuple[str, str, str]] = [
@@ -187,30 +190,36 @@ MISTAKES: list[tuple[str, str, str]] = [
 @pytest.mark.parametrize(("root", "mistake", "line"), MISTAKES, ids=[mistake for _, mistake, _ in MISTAKES])
 def test_a_mistake_ends_in_one_line_that_names_what_was_expected(root: str, mistake: str, line: str) -> None:
     with pytest.raises(UserError) as caught:
-        load(root, [mistake, *(n for n in NEEDED[root] if n.split("=")[0] != mistake.split("=")[0])])
+        load(ROOTS[root], [mistake, *(n for n in NEEDED[root] if n.split("=")[0] != mistake.split("=")[0])])
     assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
 
 
 def test_all_that_is_missing_is_named_at_once() -> None:
     with pytest.raises(UserError, match=r"^not given: data\.path, max_steps \(add data\.path="):
-        load("pretrain")
+        load(PretrainConfig)
 
 
 def test_a_wrong_override_is_found_among_right_ones() -> None:
     with pytest.raises(UserError, match=r"^max_steps=b: give an integer$"):
-        load("pretrain", ["data.path=d", "max_steps=5", "seed=1", "max_steps=b", "seed=2"])
+        load(PretrainConfig, ["data.path=d", "max_steps=5", "seed=1", "max_steps=b", "seed=2"])
 
 
 def test_a_frozen_config_thaws_as_it_was(tmp_path: Path) -> None:
-    cfg = load("pretrain", [*NEEDED["pretrain"], "experiment=demo", "parallel=tp2", "eval.windows=3"])
+    cfg = load(PretrainConfig, [*NEEDED["pretrain"], "experiment=demo", "parallel=tp2", "eval.windows=3"])
     (tmp_path / "config.yaml").write_text(freeze(cfg))
     assert thaw(tmp_path / "config.yaml", PretrainConfig) == cfg
 
 
+IMPORTS = (
+    "from conf.schema import run, run_one_of; from trainer.config.pretrain import PretrainConfig; "
+    "from data_pipeline.shards.config import VerifyConfig"
+)
+
+
 def command(*argv: str) -> subprocess.CompletedProcess[str]:
     """A command word and a root of this project, through `run`, as an entry has them; prints what the entry gets."""
-    go, check = "('pretrain', lambda cfg: print(cfg.max_steps))", "('verify', print)"
-    code = f"from conf.schema import run; run({{'go': {go}, 'check': {check}}})"
+    go, check = "(PretrainConfig, lambda cfg: print(cfg.max_steps))", "(VerifyConfig, print)"
+    code = f"{IMPORTS}; run_one_of({{'go': {go}, 'check': {check}}})"
     return python(code, *argv, cwd=CONF.parent)
 
 
@@ -245,15 +254,15 @@ def test_a_command_prints_help_config_or_one_line(argv: list[str], code: int, ou
 
 
 def test_what_the_machine_refuses_is_one_line_and_an_exit_code_that_may_be_tried_again(tmp_path: Path) -> None:
-    code = "from conf.schema import run; run(('verify', lambda cfg: open(cfg.path)))"
+    code = f"{IMPORTS}; run(VerifyConfig, lambda cfg: open(cfg.path))"
     result = python(code, f"path={tmp_path}/absent", cwd=CONF.parent)
     assert result.returncode == 1
     assert re.fullmatch(r"error: \[Errno 2\] No such file or directory: '.*absent'\n", result.stderr), result.stderr
 
 
 def test_what_may_pass_is_one_line_and_an_exit_code_that_may_be_tried_again(tmp_path: Path) -> None:
-    code = "from conf.schema import run; from data_pipeline.stream import *\ndef f(cfg): raise {}\nrun(('verify', f))"
-    passing = ("Passing('x')", "UnreachableShard('x')")
+    code = IMPORTS + "; from data_pipeline.remote.source import *\ndef f(cfg): raise {}\nrun(VerifyConfig, f)"
+    passing = ("TransientError('x')", "UnreachableShard('x')")
     for error, exit_code in (*dict.fromkeys(passing, 1).items(), ("LostShard('x', 0, 0)", 2), ("UserError('x')", 2)):
         result = python(code.format(error), f"path={tmp_path}", cwd=CONF.parent)
         assert (result.returncode, result.stderr) == (exit_code, "error: x\n"), error
@@ -262,7 +271,7 @@ def test_what_may_pass_is_one_line_and_an_exit_code_that_may_be_tried_again(tmp_
 def test_help_may_be_cut_off_by_its_reader() -> None:
     read, write = os.pipe()
     os.close(read)  # a reader that is gone before the first byte
-    code = "from conf.schema import run; run(('pretrain', print))"
+    code = f"{IMPORTS}; run(PretrainConfig, print)"
     argv = (sys.executable, "-c", code, "--help")
     result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, cwd=CONF.parent)
     os.close(write)
@@ -271,8 +280,8 @@ def test_help_may_be_cut_off_by_its_reader() -> None:
 
 @pytest.mark.parametrize("root", ROOTS)
 def test_help_explains_every_group_and_option(root: str) -> None:
-    text = explain(root)
-    for group in groups(root):
+    text = explain(ROOTS[root])
+    for group in groups(ROOTS[root]):
         assert f"\n{group}= (" in text
         for option, comment in options(group).items():
             assert comment and re.search(rf"^  {option} +{re.escape(comment)}$", text, re.MULTILINE)
@@ -282,23 +291,23 @@ def test_a_wrong_value_in_an_option_file_is_told_in_one_line(tmp_path: Path) -> 
     """An option that exists is not called unknown: what is wrong inside it is told."""
     shutil.copytree(CONF, tmp_path / "conf")
     (tmp_path / "conf/model/mine.yaml").write_text("# A model of my own\nname: mine\nn_layer: many\n")
-    code = "import sys; from conf.schema import run; run(('pretrain', print))"
+    code = f"import sys; {IMPORTS}; run(PretrainConfig, print)"
     result = python(code, "data.path=d", "max_steps=1", "model=mine", cwd=tmp_path)
     assert result.returncode == 2 and re.fullmatch(r"error: model=mine: .*'many'.*\n", result.stderr), result.stderr
 
 
 def test_sources_of_a_mixture_are_given_whole_or_value_by_value() -> None:
     needed = [*NEEDED["pretrain"], "data=mix"]
-    whole = load("pretrain", [*needed, "data.sources={web: {path: web, weight: 3}, books: {path: /b}}"])
+    whole = load(PretrainConfig, [*needed, "data.sources={web: {path: web, weight: 3}, books: {path: /b}}"])
     by_values = load(
         "pretrain",
         [*needed, "data.sources.web.path=web", "data.sources.books.path=/b", "data.sources.web.weight=3"],
     )
     assert whole == by_values
     assert [whole.data.where(name, "train") for name in ("web", "books")] == ["data/web/train", "/b/train"]
-    url = load("pretrain", [*needed, "data.sources.web.path=http://host/a={b}?c"])
+    url = load(PretrainConfig, [*needed, "data.sources.web.path=http://host/a={b}?c"])
     assert url.data.where("web", "val") == "http://host/a={b}/val?c"
-    more = load("pretrain", [*NEEDED["pretrain"], "data.sources.shards.weight=5", "data.sources.more.path=x"])
+    more = load(PretrainConfig, [*NEEDED["pretrain"], "data.sources.shards.weight=5", "data.sources.more.path=x"])
     assert (more.data.sources["shards"].weight, more.data.sources["more"].path) == (5, "x")
 
 
@@ -320,33 +329,35 @@ def test_sources_of_a_mixture_are_given_whole_or_value_by_value() -> None:
 )
 def test_a_mistake_in_a_mixture_ends_in_one_line(override: str, line: str) -> None:
     with pytest.raises(UserError) as caught:
-        load("pretrain", [*NEEDED["pretrain"], override])
+        load(PretrainConfig, [*NEEDED["pretrain"], override])
     assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
 
 
 def test_a_section_that_may_be_null_is_opened_by_one_of_its_values() -> None:
     given = ["corpus=common_crawl", "input=a", "output=b"]
-    assert load("prepare", given).corpus.recipe.length is None
+    assert load(PrepareConfig, given).corpus.recipe.length is None
     for word in ("corpus.recipe.length.min_chars=9", "corpus.recipe.length={min_chars: 9}"):
-        length = load("prepare", [*given, word]).corpus.recipe.length
+        length = load(PrepareConfig, [*given, word]).corpus.recipe.length
         assert (length.min_chars, length.max_chars) == (9, None)
     words = ["corpus.recipe.decontaminate.sets=[x,y]", "corpus.recipe.dedup=null"]
-    recipe = load("prepare", [*given, *words]).corpus.recipe
+    recipe = load(PrepareConfig, [*given, *words]).corpus.recipe
     assert (recipe.decontaminate.sets, recipe.decontaminate.ngram, recipe.dedup) == (["x", "y"], 13, None)
-    nested = load("prepare", ["corpus=books", *given[1:], "corpus.recipe.dedup.minhash={bands: 2, rows: 3, ngram: 4}"])
+    nested = load(
+        PrepareConfig, ["corpus=books", *given[1:], "corpus.recipe.dedup.minhash={bands: 2, rows: 3, ngram: 4}"]
+    )
     assert nested.corpus.recipe.dedup.minhash.rows == 3 and nested.corpus.recipe.dedup.text
     with pytest.raises(UserError, match=r"not given: corpus.recipe.bad_words.file"):
-        load("prepare", [*given, "corpus.recipe.bad_words.keep=0.5"])
+        load(PrepareConfig, [*given, "corpus.recipe.bad_words.keep=0.5"])
 
 
 def test_gpt3s_classifier_is_trained_when_all_that_it_learns_from_is_made() -> None:
     names = ("webtext2", "wikipedia", "books1", "books2", "crawl_sample", "common_crawl")
-    cfg = load("prepare", ["corpus=gpt3_mix", "output=o", *(f"corpus.sources.{name}.path=x" for name in names)])
+    cfg = load(PrepareConfig, ["corpus=gpt3_mix", "output=o", *(f"corpus.sources.{name}.path=x" for name in names)])
     assert tuple(cfg.corpus.sources) == names
     assert [*cfg.corpus.quality.positives, *cfg.corpus.quality.negatives] == [f"o/{n}/documents" for n in names[:5]]
 
 
 def test_gpt3s_mixture_is_its_table_divided_by_its_sum() -> None:
-    cfg = load("pretrain", [*NEEDED["pretrain"], "data=gpt3_mix"])
+    cfg = load(PretrainConfig, [*NEEDED["pretrain"], "data=gpt3_mix"])
     shares = {"common_crawl": 60, "webtext2": 22, "books1": 8, "books2": 8, "wikipedia": 3}  # of 101
     assert quantise({name: source.weight for name, source in cfg.data.sources.items()}) == shares

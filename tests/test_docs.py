@@ -20,22 +20,23 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from conf.schema import ROOTS, freeze, load, options, thaw
-from data_pipeline.prepare.recipe import MinHashConfig, QualityConfig
-from data_pipeline.stages import plan_ledger
-from docs.generate_config import TARGET, page
-from launch.config import PlanConfig
+from conf.schema import freeze, load, options, thaw
+from data_pipeline.order.stages import plan_ledger
+from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.recipe_config import MinHashConfig, QualityConfig
+from docs.generate_config import ROOTS, TARGET, page
+from launch.config import PlanConfig, SubmitConfig
 from launch.plan import cluster_of
 from tests.benchmarks import attention, checkpoint, corpus, extraction, loader, scale, train_speed
 from tests.fixtures import make_source
-from trainer.arithmetic import param_count
-from trainer.config import PretrainConfig
-from trainer.layouts import check_layout
-from trainer.model.config import ModelConfig
+from trainer.config.model import ModelConfig
+from trainer.config.pretrain import PretrainConfig
+from trainer.distributed.world import World
+from trainer.engine.schedule import lr_at
+from trainer.model.arithmetic import param_count
 from trainer.plan.auto import settle
 from trainer.plan.choose import rows
-from trainer.schedule import lr_at
-from trainer.world import World
+from trainer.plan.layout_rules import check_layout
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = (checkpoint, corpus, extraction, loader, scale)
@@ -77,7 +78,7 @@ def lines(page: str, words: list[str]) -> Iterator[Line]:
 
 def submitted_run(line: Line, overrides: list[str]) -> Line:
     """What launch.submit starts: trainer.pretrain with the run's name and the cluster's GPUs."""
-    cfg = load("submit", line.arguments)
+    cfg = load(SubmitConfig, line.arguments)
     own = [f"run.name={cfg.run.name}", f"run.dir={cfg.run.dir}", f"gpu={cfg.cluster.gpu}"]
     count = cfg.cluster.nodes * cfg.cluster.gpus_per_node
     return Line(line.page, "trainer.pretrain", [*overrides, *own], count)
@@ -89,25 +90,26 @@ def ranks(launcher: list[str]) -> int:
     return int(given.get("--nnodes", 1)) * int(given.get("--nproc-per-node", 8 if "deepspeed" in launcher else 1))
 
 
-def root_of(module: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """The config that `run` in a module composes for these arguments, read from its source."""
-    tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
-    (entries,) = [
-        node.args[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "run"
+def schema_of(module: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """The name of the dataclass that a module's command gets for these arguments, read from its source."""
+    path = ROOT / module.replace(".", "/")
+    source = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    calls = [
+        node
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("run", "run_one_of")
     ]
-    if isinstance(entries, ast.Dict):
-        pair = {ast.literal_eval(key): value for key, value in zip(entries.keys, entries.values, strict=True) if key}[
-            arguments[0]
-        ]
-        arguments = arguments[1:]
-    else:
-        pair = entries
-    assert isinstance(pair, ast.Tuple)
-    return ast.literal_eval(pair.elts[0]), arguments
+    [first] = [call.args[0] for call in calls]
+    if isinstance(first, ast.Dict):
+        commands = {ast.literal_eval(key): value for key, value in zip(first.keys, first.values, strict=True) if key}
+        pair = commands[arguments[0]]
+        assert isinstance(pair, ast.Tuple)
+        first, arguments = pair.elts[0], arguments[1:]
+    assert isinstance(first, ast.Name)
+    return first.id, arguments
 
 
+SCHEMAS = {schema.__name__: schema for schema in ROOTS.values()}
 DOCUMENTED = [
     line
     for path in PAGES
@@ -118,9 +120,8 @@ DOCUMENTED = [
 
 @pytest.mark.parametrize("line", DOCUMENTED, ids=lambda line: " ".join([line.module, *line.arguments]))
 def test_every_documented_command_gets_a_config_that_its_ranks_can_train(line: Line) -> None:
-    root, overrides = root_of(line.module, line.arguments)
-    cfg = load(root, overrides)
-    assert isinstance(cfg, ROOTS[root])
+    name, overrides = schema_of(line.module, line.arguments)
+    cfg: Any = load(SCHEMAS[name], overrides)
     if isinstance(cfg, PlanConfig):
         assert rows(cfg, cluster_of(cfg.cluster)[0])[0].fits
     if type(cfg) is PretrainConfig:  # a plan is for other ranks than those that make it
@@ -138,7 +139,7 @@ def test_runs_of_the_readme_do_not_resume_one_another() -> None:
     starts = {}
     for line in DOCUMENTED:
         if line.module == "trainer.pretrain":
-            cfg = load("pretrain", line.arguments)
+            cfg = load(PretrainConfig, line.arguments)
             assert starts.setdefault(cfg.run.dir, (line.ranks, freeze(cfg))) == (line.ranks, freeze(cfg)), cfg.run.dir
     assert len(starts) > 3
 
@@ -243,7 +244,7 @@ def test_every_way_to_change_a_mixture_gives_a_run_that_can_be_planned(overrides
     given = [o.replace("NAME", "web") for o in overrides]
     data = SOURCES[-1:] if "data=gpt3_mix" in given else SOURCES
     path = ["data.path=data"] if "data=gpt3_mix" in given else []
-    cfg = load("pretrain", [*data, *path, "data.lanes=16", *given])
+    cfg = load(PretrainConfig, [*data, *path, "data.lanes=16", *given])
     assert isinstance(cfg, PretrainConfig)
     check_layout(cfg, 8)
     plan_ledger(cfg.data, n_ctx=cfg.model.n_ctx, tokens_per_step=cfg.tokens_per_step, ramp=cfg.batch_ramp)
@@ -258,7 +259,9 @@ IN_TEXT = re.sub(r"^```.*?^```", "", CORPUS, flags=re.MULTILINE | re.DOTALL)
 )
 def test_every_way_to_change_a_recipe_changes_it(override: str) -> None:
     given = ["corpus=common_crawl", "corpus.recipe.dedup=null", "input=archives", "output=crawl"]
-    assert load("prepare", [*given, *shlex.split(override)]).corpus.recipe != load("prepare", given).corpus.recipe
+    assert (
+        load(PrepareConfig, [*given, *shlex.split(override)]).corpus.recipe != load(PrepareConfig, given).corpus.recipe
+    )
 
 
 RECIPES = ("common_crawl", "webtext", "books", "common_crawl corpus.recipe.decontaminate.sets=[a]")
@@ -267,7 +270,7 @@ RECIPES = ("common_crawl", "webtext", "books", "common_crawl corpus.recipe.decon
 def test_the_values_that_the_corpus_page_states_are_the_recipes() -> None:
     known: dict[str, set[str]] = {}
     for words in RECIPES:
-        recipe = load("prepare", [*f"corpus={words}".split(), "input=in", "output=out"]).corpus.recipe
+        recipe = load(PrepareConfig, [*f"corpus={words}".split(), "input=in", "output=out"]).corpus.recipe
         for section, values in vars(recipe).items():
             for key, value in vars(values).items() if is_dataclass(values) else ():
                 shown = f"{value:g}" if isinstance(value, float) else str(value)
@@ -290,7 +293,9 @@ def test_numbers_of_the_corpus_page_are_those_of_its_formulas_presets_and_benchm
     assert round(100 * found) == int(cases)
     (preset,) = re.findall(r"(corpus\.recipe\.dedup\.minhash='\{.*?\}')", CORPUS)
     given = ["corpus=books", "input=in", "output=out", *shlex.split(preset)]
-    assert load("prepare", given).corpus.recipe.dedup.minhash == thaw(ROOT / "conf/minhash/gpt3.yaml", MinHashConfig)
+    assert load(PrepareConfig, given).corpus.recipe.dedup.minhash == thaw(
+        ROOT / "conf/minhash/gpt3.yaml", MinHashConfig
+    )
     ((best, fast),) = re.findall(r"F1 is ([\d.]+) and ([\d.]+)", CORPUS)
     measured = json.loads((ROOT / "docs/benchmarks/extraction.json").read_text())["engines"]
     assert [f"{measured[name]['f1']:.2f}" for name in ("best", "fast")] == [best, fast]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import exit_codes
+from trainer.run import exit_codes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")

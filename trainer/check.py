@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from data_pipeline.config import UserError
-from data_pipeline.geometry import Geometry
-from trainer.address import check_tracking
-from trainer.config import PretrainConfig, Resume
+from conf.errors import UserError
+from data_pipeline.order.geometry import Geometry
+from trainer.checkpoint.find import check_model, model_of
+from trainer.config.optim import Kind
+from trainer.config.pretrain import PretrainConfig, Resume
+from trainer.data.sources import Sources, check_cache, check_past, check_sources, open_sources, plan_run
+from trainer.distributed.world import World
+from trainer.engine.schedule import lr_at
 from trainer.init_from import check_init_from
-from trainer.layouts import check_layout
-from trainer.optim_config import Kind
 from trainer.plan.auto import resumed, settle
-from trainer.redact import refuse_secrets
-from trainer.run_folder import RunFolder, check_model, model_of
-from trainer.schedule import lr_at
-from trainer.sources import Sources, check_cache, check_past, check_sources, open_sources, plan_run
-from trainer.world import World
+from trainer.plan.layout_rules import check_layout
+from trainer.run.folder import RunFolder
+from trainer.run.redact import refuse_secrets
+from trainer.tracking.address import check_tracking
 
 
 class Checked(NamedTuple):

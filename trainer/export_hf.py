@@ -12,19 +12,20 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf.errors import UserError
 from conf.schema import run
-from data_pipeline.config import UserError
 from data_pipeline.manifest import TOKENIZER
-from trainer.arithmetic import param_count
-from trainer.checkpoint_config import ExportHfConfig
-from trainer.hf_folder import CONFIG, WEIGHTS, new_folder
-from trainer.run_folder import RunFolder, find_checkpoint, model_of
+from trainer.checkpoint.find import find_checkpoint, model_of
+from trainer.config.hf import ExportHfConfig
+from trainer.hf.folder import CONFIG, WEIGHTS, new_folder
+from trainer.model.arithmetic import param_count
+from trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data_pipeline.bpe import Tokenizer
-    from trainer.model.config import ModelConfig
+    from data_pipeline.tokenizer.tokenizer import Tokenizer
+    from trainer.config.model import ModelConfig
 
 TOLERANCE = 1e-5  # of the largest logit
 TEXTS = (
@@ -37,7 +38,7 @@ TEXTS = (
 def export_hf(cfg: ExportHfConfig) -> None:
     checkpoint = find_checkpoint(cfg.checkpoint)
     model = model_of(checkpoint, RunFolder.state(checkpoint))
-    from trainer.model.hf import hf_refusal  # from here on torch
+    from trainer.hf.weights import hf_refusal  # from here on torch
 
     refusal = hf_refusal(model)
     if refusal is not None:
@@ -57,7 +58,7 @@ def export_hf(cfg: ExportHfConfig) -> None:
 
 
 def read_tokenizer(checkpoint: Path) -> Tokenizer | None:
-    from data_pipeline.bpe import Tokenizer
+    from data_pipeline.tokenizer.tokenizer import Tokenizer
 
     path = checkpoint / TOKENIZER
     return Tokenizer.load(path) if path.is_file() else None
@@ -65,9 +66,9 @@ def read_tokenizer(checkpoint: Path) -> Tokenizer | None:
 
 def write(folder: Path, checkpoint: Path, cfg: ModelConfig, tokenizer: Tokenizer | None) -> None:
     """config.json, model.safetensors, and where there is a vocabulary tokenizer.json and tokenizer_config.json."""
-    from trainer.checkpoint import assemble
-    from trainer.model.hf import hf_config, to_hf
-    from trainer.weights import write_file, write_safetensors
+    from trainer.checkpoint.files import write_file, write_safetensors
+    from trainer.checkpoint.load import assemble
+    from trainer.hf.weights import hf_config, to_hf
 
     write_safetensors(folder / WEIGHTS, to_hf(dict(assemble(checkpoint)), cfg))
     text = {CONFIG: _json({**hf_config(cfg, tokenizer.eot_id if tokenizer else None), "dtype": "float32"})}
@@ -134,13 +135,13 @@ def _same_tokens(folder: Path, tokenizer: Tokenizer) -> list[list[int]]:
 def _our_logits(checkpoint: Path, cfg: ModelConfig, rows: list[Tensor]) -> list[Tensor]:
     import torch
 
-    from trainer import parallel
+    from trainer.distributed import mesh
     from trainer.generate import load_model
 
     model = load_model(checkpoint, cfg)
     with torch.inference_mode():
         out = [model.logits(row) for row in rows]
-    parallel.stop(model.mesh)
+    mesh.stop(model.mesh)
     return out
 
 
@@ -160,4 +161,4 @@ def _json(body: dict[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    run(("export_hf", export_hf))
+    run(ExportHfConfig, export_hf)

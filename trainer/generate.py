@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from conf.errors import UserError
 from conf.schema import run
-from data_pipeline.config import UserError
 from data_pipeline.manifest import TOKENIZER
-from trainer.checkpoint_config import GenerateConfig
-from trainer.model.config import ModelConfig
-from trainer.run_folder import RunFolder, find_checkpoint, model_of
-from trainer.world import read_world
+from trainer.checkpoint.find import find_checkpoint, model_of
+from trainer.config.generate import GenerateConfig
+from trainer.config.model import ModelConfig
+from trainer.distributed.world import read_world
+from trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
 
-    from data_pipeline.bpe import Tokenizer
+    from data_pipeline.tokenizer.tokenizer import Tokenizer
     from trainer.model.gpt import GPT
 
 
@@ -68,9 +69,9 @@ def generate(cfg: GenerateConfig) -> None:
 
 def load_model(checkpoint: Path, cfg: ModelConfig) -> GPT:
     """The checkpoint's weights on one device, whatever layout wrote them, ready to sample from."""
-    from trainer import parallel
-    from trainer.checkpoint import load_weights
-    from trainer.config import ParallelConfig
+    from trainer.checkpoint.load import load_weights
+    from trainer.config.parallel import ParallelConfig
+    from trainer.distributed import mesh as parallel
     from trainer.model.gpt import GPT
 
     mesh = parallel.start(read_world(), ParallelConfig(name="generate"))
@@ -130,14 +131,14 @@ def _continue_batch(
 def _uniform(seed: int, prompt: int, n: int) -> torch.Tensor:
     import torch
 
-    from trainer.parallel import stable_seed
+    from trainer.distributed.seeds import stable_seed
 
     generator = torch.Generator().manual_seed(stable_seed("sample", seed, prompt))
     return torch.rand(n, generator=generator, dtype=torch.float64)
 
 
 def _tokenizer(checkpoint: Path) -> Tokenizer | None:
-    from data_pipeline.bpe import Tokenizer
+    from data_pipeline.tokenizer.tokenizer import Tokenizer
 
     path = checkpoint / TOKENIZER
     return Tokenizer.load(str(path)) if path.is_file() else None
@@ -175,4 +176,4 @@ def _check(prompts: list[list[int]], cfg: GenerateConfig, model: ModelConfig) ->
 
 
 if __name__ == "__main__":
-    run(("generate", generate))
+    run(GenerateConfig, generate)

@@ -12,18 +12,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf.errors import UserError
 from conf.schema import run
-from data_pipeline.config import UserError
 from data_pipeline.manifest import TOKENIZER
-from trainer.arithmetic import param_count
-from trainer.checkpoint_config import ImportHfConfig
-from trainer.hf_folder import HfFolder, new_folder
-from trainer.run_folder import STATE, WEIGHTS
+from trainer.config.hf import ImportHfConfig
+from trainer.hf.folder import HfFolder, new_folder
+from trainer.model.arithmetic import param_count
+from trainer.run.folder import STATE, WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.model.config import ModelConfig
+    from trainer.config.model import ModelConfig
 
 LONG = {"F16": "float16", "BF16": "bfloat16"}
 
@@ -32,7 +32,7 @@ def import_hf(cfg: ImportHfConfig) -> None:
     folder = HfFolder(Path(cfg.source))
     tokenizer = folder.tokenizer()
     with new_folder(cfg.out) as aside:
-        from trainer.model.hf import from_hf  # from here on torch
+        from trainer.hf.weights import from_hf  # from here on torch
 
         try:
             weights = from_hf(folder.tensors(), folder.cfg)
@@ -53,8 +53,8 @@ def import_hf(cfg: ImportHfConfig) -> None:
 
 def write_checkpoint(folder: Path, cfg: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes | None) -> None:
     """A checkpoint of step 0 with these weights, in their true shapes, and no moments."""
-    from trainer.model.layout import specs, to_local
-    from trainer.weights import FORMAT, INDEX, MANIFEST, MOMENTS, write_file, write_safetensors
+    from trainer.checkpoint.files import FORMAT, INDEX, MANIFEST, MOMENTS, write_file, write_safetensors
+    from trainer.model.specs import specs, to_local
 
     names = {prefix: f"{prefix}-00000.safetensors" for prefix in (WEIGHTS, MOMENTS)}
     spec = specs(cfg, 1)
@@ -85,4 +85,4 @@ def _json(body: dict[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    run(("import_hf", import_hf))
+    run(ImportHfConfig, import_hf)

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import UserError
+from conf.errors import UserError
 from data_pipeline.manifest import TOKENIZER
-from trainer.config import PretrainConfig
-from trainer.run_folder import RunFolder, check_model, find_checkpoint, model_of
-from trainer.sources import Sources
+from trainer.checkpoint.find import check_model, find_checkpoint, model_of
+from trainer.config.pretrain import PretrainConfig
+from trainer.data.sources import Sources
+from trainer.run.folder import RunFolder
 
 
 def check_init_from(cfg: PretrainConfig, sources: Sources) -> None:

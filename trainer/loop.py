@@ -18,34 +18,39 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_pipeline.config import UserError
-from data_pipeline.geometry import Geometry
-from data_pipeline.loader import IGNORE, Batch
+from conf.errors import UserError
 from data_pipeline.manifest import TOKENIZER
-from data_pipeline.plan import Plan
-from trainer import checkpoint, parallel, signals
-from trainer.arithmetic import flops_per_token
-from trainer.config import Precision, PretrainConfig
-from trainer.engine import NonFiniteError
-from trainer.feed import Feed
-from trainer.guard import Guard
-from trainer.host import OnItsWay, OwnWork, to_device
+from data_pipeline.order.geometry import Geometry
+from data_pipeline.order.plan import Plan
+from data_pipeline.stream.loader import IGNORE, Batch
+from trainer.checkpoint import load as checkpoint
+from trainer.checkpoint.save import Saver
+from trainer.checkpoint.write import Writer
+from trainer.config.parallel import Precision
+from trainer.config.pretrain import PretrainConfig
+from trainer.data.feed import Feed
+from trainer.data.sources import Sources, data_state, fetch_s, plan_run
+from trainer.data.validate import validate
+from trainer.distributed import mesh
+from trainer.distributed.collective import all_ranks
+from trainer.distributed.device_copies import AsyncCopy, ComputeTimer, to_device
+from trainer.distributed.seeds import seed_dropout
+from trainer.distributed.world import World
+from trainer.engine.engine import NonFiniteError
+from trainer.engine.schedule import lr_of
+from trainer.health.recompute_check import recheck
+from trainer.health.rollback import check_skips, maybe_roll_back
+from trainer.health.spike_guard import Guard
+from trainer.health.watchdog import Watch
 from trainer.metrics import Speed, peak_flops, peak_memory_gib, progress_line
-from trainer.progress import SAVE, VALIDATE, Progress
-from trainer.recheck import recheck
-from trainer.rollback import check_skips, went_back
-from trainer.run_folder import RunFolder
-from trainer.saving import Saver
-from trainer.schedule import lr_of
-from trainer.shipper import REGISTER_S
-from trainer.signals import Stopped, agreed
-from trainer.sources import Sources, data_state, fetch_s, plan_run
-from trainer.start import beginning, build_engine, introduction, take_run
-from trainer.tracking import Status, Tracker
-from trainer.validate import validate
-from trainer.watch import Watch
-from trainer.world import World
-from trainer.writing import Writer
+from trainer.model.arithmetic import flops_per_token
+from trainer.run import signals
+from trainer.run.folder import RunFolder
+from trainer.run.progress import SAVE, VALIDATE, Progress
+from trainer.run.signals import Stopped, agreed
+from trainer.setup import build_engine, claim_run, init_checkpoint, run_summary
+from trainer.tracking.shipper import REGISTER_S
+from trainer.tracking.tracker import Status, Tracker
 
 
 class Trainer:
@@ -56,17 +61,17 @@ class Trainer:
     ) -> None:
         self.signals, self.progress = signals.OF_THIS_PROCESS, Progress()
         self.cfg, self.config_text, self.geometry, self.sources = cfg, config_text, geometry, sources
-        self.mesh = parallel.start(world, cfg.parallel, cfg.watch.collective_s)
+        self.mesh = mesh.start(world, cfg.parallel, cfg.watch.collective_s)
         self.run = RunFolder(cfg.run.dir)
         self.tracker: Tracker | None = None  # on rank 0
-        self.generation, found = take_run(self.run, self.mesh, config_text)
+        self.generation, found = claim_run(self.run, self.mesh, config_text)
         at, patience = (self.run, self.generation, world, self.progress), fetch_s(cfg.data, sources)
         self.watch = Watch(cfg.watch, *at, self._flush, patience)
         state = checkpoint.read_state(found) if found else {}
         self.guard = Guard(cfg.guard, state.get("guard"))
         dtype = torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16
         self.speed = Speed(flops_per_token(cfg.model), peak_flops(self.mesh.device, dtype) * world.world_size)
-        self.own = OwnWork(self.mesh.device)
+        self.own = ComputeTimer(self.mesh.device)
         with contextlib.ExitStack() as undo:  # what is begun is closed, where the rest fails
             undo.push(self)
             self.stand(found, state, plan_run(cfg, sources, state))
@@ -78,17 +83,17 @@ class Trainer:
         self.step: int = state.get("step", 0)
         self.val_loss: float | None = None  # of this step, where it was validated
         self.best_val_loss: float | None = state.get("best_val_loss")
-        begin = beginning(cfg, found)
+        begin = init_checkpoint(cfg, found)
         self.engine = build_engine(cfg, self.geometry, self.mesh, found, begin)
         self.feed = Feed(cfg, self.mesh, sources, plan, self.step)
-        checkpoint.together(f"{self.run.root} takes no metrics", self._open_tracker)
+        all_ranks(f"{self.run.root} takes no metrics", self._open_tracker)
         where = (cfg, self.mesh, self.run, self.generation, self.config_text)
         writer = Writer(*where, sources.any.root / TOKENIZER, sources.any.eot_id, self._flush, self._published)
         self.saver = Saver(self.engine, writer, self.progress.moved)
         self.progress.linger = self.saver.linger
         self.saved_at = time.monotonic()
         if self.mesh.world.is_main:
-            print(introduction(cfg, self.geometry, self.mesh, sources, self.plan, found, begin), flush=True)
+            print(run_summary(cfg, self.geometry, self.mesh, sources, self.plan, found, begin), flush=True)
 
     @property
     def plan(self) -> Plan:
@@ -116,7 +121,7 @@ class Trainer:
             self.val_loss = None
             if last or skipped or due(self.step, cfg.log_every):
                 self._log(loss, grad_norm, lr, skipped)
-            if skipped and went_back(self):
+            if skipped and maybe_roll_back(self):
                 continue
             if last or due(self.step, cfg.eval.every):
                 with self.progress.phase(VALIDATE):
@@ -148,12 +153,12 @@ class Trainer:
             self.own.start()
             loss = torch.zeros((), device=self.mesh.device)
             for micro_step, batch in enumerate(batches):
-                parallel.seed_dropout(self.mesh, self.cfg.seed, self.step, micro_step)
+                seed_dropout(self.mesh, self.cfg.seed, self.step, micro_step)
                 loss += self.engine.backward(batch, valid, last=micro_step + 1 == len(batches))
             self.progress.own(self.own.stop(waited))
             facts = torch.stack([loss / valid, valid, skipped, *wishes])
             dist.all_reduce(facts, group=self.mesh.dp_group)
-            told = OnItsWay(facts)
+            told = AsyncCopy(facts)
             lr = lr_of(self.cfg.optim, self.plan.ledger, step=self.step, max_steps=self.cfg.max_steps)
             try:  # waits for the device, once; `told` has come by then
                 grad_norm = self.engine.step(lr, partial(self.guard.accepts, told.numbers))
@@ -281,10 +286,10 @@ class Trainer:
                     rest.callback(made.close)
         if kind in (None, Stopped):  # after an error the other ranks may be gone: no collective any more
             # rank 0 may wait for MLflow, and a launcher ends whoever is left some time after the first has ended
-            parallel.wait_for_main(self.mesh, f"closed {self.generation}", self.cfg.watch.start_s + REGISTER_S)
+            mesh.wait_for_main(self.mesh, f"closed {self.generation}", self.cfg.watch.start_s + REGISTER_S)
             if kind is Stopped:
                 dist.barrier()  # a launcher ends the other ranks as soon as one ends with a code
-            parallel.stop(self.mesh)
+            mesh.stop(self.mesh)
 
 
 def due(step: int, every: int) -> bool:

@@ -9,9 +9,9 @@ import sys
 
 from conf.schema import freeze, run
 from trainer.check import check
-from trainer.config import PretrainConfig
-from trainer.signals import OF_THIS_PROCESS, Stopped
-from trainer.world import read_world
+from trainer.config.pretrain import PretrainConfig
+from trainer.distributed.world import read_world
+from trainer.run.signals import OF_THIS_PROCESS, Stopped
 
 
 def pretrain(cfg: PretrainConfig) -> None:
@@ -19,8 +19,8 @@ def pretrain(cfg: PretrainConfig) -> None:
     cfg, geometry, sources, _, chosen = check(cfg, world)
     if chosen and world.is_main:
         print(chosen, flush=True)
+    from trainer.distributed.lost_ranks import ranks_lost
     from trainer.loop import Trainer  # from here on torch, deepspeed and megatron
-    from trainer.parallel import ranks_lost
 
     try:
         with (
@@ -36,4 +36,4 @@ def pretrain(cfg: PretrainConfig) -> None:
 
 if __name__ == "__main__":
     OF_THIS_PROCESS.install()
-    run(("pretrain", pretrain))
+    run(PretrainConfig, pretrain)

@@ -11,10 +11,10 @@ from typing import Any
 
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.manifest import publish, publish_json, read_json
+from data_pipeline.corpus.child_process import follow_parent
+from data_pipeline.files import publish, publish_json, read_json
 from data_pipeline.prepare.parts import Mark
 from data_pipeline.prepare.step import Passage
-from data_pipeline.prepare.workers import follow_parent
 
 TEMPLATE = "report.html.jinja"
 

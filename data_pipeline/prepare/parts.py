@@ -19,12 +19,12 @@ from typing import Any
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.bpe import Tokenizer
-from data_pipeline.manifest import publish, publish_json, read_json
-from data_pipeline.prepare.files import Input
-from data_pipeline.prepare.report import Dropped
+from data_pipeline.corpus.child_process import follow_parent
+from data_pipeline.corpus.inputs import Input
+from data_pipeline.corpus.report import Dropped
+from data_pipeline.files import publish, publish_json, read_json
 from data_pipeline.prepare.step import Passage, Step
-from data_pipeline.prepare.workers import follow_parent
+from data_pipeline.tokenizer.tokenizer import Tokenizer
 
 Read = Callable[[Input, int], Iterator[tuple[Document | Dropped, int]]]
 """The records of a file from a position on (0 = its start), each with the position behind it."""

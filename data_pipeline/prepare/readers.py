@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 from datatrove.data import Document
 
-from data_pipeline.config import UserError
-from data_pipeline.prepare import files, read, tables
-from data_pipeline.prepare.away import fetched
-from data_pipeline.prepare.config import CorpusFormat, RawConfig
-from data_pipeline.prepare.files import Input
+from conf.errors import UserError
+from data_pipeline.corpus import inputs, parquet, read
+from data_pipeline.corpus.config import CorpusFormat
+from data_pipeline.corpus.inputs import Input
+from data_pipeline.corpus.remote_inputs import fetched
+from data_pipeline.corpus.report import Dropped
+from data_pipeline.prepare.config import RawConfig
 from data_pipeline.prepare.parts import Read
-from data_pipeline.prepare.recipe import LimitsConfig
-from data_pipeline.prepare.report import Dropped
+from data_pipeline.prepare.recipe_config import LimitsConfig
 from data_pipeline.prepare.warc import archive
 
 
@@ -70,15 +71,15 @@ class ReadText:
     def __call__(self, file: Input, start: int) -> Iterator[tuple[Document | Dropped, int]]:
         most = self.corpus.recipe.limits.page_mib * (1 << 20)
         for item, end in self._items(file, start):
-            if isinstance(item, files.Document) and len(item.text) > most:
+            if isinstance(item, inputs.Document) and len(item.text) > most:
                 yield Dropped("it is larger than limits.page_mib", item.path), end
             else:
-                yield (_on_its_way(item) if isinstance(item, files.Document) else item), end
+                yield (_on_its_way(item) if isinstance(item, inputs.Document) else item), end
 
-    def _items(self, file: Input, start: int) -> Iterator[tuple[files.Document | Dropped, int]]:
+    def _items(self, file: Input, start: int) -> Iterator[tuple[inputs.Document | Dropped, int]]:
         corpus, n = self.corpus, 0
         if corpus.format is CorpusFormat.parquet:
-            yield from tables.read(file, corpus.name, corpus.text_key, corpus.id_key, read.MAX_LINE, start)
+            yield from parquet.read(file, corpus.name, corpus.text_key, corpus.id_key, read.MAX_LINE, start)
             return
         for record in read.records(corpus, [file]):
             lines = getattr(record, "lines", None)
@@ -91,7 +92,7 @@ class ReadText:
                     yield item, n
 
 
-def _on_its_way(item: files.Document) -> Document:
+def _on_its_way(item: inputs.Document) -> Document:
     known = {"url": item.url, "date": item.date}
     metadata = {key: value for key, value in known.items() if value} | {"source": item.source, "path": item.path}
     return Document(item.text, item.id, metadata=metadata)

@@ -17,18 +17,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import UserError
-from data_pipeline.prepare.away import inputs_at
-from data_pipeline.prepare.config import CorpusFormat, PrepareConfig, RawConfig
-from data_pipeline.prepare.decontaminate import Decontaminate
+from conf.errors import UserError
+from data_pipeline.corpus.config import CorpusFormat
+from data_pipeline.corpus.inputs import Input
+from data_pipeline.corpus.remote_inputs import inputs_at
+from data_pipeline.prepare.config import PrepareConfig, RawConfig
+from data_pipeline.prepare.decontaminate.step import Decontaminate
 from data_pipeline.prepare.dedup.clusters import SUMMARY
-from data_pipeline.prepare.extract import Extract
-from data_pipeline.prepare.files import Input
+from data_pipeline.prepare.extract.step import Extract
 from data_pipeline.prepare.funnel import WriteReport
 from data_pipeline.prepare.parts import Parts, TokenCount
-from data_pipeline.prepare.quality import Quality
+from data_pipeline.prepare.quality.step import Quality
 from data_pipeline.prepare.readers import OfTask, ReadAgain, reader_of, tasks_of
-from data_pipeline.prepare.recipe import RecipeConfig
+from data_pipeline.prepare.recipe_config import RecipeConfig
 from data_pipeline.prepare.rules.bad_words import BadWords
 from data_pipeline.prepare.rules.c4 import C4
 from data_pipeline.prepare.rules.fineweb import FineWeb
@@ -50,8 +51,8 @@ from data_pipeline.prepare.stages import (
     WriteLinks,
 )
 from data_pipeline.prepare.step import Step
+from data_pipeline.prepare.web.links import LINKS, Linked, end_of
 from data_pipeline.prepare.web.robots import token
-from data_pipeline.prepare.web.weblinks import LINKS, Linked, end_of
 
 MIB = 1 << 20
 

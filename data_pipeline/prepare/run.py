@@ -16,15 +16,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import UserError
-from data_pipeline.manifest import publish_json, read_json
-from data_pipeline.prepare.away import inputs_at
-from data_pipeline.prepare.config import CorpusFormat, Executor, PrepareConfig
-from data_pipeline.prepare.files import files_at
-from data_pipeline.prepare.needs import check, files_of, inputs_of
-from data_pipeline.prepare.output import listing
+from conf.errors import UserError
+from data_pipeline.corpus.config import CorpusFormat
+from data_pipeline.corpus.inputs import files_at
+from data_pipeline.corpus.remote_inputs import inputs_at
+from data_pipeline.files import publish_json, read_json
+from data_pipeline.prepare.config import Executor, PrepareConfig
 from data_pipeline.prepare.parts import vocabulary
-from data_pipeline.prepare.progress import claimed
+from data_pipeline.prepare.preconditions import check, files_of, inputs_of
+from data_pipeline.shards.output import listing
+from data_pipeline.shards.progress import claimed
 
 PLAN = "plan.json"
 VERSION = 1  # of what the steps do: another one would not go on with documents of this one
@@ -37,7 +38,7 @@ def prepare(cfg: PrepareConfig) -> None:
     Raises:
         UserError: nothing to read, a file of the recipe that is not there, or an output that holds other work.
     """
-    from data_pipeline.prepare.executors import execute
+    from data_pipeline.prepare.executors.executors import execute
     from data_pipeline.prepare.recipes import stages_of
 
     out = Path(cfg.output)
@@ -106,4 +107,4 @@ def summary(folder: Path) -> str:
 if __name__ == "__main__":
     from conf.schema import run
 
-    run(("prepare", prepare))
+    run(PrepareConfig, prepare)

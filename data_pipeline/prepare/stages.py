@@ -10,23 +10,23 @@ from typing import Any
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.config import UserError
-from data_pipeline.manifest import publish_json
-from data_pipeline.prepare.away import fetched
-from data_pipeline.prepare.decontaminate import SUFFIX, Overlaps, report
+from conf.errors import UserError
+from data_pipeline.corpus.child_process import follow_parent
+from data_pipeline.corpus.inputs import Input
+from data_pipeline.corpus.remote_inputs import fetched
+from data_pipeline.files import publish_json
+from data_pipeline.prepare.decontaminate.grams import Grams
+from data_pipeline.prepare.decontaminate.step import SUFFIX, Overlaps, report
 from data_pipeline.prepare.dedup.clusters import SUMMARY, find, reasons
 from data_pipeline.prepare.dedup.documents import Other
 from data_pipeline.prepare.dedup.keys import write_keys
-from data_pipeline.prepare.files import Input
-from data_pipeline.prepare.grams import Grams
 from data_pipeline.prepare.parts import Mark, alone, marks_of
-from data_pipeline.prepare.quality_config import QualityTrainConfig
+from data_pipeline.prepare.quality.config import QualityTrainConfig
 from data_pipeline.prepare.readers import OfTask, ReadAgain
-from data_pipeline.prepare.recipe import DecontaminateConfig, DedupConfig, FetchPagesConfig, LinksConfig
+from data_pipeline.prepare.recipe_config import DecontaminateConfig, DedupConfig, FetchPagesConfig, LinksConfig
 from data_pipeline.prepare.step import Step
-from data_pipeline.prepare.web.pages import fetch
-from data_pipeline.prepare.web.weblinks import write_links
-from data_pipeline.prepare.workers import follow_parent
+from data_pipeline.prepare.web.fetch import fetch
+from data_pipeline.prepare.web.links import write_links
 
 SETS = "sets.json"
 
@@ -162,7 +162,7 @@ class TrainQuality(PipelineStep):
         self.cfg = cfg
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        from data_pipeline.quality import train
+        from data_pipeline.prepare.quality.train import train
 
         follow_parent()
         train(self.cfg)

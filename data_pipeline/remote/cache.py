@@ -10,7 +10,7 @@
                                entries, or nothing while they change, so that they are counted anew after a crash
 
 A lock goes with the process that holds it, however that ends. A block's checksum is compared when it arrives and when
-it is read back (data_pipeline/remote/entry.py): a disk that lies, or a crash that lost what was written, costs another
+it is read back (cached_shard.py): a disk that lies, or a crash that lost what was written, costs another
 fetch and never a wrong token.
 """
 
@@ -28,9 +28,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from data_pipeline.config import CacheConfig, FetchConfig, Passing, UserError
+from conf.errors import TransientError, UserError
+from data_pipeline.config import CacheConfig, FetchConfig
 from data_pipeline.manifest import ShardIndex
-from data_pipeline.remote.places import Place, place
+from data_pipeline.remote.backends import Place, place
 
 T = TypeVar("T")
 _POLL = 0.005  # seconds between two looks at a lock
@@ -42,7 +43,7 @@ class CacheFull(UserError):
     """No room, and all that is there is in use."""
 
 
-class DiskFull(CacheFull, Passing):
+class DiskFull(CacheFull, TransientError):
     """The same, where the room that is missing is the disk's, which others fill too."""
 
 
@@ -133,7 +134,7 @@ class Cache:
                 return write()
             except OSError as e:
                 if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise Passing(f"data.cache.dir={self.dir}: {e.strerror} ({e.filename}): mend it") from None
+                    raise TransientError(f"data.cache.dir={self.dir}: {e.strerror} ({e.filename}): mend it") from None
                 with nullcontext() if locked else self._locked():
                     evicted, used = self._evict(), self._count()
                 if not evicted:
@@ -200,7 +201,9 @@ class Cache:
         try:
             fd = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as e:
-            raise Passing(f"{self.dir / 'lock'}: {e.strerror}: mend it, or give another data.cache.dir") from None
+            raise TransientError(
+                f"{self.dir / 'lock'}: {e.strerror}: mend it, or give another data.cache.dir"
+            ) from None
         try:
             end = time.monotonic() + _LOCK_PATIENCE
             while True:
@@ -208,7 +211,7 @@ class Cache:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 if time.monotonic() > end:
-                    raise Passing(
+                    raise TransientError(
                         f"{self.dir / 'lock'}: held for {_LOCK_PATIENCE:.0f} s by another process, which must be "
                         f"stuck: end it, or give another data.cache.dir"
                     )

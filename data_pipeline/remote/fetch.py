@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from data_pipeline.config import FetchConfig
-from data_pipeline.remote.places import Lost, Place, Unreachable, Wrong
+from data_pipeline.remote.backends import Lost, Place, Unreachable, Wrong
 
 T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no path, no option of a command, nothing that a URL would escape

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.finding import Finding, fail, ok, warn
+from trainer.diagnostics.check_result import Finding, fail, ok, warn
 
 CONNECT_S = 5
 SKEW_S = 1.0

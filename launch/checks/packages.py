@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from trainer.finding import Finding, fail, ok, warn
+from trainer.diagnostics.check_result import Finding, fail, ok, warn
 
 SHOWN = ("torch", "deepspeed", "megatron-core", "webdataset", "hydra-core", "mlflow")
 GIT_S = 10.0

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from data_pipeline.config import DataConfig, UserError
-from trainer.address import check_tracking, tracking_uri
-from trainer.finding import Finding, fail, ok, warn
-from trainer.sources import open_sources
-from trainer.tracking_config import Tracker, TrackingConfig
+from conf.errors import UserError
+from data_pipeline.config import DataConfig
+from trainer.config.tracking import Tracker, TrackingConfig
+from trainer.data.sources import open_sources
+from trainer.diagnostics.check_result import Finding, fail, ok, warn
+from trainer.tracking.address import check_tracking, tracking_uri
 
 ANSWER_S = 5.0
 MOST = 1024  # bytes of an answer

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 
 from launch.cluster_config import ClusterConfig, SlurmConfig, seconds
-from trainer.finding import Finding, fail, ok
+from trainer.diagnostics.check_result import Finding, fail, ok
 from trainer.plan.hardware import CPU
 
 PROGRAMS = ("sbatch", "srun", "scontrol", "sinfo")

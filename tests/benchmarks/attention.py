@@ -32,9 +32,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conf.schema import CONF, thaw
 from tests.benchmarks import machine
-from trainer.arithmetic import visible_pairs
+from trainer.config.model import ModelConfig
 from trainer.model import flex
-from trainer.model.config import ModelConfig
+from trainer.model.arithmetic import visible_pairs
 from trainer.model.mask import DENSE, Pattern, attention_bias, patterns
 
 GPU = torch.cuda.is_available()
@@ -141,11 +141,11 @@ def compare(contexts: list[int], tokens: int, rounds: int, say: Callable[[str], 
 
 def block(rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
     """A decoder block of a GPT-3 model, dense and banded, and the mean of both: what a layer of "DB" takes."""
-    from trainer import parallel
-    from trainer.config import ParallelConfig
+    from trainer.config.parallel import ParallelConfig
+    from trainer.distributed import mesh as parallel
+    from trainer.distributed.world import read_world
     from trainer.model.attention import layer_masks
     from trainer.model.block import Block
-    from trainer.world import read_world
 
     mesh = parallel.start(read_world(), ParallelConfig(name="benchmark"))
     cfg, rows = thaw(CONF / "model/gpt3_xl.yaml", ModelConfig), 8

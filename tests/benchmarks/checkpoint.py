@@ -32,18 +32,20 @@ from typing import Any
 import torch
 
 from conf.schema import load
-from data_pipeline.geometry import batch_geometry
-from data_pipeline.loader import Batch
+from data_pipeline.order.geometry import batch_geometry
+from data_pipeline.stream.loader import Batch
 from tests.benchmarks import machine
-from trainer import checkpoint, parallel
-from trainer.engine import Engine
-from trainer.fragments import owned
+from trainer.checkpoint import load as checkpoint
+from trainer.checkpoint.save import Saver
+from trainer.checkpoint.write import Writer
+from trainer.config.pretrain import PretrainConfig
+from trainer.distributed import mesh as parallel
+from trainer.distributed.world import read_world
+from trainer.engine.engine import Engine
+from trainer.engine.fragments import owned
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
-from trainer.run_folder import RunFolder
-from trainer.saving import Saver
-from trainer.world import read_world
-from trainer.writing import Writer
+from trainer.run.folder import RunFolder
 
 SETTINGS = {"model": "gpt2_small", "rounds": "3", "n_ctx": "64", "dir": "", "json": ""}
 BAR = 0.15  # of a blocking save
@@ -54,7 +56,7 @@ def build(model: str, n_ctx: int) -> Engine:
     """The model as the run's entry would build it, alone; the context is cut to `n_ctx`, for short steps."""
     given = [f"model={model}", f"model.n_ctx={n_ctx}", "data.path=x", "max_steps=1", "precision=fp32", "data.lanes=1"]
     given += [f"tokens_per_step={n_ctx}", "micro_batch_size=1", "checkpoint.keep=1", "tracking=none", "parallel=zero1"]
-    cfg = load("pretrain", given)
+    cfg = load(PretrainConfig, given)
     mesh = parallel.start(read_world(), cfg.parallel)
     geometry = batch_geometry(tokens_per_step=n_ctx, n_ctx=n_ctx, micro_batch_size=1, lanes=1, dp=1)
     module = GPT(cfg.model, mesh, sequence_parallel=False).to(mesh.device)
@@ -80,7 +82,7 @@ def settle() -> None:
 def saver(engine: Engine, folder: Path, background: bool, written: list[float]) -> Saver:
     run = RunFolder(folder)
     engine.cfg.checkpoint.background = background
-    note = lambda path, step, seconds: written.append(seconds)  # noqa: E731
+    note = lambda path, step, seconds: written.append(seconds)
     return Saver(engine, Writer(engine.cfg, engine.mesh, run, run.take_generation(), "", published=note))
 
 

@@ -27,11 +27,11 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 def ours(folder: Path, step: int) -> Batches:
     """data_pipeline's TrainLoader, alone: one rank that walks 8 lanes and checks every block's checksum."""
-    from data_pipeline.ledger import Ledger
-    from data_pipeline.loader import TrainLoader
     from data_pipeline.manifest import read_manifest
-    from data_pipeline.plan import Plan
-    from data_pipeline.stream import ShardStream
+    from data_pipeline.order.ledger import Ledger
+    from data_pipeline.order.plan import Plan
+    from data_pipeline.stream.loader import TrainLoader
+    from data_pipeline.stream.windows import ShardStream
 
     manifest, lanes = read_manifest(folder), 8
     tokens = {"all": [shard.tokens for shard in manifest.shards]}
@@ -128,7 +128,7 @@ class Engine(NamedTuple):
 
 
 ENGINES = {
-    "ours": Engine(ours, "shards", ("data_pipeline.loader",)),
+    "ours": Engine(ours, "shards", ("data_pipeline.stream.loader",)),
     "memmap": Engine(memmap, "flat"),
     "memmap_gather": Engine(memmap_gather, "flat"),
     "webdataset": Engine(webdataset, "documents", ("webdataset",)),

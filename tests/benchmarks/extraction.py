@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from data_pipeline.prepare.recipe import Extractor, LimitsConfig
+from data_pipeline.prepare.recipe_config import Extractor, LimitsConfig
 from tests.benchmarks import machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ Engine = tuple[Callable[[Page], str], Callable[[], list[int]]]  # a page's text;
 def ours(how: str) -> Engine:
     from datatrove.data import Document
 
-    from data_pipeline.prepare.extract import Extract
+    from data_pipeline.prepare.extract.step import Extract
 
     step = Extract(Extractor(how), LimitsConfig())
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import documents, machine
+from trainer.config.pretrain import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"model": "gpt2_small", "steps": "60", "tokens": "20_000_000", "micro_batch_size": "16", "windows": "64"}
@@ -31,13 +32,13 @@ def measure(folder: Path, model: str, steps: str, tokens: str, micro_batch_size:
     import torch
 
     from conf.schema import load
-    from trainer.journal import read_journal
+    from trainer.run.journal import read_journal
 
     for split, count, seed in (("train", int(tokens), 0), ("val", 100_000, 1)):
         documents.prepare(folder / f"raw-{split}", "flat", count, seed)
         source = [f"input={folder}/raw-{split}/flat/train.bin", "tokenizer=gpt2", f"output={folder}/data"]
         run("data_pipeline.shards", "import", "format=nanogpt", f"split={split}", *source)
-    n_ctx = load("pretrain", [f"model={model}", "data.path=x", "max_steps=1"]).model.n_ctx
+    n_ctx = load(PretrainConfig, [f"model={model}", "data.path=x", "max_steps=1"]).model.n_ctx
     given = [f"model={model}", f"model.vocab_size={documents.VOCAB}", f"data.path={folder}/data", "data.lanes=8"]
     given += [f"tokens_per_step={int(windows) * n_ctx}", f"micro_batch_size={micro_batch_size}", f"max_steps={steps}"]
     given += ["eval.every=0", "eval.windows=8", "checkpoint.every_steps=0", "tracking=none", f"run.dir={folder}/run"]

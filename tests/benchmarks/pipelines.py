@@ -18,18 +18,20 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from conf.schema import load
-from data_pipeline.bpe import Tokenizer
+from data_pipeline.corpus.inputs import files_at
+from data_pipeline.corpus.read import documents
+from data_pipeline.corpus.report import Dropped, Report
+from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.dedup.clusters import find
 from data_pipeline.prepare.dedup.keys import write_keys
 from data_pipeline.prepare.dedup.minhash import MinHash
-from data_pipeline.prepare.extract import Extract
-from data_pipeline.prepare.files import files_at
-from data_pipeline.prepare.read import documents
-from data_pipeline.prepare.recipe import DedupConfig, Extractor, RecipeConfig
+from data_pipeline.prepare.extract.step import Extract
+from data_pipeline.prepare.recipe_config import DedupConfig, Extractor, RecipeConfig
 from data_pipeline.prepare.recipes import filters
-from data_pipeline.prepare.report import Dropped, Report
 from data_pipeline.prepare.warc.archive import read
-from data_pipeline.vocab import find_gpt2_file
+from data_pipeline.shards.config import BpeTrainConfig
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from data_pipeline.tokenizer.vocabularies import find_gpt2_file
 
 Run = Callable[[], tuple[int, int]]
 """Does the work; bytes that went in, documents that came out."""
@@ -44,7 +46,7 @@ class Side:
 @cache
 def recipe(extractor: str = "fast") -> RecipeConfig:
     """conf/corpus/common_crawl.yaml, without what is done after the rules."""
-    cfg = load("prepare", ["input=x", "output=x", f"corpus.recipe.extractor={extractor}"]).corpus.recipe
+    cfg = load(PrepareConfig, ["input=x", "output=x", f"corpus.recipe.extractor={extractor}"]).corpus.recipe
     cfg.dedup = cfg.pii = None
     return cfg
 
@@ -96,7 +98,7 @@ def ours_from_archives(folder: str, extractor: str) -> Run:
 
 def prose() -> Iterator[Document]:
     """What Python carries, to fill tables with."""
-    found = documents(load("bpe_train", ["corpus=pydocs", "output=x"]).corpus, Report())
+    found = documents(load(BpeTrainConfig, ["corpus=pydocs", "output=x"]).corpus, Report())
     yield from (Document(doc.text, doc.id) for doc in islice(found, 150))
 
 
@@ -163,7 +165,7 @@ def alone(step: Any, path: str) -> Run:
 
 
 def minhash_config() -> Any:
-    return load("prepare", ["input=x", "output=x"]).corpus.recipe.dedup.minhash
+    return load(PrepareConfig, ["input=x", "output=x"]).corpus.recipe.dedup.minhash
 
 
 def ours_signatures(path: str) -> Run:

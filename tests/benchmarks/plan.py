@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import load
+from launch.config import PlanConfig
 from tests.benchmarks.machine import hardware, versions
 from tests.benchmarks.machine import load as busy
 from tests.distributed.test_plan_bytes import FEW, MANY, MODEL, RUN, planned
 from tests.ranks import run_ranks
-from trainer.config import Offload, Recompute
+from trainer.config.parallel import Offload, Recompute
 from trainer.plan import speed
 from trainer.plan.choose import reckon
 from trainer.plan.hardware import GPUS
@@ -36,7 +37,7 @@ MEASURED = [
     ("gpt2_xl", 8, 37_200, 40_900, "held out"),
 ]
 # Bytes a parameter of a step of one micro step. A plain loop: gradients written 4, clipped 12, AdamW 28, weights cast
-# both ways 8. DeepSpeed's own wrapper, which made the measured rows and which trainer/zero1.py has since replaced:
+# both ways 8. DeepSpeed's own wrapper, which made the measured rows and which bf16_optimizer.py has since replaced:
 # gradients written, copied, added 18, norm 4, clipping 8, AdamW 28, weights 6, zeros 4.
 PLAIN_UPDATE, WRAPPER_UPDATE = 52, 68
 
@@ -46,7 +47,7 @@ def speed_rows() -> list[dict[str, Any]]:
     found = []
     for name, micro, engine, plain, role in MEASURED:
         words = [f"model={name}", "data.tokens=1_000_000_000", f"tokens_per_step={micro * 1024}", "data.lanes=1"]
-        cfg = load("plan", words)
+        cfg = load(PlanConfig, words)
         layout = Layout(1, 1, False, 1, Recompute.none, Offload.none, micro)
         row = reckon(cfg, layout, Cluster(1, 1, gpu, 400))
         p = row.memory.weights / 2
@@ -95,7 +96,7 @@ def xl_at_8() -> dict[str, float]:
     """GiB of tensors of GPT-2 XL at micro batch 8: ours, and nanoGPT's by the same reckoning of its own recipe: fp32
     weights and moments 12 bytes a parameter and their bf16 copies 2 (gradients come when activations go), the residual
     stream in fp32, logits 6 bytes in the loss."""
-    cfg = load("plan", ["model=gpt2_xl", "data.tokens=1_000_000_000", "tokens_per_step=8192", "data.lanes=1"])
+    cfg = load(PlanConfig, ["model=gpt2_xl", "data.tokens=1_000_000_000", "tokens_per_step=8192", "data.lanes=1"])
     layout = Layout(1, 1, False, 1, Recompute.none, Offload.none, 8)
     ours = tensor_memory(cfg, layout)
     stream = 2 * 2 * 8192 * 1600 * 48  # two of a layer's tensors, 2 bytes more each

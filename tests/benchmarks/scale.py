@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.ledger import Ledger
 from data_pipeline.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_manifest
-from data_pipeline.plan import Plan
+from data_pipeline.order.ledger import Ledger
+from data_pipeline.order.plan import Plan
 from tests.benchmarks import machine
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -29,8 +29,9 @@ from tests.benchmarks.machine import hardware, load, versions
 from tests.ranks import ROOT, free_port, rank_env
 from tests.system.runs import TINY, make_data
 from tests.system.tracked import signal_group, start_server
-from trainer.journal import read_rows
-from trainer.run_folder import RunFolder
+from trainer.config.pretrain import PretrainConfig
+from trainer.run.folder import RunFolder
+from trainer.run.journal import read_rows
 
 SETTINGS = {"rounds": 3, "steps": 600}
 BAR, BAR_MS = 0.01, 5.0  # of a step's median; of the slowest logging call
@@ -39,7 +40,7 @@ MODES = ("none", "healthy", "stopped")
 
 def child(path: str) -> None:
     """Stands in for `python -m trainer.pretrain`, with each logging call timed; the worst goes to the file `path`."""
-    import trainer.tracking as tracking
+    import trainer.tracking.tracker as tracking
     from conf.schema import run
     from trainer.pretrain import pretrain
 
@@ -51,7 +52,7 @@ def child(path: str) -> None:
         calls.append((time.perf_counter() - start) * 1e3)
 
     tracking.Tracker.log = log  # type: ignore[method-assign]
-    run(("pretrain", pretrain))
+    run(PretrainConfig, pretrain)
     Path(path).write_text(json.dumps({"worst_ms": max(calls), "median_ms": median(calls), "calls": len(calls)}))
 
 

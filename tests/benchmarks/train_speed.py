@@ -97,29 +97,30 @@ def wait(device: Any) -> None:
 def config_of(size: str, micro_batch: int, given: dict[str, str], fp8: bool) -> Any:
     """The run as a user would write it: ZeRO-1, bf16, compile=auto."""
     from data_pipeline.config import DataConfig, SourceConfig
-    from trainer import config as c
-    from trainer.checkpoint_config import CheckpointConfig
-    from trainer.model.config import ModelConfig
-    from trainer.optim_config import OptimConfig, ScheduleConfig, ScheduleKind
-    from trainer.tracking_config import Tracker, TrackingConfig
+    from trainer.config import pretrain as c
+    from trainer.config.checkpoint import CheckpointConfig
+    from trainer.config.model import ModelConfig
+    from trainer.config.optim import OptimConfig, ScheduleConfig, ScheduleKind
+    from trainer.config.parallel import Offload, ParallelConfig, Precision, Recompute
+    from trainer.config.tracking import Tracker, TrackingConfig
 
     shape = {"n_ctx": 1024, "vocab_size": 50257, **SIZES[size][1]}
     capped = float(given["cap_gib"]) > 0
-    small = {"recompute": c.Recompute.full, "offload": c.Offload.cpu} if capped else {}
-    recompute = c.Recompute(given["recompute"])
+    small = {"recompute": Recompute.full, "offload": Offload.cpu} if capped else {}
+    recompute = Recompute(given["recompute"])
     return c.PretrainConfig(
         run=c.RunConfig(name=size, dir="unused"),
         model=ModelConfig(name=size, **shape),
         optim=OptimConfig(name="gpt2", lr=3e-4, schedule=ScheduleConfig(ScheduleKind.constant)),
         data=DataConfig(name="random", path="unused", sources={"random": SourceConfig(".")}, lanes=micro_batch),
-        parallel=c.ParallelConfig(**{"name": "zero1", "recompute": recompute, **small}),
+        parallel=ParallelConfig(**{"name": "zero1", "recompute": recompute, **small}),
         eval=c.EvalConfig(every=0),
         checkpoint=CheckpointConfig(every_steps=0),
         tracking=TrackingConfig(name=Tracker.none),
         tokens_per_step=micro_batch * shape["n_ctx"],
         micro_batch_size=micro_batch,
         max_steps=10**6,
-        precision=c.Precision.fp8 if fp8 else c.Precision.bf16,
+        precision=Precision.fp8 if fp8 else Precision.bf16,
     )
 
 
@@ -127,11 +128,11 @@ def ours(cfg: Any, mesh: Any) -> Side:
     """The model, prepared as a run prepares it, under our engine."""
     import torch
 
-    from data_pipeline.loader import Batch
-    from trainer.engine import Engine
-    from trainer.layouts import check_layout
-    from trainer.model.compiled import prepare
+    from data_pipeline.stream.loader import Batch
+    from trainer.engine.compile import prepare
+    from trainer.engine.engine import Engine
     from trainer.model.gpt import GPT
+    from trainer.plan.layout_rules import check_layout
 
     geometry = check_layout(cfg, 1)
     torch.manual_seed(1)
@@ -179,12 +180,12 @@ def measure(size: str, names: list[str], given: dict[str, str]) -> dict[str, Any
     """All that is said of these sides of a size, in this process."""
     import torch
 
-    from trainer import parallel
-    from trainer.arithmetic import flops_per_token
-    from trainer.config import ParallelConfig
+    from trainer.config.parallel import ParallelConfig
+    from trainer.distributed import mesh as parallel
+    from trainer.distributed.world import read_world
+    from trainer.engine.compile import is_compiled
     from trainer.metrics import peak_flops
-    from trainer.model.compiled import is_compiled
-    from trainer.world import read_world
+    from trainer.model.arithmetic import flops_per_token
 
     torch._inductor.config.force_disable_caches = True
     mesh = parallel.start(read_world(), ParallelConfig(name="one"))
@@ -265,9 +266,9 @@ def equality(size: str, given: dict[str, str]) -> dict[str, Any]:
     """Losses of bf16 and fp8 over equal steps: the same weights, the same batches, of text that can be learnt."""
     import torch
 
-    from trainer import parallel
-    from trainer.config import ParallelConfig
-    from trainer.world import read_world
+    from trainer.config.parallel import ParallelConfig
+    from trainer.distributed import mesh as parallel
+    from trainer.distributed.world import read_world
 
     mesh = parallel.start(read_world(), ParallelConfig(name="one"))
     losses: dict[str, list[float]] = {}
@@ -310,7 +311,7 @@ def device_bytes() -> int | None:
 
 
 def compare(given: dict[str, str]) -> dict[str, Any]:
-    from trainer.arithmetic import param_count
+    from trainer.model.arithmetic import param_count
 
     since, memory, sizes = time.perf_counter(), device_bytes(), {}
     names = "ours,fp8,plain" if given["fp8"] == "true" else given["sides"]

@@ -15,15 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from data_pipeline.geometry import batch_geometry
-from data_pipeline.loader import Batch
+from data_pipeline.order.geometry import batch_geometry
+from data_pipeline.stream.loader import Batch
 from tests.distributed.tiny_run import config
-from trainer import parallel
-from trainer.config import ParallelConfig, Recompute
-from trainer.engine import Engine
+from trainer.config.parallel import ParallelConfig, Recompute
+from trainer.distributed import mesh as parallel
+from trainer.distributed.world import read_world
+from trainer.engine.engine import Engine
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
-from trainer.world import read_world
 
 
 class Allocations(TorchDispatchMode):

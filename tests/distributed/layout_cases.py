@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trainer.config import Offload, Recompute
-from trainer.optim_config import Kind
+from trainer.config.optim import Kind
+from trainer.config.parallel import Offload, Recompute
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.ledger import Ledger
-from data_pipeline.loader import TrainLoader
 from data_pipeline.manifest import read_manifest
-from data_pipeline.plan import Plan
-from data_pipeline.stream import ShardStream
+from data_pipeline.order.ledger import Ledger
+from data_pipeline.order.plan import Plan
+from data_pipeline.stream.loader import TrainLoader
+from data_pipeline.stream.windows import ShardStream
 
 
 def open_loader(root: Path, ledger: Ledger, *, lanes: int, seed: int, rank: int, dp: int, step: int) -> TrainLoader:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from data_pipeline.config import Passing, UserError
+from conf.errors import TransientError, UserError
 from tests.ranks import run_ranks
 
 
 def ends() -> list[str]:
     """How `agree` ends on this rank of a tensor-parallel pair whose reader, rank 0, has an error of either kind."""
-    from trainer import parallel
-    from trainer.config import ParallelConfig
-    from trainer.feed import Feed
-    from trainer.world import read_world
+    from trainer.config.parallel import ParallelConfig
+    from trainer.data.feed import Feed
+    from trainer.distributed import mesh as parallel
+    from trainer.distributed.world import read_world
 
     mesh = parallel.start(read_world(), ParallelConfig(name="tp2", tp=2))
     found = []
-    for kind in (Passing, UserError):
+    for kind in (TransientError, UserError):
         mine = kind("no answer") if mesh.tp_rank == 0 else UserError("no answer")  # the channel carries the text alone
         try:
             Feed.agree(SimpleNamespace(mesh=mesh), mine)  # type: ignore[arg-type]
@@ -28,4 +28,6 @@ def ends() -> list[str]:
 
 
 def test_a_reader_that_gets_no_answer_lets_its_whole_group_be_tried_again() -> None:
-    assert run_ranks(2, "tests.distributed.test_agree:ends") == [["Passing: no answer", "UserError: no answer"]] * 2
+    assert (
+        run_ranks(2, "tests.distributed.test_agree:ends") == [["TransientError: no answer", "UserError: no answer"]] * 2
+    )

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import UserError
+from conf.errors import UserError
 from tests.distributed import tiny_run as run
 from tests.ranks import run_ranks
-from trainer.run_folder import RunFolder
+from trainer.run.folder import RunFolder
 
 HERE = "tests.distributed.test_checkpoint"
 AT = 3  # steps before the checkpoint, and after it
@@ -83,7 +83,7 @@ def read_two_ranks(written: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def read_one_rank(written: dict[str, Any], back: dict[str, Any], disk: str | None) -> dict[str, Any]:
-    from trainer import checkpoint
+    from trainer.checkpoint import load as checkpoint
 
     out: dict[str, Any] = {}
     with run.layout() as mesh:
@@ -261,7 +261,7 @@ def copy(written: list[Any], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["weights-00001.safetensors", "state.json", "index.json"])
 def test_a_flipped_byte_is_found_and_its_file_named(copy: Path, name: str) -> None:
-    from trainer.checkpoint import assemble
+    from trainer.checkpoint.load import assemble
 
     body = bytearray((copy / name).read_bytes())
     body[len(body) // 2] ^= 1
@@ -273,7 +273,7 @@ def test_a_flipped_byte_is_found_and_its_file_named(copy: Path, name: str) -> No
 @pytest.mark.parametrize("name", ["moments-00001.safetensors", "weights-00000.safetensors", "index.json", "state.json"])
 @pytest.mark.parametrize("defect", ["missing", "short"])
 def test_an_incomplete_checkpoint_is_refused_by_its_manifest(copy: Path, name: str, defect: str) -> None:
-    from trainer.checkpoint import read_state
+    from trainer.checkpoint.load import read_state
 
     if defect == "missing":
         (copy / name).unlink()
@@ -311,7 +311,7 @@ LIES: dict[str, tuple[str, Any]] = {
 
 @pytest.mark.parametrize("name", LIES)
 def test_a_checkpoint_that_lies_is_refused_and_exhausts_nothing(copy: Path, name: str) -> None:
-    from trainer.checkpoint import assemble
+    from trainer.checkpoint.load import assemble
 
     file, change = LIES[name]
     lie(copy, file, change)
@@ -320,7 +320,7 @@ def test_a_checkpoint_that_lies_is_refused_and_exhausts_nothing(copy: Path, name
 
 
 def test_a_manifest_that_names_files_elsewhere_is_refused(copy: Path) -> None:
-    from trainer.checkpoint import read_state
+    from trainer.checkpoint.load import read_state
 
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["files"]["../../secret"] = {"bytes": 1, "sha256": ""}

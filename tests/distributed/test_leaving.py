@@ -8,13 +8,14 @@ from typing import Any
 
 from tests.ranks import run_ranks
 from tests.system.runs import TINY, make_data
+from trainer.config.pretrain import PretrainConfig
 
 
 def train(root: str, closed: str) -> bool:
     """Whether rank 0 had closed its tracker when this rank was done with the run."""
     from conf.schema import load
     from trainer.pretrain import pretrain
-    from trainer.tracking import Tracker
+    from trainer.tracking.tracker import Tracker
 
     close = Tracker.close
 
@@ -24,7 +25,7 @@ def train(root: str, closed: str) -> bool:
         Path(closed).touch()
 
     Tracker.close = slowly  # type: ignore[method-assign]
-    pretrain(load("pretrain", [*TINY, f"run.dir={root}/run", f"data.path={root}/data", "max_steps=2"]))
+    pretrain(load(PretrainConfig, [*TINY, f"run.dir={root}/run", f"data.path={root}/data", "max_steps=2"]))
     return Path(closed).exists()
 
 
@@ -36,9 +37,9 @@ def test_no_rank_ends_before_rank_0_has_closed_its_tracker(tmp_path: Path) -> No
 
 def wait() -> str:
     """Rank 0 comes to the first, and not to the second: the time ends it."""
-    from trainer import parallel
-    from trainer.config import ParallelConfig
-    from trainer.world import read_world
+    from trainer.config.parallel import ParallelConfig
+    from trainer.distributed import mesh as parallel
+    from trainer.distributed.world import read_world
 
     mesh = parallel.start(read_world(), ParallelConfig())
     parallel.wait_for_main(mesh, "first", 100)

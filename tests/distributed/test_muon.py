@@ -12,7 +12,7 @@ from tests.distributed import tiny_run as run
 from tests.distributed.test_checkpoint import AT, going_on, save
 from tests.distributed.test_zero import STEPS, assert_same_curve, vetoed
 from tests.ranks import run_ranks
-from trainer.optim_config import Kind
+from trainer.config.optim import Kind
 
 MUON = {"kind": Kind.muon, "muon_lr": 0.02, "momentum": 0.95}
 # Newton-Schulz multiplies what is small beside a matrix' norm by 3.4445 in each of its 5 steps: 485 times fp32's 6e-8.

@@ -8,7 +8,8 @@ import pytest
 
 from tests.distributed.tiny_run import config
 from tests.ranks import run_ranks
-from trainer.config import Offload, PretrainConfig, Recompute
+from trainer.config.parallel import Offload, Recompute
+from trainer.config.pretrain import PretrainConfig
 from trainer.plan.layout import Layout
 from trainer.plan.memory import activations, element_bytes, tensor_memory, zero_states
 

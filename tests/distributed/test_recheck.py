@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import UserError
+from conf.errors import UserError
 from tests.distributed import tiny_run as run
 from tests.ranks import run_ranks
-from trainer.layouts import check_layout
-from trainer.safety_config import GuardConfig
+from trainer.config.health import GuardConfig
+from trainer.plan.layout_rules import check_layout
 
 CASES = {
     "fp32 zero1": {"precision": "fp32", "zero": 1},
@@ -37,8 +37,8 @@ def on_two_ranks() -> dict[str, Any]:
 
 def twice(cfg: Any, mesh: Any, check: bool) -> Any:
     """Three steps, and what this rank owns after them; with `check`, steps 1 and 3 are made twice before."""
-    from trainer import parallel
-    from trainer.recheck import recheck
+    from trainer.distributed.seeds import seed_dropout
+    from trainer.health.recompute_check import recheck
 
     engine, calls = run.build(cfg, mesh), list[int]()
     engine.module.register_forward_hook(lambda *_: calls.append(1))
@@ -49,14 +49,14 @@ def twice(cfg: Any, mesh: Any, check: bool) -> Any:
             calls.clear()
             recheck(engine, step, batches[0])
             assert len(calls) == (2 if step == 1 else 0), (step, calls)
-        parallel.seed_dropout(mesh, cfg.seed, step, 0)
+        seed_dropout(mesh, cfg.seed, step, 0)
         curve.append(run.one_step(engine, step))
     return curve, run.digest(engine)
 
 
 def one_wrong_number(engine: Any) -> str:
     """What rank 0 and 1 say where rank 1's second pass has one activation that is a hundredth more."""
-    from trainer.recheck import recheck
+    from trainer.health.recompute_check import recheck
 
     calls = []
 
@@ -97,7 +97,7 @@ def test_one_wrong_number_on_one_rank_stops_all_and_names_rank_and_host(case: st
 
 
 def test_what_cannot_be_made_twice_by_torch_alone_is_refused_before_any_work() -> None:
-    from trainer.recheck import check_recheck
+    from trainer.health.recompute_check import check_recheck
 
     for how, why in (({"tp": 2}, "parallel.tp=2"), ({"zero": 3}, "parallel.zero_stage=3")):
         cfg = run.config(**how)

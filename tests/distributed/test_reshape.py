@@ -13,7 +13,7 @@ import torch
 
 from tests.distributed import tiny_run as run
 from tests.ranks import run_ranks
-from trainer.weights import Source
+from trainer.checkpoint.files import Source
 
 HERE = "tests.distributed.test_reshape"
 AT, THERE, BACK = 3, 2, 2  # steps before the canonical checkpoint, on another layout, and back on one process

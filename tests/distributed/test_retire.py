@@ -14,6 +14,7 @@ from tests.ranks import free_port, run_ranks
 from tests.system.mixtures import make_mixture, mixture, shard_first_needed_near
 from tests.system.runs import TINY
 from tests.system.test_resume import story
+from trainer.config.pretrain import PretrainConfig
 
 CASES = {
     "fp32 zero1": ("precision=fp32", "parallel=zero1"),
@@ -31,22 +32,22 @@ FAST = {"bf16 zero3", "fp32 tp2"}
 def train(data: str, run: str, how: tuple[str, ...], lost: int | None, at: int, port: int) -> dict[str, Any]:
     """A whole run in this process; where `lost` is given, it plans from the start to do without that shard from step
     `at` on."""
+    from conf.errors import UserError
     from conf.schema import load
-    from data_pipeline.config import UserError
-    from trainer.fragments import get_optimizer_step
-    from trainer.layouts import check_layout
+    from trainer.data.sources import open_sources, plan_of
+    from trainer.distributed.world import read_world
+    from trainer.engine.fragments import get_optimizer_step
     from trainer.loop import Trainer
-    from trainer.sources import open_sources, plan_of
-    from trainer.world import read_world
+    from trainer.plan.layout_rules import check_layout
 
     os.environ["MASTER_PORT"] = str(port)  # a second meeting in the same place hangs
     common = (*mixture(Path(data), {"some": 1}), f"run.dir={run}", f"max_steps={at + 3}", "data.on_bad_shard=skip")
     wide = ("model.dropout=0.1", "model.n_embd=128")  # so that ZeRO-3 partitions the embedding truly
-    cfg, world = load("pretrain", [*TINY, *common, *wide, *how]), read_world()
+    cfg, world = load(PretrainConfig, [*TINY, *common, *wide, *how]), read_world()
     sources = open_sources(cfg.data)
     with Trainer(cfg, "", world, check_layout(cfg, world.world_size), sources) as trainer:
         if lost is not None:
-            feed = trainer.feed
+            feed = trainer.data.feed
             feed.plan = plan_of(cfg, sources, feed.plan.ledger.lose(at, "some", lost))
             feed.close()
             feed.loader = feed._open(trainer.step)
@@ -55,8 +56,8 @@ def train(data: str, run: str, how: tuple[str, ...], lost: int | None, at: int, 
         except UserError as e:
             return {"error": str(e)}
         return {
-            "digest": tiny_run.digest(trainer.engine),
-            "updates": get_optimizer_step(trainer.engine.adam),
+            "digest": tiny_run.digest(trainer.engine.engine),
+            "updates": get_optimizer_step(trainer.engine.engine.adam),
             "ledger": trainer.plan.ledger.to_json(),
         }
 

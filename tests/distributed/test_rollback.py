@@ -17,6 +17,7 @@ from tests.ranks import free_port, run_ranks
 from tests.system.plants import MARKER, make_plants
 from tests.system.runs import TINY
 from tests.system.test_resume import weights
+from trainer.config.pretrain import PretrainConfig
 
 HOW = ("guard.skips=1", "guard.within=1", "max_steps=7", "checkpoint.every_steps=3", "optim.schedule.kind=constant")
 BAD = (5, 8)  # the run goes back from step 5 to step 3, and there again: what step 8 would have had is step 5's now
@@ -38,7 +39,8 @@ def on_two_ranks(root: str, ports: list[int]) -> dict[str, Any]:
 def gone_back(root: str, run: str, how: tuple[str, ...], port: int, then: Any = None) -> dict[str, Any]:
     """A whole run in this process, and how many numbers of its old engines were alive once they were given back."""
 
-    from trainer import engine, rollback
+    from trainer.engine.engine import engine
+    from trainer.health import rollback
 
     os.environ["MASTER_PORT"] = str(port)
     backward, free, old = engine.Engine.backward, rollback._free_engine, list[Any]()
@@ -68,7 +70,7 @@ def gone_back(root: str, run: str, how: tuple[str, ...], port: int, then: Any = 
 
 def signalled(root: str, run: str, ports: list[int]) -> dict[str, Any]:
     """SIGTERM to rank 1 in the middle of each of the two times: what it says, and the run that is started again."""
-    from trainer import signals
+    from trainer.run import signals
 
     said = []
 
@@ -89,9 +91,9 @@ def signalled(root: str, run: str, ports: list[int]) -> dict[str, Any]:
 
 def no_data(root: str, port: int) -> dict[str, Any]:
     """The run has data for its steps, but not for a jump too: what it says, and its folder before and after."""
-    from data_pipeline.config import UserError
-    from trainer import rollback
-    from trainer.run_folder import RunFolder
+    from conf.errors import UserError
+    from trainer.health import rollback
+    from trainer.run.folder import RunFolder
 
     run, folders = RunFolder(f"{root}/no data"), list[Any]()
     goal = rollback._goal
@@ -122,13 +124,16 @@ def folder(run: Any) -> list[Any]:
 
 def trainer_of(root: str, run: str, how: tuple[str, ...]) -> Any:
     from conf.schema import load
-    from trainer.layouts import check_layout
+    from trainer.data.sources import open_sources
+    from trainer.distributed.world import read_world
     from trainer.loop import Trainer
-    from trainer.sources import open_sources
-    from trainer.world import read_world
+    from trainer.plan.layout_rules import check_layout
 
     wide = ("model.dropout=0.1", "model.n_embd=128")  # so that ZeRO-3 partitions the embedding truly
-    cfg, world = load("pretrain", [*TINY, f"data.path={root}/data", f"run.dir={run}", *HOW, *wide, *how]), read_world()
+    cfg, world = (
+        load(PretrainConfig, [*TINY, f"data.path={root}/data", f"run.dir={run}", *HOW, *wide, *how]),
+        read_world(),
+    )
     return Trainer(cfg, "", world, check_layout(cfg, world.world_size), open_sources(cfg.data))
 
 

@@ -17,18 +17,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_pipeline.config import Passing, UserError
+from conf.errors import TransientError, UserError
 from tests.distributed import tiny_run as run
 from tests.ranks import run_ranks
 from tests.system.runs import TINY, make_data
-from trainer import saving
+from trainer.checkpoint import save as saving
+from trainer.checkpoint.files import Source
+from trainer.config.pretrain import PretrainConfig
 from trainer.loop import Trainer
-from trainer.model.layout import specs, to_local
-from trainer.progress import END, Progress
-from trainer.run_folder import RunFolder
-from trainer.shipper import Status
-from trainer.signals import Signals
-from trainer.weights import Source
+from trainer.model.specs import specs, to_local
+from trainer.run.folder import RunFolder
+from trainer.run.progress import END, Progress
+from trainer.run.signals import Signals
+from trainer.tracking.shipper import Status
 
 HERE = "tests.distributed.test_saving"
 STATE = {"tokens": 1, "val_loss": 1.0}
@@ -169,7 +170,7 @@ def error_of(function: Any) -> str:
     try:
         function()
     except UserError as e:
-        return f"{'may pass: ' if isinstance(e, Passing) else ''}{e}"
+        return f"{'may pass: ' if isinstance(e, TransientError) else ''}{e}"
     return "none"
 
 
@@ -253,15 +254,15 @@ def start_without_saver(run_dir: str, data: str) -> dict[str, Any]:
     """The second half of a start fails: the error, and the threads that live on."""
     from conf.schema import load
     from trainer import loop
-    from trainer.layouts import check_layout
-    from trainer.sources import open_sources
-    from trainer.world import read_world
+    from trainer.data.sources import open_sources
+    from trainer.distributed.world import read_world
+    from trainer.plan.layout_rules import check_layout
 
     def refuse(*_: Any) -> None:
         raise UserError("no memory")
 
     loop.Saver = refuse  # type: ignore[assignment, misc]
-    cfg, world = load("pretrain", [*TINY, f"run.dir={run_dir}", f"data.path={data}", "max_steps=3"]), read_world()
+    cfg, world = load(PretrainConfig, [*TINY, f"run.dir={run_dir}", f"data.path={data}", "max_steps=3"]), read_world()
     error = error_of(lambda: Trainer(cfg, "", world, check_layout(cfg, 1), open_sources(cfg.data)))
     return {"error": error, "alive": [thread.name for thread in threading.enumerate()]}
 

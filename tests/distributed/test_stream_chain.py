@@ -14,10 +14,10 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import loader as loader_module
 from data_pipeline.config import DataConfig, RampConfig, SourceConfig, StageConfig
-from data_pipeline.ledger import Ledger, Segment
-from data_pipeline.stages import plan_ledger
+from data_pipeline.order.ledger import Ledger, Segment
+from data_pipeline.order.stages import plan_ledger
+from data_pipeline.stream import loader as loader_module
 from tests.distributed.stream_rank import Ranks, open_loader
 from tests.fixtures import random_source
 from tests.order_twin import Leg

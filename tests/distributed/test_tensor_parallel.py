@@ -10,26 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.config import UserError
-from data_pipeline.loader import Batch, Item
+from conf.errors import UserError
+from data_pipeline.stream.loader import Batch, Item
 from tests.operations import Operations
 from tests.ranks import run_ranks
-from trainer.config import ParallelConfig, Recompute
-from trainer.loss import IGNORE
-from trainer.model.config import ModelConfig, Norm
+from trainer.config.model import ModelConfig, Norm
+from trainer.config.parallel import ParallelConfig, Recompute
+from trainer.data.channel import channel
+from trainer.distributed.mesh import Mesh, register_sequence_parallel_hooks, start, stop
+from trainer.distributed.seeds import seed_dropout, tp_local_randomness
+from trainer.distributed.world import read_world
 from trainer.model.gpt import GPT, KVCache
 from trainer.model.init import initialise
-from trainer.model.layout import from_local, specs, to_local
-from trainer.parallel import (
-    Mesh,
-    channel,
-    register_sequence_parallel_hooks,
-    seed_dropout,
-    start,
-    stop,
-    tp_local_randomness,
-)
-from trainer.world import read_world
+from trainer.model.loss import IGNORE
+from trainer.model.specs import from_local, specs, to_local
 
 BASE = ModelConfig(name="t", n_layer=2, n_head=4, n_embd=60, n_ctx=24, vocab_size=150)
 MODELS = {

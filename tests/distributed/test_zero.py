@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data_pipeline.loader import IGNORE, Batch
+from data_pipeline.stream.loader import IGNORE, Batch
 from tests.distributed import tiny_run as run
 from tests.ranks import run_ranks
-from trainer.config import Recompute
+from trainer.config.parallel import Recompute
 
 STEPS = 10
 TOLERANCE = 1e-5  # fp32; relative, per curve
@@ -26,10 +26,10 @@ def plain_torch(cfg: Any, mesh: Any, grad_clip: float) -> list[tuple[float, floa
     """Hugging Face's GPT-2, torch's own AdamW, autograd and clipping: nothing of ours but the initial weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from trainer.hf.weights import hf_config, to_hf
     from trainer.model.gpt import GPT
-    from trainer.model.hf import hf_config, to_hf
     from trainer.model.init import initialise
-    from trainer.model.layout import from_local, specs
+    from trainer.model.specs import from_local, specs
 
     ours = GPT(cfg.model, mesh)
     initialise(ours, cfg.model, 7)
@@ -208,7 +208,7 @@ def step_too_early(engine: Any, batch: Batch) -> list[str]:
 
 def vetoed(engine: Any) -> dict[str, Any]:
     """A step whose gradient is nan, and one that is finite and not accepted, between good ones."""
-    from trainer.engine import NonFiniteError
+    from trainer.engine.engine import NonFiniteError
 
     losses = [run.one_step(engine, 0)]
     before = run.owned_bits(engine)
@@ -418,7 +418,7 @@ def test_a_nan_gradient_and_one_that_is_not_accepted_change_nothing(precision: s
         ("fp32 zero1 veto", "DeepSpeedZeroOptimizer"),
         ("fp32 zero2 veto", "DeepSpeedZeroOptimizer"),
         ("fp32 zero3 veto", "DeepSpeedZeroOptimizer_Stage3"),
-        ("bf16 zero1 veto", "FlatBF16"),  # trainer/zero1.py took a BF16_Optimizer over
+        ("bf16 zero1 veto", "FlatBF16"),  # trainer/engine/bf16_optimizer.py took a BF16_Optimizer over
         ("bf16 zero2 veto", "DeepSpeedZeroOptimizer"),
         ("bf16 zero3 veto", "DeepSpeedZeroOptimizer_Stage3"),
     ],
@@ -428,4 +428,6 @@ def test_deepspeed_still_has_the_wrapper_and_the_private_norm_that_the_gate_read
 ) -> None:
     got = two[case]
     assert got["wrapper"] == wrapper, "DeepSpeed picks another wrapper: review engine.py and fragments.py"
-    assert got["has norm"], "DeepSpeed moved optimizer._global_grad_norm: trainer/engine.py reads it before the update"
+    assert got["has norm"], (
+        "DeepSpeed moved optimizer._global_grad_norm: trainer/engine/engine.py reads it before the update"
+    )

@@ -14,29 +14,22 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.geometry import Geometry, batch_geometry
-from data_pipeline.loader import IGNORE, Batch
-from trainer import parallel
-from trainer.checkpoint_config import CheckpointConfig
-from trainer.config import (
-    EvalConfig,
-    Offload,
-    ParallelConfig,
-    Precision,
-    PretrainConfig,
-    Recompute,
-    RunConfig,
-)
-from trainer.engine import Engine
-from trainer.model.config import ModelConfig
+from data_pipeline.order.geometry import Geometry, batch_geometry
+from data_pipeline.stream.loader import IGNORE, Batch
+from trainer.checkpoint.save import Saver
+from trainer.checkpoint.write import Writer
+from trainer.config.checkpoint import CheckpointConfig
+from trainer.config.model import ModelConfig
+from trainer.config.optim import OptimConfig, ScheduleConfig, ScheduleKind
+from trainer.config.parallel import Offload, ParallelConfig, Precision, Recompute
+from trainer.config.pretrain import EvalConfig, PretrainConfig, RunConfig
+from trainer.config.tracking import Tracker, TrackingConfig
+from trainer.distributed import mesh as parallel
+from trainer.distributed.world import read_world
+from trainer.engine.engine import Engine
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
-from trainer.optim_config import OptimConfig, ScheduleConfig, ScheduleKind
-from trainer.run_folder import RunFolder
-from trainer.saving import Saver
-from trainer.tracking_config import Tracker, TrackingConfig
-from trainer.world import read_world
-from trainer.writing import Writer
+from trainer.run.folder import RunFolder
 
 WINDOWS, N_CTX = 8, 16
 
@@ -136,7 +129,7 @@ def layout(tp: int = 1) -> Iterator[parallel.Mesh]:
 
 def build(cfg: PretrainConfig, mesh: parallel.Mesh, seed: int = 7, load: Path | None = None) -> Engine:
     """An engine with the weights of `seed`, or all that a checkpoint holds."""
-    from trainer import checkpoint
+    from trainer.checkpoint import load as checkpoint
 
     layout = cfg.parallel
     model = GPT(cfg.model, mesh, sequence_parallel=layout.sequence_parallel, recompute=layout.recompute)
@@ -180,6 +173,6 @@ def digest(engine: Engine) -> str:
 
 def owned_bits(engine: Engine) -> dict[str, Tensor]:
     """Copies of all that this rank owns."""
-    from trainer.fragments import owned
+    from trainer.engine.fragments import owned
 
     return {f"{k}/{f.name}": v.clone() for f in owned(engine.module, engine.adam) for k, v in f.views.items()}

@@ -19,13 +19,13 @@ GIB = 1 << 30
 
 def xl(gib: int, zero: int) -> dict[str, Any]:
     """Three steps of two micro batches, and what was left on the GPU between them."""
-    from data_pipeline.loader import Batch
+    from data_pipeline.stream.loader import Batch
     from tests.distributed import tiny_run as run
-    from trainer import parallel
-    from trainer.config import Recompute
-    from trainer.fragments import owned
-    from trainer.start import build_engine
-    from trainer.world import read_world
+    from trainer.config.parallel import Recompute
+    from trainer.distributed import mesh as parallel
+    from trainer.distributed.world import read_world
+    from trainer.engine.fragments import owned
+    from trainer.setup import build_engine
 
     torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.get_device_properties(0).total_memory)
     shape = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "n_ctx": 1024, "vocab_size": 50257, "init_std": 0.02}
@@ -56,10 +56,11 @@ def same_resume(folder: str) -> dict[str, Any]:
 
     from tests.distributed import tiny_run as run
     from tests.distributed.test_checkpoint import AT, going_on, save
-    from trainer import checkpoint, parallel
-    from trainer.engine import make_deterministic
-    from trainer.start import build_engine
-    from trainer.world import read_world
+    from trainer.checkpoint import load as checkpoint
+    from trainer.distributed import mesh as parallel
+    from trainer.distributed.world import read_world
+    from trainer.engine.engine import make_deterministic
+    from trainer.setup import build_engine
 
     make_deterministic()
     mesh = parallel.start(read_world(), run.config().parallel)

@@ -9,8 +9,8 @@ import torch
 
 from tests.system.runs import make_data, pretrain
 from tests.system.test_resume import weights
-from trainer.fragments import Fragment
-from trainer.snapshot import Snapshot
+from trainer.checkpoint.snapshot import Snapshot
+from trainer.engine.fragments import Fragment
 
 pytestmark = [
     pytest.mark.gpu,

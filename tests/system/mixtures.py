@@ -17,7 +17,8 @@ from tests.ranks import free_port, run_ranks
 from tests.stream_truth import Truth, legs_of, shards_of
 from tests.system.runs import TINY
 from tests.system.test_resume import story
-from trainer.run_folder import RunFolder
+from trainer.config.pretrain import PretrainConfig
+from trainer.run.folder import RunFolder
 
 LANES, SEED = 4, 1337  # of TINY and of the config
 
@@ -98,8 +99,8 @@ def in_turn(runs: Sequence[tuple[Path, Sequence[str]]], ranks: int = 1) -> list[
 
 
 def pretrain_each(runs: list[list[str]], ports: list[int]) -> list[str]:
+    from conf.errors import UserError
     from conf.schema import load
-    from data_pipeline.config import UserError
     from trainer.pretrain import pretrain
 
     said = []
@@ -108,7 +109,7 @@ def pretrain_each(runs: list[list[str]], ports: list[int]) -> list[str]:
         refusal = ""
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             try:
-                pretrain(load("pretrain", overrides))
+                pretrain(load(PretrainConfig, overrides))
             except UserError as e:
                 refusal = f"error: {e}"
         said.append(printed.getvalue() + refusal)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from conf.schema import run
-from data_pipeline.loader import Batch
+from data_pipeline.stream.loader import Batch
 from tests.system.plants import MARKER
-from trainer.engine import Engine
+from trainer.config.pretrain import PretrainConfig
+from trainer.engine.engine import Engine
 from trainer.pretrain import pretrain
 
 backward = Engine.backward
@@ -20,4 +21,4 @@ def backward_or_nan(self: Engine, batch: Batch, global_valid_tokens: float | Ten
 
 if __name__ == "__main__":
     Engine.backward = backward_or_nan  # type: ignore[method-assign]
-    run(("pretrain", pretrain))
+    run(PretrainConfig, pretrain)

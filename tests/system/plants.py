@@ -13,6 +13,7 @@ import numpy as np
 
 from tests.fixtures import make_source
 from tests.system.runs import TINY
+from trainer.config.pretrain import PretrainConfig
 
 VOCAB, MARKER, SHARDS = 1024, 1023, (12000, 9000, 11000)  # tokens; 498 windows of 64, 62 steps of 8
 
@@ -33,9 +34,9 @@ def make_plants(root: Path, plants: Mapping[int, str], seed: int, *overrides: st
 def windows_of(root: Path, step: int, *overrides: str) -> list[tuple[int, int]]:
     """(shard, first token) of each window that an undisturbed run takes in `step`."""
     from conf.schema import load
-    from trainer.sources import open_sources, plan_run
+    from trainer.data.sources import open_sources, plan_run
 
-    cfg = load("pretrain", [*TINY, "run.dir=none", f"data.path={root}", *overrides])
+    cfg = load(PretrainConfig, [*TINY, "run.dir=none", f"data.path={root}", *overrides])
     _, windows = plan_run(cfg, open_sources(cfg.data), {}).step(step)
     return list(zip(windows.shard.tolist(), windows.start.tolist(), strict=True))
 

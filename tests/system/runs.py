@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.fixtures import make_source
 from tests.ranks import ROOT, free_port, rank_env
-from trainer.journal import read_journal
+from trainer.run.journal import read_journal
 
 TINY = (
     "model=test",

@@ -17,7 +17,7 @@ from data_pipeline.manifest import read_index
 from tests.ranks import ROOT
 from tests.system.runs import TINY, finish, make_data, pretrain, start
 from tests.system.test_resume import story
-from trainer.run_folder import RunFolder
+from trainer.run.folder import RunFolder
 
 
 @pytest.fixture(scope="module")

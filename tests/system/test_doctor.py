@@ -50,7 +50,7 @@ def test_two_ranks_of_this_machine_are_examined(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     env = rank_env(0, 3, free_port())
-    argv = [sys.executable, "-m", "trainer.node_check", f"run.dir={tmp_path}", "timeout_s=3"]
+    argv = [sys.executable, "-m", "trainer.diagnostics.node_check", f"run.dir={tmp_path}", "timeout_s=3"]
     done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     found = findings(done.stdout)
     assert done.returncode == 1 and found["ranks"]["state"] == "fail"

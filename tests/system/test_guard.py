@@ -17,7 +17,7 @@ from tests.system.mixtures import state
 from tests.system.plants import make_plants, windows_of
 from tests.system.runs import finish, pretrain, start
 from tests.system.test_resume import EXACT, weights
-from trainer.journal import Row, read_journal, read_rows
+from trainer.run.journal import Row, read_journal, read_rows
 
 GUARD = (
     "guard.spike_z=8",

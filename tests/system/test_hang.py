@@ -10,8 +10,8 @@ import pytest
 from tests.system.runs import finish, make_data, pretrain
 from tests.system.supervised import rows, supervised
 from tests.system.test_resume import story, weights
-from trainer.hang import read_spots
-from trainer.run_folder import RunFolder
+from trainer.health.hang_report import read_spots
+from trainer.run.folder import RunFolder
 
 QUICK = ("watch.beat_s=0.2", "watch.hang_min_s=4", "watch.hang_factor=3")
 

@@ -17,22 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from conf.errors import UserError
 from conf.schema import load
-from data_pipeline.bpe import train_bpe
-from data_pipeline.config import UserError
+from data_pipeline.config import OrderConfig
 from data_pipeline.manifest import TOKENIZER, read_manifest, write_manifest
-from data_pipeline.order import order
+from data_pipeline.order.lookup import order
+from data_pipeline.tokenizer.tokenizer import train_bpe
 from tests.hf_models import SIZE, hf_model, save
 from tests.ranks import ROOT
 from tests.system import runs
 from tests.system.runs import make_data
 from tests.system.test_order_of_a_run import documents_of
-from trainer.checkpoint_config import ImportHfConfig
+from trainer.config.hf import ImportHfConfig
+from trainer.config.model import Norm
+from trainer.config.pretrain import PretrainConfig
 from trainer.import_hf import import_hf
 from trainer.init_from import same_vocabulary
-from trainer.journal import read_journal
-from trainer.model.config import Norm
 from trainer.pretrain import pretrain as check
+from trainer.run.journal import read_journal
 
 VOCAB = SIZE["vocab_size"]
 TINY = (*runs.TINY, f"model.vocab_size={VOCAB}")
@@ -60,7 +62,7 @@ def assert_close(ours: Tensor, theirs: Tensor, what: str) -> None:
 def windows_of_first_step(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Tensor:
     """[8, 65] tokens, from the tars alone."""
     capsys.readouterr()
-    order(load("order", [f"checkpoint={run}", "steps=0", "json=true"]))
+    order(load(OrderConfig, [f"checkpoint={run}", "steps=0", "json=true"]))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     documents = documents_of(data / "train")
     rows = [np.concatenate([documents[name][start:end] for name, start, end in line["spans"]]) for line in lines]
@@ -92,7 +94,7 @@ def test_a_step_from_an_imported_model_is_plain_torchs_and_its_export_opens(
     given = [f"data.path={data}", f"model.vocab_size={VOCAB}", f"model.norm={norm.value}", "max_steps=1", STEADY]
     runs.pretrain(tmp_path / "run", *given, f"init_from={tmp_path / 'start'}")
 
-    cfg = load("pretrain", [*TINY, *given, f"run.dir={tmp_path / 'run'}"])
+    cfg = load(PretrainConfig, [*TINY, *given, f"run.dir={tmp_path / 'run'}"])
     tokens = windows_of_first_step(tmp_path / "run", data, capsys)
     loss, grad_norm = plain_step(model, tokens, cfg)
     (row,) = read_journal(tmp_path / "run" / "metrics.jsonl")
@@ -135,7 +137,7 @@ def test_a_start_that_cannot_be_is_refused_before_any_work(what: str, data: Path
     import_hf(ImportHfConfig(str(save(hf_model(Norm.pre), tmp_path / "theirs")), str(tmp_path / "start")))
     given = [f"data.path={data}", "max_steps=2", f"run.dir={tmp_path / 'run'}", f"init_from={tmp_path / 'start'}"]
     with pytest.raises(UserError) as caught:
-        check(load("pretrain", [*TINY, *given, *overrides]))
+        check(load(PretrainConfig, [*TINY, *given, *overrides]))
     assert line in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -156,4 +158,4 @@ def test_a_start_with_another_vocabulary_is_refused_and_the_same_in_other_words_
     import_hf(ImportHfConfig(str(theirs), str(tmp_path / "other")))
     given = [f"data.path={data}", "max_steps=2", f"run.dir={tmp_path / 'run'}", f"init_from={tmp_path / 'other'}"]
     with pytest.raises(UserError, match=r"tokenizer\.json is another vocabulary than the data's .* tokenizer="):
-        check(load("pretrain", [*TINY, *given]))
+        check(load(PretrainConfig, [*TINY, *given]))

@@ -15,10 +15,10 @@ from tests.system.runs import finish, make_data, pretrain, start
 from tests.system.supervised import rows, supervised
 from tests.system.test_preemption import signal_at
 from tests.system.test_resume import story, weights
-from trainer.heartbeat import read_heartbeats
-from trainer.journal import read_journal
-from trainer.run_folder import RunFolder
-from trainer.weights import check_files, verify
+from trainer.checkpoint.files import check_files, verify
+from trainer.run.folder import RunFolder
+from trainer.run.heartbeat import read_heartbeats
+from trainer.run.journal import read_journal
 
 
 def kill_a_rank(process: subprocess.Popen[str], run: Path, after: int, step: int, rng: random.Random) -> int:

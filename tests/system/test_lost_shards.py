@@ -11,7 +11,7 @@ import pytest
 from tests.system.mixtures import check_fed, in_turn, make_mixture, mixture, shard_first_needed_near, state
 from tests.system.runs import finish, kill_at, pretrain, start
 from tests.system.test_resume import story, weights
-from trainer.run_folder import RunFolder
+from trainer.run.folder import RunFolder
 
 WEIGHTS = {"books": 1, "web": 3}
 AT, STEPS = 3, 14  # the checkpoint that all start from, before the shard is lost

@@ -34,11 +34,11 @@ from tests.system.tracked import (
     sync,
     wait_for,
 )
-from trainer.address import tracking_uri
-from trainer.journal import read_journal, read_rows
-from trainer.mixture_plot import draw
-from trainer.run_folder import RunFolder
-from trainer.shipper import CLOSE_S
+from trainer.run.folder import RunFolder
+from trainer.run.journal import read_journal, read_rows
+from trainer.tracking.address import tracking_uri
+from trainer.tracking.mixture_plot import draw
+from trainer.tracking.shipper import CLOSE_S
 
 pytestmark = needs_mlflow
 

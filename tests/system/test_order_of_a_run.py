@@ -15,7 +15,7 @@ import numpy as np
 from tests.fixtures import make_source
 from tests.ranks import ROOT
 from tests.system.runs import make_data, pretrain
-from trainer.journal import read_journal
+from trainer.run.journal import read_journal
 
 
 def documents_of(train: Path) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.ranks import ROOT, free_port, rank_env
 from tests.system.runs import TINY, make_data
-from trainer.run_folder import RunFolder
+from trainer.run.folder import RunFolder
 
 
 def command(module: str, *overrides: str) -> str:

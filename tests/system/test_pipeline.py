@@ -14,7 +14,7 @@ import torch
 
 from tests.ranks import ROOT, free_port
 from tests.system.runs import pretrain
-from trainer.run_folder import RunFolder
+from trainer.run.folder import RunFolder
 
 VOCAB = 512
 
@@ -105,7 +105,7 @@ def test_a_prompt_that_does_not_fit_or_a_wrong_id_is_refused_in_one_line(run: Pa
 )
 def test_every_launcher_trains_the_same_run(run: Path, tmp_path: Path, launcher: list[str]) -> None:
     from tests.system.runs import TINY
-    from trainer.journal import read_journal
+    from trainer.run.journal import read_journal
 
     args = [*TINY, f"run.dir={tmp_path / 'run'}", f"data.path={run.parent / 'data'}", f"model.vocab_size={VOCAB}"]
     ended = subprocess.run(

@@ -13,8 +13,8 @@ import pytest
 from tests.system.runs import finish, make_data, pretrain, start
 from tests.system.supervised import rows, supervised
 from tests.system.test_resume import story, weights
-from trainer.journal import read_journal
-from trainer.run_folder import RunFolder
+from trainer.run.folder import RunFolder
+from trainer.run.journal import read_journal
 
 
 def signal_at(processes: list[subprocess.Popen[str]], run: Path, step: int, rank: int, number: int) -> None:

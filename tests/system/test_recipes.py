@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.prepare.files import Input
+from data_pipeline.corpus.inputs import Input
 from data_pipeline.prepare.readers import ReadAgain
 from tests import slurm
 from tests.crawls import SMALL, STEPS, command, crawl, drops, made_by, pages, report, result, run

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.system.runs import finish, kill_at, make_data, pretrain, start
-from trainer.journal import read_journal
-from trainer.run_folder import RunFolder
+from trainer.run.folder import RunFolder
+from trainer.run.journal import read_journal
 
 EXACT = ("train/loss", "val/loss", "optim/lr", "optim/grad_norm", "data/position", "data/crc32")
 

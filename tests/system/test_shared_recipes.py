@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from data_pipeline.prepare.files import Input
+from data_pipeline.corpus.inputs import Input
 from data_pipeline.prepare.readers import ReadAgain
 from tests.archives import Made, squeeze
 from tests.crawls import SMALL, STEPS, drops, html, made_by, prose, report, result

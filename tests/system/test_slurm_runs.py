@@ -22,9 +22,9 @@ from tests.places import wait_for
 from tests.ranks import ROOT
 from tests.system.runs import TINY, make_data, pretrain
 from tests.system.test_resume import story
-from trainer.heartbeat import read_heartbeats
-from trainer.journal import read_journal
-from trainer.run_folder import RunFolder
+from trainer.run.folder import RunFolder
+from trainer.run.heartbeat import read_heartbeats
+from trainer.run.journal import read_journal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 300

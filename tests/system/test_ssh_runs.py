@@ -19,8 +19,8 @@ from tests import hosts
 from tests.hosts import Cluster
 from tests.ranks import ROOT
 from tests.system.runs import TINY, make_data, pretrain
-from trainer.journal import Row, read_journal
-from trainer.run_folder import RunFolder
+from trainer.run.folder import RunFolder
+from trainer.run.journal import Row, read_journal
 
 why_not = hosts.missing()
 pytestmark = [

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from launch.run_report import gather
-from launch.status import harmless, show
+from launch.status.report import gather
+from launch.status.table import harmless, show
 from tests.ranks import ROOT
 from tests.system.runs import TINY, make_data
-from trainer.journal import read_journal
+from trainer.run.journal import read_journal
 
 STEPS = 8
 LIVES = '{"time": 1, "event": "start", "exit_code": null, "step": -1}\n'

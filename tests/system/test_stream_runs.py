@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.ledger import Ledger
-from data_pipeline.plan import Plan
+from data_pipeline.order.ledger import Ledger
+from data_pipeline.order.plan import Plan
 from tests.order_twin import zipped
 from tests.stream_truth import legs_of, shards_of
 from tests.system.mixtures import LANES, SEED, check_fed, in_turn, make_mixture, mixture, state

@@ -16,8 +16,9 @@ from conf.schema import load
 from tests.places import wait_for
 from tests.ranks import ROOT
 from tests.system.runs import TINY, make_data
-from trainer.journal import read_journal
-from trainer.run_folder import RunFolder
+from trainer.config.pretrain import PretrainConfig
+from trainer.run.folder import RunFolder
+from trainer.run.journal import read_journal
 
 LEFT = ("cluster=local", "cluster.gpu=cpu", "cluster.gpus_per_node=2", "max_restarts=0")
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -41,8 +42,8 @@ def test_a_run_is_trained_on_two_ranks_and_resumed_by_submitting_again(tmp_path:
     latest = RunFolder(root).latest()
     assert latest is not None and latest.name == "step-00000010.gen-0002"
     assert RunFolder.state(latest)["layout"]["dp"] == 2
-    submitted = load("pretrain", [f"frozen={root}/submit/0002/config.yaml"])
-    assert load("pretrain", [f"frozen={root}/config.yaml"]) == submitted  # what ran is what was submitted
+    submitted = load(PretrainConfig, [f"frozen={root}/submit/0002/config.yaml"])
+    assert load(PretrainConfig, [f"frozen={root}/config.yaml"]) == submitted  # what ran is what was submitted
     assert "resumes at step 6 of 10" in done.stdout
     code = json.loads((root / "submit/0002/code.json").read_text())
     assert code["packages"]["torch"] and "max_steps=10" in code["argv"]

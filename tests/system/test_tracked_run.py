@@ -12,7 +12,7 @@ import pytest
 from tests.ranks import free_port
 from tests.system.runs import finish, make_data, start
 from tests.system.tracked import client_of, counted, logged, needs_mlflow, signal_group, start_server
-from trainer.run_folder import RunFolder
+from trainer.run.folder import RunFolder
 
 pytestmark = needs_mlflow
 

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from conf.schema import freeze, load
-from data_pipeline.ledger import Ledger
-from data_pipeline.plan import Plan
+from data_pipeline.order.ledger import Ledger
+from data_pipeline.order.plan import Plan
 from tests.ranks import ROOT
-from trainer.config import PretrainConfig
-from trainer.journal import read_rows
-from trainer.run_folder import RunFolder
-from trainer.shipper import Status
-from trainer.tracking import Tracker
+from trainer.config.pretrain import PretrainConfig
+from trainer.run.folder import RunFolder
+from trainer.run.journal import read_rows
+from trainer.tracking.shipper import Status
+from trainer.tracking.tracker import Tracker
 
 needs_mlflow = pytest.mark.skipif(
     importlib.util.find_spec("mlflow") is None,
@@ -38,7 +38,7 @@ def loss_at(step: int) -> float:
 
 def config(root: Path, uri: str | None) -> PretrainConfig:
     overrides = ["experiment=demo", f"run.dir={root}", "data.path=none", f"tracking.uri={uri or 'null'}"]
-    cfg: PretrainConfig = load("pretrain", overrides)
+    cfg: PretrainConfig = load(PretrainConfig, overrides)
     return cfg
 
 

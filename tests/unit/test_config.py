@@ -7,17 +7,20 @@ from itertools import product
 
 import pytest
 
-from data_pipeline.config import CacheConfig, DataConfig, SourceConfig, UserError
-from data_pipeline.geometry import batch_geometry
-from data_pipeline.prepare.config import BpeTrainConfig, ShardsConfig
-from data_pipeline.prepare.recipe import BadWordsConfig, DedupConfig, LanguageConfig, LengthConfig
+from conf.errors import UserError
+from data_pipeline.config import CacheConfig, DataConfig, SourceConfig
+from data_pipeline.order.geometry import batch_geometry
+from data_pipeline.prepare.recipe_config import BadWordsConfig, DedupConfig, LanguageConfig, LengthConfig
+from data_pipeline.shards.config import BpeTrainConfig, ShardsConfig
 from launch.config import SuperviseConfig
-from trainer.checkpoint_config import CheckpointConfig, GenerateConfig
-from trainer.config import EvalConfig, ParallelConfig, Precision, PretrainConfig, RunConfig
-from trainer.layouts import check_layout
-from trainer.model.config import ModelConfig
-from trainer.optim_config import Kind, OptimConfig, ScheduleConfig, ScheduleKind
-from trainer.tracking_config import Tracker, TrackingConfig
+from trainer.config.checkpoint import CheckpointConfig
+from trainer.config.generate import GenerateConfig
+from trainer.config.model import ModelConfig
+from trainer.config.optim import Kind, OptimConfig, ScheduleConfig, ScheduleKind
+from trainer.config.parallel import ParallelConfig, Precision
+from trainer.config.pretrain import EvalConfig, PretrainConfig, RunConfig
+from trainer.config.tracking import Tracker, TrackingConfig
+from trainer.plan.layout_rules import check_layout
 
 
 def deal(tokens_per_step: int, n_ctx: int, micro_batch_size: int, lanes: int, dp: int) -> int | None:

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import zstandard
 
-from data_pipeline import convert, manifest, shards
-from data_pipeline.bpe import train_bpe
-from data_pipeline.config import UserError
+from conf.errors import UserError
+from data_pipeline import manifest
+from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
 from data_pipeline.manifest import index_path, read_index, read_manifest
-from data_pipeline.prepare import tokens
-from data_pipeline.prepare.config import (
-    CorpusConfig,
-    CorpusFormat,
+from data_pipeline.shards import convert
+from data_pipeline.shards import token_files as tokens
+from data_pipeline.shards import write as shards
+from data_pipeline.shards.config import (
     ExportConfig,
     ExportFormat,
     ImportConfig,
@@ -32,7 +32,8 @@ from data_pipeline.prepare.config import (
     VerifyConfig,
     Width,
 )
-from data_pipeline.stream import read_shard
+from data_pipeline.stream.windows import read_shard
+from data_pipeline.tokenizer.tokenizer import train_bpe
 from tests.fixtures import forestalled
 from tests.unit.test_shards import tree
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import shards
-from data_pipeline.config import UserError
-from data_pipeline.prepare.config import ExportConfig, Width
+from conf.errors import UserError
+from data_pipeline.shards import write as shards
+from data_pipeline.shards.config import ExportConfig, Width
 from tests.unit.test_convert import EOT, as_ndarray, config, documents_of, write_mds
 from tests.unit.test_convert import home as home
 

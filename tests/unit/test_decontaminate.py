@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from datatrove.data import Document
 
-from data_pipeline.config import UserError
-from data_pipeline.prepare import words
-from data_pipeline.prepare.decontaminate import Decontaminate, Overlaps, clean_examples, report
-from data_pipeline.prepare.grams import Grams
-from data_pipeline.prepare.recipe import DecontaminateConfig
+from conf.errors import UserError
+from data_pipeline.prepare.decontaminate.grams import Grams
+from data_pipeline.prepare.decontaminate.step import Decontaminate, Overlaps, clean_examples, report
+from data_pipeline.prepare.recipe_config import DecontaminateConfig
+from data_pipeline.prepare.text import hashing as words
 from tests.plain_words import plain_words, random_text
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 from launch.checks import folder, hosts, packages, services, slurm
-from launch.side_by_side import Check, run_checks
+from launch.checks.runner import Check, run_checks
 from tests.places import serving, wait_for
 from tests.ranks import ROOT
-from trainer import machine
-from trainer.finding import MOST, Finding, State, fail, ok
-from trainer.tracking_config import Tracker, TrackingConfig
+from trainer.config.tracking import Tracker, TrackingConfig
+from trainer.diagnostics import machine
+from trainer.diagnostics.check_result import MOST, Finding, State, fail, ok
 
 NEVER = "doctor-has-no-such-package"
 
@@ -173,7 +173,7 @@ def test_shared_memory_by_the_size_of_a_real_one(tmp_path: Path) -> None:
 LIMITS = """
 import resource, sys
 from pathlib import Path
-from trainer.machine import locked_memory, open_files
+from trainer.diagnostics.machine import locked_memory, open_files
 which, soft, infiniband = sys.argv[1:]
 limit = getattr(resource, which)
 resource.setrlimit(limit, (int(soft), resource.getrlimit(limit)[1]))

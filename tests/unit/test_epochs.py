@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import epochs
-from data_pipeline.config import UserError
-from data_pipeline.epochs import permutation, splitmix64
-from data_pipeline.plan import rank_positions
+from conf.errors import UserError
+from data_pipeline.order import epochs
+from data_pipeline.order.epochs import permutation, splitmix64
+from data_pipeline.order.plan import rank_positions
 from tests.order_twin import twin
 
 Windows = list[tuple[int, int]]

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.prepare import epub
-from data_pipeline.prepare.config import CorpusConfig, CorpusFormat
-from data_pipeline.prepare.epub import BadBook, text_of
-from data_pipeline.prepare.read import documents
-from data_pipeline.prepare.report import Report
+from data_pipeline.corpus import epub
+from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
+from data_pipeline.corpus.epub import BadBook, text_of
+from data_pipeline.corpus.read import documents
+from data_pipeline.corpus.report import Report
 
 CONTAINER = (
     '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.config import UserError
-from data_pipeline.ledger import Ledger, Segment
-from data_pipeline.plan import Plan
+from conf.errors import UserError
+from data_pipeline.order.ledger import Ledger, Segment
+from data_pipeline.order.plan import Plan
 from tests.order_twin import Leg, Source, Window, deal, dealt_to, served, zipped
 
 Run = tuple[dict[str, list[int]], list[Leg], int, int]  # tokens of each source's shards, legs, lanes, seed

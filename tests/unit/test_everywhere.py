@@ -13,19 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from launch.everywhere import Host
+from launch.ssh.fanout import Host
 from tests.places import wait_for
 from tests.ranks import ROOT
-from trainer.heartbeat import Heartbeat, write_heartbeat
+from trainer.run.heartbeat import Heartbeat, write_heartbeat
 
-LEASH = [sys.executable, "-m", "launch.leash"]
+LEASH = [sys.executable, "-m", "launch.ssh.tether"]
 SAVES = 'trap "echo saved; exit 9" TERM; echo up; while :; do sleep 0.05; done'
 TIMEOUT_S = 60
 
 
 def everywhere(root: Path, **commands: list[str]) -> subprocess.Popen[str]:
     (root / "ssh.json").write_text(json.dumps(commands))
-    argv = [sys.executable, "-m", "launch.everywhere", str(root / "ssh.json")]
+    argv = [sys.executable, "-m", "launch.ssh.fanout", str(root / "ssh.json")]
     return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -67,7 +67,7 @@ def test_a_lost_host_is_taken_back_while_another_lives(tmp_path: Path) -> None:
 def test_a_host_that_failed_alone_is_taken_back_a_few_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("launch.everywhere.FAILED_S", 0.1)
+    monkeypatch.setattr("launch.ssh.fanout.FAILED_S", 0.1)
     host = Host("b", sh("echo again; exit 1"))
     deadline = time.monotonic() + TIMEOUT_S
     while host.code() is None or time.monotonic() - (host.ended_at or 0) < 0.5:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.config import Passing, UserError
+from conf.errors import TransientError, UserError
 from data_pipeline.prepare.config import Executor, ExecutorConfig
-from data_pipeline.prepare.executors import After, execute
+from data_pipeline.prepare.executors.executors import After, execute
 from data_pipeline.prepare.stages import Stage
 
 WORDS = r"^'?the words of task 1'?$"
@@ -31,7 +31,9 @@ class Fails(PipelineStep):
         if rank == 1:
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise {"mistake": UserError, "passing": Passing, "bug": KeyError}[self.how](f"the words of task {rank}")
+            raise {"mistake": UserError, "passing": TransientError, "bug": KeyError}[self.how](
+                f"the words of task {rank}"
+            )
         self.out.mkdir(exist_ok=True)
         (self.out / str(rank)).touch()
 
@@ -41,7 +43,7 @@ def stages(folder: Path, how: str) -> list[tuple[Path, Stage]]:
     return [(folder / "logs" / name, Stage(name, Fails(folder / name, how), 3)) for name in names]
 
 
-@pytest.mark.parametrize(("how", "error"), [("mistake", UserError), ("passing", Passing), ("bug", KeyError)])
+@pytest.mark.parametrize(("how", "error"), [("mistake", UserError), ("passing", TransientError), ("bug", KeyError)])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_a_task_raises_is_raised_and_ends_the_work(how: str, error: type, workers: int, tmp_path: Path) -> None:
     with pytest.raises(error, match=WORDS) as raised:
@@ -60,7 +62,7 @@ def test_a_worker_that_is_killed_ends_the_work_too(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "error"), [("mistake", UserError), ("passing", Passing), ("bug", KeyError), ("killed", UserError)]
+    ("how", "error"), [("mistake", UserError), ("passing", TransientError), ("bug", KeyError), ("killed", UserError)]
 )
 def test_on_ray_as_well(how: str, error: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="ray is not installed: pip install 'gradus[ray]'")

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from conf.schema import CONF, load, options
-from data_pipeline.ledger import Ledger
-from data_pipeline.stages import plan_ledger
-from trainer.arithmetic import param_count
-from trainer.config import PretrainConfig
-from trainer.layouts import check_layout
-from trainer.schedule import lr_at
+from data_pipeline.order.ledger import Ledger
+from data_pipeline.order.stages import plan_ledger
+from trainer.config.pretrain import PretrainConfig
+from trainer.engine.schedule import lr_at
+from trainer.model.arithmetic import param_count
+from trainer.plan.layout_rules import check_layout
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "experiments.md"
 PAPERS = [name for name in options("experiment") if name != "demo"]
@@ -32,7 +32,7 @@ MORE = {"gpt1": ["micro_batch_size=1"], "gpt2": [], "gpt3": ["data.lanes=64", "b
 
 @cache
 def experiment(name: str, *overrides: str) -> PretrainConfig:
-    cfg = load("pretrain", [f"experiment={name}", "data.path=data", *overrides])
+    cfg = load(PretrainConfig, [f"experiment={name}", "data.path=data", *overrides])
     assert isinstance(cfg, PretrainConfig)
     return cfg
 

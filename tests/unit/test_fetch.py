@@ -13,10 +13,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from data_pipeline.config import FetchConfig, UserError
+from conf.errors import UserError
+from data_pipeline.config import FetchConfig
 from data_pipeline.remote import fetch
+from data_pipeline.remote.backends import Lost, Place, Unreachable, Wrong, is_remote, place, refuse_password, shown
 from data_pipeline.remote.fetch import Reader, fetch_small, retried
-from data_pipeline.remote.places import Lost, Place, Unreachable, Wrong, is_remote, place, refuse_password, shown
 from tests.places import Server, serving
 
 pytestmark = pytest.mark.timeout(30)  # nothing may hang

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from data_pipeline.config import UserError
-from trainer.checkpoint_config import GenerateConfig
+from conf.errors import UserError
+from trainer.config.generate import GenerateConfig
 from trainer.generate import Sampler
 
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline import loader
-from data_pipeline.config import UserError
+from conf.errors import UserError
+from data_pipeline.stream import loader
 from tests.operations import kept_bytes
-from trainer.config import Recompute
-from trainer.loss import IGNORE
-from trainer.model.config import ModelConfig, Norm
+from trainer.config.model import ModelConfig, Norm
+from trainer.config.parallel import Recompute
+from trainer.distributed.mesh import Mesh
+from trainer.distributed.seeds import seed_dropout, stable_seed
 from trainer.model.gpt import GPT, KVCache
 from trainer.model.init import initialise
-from trainer.parallel import Mesh, seed_dropout, stable_seed
+from trainer.model.loss import IGNORE
 
 CFG = ModelConfig(name="t", n_layer=3, n_head=4, n_embd=64, n_ctx=32, vocab_size=300)
 

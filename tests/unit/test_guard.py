@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.config import DataConfig, Passing, RampConfig, SourceConfig, StageConfig, UserError
-from data_pipeline.ledger import Ledger
-from data_pipeline.plan import Plan
-from data_pipeline.stages import plan_ledger
-from trainer.guard import EVENTS, Guard
-from trainer.safety_config import GuardConfig
+from conf.errors import TransientError, UserError
+from data_pipeline.config import DataConfig, RampConfig, SourceConfig, StageConfig
+from data_pipeline.order.ledger import Ledger
+from data_pipeline.order.plan import Plan
+from data_pipeline.order.stages import plan_ledger
+from trainer.config.health import GuardConfig
+from trainer.health.spike_guard import EVENTS, Guard
 
 NAN, INF = math.nan, math.inf
 
@@ -142,7 +143,7 @@ def test_ranks_that_skipped_other_steps_are_an_error_and_the_report_names_every_
     guard.check(0, 4)
     guard.record(7, 56, NAN, 1.0)
     guard.check(4, 4)
-    with pytest.raises(Passing, match=r"1 on this one, so 4 over 4 ranks, but there are 3"):
+    with pytest.raises(TransientError, match=r"1 on this one, so 4 over 4 ranks, but there are 3"):
         guard.check(3, 4)
     guard.refuse_another(8)
     guard.roll_back(None, 4, (32, 64))

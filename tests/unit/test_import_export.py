@@ -16,16 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from data_pipeline.bpe import Tokenizer, train_bpe
-from data_pipeline.config import UserError
+from conf.errors import UserError
+from data_pipeline.tokenizer.tokenizer import Tokenizer, train_bpe
 from tests.hf_models import SIZE, hf_model, save
 from tests.ranks import ROOT
-from trainer.checkpoint_config import ExportHfConfig, ImportHfConfig
+from trainer.checkpoint.files import Source
+from trainer.checkpoint.find import model_of
+from trainer.config.hf import ExportHfConfig, ImportHfConfig
+from trainer.config.model import Norm
 from trainer.export_hf import _our_logits, compare, export_hf
 from trainer.import_hf import import_hf
-from trainer.model.config import Norm
-from trainer.run_folder import RunFolder, model_of
-from trainer.weights import Source
+from trainer.run.folder import RunFolder
 
 NORMS = pytest.mark.parametrize("norm", Norm, ids=lambda n: n.value)
 QKV = "transformer.h.1.attn.c_attn.weight"

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.config import UserError
+from conf.errors import UserError
 from tests.ranks import ROOT
-from trainer.journal import JournalWriter, NewNumbers, Row, read_journal, read_rows, superseded
+from trainer.run.journal import JournalWriter, NewNumbers, Row, read_journal, read_rows, superseded
 
 
 def start(generation: int, resumed_at: int) -> Row:

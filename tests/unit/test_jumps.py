@@ -8,9 +8,9 @@ import random
 import pytest
 
 from data_pipeline.config import DataConfig, RampConfig, SourceConfig, StageConfig
-from data_pipeline.ledger import Ledger
-from data_pipeline.plan import Plan
-from data_pipeline.stages import plan_ledger
+from data_pipeline.order.ledger import Ledger
+from data_pipeline.order.plan import Plan
+from data_pipeline.order.stages import plan_ledger
 from tests.order_twin import Leg, deal, dealt_to, served
 
 STEPS = 36

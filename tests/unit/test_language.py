@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from datatrove.data import Document
 
-from data_pipeline.config import UserError
-from data_pipeline.prepare.recipe import LanguageConfig
+from conf.errors import UserError
+from data_pipeline.prepare.recipe_config import LanguageConfig
 from data_pipeline.prepare.rules.language import Language, model_path
 
 TEXTS = {

@@ -10,12 +10,12 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.ranks import ROOT
-from trainer.arithmetic import param_count
-from trainer.model.config import ModelConfig, Norm
+from trainer.config.model import ModelConfig, Norm
+from trainer.distributed.mesh import Mesh
+from trainer.hf.weights import hf_config
+from trainer.model.arithmetic import param_count
 from trainer.model.gpt import GPT
-from trainer.model.hf import hf_config
-from trainer.model.layout import ParamSpec, from_local, specs, to_local
-from trainer.parallel import Mesh
+from trainer.model.specs import ParamSpec, from_local, specs, to_local
 
 COUNTS = {
     "gpt1": 116_534_784,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from conf.errors import UserError
 from conf.schema import load
-from data_pipeline.config import UserError
 from tests.distributed import tiny_run
 from tests.distributed.layout_cases import Case, every_case, pairs, refusal, trained
-from trainer.config import PretrainConfig
-from trainer.layouts import check_layout
-from trainer.model.layout import from_local, specs, to_local
-from trainer.optim_config import Kind
+from trainer.config.optim import Kind
+from trainer.config.pretrain import PretrainConfig
+from trainer.model.specs import from_local, specs, to_local
+from trainer.plan.layout_rules import check_layout
 
 SIZES = ("gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl", "gpt1")
 
@@ -52,7 +52,7 @@ def test_every_two_settings_that_are_accepted_together_are_trained_together() ->
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_lies_on_one_to_eight_ranks(size: str) -> None:
     """Shapes on every rank, and the way back to the true ones; what does not divide is refused with what does."""
-    cfg = load("pretrain", [f"model={size}", "data.path=x", "max_steps=1", "data.lanes=1"])
+    cfg = load(PretrainConfig, [f"model={size}", "data.path=x", "max_steps=1", "data.lanes=1"])
     for tp in range(1, 9):
         cfg.parallel.tp = tp
         if 4 * cfg.model.n_embd % tp:
@@ -78,6 +78,6 @@ def lies_on(cfg: PretrainConfig, tp: int) -> None:
 
 
 def test_gpt2_xl_on_eight_ranks_has_32_heads_and_a_vocabulary_of_50_688() -> None:
-    layout = specs(load("pretrain", ["model=gpt2_xl", "data.path=x", "max_steps=1"]).model, 8)
+    layout = specs(load(PretrainConfig, ["model=gpt2_xl", "data.path=x", "max_steps=1"]).model, 8)
     assert layout["h.0.attn.c_proj.weight"].padded == (1600, 32 * 64)
     assert layout["wte.weight"].padded == (50688, 1600)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from data_pipeline.config import UserError
-from data_pipeline.ledger import Ledger
+from conf.errors import UserError
+from data_pipeline.order.ledger import Ledger
 
 
 def test_the_ledger_gives_each_step_its_positions() -> None:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.config import UserError
-from data_pipeline.ledger import Ledger
-from data_pipeline.loader import IGNORE, Batch, Item, TrainLoader, validation_batches
+from conf.errors import UserError
 from data_pipeline.manifest import Manifest, index_of
-from data_pipeline.plan import Plan, rank_positions
-from data_pipeline.stream import ShardError, ShardStream, read_shard
+from data_pipeline.order.ledger import Ledger
+from data_pipeline.order.plan import Plan, rank_positions
+from data_pipeline.remote.source import ShardError
+from data_pipeline.stream.loader import IGNORE, Batch, Item, TrainLoader, validation_batches
+from data_pipeline.stream.windows import ShardStream, read_shard
 from tests.fixtures import random_source
 
 N_CTX, LANES, STEP = 16, 4, 8
@@ -194,7 +195,7 @@ def test_close_after_an_error_does_not_hang(manifest: Manifest) -> None:
 def test_a_thread_that_comes_back_late_closes_the_stream_and_opens_nothing(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.loader._PATIENCE", 0.05)
+    monkeypatch.setattr("data_pipeline.stream.loader._PATIENCE", 0.05)
     ours = loader(manifest)
     stream, thread = ours._stream, ours._thread
     assert stream is not None and thread is not None

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.operations import Operations
-from trainer import loss as module
-from trainer.loss import IGNORE, token_loss
-from trainer.parallel import Mesh
+from trainer.distributed.mesh import Mesh
+from trainer.model import loss as module
+from trainer.model.loss import IGNORE, token_loss
 
 T, B, V, TRUE = 9, 4, 320, 300
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.config import Passing, UserError
+from conf.errors import TransientError, UserError
+from data_pipeline.files import publish_json, read_json
 from data_pipeline.manifest import (
     MANIFEST,
     Block,
@@ -21,9 +22,7 @@ from data_pipeline.manifest import (
     decode_block,
     encode_block,
     index_of,
-    publish_json,
     read_index,
-    read_json,
     read_manifest,
     write_index,
     write_manifest,
@@ -205,7 +204,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -
         path.mkdir()
     with pytest.raises(UserError, match=rf"^{path}: (not a regular file|is a directory): do this$") as caught:
         read_json(path, "do this")
-    assert not isinstance(caught.value, Passing)
+    assert not isinstance(caught.value, TransientError)
 
 
 def test_missing_is_a_mistake_and_unreadable_may_pass(tmp_path: Path) -> None:
@@ -213,7 +212,7 @@ def test_missing_is_a_mistake_and_unreadable_may_pass(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"do this$") as caught:
             read_json(path, "do this")
-        assert not isinstance(caught.value, Passing)
+        assert not isinstance(caught.value, TransientError)
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(Passing, match=rf"^{tmp_path}/loop: too many levels .*: mend it, then try again$"):
+    with pytest.raises(TransientError, match=rf"^{tmp_path}/loop: too many levels .*: mend it, then try again$"):
         read_json(tmp_path / "loop", "do this")

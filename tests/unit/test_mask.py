@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.config import Recompute
-from trainer.loss import IGNORE
+from trainer.config.model import ModelConfig, Norm
+from trainer.config.parallel import Recompute
+from trainer.distributed.mesh import Mesh
+from trainer.distributed.seeds import seed_dropout
 from trainer.model import attention, gpt
-from trainer.model.config import ModelConfig, Norm
 from trainer.model.gpt import GPT, KVCache
 from trainer.model.init import initialise
+from trainer.model.loss import IGNORE
 from trainer.model.mask import attention_bias, segment_positions
-from trainer.parallel import Mesh, seed_dropout
 
 CFG = ModelConfig(name="t", n_layer=2, n_head=4, n_embd=64, n_ctx=24, vocab_size=200, init_std=0.2)
 ROWS = 4

@@ -81,5 +81,5 @@ def test_a_longer_device_name_is_looked_up_before_a_shorter_one_that_it_contains
 
 
 def test_module_and_journal_import_without_torch() -> None:
-    code = "import sys, trainer.metrics, trainer.journal, trainer.tracking; sys.exit('torch' in sys.modules)"
+    code = "import sys, trainer.metrics, trainer.run.journal, trainer.tracking; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.prepare.dedup import minhash as module
 from data_pipeline.prepare.dedup import words
 from data_pipeline.prepare.dedup.minhash import MinHash
-from data_pipeline.prepare.recipe import MinHashConfig
+from data_pipeline.prepare.recipe_config import MinHashConfig
 from tests.duplicates import (
     CHANCE,
     edited,

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.config import UserError
-from data_pipeline.ledger import Ledger, Segment
-from data_pipeline.mixture import Mixture, quantise
-from data_pipeline.plan import Plan
+from conf.errors import UserError
+from data_pipeline.order.ledger import Ledger, Segment
+from data_pipeline.order.mixture import Mixture, quantise
+from data_pipeline.order.plan import Plan
 from tests.order_twin import Leg, Window, deal, dealt_to, first_entry, served, table, zipped
 
 LANES, N_CTX, STEPS, PER_STEP, SEED = 12, 4, 24, 24, 7

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.ledger import Ledger
-from data_pipeline.plan import Plan
+from data_pipeline.order.ledger import Ledger
+from data_pipeline.order.plan import Plan
 from tests.ranks import ROOT
 
 matplotlib = pytest.importorskip("matplotlib", reason="the tracking extra is not installed")
@@ -43,7 +43,7 @@ def share_of_blue(png: bytes, column: float) -> float:
 
 
 def test_the_bands_are_the_shares_of_the_stages() -> None:
-    from trainer.mixture_plot import draw
+    from trainer.tracking.mixture_plot import draw
 
     # 4 + 4 steps of as many tokens: the picture changes half way
     ledger = START.then(4, weights={"books": 3, "web": 2})
@@ -56,7 +56,7 @@ def test_the_bands_are_the_shares_of_the_stages() -> None:
 
 def test_runs_of_every_kind_are_drawn() -> None:
     """Many sources, a long ramp, lost shards, another n_ctx, a jump, all done or nothing."""
-    from trainer.mixture_plot import draw
+    from trainer.tracking.mixture_plot import draw
 
     names = [f"_s{n}" for n in range(13)]
     ledger = Ledger.start(4, 16, dict.fromkeys(names, 1))
@@ -70,7 +70,7 @@ def test_runs_of_every_kind_are_drawn() -> None:
 
 
 def test_a_new_plan_replaces_the_picture_and_one_source_has_none(tmp_path: Path) -> None:
-    from trainer.mixture_plot import MixturePlot
+    from trainer.tracking.mixture_plot import MixturePlot
 
     one, two = (MixturePlot(tmp_path / f"{name}.png", name, 8) for name in ("one", "two"))
     one.show(plan(Ledger.start(8, 64, {"web": 1}), "web"), 0)
@@ -100,9 +100,9 @@ def test_without_matplotlib_training_goes_on_and_one_line_says_why(tmp_path: Pat
         "    find = m.PathFinder.find_spec\n"
         "    m.PathFinder.find_spec = lambda name, *a: None if name == 'matplotlib' else find(name, *a)\n"
         "from pathlib import Path\n"
-        "from data_pipeline.ledger import Ledger\n"
-        "from data_pipeline.plan import Plan\n"
-        "from trainer.mixture_plot import MixturePlot\n"
+        "from data_pipeline.order.ledger import Ledger\n"
+        "from data_pipeline.order.plan import Plan\n"
+        "from trainer.tracking.mixture_plot import MixturePlot\n"
         "plot = MixturePlot(Path(path), 'x', 8)\n"
         "ledger = Ledger.start(8, 64, {'web': 1}).then(4, n_ctx=32)\n"
         "plot.show(Plan({'web': [4000]}, ledger, lanes=4, seed=1), 0); plot.close()\n"

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from conf.errors import UserError
 from conf.schema import load
-from data_pipeline.config import UserError
-from data_pipeline.prepare.needs import check
+from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.preconditions import check
 from data_pipeline.prepare.run import prepare
 from tests.crawls import drops, kept_ids, report
 
@@ -25,7 +26,7 @@ def lines(path: Path, texts: dict[str, str]) -> Path:
 
 
 def made(out: Path, *words: str) -> Path:
-    prepare(load("prepare", [*PLAIN, f"output={out}", *words]))
+    prepare(load(PrepareConfig, [*PLAIN, f"output={out}", *words]))
     return out
 
 
@@ -96,7 +97,7 @@ def test_an_output_within_its_input_or_in_place_of_a_file_is_refused(tmp_path: P
 )
 def test_a_glob_that_takes_in_the_output_is_refused(where: str, out: str, refused: bool, tmp_path: Path) -> None:
     lines(tmp_path / "in" / "x" / "a.jsonl", {"a": "a text"})
-    cfg = load("prepare", [*PLAIN, f"input={tmp_path / where}", f"output={tmp_path}/{out}"])
+    cfg = load(PrepareConfig, [*PLAIN, f"input={tmp_path / where}", f"output={tmp_path}/{out}"])
     if refused:
         with pytest.raises(UserError, match=r"output=.*out lies in input=.*, which may match its files"):
             check(cfg)
@@ -112,15 +113,15 @@ def several(*sources: str) -> list[str]:
 
 
 def test_a_source_is_compared_with_those_that_are_made_before_it_alone() -> None:
-    check(load("prepare", [*several("a", "b"), "corpus.sources.b.recipe.dedup.against=[out/a]"]))
+    check(load(PrepareConfig, [*several("a", "b"), "corpus.sources.b.recipe.dedup.against=[out/a]"]))
     for other in ("a", "b"):
         with pytest.raises(UserError, match=rf"sources.a.recipe.dedup.against: no out/{other}/work/duplicates"):
-            check(load("prepare", [*several("a", "b"), f"corpus.sources.a.recipe.dedup.against=[out/{other}]"]))
+            check(load(PrepareConfig, [*several("a", "b"), f"corpus.sources.a.recipe.dedup.against=[out/{other}]"]))
 
 
 def test_several_corpora_have_recipes_of_their_own_alone() -> None:
     with pytest.raises(UserError, match=r"is several corpora, and corpus.recipe is given"):
-        load("prepare", [*several("a"), "corpus.recipe.pii.phone=true"])
+        load(PrepareConfig, [*several("a"), "corpus.recipe.pii.phone=true"])
 
 
 def test_a_corpus_of_which_nothing_is_left_is_no_error_and_compares_with_others(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from conf.schema import load
-from launch.nodes import command, gpus_of_a_node, read
-from trainer.finding import Finding, fail, ok
-from trainer.node_config import NodeCheckConfig, NodeRunConfig
-from trainer.node_findings import came_findings, group_finding, measured_findings
-from trainer.node_meeting import nodes_of, ranges
+from launch.checks.nodes import command, gpus_of_a_node, read
+from launch.config import DoctorConfig
+from trainer.config.node_check import NodeCheckConfig, NodeRunConfig
+from trainer.diagnostics.check_result import Finding, fail, ok
+from trainer.diagnostics.node_findings import came_findings, group_finding, measured_findings
+from trainer.diagnostics.node_store import nodes_of, ranges
 
 NODES = [[0, 1], [2, 3]]
 GPU = {"name": "H100", "memory.total": "81559", "memory.used": "1", "ecc.errors.uncorrected.volatile.total": "0"}
@@ -177,7 +178,9 @@ def test_ranks_are_numbered_node_by_node() -> None:
 
 def test_the_launcher_of_an_allocation_and_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = "runs/a b'\"$(touch x)${run.name}"
-    cfg = load("doctor", ["cluster=slurm", "node=true", r"run.dir=runs/a b'\"$(touch x)\${run.name}", "timeout_s=7"])
+    cfg = load(
+        DoctorConfig, ["cluster=slurm", "node=true", r"run.dir=runs/a b'\"$(touch x)\${run.name}", "timeout_s=7"]
+    )
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     here = command(cfg)
@@ -187,8 +190,8 @@ def test_the_launcher_of_an_allocation_and_of_this_machine(monkeypatch: pytest.M
     monkeypatch.setenv("SLURM_GPUS_PER_NODE", "8")
     there = command(cfg)
     assert there[0] == "srun" and {"--nodes=4", "--ntasks=32", "--gpus-per-node=8"} <= set(there)
-    at = there.index("trainer.node_check")
-    checked = load("node_check", there[at + 1 :])
+    at = there.index("trainer.diagnostics.node_check")
+    checked = load(NodeCheckConfig, there[at + 1 :])
     assert Path(checked.run.dir) == Path(cfg.run.dir).absolute()
     assert checked.gpus_per_node == 8 and checked.network_gbit == 400 and checked.timeout_s == 7
     assert hostile.split("/")[1][:3] in checked.run.dir

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conf.errors import UserError
 from conf.schema import load
-from data_pipeline.config import OrderConfig, UserError
+from data_pipeline.config import OrderConfig
 from data_pipeline.manifest import Manifest
-from data_pipeline.order import order
+from data_pipeline.order.lookup import order
 from tests.fixtures import make_source
 from tests.order_twin import Leg, deal
 from tests.ranks import ROOT
@@ -88,7 +89,7 @@ def make_case(root: Path, lengths: Mapping[str, Sequence[Sequence[int]]]) -> Cas
 
 def ask(capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[list[Line], str]:
     """The lines of `order … json=true`, and what it says on stderr."""
-    return answer(capsys, load("order", overrides))
+    return answer(capsys, load(OrderConfig, overrides))
 
 
 def answer(capsys: pytest.CaptureFixture[str], cfg: OrderConfig, **changes: Any) -> tuple[list[Line], str]:
@@ -129,7 +130,7 @@ def test_order_tells_of_a_run_what_was_dealt_by_hand_and_lies_in_the_tars(
     ]
     case = make_case(tmp_path, lengths)
     expected = case.lines(legs, lanes, 14)
-    run = load("order", [f"checkpoint={case.run_folder(legs, lanes, done=12)}"])
+    run = load(OrderConfig, [f"checkpoint={case.run_folder(legs, lanes, done=12)}"])
     assert answer(capsys, run, steps="0:14")[0] == expected, f"seed {seed}"
     for rank, dp in ((0, 1), (0, 3), (1, 3), (2, 3)):
         of_steps = [line for line in expected if 2 <= line["step"] < 11]
@@ -240,7 +241,7 @@ def test_what_cannot_be_answered_is_one_line_with_its_cure(tmp_path: Path, capsy
     refused("dp=3 does not divide data.lanes=2: give one of dp=1, 2", *config, "dp=3")
     refused("step 3: n_ctx=-1: give at least 1", *config, "data.stages=[{step: 3, n_ctx: -1}]")
     refused("give earlier steps", *config, "tokens_per_step=16000000", "steps=999999999999")
-    cfg = load("order", config)
+    cfg = load(OrderConfig, config)
     for steps in ("3:2", "4:4", "-1", "a:b", "1:", ":", "1:2:3", "9" * 5000):
         with pytest.raises(UserError, match=r"^steps=.*give FIRST:END with FIRST below END"):
             replace(cfg, steps=steps)

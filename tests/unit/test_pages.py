@@ -24,15 +24,17 @@ import pytest
 import zstandard
 from fastwarc.warc import ArchiveIterator, WarcRecordType
 
-from data_pipeline.config import UserError
-from data_pipeline.prepare.recipe import FetchPagesConfig
+from conf.errors import UserError
+from data_pipeline.prepare.recipe_config import FetchPagesConfig
 from data_pipeline.prepare.step import Passage
-from data_pipeline.prepare.web import ask, crawl, robots, turns
-from data_pipeline.prepare.web.address import Address
-from data_pipeline.prepare.web.ask import Answer
+from data_pipeline.prepare.web import crawl, robots
+from data_pipeline.prepare.web import host_queue as turns
+from data_pipeline.prepare.web import http as ask
+from data_pipeline.prepare.web.fetch import _task_of, fetch
+from data_pipeline.prepare.web.http import Answer
+from data_pipeline.prepare.web.links import Link
 from data_pipeline.prepare.web.page_archive import PageArchive
-from data_pipeline.prepare.web.pages import _task_of, fetch
-from data_pipeline.prepare.web.weblinks import Link
+from data_pipeline.prepare.web.urls import Address
 from tests.sites import HTML, Reply, Site, site
 
 AGENT = "TestBot/1.0 (+https://example.org/bot)"
@@ -163,7 +165,7 @@ def test_many_hosts_that_lead_to_each_other_each_keep_their_pace_and_no_link_is_
     leads = {url: f"http://h{rng.randrange(99)}.example/to/{rng.randrange(9)}" for url in urls if rng.random() < share}
     asked: dict[str, list[tuple[float, float]]] = defaultdict(list)
 
-    class Guest:
+    class HttpClient:
         def __init__(self, *_: object) -> None:
             pass
 
@@ -180,7 +182,7 @@ def test_many_hosts_that_lead_to_each_other_each_keep_their_pace_and_no_link_is_
                 return Answer(302, "", [("Location", to)], b"", "")
             return Answer(200, "OK", [("Content-Type", "text/html")], address.url.encode(), "")
 
-    monkeypatch.setattr(crawl, "Guest", Guest)
+    monkeypatch.setattr(crawl, "Guest", HttpClient)
     monkeypatch.setattr(turns, "OPEN", 2)
     passage = fetched(tmp_path, *urls, connections=8, per_host_s=0.03)
     pages = {leads.get(url, url) for url in urls}
@@ -346,8 +348,8 @@ RUN = """
 import sys
 from pathlib import Path
 from data_pipeline.prepare.web.page_archive import PageArchive
-from data_pipeline.prepare.web.pages import fetch
-from data_pipeline.prepare.recipe import FetchPagesConfig
+from data_pipeline.prepare.web.fetch import fetch
+from data_pipeline.prepare.recipe_config import FetchPagesConfig
 cfg = FetchPagesConfig(agent="TestBot", per_host_s=0.02, timeout_s=2.0, connections=4, private=True)
 print(fetch(Path(sys.argv[1]), Path(sys.argv[2]), 0, 1, cfg).to_json())
 """

@@ -7,10 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_pipeline.config import Passing, UserError
-from trainer.config import ParallelConfig
-from trainer.parallel import Mesh, channel, mpu, ranks_lost, stable_seed, start
-from trainer.world import World
+from conf.errors import TransientError, UserError
+from trainer.config.parallel import ParallelConfig
+from trainer.data.channel import channel
+from trainer.distributed.lost_ranks import ranks_lost
+from trainer.distributed.mesh import Mesh, mpu, start
+from trainer.distributed.seeds import stable_seed
+from trainer.distributed.world import World
 
 
 def test_one_rank_is_the_whole_mesh(mesh: Mesh) -> None:
@@ -131,7 +134,7 @@ SILENT = "waited for the other ranks for watch.collective_s=20 s"
 def test_ranks_that_are_gone_or_silent_are_one_line_and_any_other_error_keeps_its_traceback(
     error: Exception, told: str | None
 ) -> None:
-    with pytest.raises(Passing if told else type(error)) as caught, ranks_lost(World(1, 2, 1), 20):
+    with pytest.raises(TransientError if told else type(error)) as caught, ranks_lost(World(1, 2, 1), 20):
         raise error
     if told:
         assert told in str(caught.value) and " ".join(str(error).split())[:60] in str(caught.value)

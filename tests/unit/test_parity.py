@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
-from data_pipeline.config import UserError
-from trainer.loss import IGNORE
-from trainer.model.config import ModelConfig, Norm
+from conf.errors import UserError
+from trainer.config.model import ModelConfig, Norm
+from trainer.distributed.mesh import Mesh
+from trainer.hf.weights import from_hf, hf_config, hf_refusal, to_hf
 from trainer.model.gpt import GPT
-from trainer.model.hf import from_hf, hf_config, hf_refusal, to_hf
-from trainer.model.layout import specs
-from trainer.parallel import Mesh
+from trainer.model.loss import IGNORE
+from trainer.model.specs import specs
 
 SIZES = {
     "narrow": {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_ctx": 32, "vocab_size": 211},

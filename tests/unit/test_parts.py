@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from datatrove.data import Document
 
-from data_pipeline.config import UserError
+from conf.errors import UserError
+from data_pipeline.corpus.inputs import Input
+from data_pipeline.corpus.report import Dropped
 from data_pipeline.prepare import parts
-from data_pipeline.prepare.files import Input
 from data_pipeline.prepare.funnel import check, funnel, page, shown
 from data_pipeline.prepare.parts import Mark, Parts, Reading, marks_of
 from data_pipeline.prepare.readers import ReadAgain
-from data_pipeline.prepare.report import Dropped
 from data_pipeline.prepare.run import summary
 from data_pipeline.prepare.step import SAMPLES, Passage, Step
 

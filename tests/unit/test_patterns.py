@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from trainer.arithmetic import visible_pairs
+from trainer.config.model import KINDS, ModelConfig
+from trainer.distributed.mesh import Mesh
 from trainer.model import flex
+from trainer.model.arithmetic import visible_pairs
 from trainer.model.attention import FASTEST_FIRST, layer_masks, sdpa_backends
-from trainer.model.config import KINDS, ModelConfig
 from trainer.model.gpt import GPT, KVCache
 from trainer.model.init import initialise
 from trainer.model.mask import DENSE, Pattern, attention_bias, patterns
-from trainer.parallel import Mesh
-from trainer.start import attention_lines
+from trainer.setup import attention_lines
 
 CFG = ModelConfig(name="t", n_layer=4, n_head=4, n_embd=64, n_ctx=40, vocab_size=200, init_std=0.2)
 NUMBERS = {"band": 6, "stride": 8, "summary": 3}

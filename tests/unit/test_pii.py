@@ -9,7 +9,7 @@ import pytest
 from datatrove.data import Document
 from datatrove.pipeline.formatters.pii import PIIFormatter
 
-from data_pipeline.prepare.recipe import PiiConfig
+from data_pipeline.prepare.recipe_config import PiiConfig
 from data_pipeline.prepare.rules.pii import FICTION, LONGEST_LOCAL, Pii
 
 

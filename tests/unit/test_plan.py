@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from data_pipeline.config import UserError
-from data_pipeline.ledger import Ledger
-from data_pipeline.plan import Plan
+from conf.errors import UserError
+from data_pipeline.order.ledger import Ledger
+from data_pipeline.order.plan import Plan
 
 TOKENS = {"a": [21, 31], "b": [300]}
 

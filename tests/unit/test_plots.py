@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import ROOT
-from trainer.journal import JournalWriter, Row
-from trainer.plots import POINTS, points
-from trainer.run_folder import RunFolder
+from trainer.run.folder import RunFolder
+from trainer.run.journal import JournalWriter, Row
+from trainer.tracking.plots import POINTS, points
 
 
 def rows_of(n: int) -> list[Row]:
@@ -42,7 +42,7 @@ def test_numbers_that_are_none_are_left_out() -> None:
 
 
 def draw(folder: RunFolder, name: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "trainer.plots", str(folder.root), name]
+    argv = [sys.executable, "-m", "trainer.tracking.plots", str(folder.root), name]
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 

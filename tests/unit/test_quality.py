@@ -14,13 +14,13 @@ from datatrove.data import Document
 from scipy.stats import binomtest, chi2, lomax
 from sklearn.feature_extraction.text import HashingVectorizer
 
+from conf.errors import UserError
 from conf.schema import load
 from data_pipeline import quality as entry
-from data_pipeline.config import UserError
-from data_pipeline.prepare import words
-from data_pipeline.prepare.features import features, stacked
-from data_pipeline.prepare.quality import Model, Quality, auc, held_out, keeps, uniform
-from data_pipeline.prepare.recipe import QualityConfig
+from data_pipeline.prepare.quality.features import features, stacked
+from data_pipeline.prepare.quality.step import Model, Quality, auc, held_out, keeps, uniform
+from data_pipeline.prepare.recipe_config import QualityConfig
+from data_pipeline.prepare.text import hashing as words
 from tests.plain_words import plain_words, random_text
 
 

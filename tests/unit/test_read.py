@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_pipeline.config import UserError
-from data_pipeline.prepare import pydocs, read
-from data_pipeline.prepare.config import CorpusConfig, CorpusFormat
-from data_pipeline.prepare.read import Document, documents, inputs
-from data_pipeline.prepare.report import Report
+from conf.errors import UserError
+from data_pipeline.corpus import pydocs, read
+from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
+from data_pipeline.corpus.read import Document, documents, inputs
+from data_pipeline.corpus.report import Report
 
 
 def corpus(path: Path | str, kind: str = "text") -> CorpusConfig:

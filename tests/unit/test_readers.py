@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.prepare import read
-from data_pipeline.prepare.config import CorpusFormat, RawConfig
-from data_pipeline.prepare.files import Input
+from data_pipeline.corpus import read
+from data_pipeline.corpus.config import CorpusFormat
+from data_pipeline.corpus.inputs import Input
+from data_pipeline.corpus.report import Dropped
+from data_pipeline.prepare.config import RawConfig
 from data_pipeline.prepare.readers import ReadText
-from data_pipeline.prepare.recipe import LimitsConfig, LinksConfig, RecipeConfig
+from data_pipeline.prepare.recipe_config import LimitsConfig, LinksConfig, RecipeConfig
 from data_pipeline.prepare.recipes import filters
-from data_pipeline.prepare.report import Dropped
 
 
 def corpus(kind: CorpusFormat, limits: LimitsConfig | None = None) -> RawConfig:

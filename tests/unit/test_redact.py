@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import ROOTS, load
-from data_pipeline.config import UserError
+from conf.errors import UserError
+from conf.schema import load
+from docs.generate_config import ROOTS
 from tests.test_configs import NEEDED
 from trainer.check import check_shown
-from trainer.environment import gather
-from trainer.redact import HIDDEN, redact, redact_command, redact_tree, refuse_secrets, secret_name
-from trainer.run_folder import RunFolder
+from trainer.config.pretrain import PretrainConfig
+from trainer.run.environment import gather
+from trainer.run.folder import RunFolder
+from trainer.run.redact import HIDDEN, redact, redact_command, redact_tree, refuse_secrets, secret_name
 
 
 def letters(n: int) -> str:
@@ -64,7 +66,7 @@ def test_names_that_look_secret_and_names_that_do_not() -> None:
 
 @pytest.mark.parametrize("root", ROOTS)
 def test_no_config_of_ours_looks_secret(root: str) -> None:
-    body = asdict(load(root, NEEDED[root]))
+    body = asdict(load(ROOTS[root], NEEDED[root]))
     refuse_secrets(body)
     assert json.dumps(redact_tree(body), default=str) == json.dumps(body, default=str)
 
@@ -102,7 +104,7 @@ def test_a_command_line_is_told_without_its_secrets() -> None:
 )
 def test_a_config_with_a_secret_is_refused_before_it_is_frozen(value: str) -> None:
     secret = letters(24)
-    cfg = load("pretrain", ["data.path=d", "max_steps=10", value.format(secret)])
+    cfg = load(PretrainConfig, ["data.path=d", "max_steps=10", value.format(secret)])
     with pytest.raises(UserError, match="holds what looks like a password") as caught:
         check_shown(cfg)
     assert secret not in str(caught.value)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import UserError
-from launch.rendezvous import PORTS, first_host, main, port, rendezvous, tasks_on
+from conf.errors import UserError
+from launch.slurm.rendezvous import PORTS, first_host, main, port, rendezvous, tasks_on
 from tests.ranks import ROOT
 
 TASK = {
@@ -30,7 +30,7 @@ TASK = {
 
 def start(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     ours = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    argv = [sys.executable, "-m", "launch.rendezvous", *words]
+    argv = [sys.executable, "-m", "launch.slurm.rendezvous", *words]
     return subprocess.run(argv, cwd=ROOT, env=ours | env, capture_output=True, text=True, timeout=60)
 
 
@@ -55,7 +55,7 @@ def test_the_command_takes_the_process_over_with_its_words_as_they_are() -> None
 
 @pytest.mark.parametrize("gone", TASK)
 def test_outside_an_srun_or_half_in_one_is_a_mistake(gone: str) -> None:
-    with pytest.raises(UserError, match=f"^{gone} not in the environment: start launch.rendezvous with srun"):
+    with pytest.raises(UserError, match=f"^{gone} not in the environment: start launch.slurm.rendezvous with srun"):
         rendezvous({k: v for k, v in TASK.items() if k != gone})
 
 
@@ -82,7 +82,7 @@ def test_variables_that_do_not_fit_are_all_named(key: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("words", "env", "message"),
     [
-        ([], TASK, "error: write: srun ... python -m launch.rendezvous -- COMMAND ..."),
+        ([], TASK, "error: write: srun ... python -m launch.slurm.rendezvous -- COMMAND ..."),
         (["--", "true"], {}, "error: SLURM_PROCID, SLURM_LOCALID, "),
         (["--", "no such program"], TASK, "error: no such program cannot be started: "),
     ],
@@ -168,7 +168,7 @@ def test_a_name_that_no_other_host_can_reach_is_told_once_a_node(
     if env.get("SLURM_LOCALID"):
         task["SLURM_PROCID"] = "5"
     monkeypatch.setattr(os, "environ", task)
-    monkeypatch.setattr("launch.rendezvous.own_addresses", lambda: addresses)
+    monkeypatch.setattr("launch.slurm.rendezvous.own_addresses", lambda: addresses)
     monkeypatch.setattr(os, "execvpe", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["rendezvous", "--", "true"])
     main()

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from datatrove.utils.text import PUNCTUATION_SET, split_into_sentences, split_into_words
 
-from data_pipeline.prepare.rules import english, words
-from data_pipeline.prepare.rules.words import Text, count_sentences
+from data_pipeline.prepare.text import english, words
+from data_pipeline.prepare.text.words import Text, count_sentences
 
 spacy = pytest.importorskip("spacy", reason="compares with spaCy, which the project itself does not need")
 
@@ -19,10 +19,10 @@ ORTH = 65  # spaCy's key of a token's text
 ATOMS = """word Word WORD a I US U.S. x don't he's it’s can not 10 3 1,000 3.5 am km kg m² % $ € US$ °C ° http:// .co @
 www.example.com example.org/a?b=c me@site.co.uk 192.168.1.1 8.8.8.8 - -- — – ' ’ “ ” " ( ) [ ] { } < > / \\ | * _ # & +
 = ~ ^ : ; , . .. ... … ! ? :) :-( <3 xD Mr. e.g. C++ and/or 😀 © → naïve ÉCOLE straße слово Слово 中文 。 日本 שלום
-'s 'S 'll n't gonna p.m.""".split()  # noqa: SIM905
+'s 'S 'll n't gonna p.m.""".split()
 ODD = """(Mr.) he's, John's. U.S.A. "Yes!", well-known 10am. 5km $1,000.50 http://a.example.com/x?y=1. …and --that's
 3-4 word:) e.g., (a) I'd've cannot C++, 9-a.m. ......... :-)) ''' "Stop."' end.Next A.B word…… ’tis ‘s, it's).
-1+1=2""".split()  # noqa: SIM905
+1+1=2""".split()
 
 
 @pytest.fixture(scope="module")

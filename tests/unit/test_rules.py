@@ -18,14 +18,14 @@ from datatrove.pipeline.filters import (
 )
 
 from conf.schema import CONF, thaw
-from data_pipeline.prepare import recipe
+from data_pipeline.prepare import recipe_config
 from data_pipeline.prepare.rules.c4 import C4
 from data_pipeline.prepare.rules.fineweb import FineWeb
 from data_pipeline.prepare.rules.gopher import GopherQuality, GopherRepetition
 from data_pipeline.prepare.rules.length import Length
-from data_pipeline.prepare.rules.repeats import SPAN, Grams, powers
-from data_pipeline.prepare.rules.words import Text
 from data_pipeline.prepare.step import Step
+from data_pipeline.prepare.text.repetition import SPAN, Grams, powers
+from data_pipeline.prepare.text.words import Text
 from tests.texts import corpus, made_worse
 
 PROSE = """It was the habit of the old man to walk down to the harbour before breakfast and look at the boats. He would
@@ -41,10 +41,10 @@ def settings(name: str, schema: type) -> Any:
 
 def ours(name: str, **changes: Any) -> Step:
     schemas = {
-        "gopher_repetition": (recipe.GopherRepetitionConfig, GopherRepetition),
-        "gopher_quality": (recipe.GopherQualityConfig, GopherQuality),
-        "c4": (recipe.C4Config, C4),
-        "fineweb": (recipe.FineWebConfig, FineWeb),
+        "gopher_repetition": (recipe_config.GopherRepetitionConfig, GopherRepetition),
+        "gopher_quality": (recipe_config.GopherQualityConfig, GopherQuality),
+        "c4": (recipe_config.C4Config, C4),
+        "fineweb": (recipe_config.FineWebConfig, FineWeb),
     }
     schema, step = schemas[name]
     config = settings(name, schema)
@@ -162,13 +162,13 @@ def test_c4_without_a_rule_leaves_its_lines() -> None:
 @pytest.mark.parametrize(
     ("config", "text", "reason"),
     [
-        (recipe.LengthConfig(min_chars=4), "abc", "too few characters"),
-        (recipe.LengthConfig(max_chars=3), "abcd", "too many characters"),
-        (recipe.LengthConfig(min_tokens=8), "abc", "too few tokens"),
-        (recipe.LengthConfig(min_chars=3, max_chars=3, min_tokens=7), "abc", None),
+        (recipe_config.LengthConfig(min_chars=4), "abc", "too few characters"),
+        (recipe_config.LengthConfig(max_chars=3), "abcd", "too many characters"),
+        (recipe_config.LengthConfig(min_tokens=8), "abc", "too few tokens"),
+        (recipe_config.LengthConfig(min_chars=3, max_chars=3, min_tokens=7), "abc", None),
     ],
 )
-def test_length(config: recipe.LengthConfig, text: str, reason: str | None) -> None:
+def test_length(config: recipe_config.LengthConfig, text: str, reason: str | None) -> None:
     assert Length(config).apply([Document(text=text, id="x", metadata={"tokens": 7})]) == [reason]
 
 

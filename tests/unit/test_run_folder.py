@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import UserError
-from trainer.model.config import ModelConfig
-from trainer.run_folder import RunFolder, check_model, model_of
+from conf.errors import UserError
+from trainer.checkpoint.find import check_model, model_of
+from trainer.config.model import ModelConfig
+from trainer.run.folder import RunFolder
 
 
 def publish(run: RunFolder, step: int, generation: int, val_loss: float | None = None) -> Path:
@@ -34,7 +35,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys, trainer.run_folder, trainer.schedule; sys.exit('torch' in sys.modules)"
+    code = "import sys, trainer.run.folder, trainer.engine.schedule; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 

@@ -13,16 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from conf.errors import UserError
 from conf.schema import freeze, load, options
-from data_pipeline.config import UserError
-from data_pipeline.stages import plan_ledger
+from data_pipeline.order.stages import plan_ledger
 from launch.config import PlanConfig
 from launch.plan import Run, as_json, cluster_of, plan
 from tests.benchmarks.plan import speed_rows
-from trainer.arithmetic import flops_per_token, param_count
-from trainer.config import Offload, PretrainConfig, Recompute
-from trainer.model.config import ModelConfig
+from trainer.config.model import ModelConfig
+from trainer.config.parallel import Offload, Recompute
+from trainer.config.pretrain import PretrainConfig
+from trainer.distributed.world import World
+from trainer.model.arithmetic import flops_per_token, param_count
 from trainer.plan import hardware
+from trainer.plan.attention_cost import visited
 from trainer.plan.auto import is_open, resumed, settle
 from trainer.plan.choose import rows, way_out
 from trainer.plan.course import course
@@ -30,10 +33,8 @@ from trainer.plan.hardware import GPUS, installed_gpu, recognise
 from trainer.plan.layout import Layout, local_params
 from trainer.plan.memory import GIB, activations, bias_bytes, logit_bytes, memory, tensor_memory, zero_states
 from trainer.plan.network import Cluster, all_reduce, gather, tp_rate, tp_seconds
-from trainer.plan.pattern import visited
 from trainer.plan.scaling import curves, sizes
 from trainer.plan.speed import step_seconds
-from trainer.world import World
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 H100 = GPUS["h100_80gb"]
@@ -42,7 +43,7 @@ TOKENS = "data.tokens=9_000_000_000"
 
 
 def config(*overrides: str) -> PlanConfig:
-    cfg = load("plan", ["model=gpt2_xl", TOKENS, *overrides])
+    cfg = load(PlanConfig, ["model=gpt2_xl", TOKENS, *overrides])
     assert isinstance(cfg, PlanConfig)
     return cfg
 
@@ -236,7 +237,7 @@ def test_a_sparse_pattern_is_dense_where_flex_attention_is_not() -> None:
 @pytest.mark.parametrize("name", options("experiment"))
 def test_every_experiment_can_be_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """To the tokens and steps that a run's own ledger has, ramp and all."""
-    cfg = load("plan", [f"experiment={name}", "json=true"])
+    cfg = load(PlanConfig, [f"experiment={name}", "json=true"])
     assert isinstance(cfg, PlanConfig)
     plan(cfg)
     found = json.loads(capsys.readouterr().out)
@@ -353,7 +354,7 @@ def test_a_pinned_value_stays() -> None:
 
 
 def pretrain(*overrides: str) -> PretrainConfig:
-    cfg = load("pretrain", ["data.path=d", "max_steps=9", *overrides])
+    cfg = load(PretrainConfig, ["data.path=d", "max_steps=9", *overrides])
     assert isinstance(cfg, PretrainConfig)
     return cfg
 

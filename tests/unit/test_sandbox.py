@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import UserError
-from data_pipeline.prepare.sandbox import Failed, Sandbox
+from conf.errors import UserError
+from data_pipeline.prepare.extract.sandbox import Failed, Sandbox
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANTED = "tests.sandboxed:planted"
@@ -131,7 +131,7 @@ def wait_until_gone(pid: int) -> None:
 
 OWNER = """
 import sys
-from data_pipeline.prepare.sandbox import Sandbox
+from data_pipeline.prepare.extract.sandbox import Sandbox
 sandbox = Sandbox("tests.sandboxed:planted", 0.5, 1)
 sandbox(b"a")
 print(sandbox.child.pid, flush=True)

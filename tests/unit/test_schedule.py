@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from data_pipeline.config import UserError
-from trainer.optim_config import ScheduleConfig, ScheduleKind, Unit
-from trainer.schedule import lr_at
+from conf.errors import UserError
+from trainer.config.optim import ScheduleConfig, ScheduleKind, Unit
+from trainer.engine.schedule import lr_at
 
 PEAK = 2e-3
 

@@ -22,14 +22,17 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from data_pipeline import manifest, shards
-from data_pipeline.bpe import Tokenizer, train_bpe
-from data_pipeline.config import UserError
+from conf.errors import UserError
+from data_pipeline import manifest
+from data_pipeline.corpus import read
+from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
 from data_pipeline.manifest import index_path, read_index, read_manifest, write_index
-from data_pipeline.plan import Windows
-from data_pipeline.prepare import encode, progress, read
-from data_pipeline.prepare.config import CorpusConfig, CorpusFormat, ShardsConfig, VerifyConfig
-from data_pipeline.stream import ShardStream, read_shard
+from data_pipeline.order.plan import Windows
+from data_pipeline.shards import encode, progress
+from data_pipeline.shards import write as shards
+from data_pipeline.shards.config import ShardsConfig, VerifyConfig
+from data_pipeline.stream.windows import ShardStream, read_shard
+from data_pipeline.tokenizer.tokenizer import Tokenizer, train_bpe
 from tests.fixtures import forestalled
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven other animals watch from their den"

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.config import Passing, UserError
+from conf.errors import TransientError, UserError
 from launch.cluster_config import Chain, ClusterConfig, SlurmConfig, seconds
 from launch.job import Job, entry, supervised
-from launch.slurm import PREVIOUS, prepare, render, srun, submit
+from launch.slurm.launcher import PREVIOUS, prepare, render, srun, submit
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
 HOSTILE = ["$(touch hit)", "`touch hit`", "a'b\"c", "; touch hit #", "${x}", "a b", "~", "*", "-x", "\\", "!!", "é“”’"]
@@ -163,7 +163,7 @@ def test_a_container_sees_the_checkout_the_run_and_what_is_mounted(tmp_path: Pat
     assert words[at + 1 :] == [
         f"--container-mounts=/checkout:/checkout,{tmp_path}:{tmp_path},{made.folder}:{made.folder},/data:/mnt:ro",
         "--container-workdir=/checkout",
-        *("/env/python", "-m", "launch.rendezvous", "--", "/env/python", *entry(made, 1)),
+        *("/env/python", "-m", "launch.slurm.rendezvous", "--", "/env/python", *entry(made, 1)),
     ]
     with pytest.raises(UserError, match="a container's mounts cannot hold , or :"):
         prepare(replace(made, run_dirs=(Path("/a,b"), Path("/c"))))
@@ -282,7 +282,7 @@ def test_where_sbatch_is_absent_or_refuses_one_line_says_so(tmp_path: Path, monk
     fake = tmp_path / "sbatch"
     fake.write_text('#!/bin/sh\ncase "$*" in *afterok:7*) echo full >&2; exit 1;; *) echo "7;site";; esac\n')
     fake.chmod(0o755)
-    with pytest.raises(Passing, match=r"^sbatch ended with 1: full \(submitted before it: 7\)$"):
+    with pytest.raises(TransientError, match=r"^sbatch ended with 1: full \(submitted before it: 7\)$"):
         submit(commands)
 
 

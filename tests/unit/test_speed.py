@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 
-from data_pipeline.config import StageConfig, UserError
+from conf.errors import UserError
+from data_pipeline.config import StageConfig
 from tests.distributed import tiny_run
 from tests.operations import Operations, kept_bytes
-from trainer.config import Compile, ParallelConfig, Precision, Recompute
-from trainer.host import OnItsWay, to_device
-from trainer.layouts import check_layout
+from trainer.config.model import ModelConfig, Norm
+from trainer.config.parallel import Compile, ParallelConfig, Precision, Recompute
+from trainer.distributed.device_copies import AsyncCopy, to_device
+from trainer.distributed.mesh import Mesh
+from trainer.distributed.seeds import seed_dropout
+from trainer.engine.compile import compile_model, describe_compile, is_compiled
 from trainer.model import fp8
-from trainer.model.compiled import compile_model, describe_compile, is_compiled
-from trainer.model.config import ModelConfig, Norm
 from trainer.model.gpt import GPT, KVCache
 from trainer.model.init import initialise
-from trainer.parallel import Mesh, seed_dropout
+from trainer.plan.layout_rules import check_layout
 
 CFG = ModelConfig(name="t", n_layer=3, n_head=4, n_embd=64, n_ctx=32, vocab_size=300)
 NORMS = pytest.mark.parametrize("norm", Norm, ids=lambda n: n.value)
@@ -288,5 +290,5 @@ def test_fp8_is_refused_where_it_cannot_be() -> None:
 def test_numbers_come_to_the_host_as_they_were() -> None:
     there = to_device([1.5, float("nan"), 3e300], torch.device("cpu"))
     assert there.dtype == torch.float64
-    told = OnItsWay(there)
+    told = AsyncCopy(there)
     assert str(told.numbers()) == "[1.5, nan, 3e+300]"

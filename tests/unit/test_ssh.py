@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
+from conf.errors import UserError
 from conf.schema import freeze, load
-from data_pipeline.config import UserError
 from launch.cluster_config import ClusterConfig, SshConfig, SshLauncher, Transport
 from launch.job import Job
-from launch.ssh import HOLD, check_elastic, needed_programs, prepare, read_hostfile
+from launch.ssh.launcher import HOLD, check_elastic, needed_programs, prepare, read_hostfile
 from tests.ranks import ROOT
+from trainer.config.pretrain import PretrainConfig
 
 HOSTILE = "a b$(touch x);'`touch x`\"%n %h\n#"
 
@@ -44,7 +45,7 @@ def job(folder: Path, cluster: dict[str, Any] | None = None, **ssh: Any) -> Job:
     """A run of two hosts with one CPU rank each, but for what is given."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.yaml"
-    config.write_text(freeze(load("pretrain", SIX_LANES)))
+    config.write_text(freeze(load(PretrainConfig, SIX_LANES)))
     given = {"name": "ssh", "nodes": 2, "gpus_per_node": 1, "gpu": "cpu", "network_gbit": 1.0, **(cluster or {})}
     hosts = {} if "hostfile" in ssh else {"hosts": ["h1", "h2"]}
     return Job(
@@ -63,7 +64,7 @@ def job(folder: Path, cluster: dict[str, Any] | None = None, **ssh: Any) -> Job:
 def test_pdsh_starts_deepspeeds_launcher_on_every_host(tmp_path: Path) -> None:
     (argv,) = prepare(job(tmp_path / "f", {"gpus_per_node": 4, "env": {"A": "1"}}, interface="eth0"))
     assert (tmp_path / "f/hostfile").read_text() == "h1 slots=4\nh2 slots=4\n"
-    assert argv[argv.index("--") + 1 :] == [sys.executable, "-m", "launch.everywhere", f"{tmp_path}/f/ssh.json"]
+    assert argv[argv.index("--") + 1 :] == [sys.executable, "-m", "launch.ssh.fanout", f"{tmp_path}/f/ssh.json"]
     command = json.loads((tmp_path / "f/ssh.json").read_text())[""]
     assert command[:10] == ["pdsh", "-S", "-R", "exec", "-f", "2", "-w", "h1,h2", "sh", "-c"]
     assert command[11:13] == ["-", "ssh"] and "BatchMode=yes" in command and command[-3:-1] == ["-T", "%h"]
@@ -99,7 +100,7 @@ def test_openmpi_gets_its_environment_as_words_of_env(tmp_path: Path) -> None:
 
 def test_torchrun_is_elastic_and_joined_at_the_first_host(tmp_path: Path) -> None:
     (argv,) = prepare(job(tmp_path / "f", launcher=SshLauncher.torchrun, min_nodes=1))
-    assert argv[argv.index("--") + 1 :] == [sys.executable, "-m", "launch.everywhere", f"{tmp_path}/f/ssh.json"]
+    assert argv[argv.index("--") + 1 :] == [sys.executable, "-m", "launch.ssh.fanout", f"{tmp_path}/f/ssh.json"]
     commands = json.loads((tmp_path / "f/ssh.json").read_text())
     assert list(commands) == ["h1", "h2"]
     for i, (host, command) in enumerate(commands.items()):
@@ -197,7 +198,7 @@ def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_number_of_hosts_that_cannot_train_is_named_before_the_start(tmp_path: Path) -> None:
     """Six lanes: one, two and three hosts divide them, four and five do not."""
-    cfg = load("pretrain", SIX_LANES)
+    cfg = load(PretrainConfig, SIX_LANES)
     cluster = job(
         tmp_path / "f", {"nodes": 3}, launcher=SshLauncher.torchrun, min_nodes=1, hosts=["a", "b", "c"]
     ).cluster

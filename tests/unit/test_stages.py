@@ -6,10 +6,11 @@ import random
 
 import pytest
 
-from data_pipeline.config import DataConfig, RampConfig, SourceConfig, StageConfig, UserError
-from data_pipeline.ledger import Ledger
-from data_pipeline.mixture import quantise
-from data_pipeline.stages import describe, plan_ledger, rounding
+from conf.errors import UserError
+from data_pipeline.config import DataConfig, RampConfig, SourceConfig, StageConfig
+from data_pipeline.order.ledger import Ledger
+from data_pipeline.order.mixture import quantise
+from data_pipeline.order.stages import describe, plan_ledger, rounding
 
 NO_RAMP = RampConfig()
 

@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import stream
-from data_pipeline.config import Passing, UserError
+from conf.errors import TransientError, UserError
 from data_pipeline.manifest import Manifest, index_of, index_path
-from data_pipeline.open_shard import LocalShard, OpenShard
-from data_pipeline.plan import Windows
-from data_pipeline.stream import IGNORE, LostShard, ShardError, ShardStream, read_shard, shard_windows
+from data_pipeline.order.plan import Windows
+from data_pipeline.remote.source import LostShard, ShardError
+from data_pipeline.stream import windows as stream
+from data_pipeline.stream.open_shard import LocalShard, OpenShard
+from data_pipeline.stream.windows import IGNORE, ShardStream, read_shard, shard_windows
 from tests.fixtures import make_source, random_source
 from tests.ranks import ROOT
 
@@ -293,7 +294,7 @@ def test_what_this_machine_cannot_do_now_retires_no_shard(
         finally:
             if how == "no file left":
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert isinstance(caught.value, Passing) and not isinstance(caught.value, LostShard)
+    assert isinstance(caught.value, TransientError) and not isinstance(caught.value, LostShard)
     if how == "link to itself":
         (tmp_path / "aside").rename(path)
     assert read_shard(manifest, manifest.shards[0]).tolist() == expected.tolist()
@@ -353,7 +354,7 @@ def test_a_shard_closed_by_two_threads_closes_one_file(tmp_path: Path, monkeypat
 LIMITS = """
 import resource, sys
 from data_pipeline.config import UserError
-from data_pipeline.open_shard import room_for_files
+from data_pipeline.stream.open_shard import room_for_files
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
 try:
     room_for_files(int(sys.argv[3]), 2)

@@ -16,21 +16,21 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from conf.errors import UserError
 from conf.schema import freeze, literal, load, thaw
-from data_pipeline.config import UserError
-from data_pipeline.manifest import publish_json
+from data_pipeline.files import publish_json
 from launch.config import SubmitConfig, SuperviseConfig
 from launch.job import Job, entry, supervised
 from launch.preflight import queued
-from launch.run_report import gather
-from launch.status import show
+from launch.status.report import gather
+from launch.status.table import show
 from launch.submit import record, submit
 from tests.ranks import ROOT
 from tests.system.runs import TINY, make_data
-from trainer import code_version
-from trainer.config import PretrainConfig, RunConfig
-from trainer.heartbeat import Heartbeat, write_heartbeat
-from trainer.run_folder import RunFolder
+from trainer.config.pretrain import PretrainConfig, RunConfig
+from trainer.run import code_version
+from trainer.run.folder import RunFolder
+from trainer.run.heartbeat import Heartbeat, write_heartbeat
 
 CPU = ("cluster.gpu=cpu", "cluster.gpus_per_node=2")
 HOSTILE = (
@@ -52,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dry(left: list[str], right: list[str]) -> int:
-    return submit(load("submit", [*left, "dry_run=true"]), right, [])
+    return submit(load(SubmitConfig, [*left, "dry_run=true"]), right, [])
 
 
 def trains(data: Path, *more: str) -> list[str]:
@@ -67,7 +67,7 @@ def test_a_hostile_name_and_folder_reach_the_run_as_they_are(
     left = [f"run.name={literal(name)}", f"run.dir={literal(str(run_dir))}", *CPU, "cluster.env.NOTE=$(touch y) '"]
     left.append("cluster.env.TOKENIZERS_PARALLELISM=false")  # no token
     assert dry(left, trains(data)) == 0
-    cfg = load("pretrain", [f"frozen={run_dir}/submit/0001/config.yaml"])
+    cfg = load(PretrainConfig, [f"frozen={run_dir}/submit/0001/config.yaml"])
     assert (cfg.run, cfg.gpu, cfg.max_steps) == (RunConfig(name, str(run_dir)), "cpu", 8)
     submitted = thaw(run_dir / "submit/0001/submit.yaml", SubmitConfig)
     assert (submitted.run.name, submitted.cluster.env) == (
@@ -77,7 +77,7 @@ def test_a_hostile_name_and_folder_reach_the_run_as_they_are(
     command = shlex.split(capsys.readouterr().out.partition("frozen: ")[2].removeprefix(str(run_dir)))
     assert command[-1] == f"frozen={run_dir}/submit/0001/config.yaml" and "NOTE=$(touch y) '" in command
     (given_dir,) = [word for word in command if word.startswith("run.dir=")]
-    assert load("supervise", [given_dir]).run.dir == str(run_dir)
+    assert load(SuperviseConfig, [given_dir]).run.dir == str(run_dir)
     assert not (ROOT / "x").exists() and not Path("y").exists()
 
 
@@ -152,14 +152,14 @@ def test_the_plan_is_of_the_cluster_and_is_said(data: Path, tmp_path: Path, caps
     dry(left, trains(data, "parallel=auto", "micro_batch_size=auto", "precision=bf16"))
     said = capsys.readouterr().out
     assert "4 x a100_80gb" in said and "GiB a rank" in said and "tokens/s" in said and "USD" in said
-    cfg = load("pretrain", [f"frozen={tmp_path}/run/submit/0001/config.yaml"])
+    cfg = load(PretrainConfig, [f"frozen={tmp_path}/run/submit/0001/config.yaml"])
     assert (cfg.gpu, cfg.parallel.tp, cfg.micro_batch_size) == ("a100_80gb", None, "auto")  # each start may differ
 
 
 def test_a_sweep_freezes_each_run_by_itself(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     left = [*CPU, "run.name=s", f"run.dir={tmp_path}/s", "sweep=[['optim.lr=1e-3'],['optim.lr=2e-3','seed=5']]"]
     dry(left, trains(data, "seed=4"))
-    runs = [load("pretrain", [f"frozen={tmp_path}/s/submit/0001/config-{i}.yaml"]) for i in (0, 1)]
+    runs = [load(PretrainConfig, [f"frozen={tmp_path}/s/submit/0001/config-{i}.yaml"]) for i in (0, 1)]
     assert [(r.run.name, r.run.dir, r.optim.lr, r.seed) for r in runs] == [
         ("s-0", f"{tmp_path}/s-0", 1e-3, 4),
         ("s-1", f"{tmp_path}/s-1", 2e-3, 5),
@@ -209,7 +209,7 @@ def test_each_submission_has_a_folder_of_its_own_and_a_run_at_work_is_told_of(
 
 def test_code_is_known_by_its_commit_and_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "trainer").mkdir()
-    here = tmp_path / "trainer/code_version.py"
+    here = tmp_path / "trainer/run/code_version.py"
     here.write_text("one\n")
     monkeypatch.setattr(code_version, "ROOT", tmp_path)
     monkeypatch.setattr(code_version, "__file__", str(here))
@@ -266,17 +266,19 @@ def test_a_frozen_config_thaws_as_it_was_whatever_its_text(name: str, path: str)
 @example(text="'\\${x'")
 def test_a_literal_arrives_as_it_is(text: str) -> None:
     text = text.replace("???", "")
-    assert load("supervise", [f"run.dir={literal(text)}"]) == replace(SUPERVISED, run=replace(SUPERVISED.run, dir=text))
+    assert load(SuperviseConfig, [f"run.dir={literal(text)}"]) == replace(
+        SUPERVISED, run=replace(SUPERVISED.run, dir=text)
+    )
 
 
-BASE: PretrainConfig = load("pretrain", ["data.path=d", "max_steps=5"])
-SUPERVISED: SuperviseConfig = load("supervise", ["run.dir=x"])
+BASE: PretrainConfig = load(PretrainConfig, ["data.path=d", "max_steps=5"])
+SUPERVISED: SuperviseConfig = load(SuperviseConfig, ["run.dir=x"])
 
 
 def refrozen(cfg: PretrainConfig) -> PretrainConfig:
     with tempfile.TemporaryDirectory() as folder:
         (path := Path(folder) / "config.yaml").write_bytes(freeze(cfg).encode())
-        return load("pretrain", [f"frozen={path}"])  # type: ignore[no-any-return]
+        return load(PretrainConfig, [f"frozen={path}"])  # type: ignore[no-any-return]
 
 
 DAMAGED = [
@@ -298,7 +300,7 @@ def test_a_damaged_or_hostile_frozen_file_is_refused_in_one_line(text: str, line
     path = tmp_path / "config.yaml"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError) as caught:
-        load("pretrain", [f"frozen={path}"])
+        load(PretrainConfig, [f"frozen={path}"])
     assert line in str(caught.value) and str(path) in str(caught.value)
 
 
@@ -306,23 +308,23 @@ def test_a_frozen_file_that_is_none_is_refused_in_one_line(tmp_path: Path) -> No
     os.mkfifo(tmp_path / "fifo")
     for name, line in (("absent", "no such file or directory"), ("fifo", "not a regular file"), (".", "directory")):
         with pytest.raises(UserError, match=line):
-            load("pretrain", [f"frozen={tmp_path / name}"])
+            load(PretrainConfig, [f"frozen={tmp_path / name}"])
 
 
 def test_nothing_is_looked_up_in_a_frozen_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLANTED", "secret")
     path = tmp_path / "config.yaml"
     path.write_text(freeze(BASE).replace("runs/pretrain", '"${oc.env:PLANTED}/${run.name}"'))
-    assert load("pretrain", [f"frozen={path}"]).run.dir == "${oc.env:PLANTED}/${run.name}"
+    assert load(PretrainConfig, [f"frozen={path}"]).run.dir == "${oc.env:PLANTED}/${run.name}"
 
 
 def test_a_job_is_started_under_the_restarter_by_its_frozen_config(tmp_path: Path) -> None:
-    cluster = load("submit", []).cluster
+    cluster = load(SubmitConfig, []).cluster
     run_dir = tmp_path / "it's"
     configs, run_dirs = (tmp_path / "0", tmp_path / "1"), (run_dir, tmp_path / "'b'")
     job = Job("n", run_dir, tmp_path, configs, run_dirs, cluster, "python", tmp_path, 7)
     assert entry(job, 1) == ["-m", "trainer.pretrain", f"frozen={tmp_path}/1"]
     command = supervised(job, 0, ["L", "x"])
     assert command[:3] == ["python", "-m", "launch.supervise"] and command[-3:] == ["--", "L", "x"]
-    cfg = load("supervise", command[3:-3])
+    cfg = load(SuperviseConfig, command[3:-3])
     assert (cfg.run.dir, cfg.max_restarts) == (str(run_dir), 7)

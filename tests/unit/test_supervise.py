@@ -17,7 +17,7 @@ from tests.ranks import ROOT
 
 PUBLISH = """
 import sys
-from trainer.run_folder import RunFolder
+from trainer.run.folder import RunFolder
 folder = RunFolder(sys.argv[1])
 generation = folder.take_generation()
 latest = folder.latest()

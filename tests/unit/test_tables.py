@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.prepare import tables
-from data_pipeline.prepare.config import CorpusConfig, CorpusFormat
-from data_pipeline.prepare.files import Document, Input, files_at
-from data_pipeline.prepare.read import documents
-from data_pipeline.prepare.report import Dropped, Report
+from data_pipeline.corpus import parquet
+from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
+from data_pipeline.corpus.inputs import Document, Input, files_at
+from data_pipeline.corpus.read import documents
+from data_pipeline.corpus.report import Dropped, Report
 
 
 def write(path: Path, columns: dict[str, Any], **options: Any) -> Input:
@@ -26,7 +26,7 @@ def write(path: Path, columns: dict[str, Any], **options: Any) -> Input:
 
 
 def read(file: Input, start: int = 0, stop: int | None = None) -> list[tuple[Document | Dropped, int]]:
-    return list(tables.read(file, "web", "text", "id", 1000, start, stop))
+    return list(parquet.read(file, "web", "text", "id", 1000, start, stop))
 
 
 def test_rows_are_documents_with_their_address_and_date_or_have_a_reason(tmp_path: Path) -> None:
@@ -63,8 +63,8 @@ def test_reading_goes_on_at_any_row(tmp_path: Path, kind: pa.DataType) -> None:
         assert [(d.text, n) for d, n in found if isinstance(d, Document)] == [
             (texts[i], i + 1) for i in range(start, stop)
         ], f"seed {seed}"
-    assert [n for rows, _ in tables.groups(file) for n in rows] == list(range(700))
-    assert sum(size for _, size in tables.groups(file)) == file.size
+    assert [n for rows, _ in parquet.groups(file) for n in rows] == list(range(700))
+    assert sum(size for _, size in parquet.groups(file)) == file.size
 
 
 def test_a_damaged_row_group_costs_only_itself(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_text_that_a_small_file_repeats_is_held_once(tmp_path: Path) -> None:
     pa.default_memory_pool().release_unused()
     tracemalloc.start()
     most = sizes = 0
-    for doc, _ in tables.read(file, "web", "text", "id", 1 << 20):
+    for doc, _ in parquet.read(file, "web", "text", "id", 1 << 20):
         sizes += len(doc.text) if isinstance(doc, Document) else 0
         most = max(most, pa.total_allocated_bytes() + tracemalloc.get_traced_memory()[1])
     tracemalloc.stop()

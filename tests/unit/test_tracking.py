@@ -10,29 +10,29 @@ from pathlib import Path
 
 import pytest
 
+from conf.errors import UserError
 from conf.schema import freeze, load
-from data_pipeline.config import UserError
 from tests.ranks import ROOT
-from trainer.address import check_tracking, tracking_uri, ui_command
 from trainer.check import check_shown
-from trainer.code_version import code_version
-from trainer.config import PretrainConfig
-from trainer.environment import code_of
-from trainer.exit_codes import PREEMPTED
-from trainer.journal import read_journal, read_rows
-from trainer.run_folder import RunFolder
-from trainer.shipper import Status
-from trainer.system_metrics import gpus
-from trainer.tracking import Tracker
-from trainer.tracking_config import Tracker as Name
-from trainer.tracking_config import TrackingConfig
-from trainer.tracking_state import STATE, ShippingLock, TrackingState
+from trainer.config.pretrain import PretrainConfig
+from trainer.config.tracking import Tracker as Name
+from trainer.config.tracking import TrackingConfig
+from trainer.run.code_version import code_version
+from trainer.run.environment import code_of
+from trainer.run.exit_codes import PREEMPTED
+from trainer.run.folder import RunFolder
+from trainer.run.journal import read_journal, read_rows
+from trainer.tracking.address import check_tracking, tracking_uri, ui_command
+from trainer.tracking.shipper import Status
+from trainer.tracking.state import STATE, ShippingLock, TrackingState
+from trainer.tracking.system_metrics import gpus
+from trainer.tracking.tracker import Tracker
 
 DEAD = "http://127.0.0.1:9"  # the discard port: refused at once
 
 
 def config(root: Path, *overrides: str) -> PretrainConfig:
-    cfg: PretrainConfig = load("pretrain", ["experiment=demo", f"run.dir={root}", "data.path=none", *overrides])
+    cfg: PretrainConfig = load(PretrainConfig, ["experiment=demo", f"run.dir={root}", "data.path=none", *overrides])
     return cfg
 
 
@@ -203,7 +203,7 @@ def test_another_address_starts_from_nothing_and_keeps_the_runs_tag_and_end(tmp_
 )
 def test_a_tracking_that_cannot_be_is_one_line(override: str, line: str) -> None:
     with pytest.raises(UserError) as caught:
-        load("pretrain", ["experiment=demo", "data.path=none", override])
+        load(PretrainConfig, ["experiment=demo", "data.path=none", override])
     assert str(caught.value).startswith(line)
 
 

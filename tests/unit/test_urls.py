@@ -9,8 +9,8 @@ from random import Random
 import pytest
 from datatrove.data import Document
 
-from data_pipeline.config import UserError
-from data_pipeline.prepare.recipe import UrlConfig
+from conf.errors import UserError
+from data_pipeline.prepare.recipe_config import UrlConfig
 from data_pipeline.prepare.rules.lists import Domains
 from data_pipeline.prepare.rules.urls import Urls, host_of
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import ROOT, free_port, rank_env
-from trainer.hang import Spot, place_of, publish_report, read_spots, report, write_stacks
-from trainer.heartbeat import Heartbeat, read_heartbeats, write_heartbeat
-from trainer.progress import END, SAVE, START, STEP, VALIDATE, At, Progress
-from trainer.safety_config import WatchConfig
-from trainer.signals import CODES, Signals, agreed
-from trainer.stragglers import AGAIN_S, LONG_S, Stragglers
-from trainer.watch import limit_s
+from trainer.config.health import WatchConfig
+from trainer.health.hang_report import Spot, place_of, publish_report, read_spots, report, write_stacks
+from trainer.health.stragglers import AGAIN_S, LONG_S, Stragglers
+from trainer.health.watchdog import limit_s
+from trainer.run.heartbeat import Heartbeat, read_heartbeats, write_heartbeat
+from trainer.run.progress import END, SAVE, START, STEP, VALIDATE, At, Progress
+from trainer.run.signals import CODES, Signals, agreed
 
 CFG = WatchConfig(hang_min_s=10, hang_factor=4, start_s=100)
 
@@ -103,11 +103,12 @@ def test_the_place_of_a_thread_names_the_innermost_frame() -> None:
 
 def places_in_a_collective() -> list[str]:
     """On rank 0 what `place_of` says while it waits for rank 1, and what its error then says."""
-    from data_pipeline.config import Passing
-    from trainer.checkpoint import together
-    from trainer.config import ParallelConfig
-    from trainer.parallel import ranks_lost, start
-    from trainer.world import read_world
+    from conf.errors import TransientError
+    from trainer.config.parallel import ParallelConfig
+    from trainer.distributed.collective import all_ranks
+    from trainer.distributed.lost_ranks import ranks_lost
+    from trainer.distributed.mesh import start
+    from trainer.distributed.world import read_world
 
     world = read_world()
     start(world, ParallelConfig(name="one"), timeout_s=20)
@@ -119,8 +120,8 @@ def places_in_a_collective() -> list[str]:
     looker.start()
     try:
         with ranks_lost(world, 20):
-            together("x", lambda: 1)
-    except Passing as e:
+            all_ranks("x", lambda: 1)
+    except TransientError as e:
         return [*found, str(e)]
     return found
 
@@ -137,7 +138,7 @@ def test_a_rank_that_waits_is_in_the_collective_and_a_peer_that_is_gone_is_one_l
     ]
     assert [p.wait(100) for p in ranks] == [0, 0]
     waiting, line = json.loads((tmp_path / "0").read_text())
-    assert waiting.startswith("collective all_gather_object, called by together (trainer/checkpoint.py:")
+    assert waiting.startswith("collective all_gather_object, called by together (trainer/checkpoint/load.py:")
     assert line.startswith("rank 0 of 2 on ") and "lost the connection to another rank: " in line and waiting in line
 
 
@@ -225,11 +226,11 @@ def test_any_ranks_wish_stops_all_and_the_strongest_counts() -> None:
 WAITING = """
 import errno, os, sys, threading, time
 from pathlib import Path
-from trainer.progress import Progress
-from trainer.run_folder import RunFolder
-from trainer.safety_config import WatchConfig
-from trainer.watch import Watch
-from trainer.world import World
+from trainer.run.progress import Progress
+from trainer.run.folder import RunFolder
+from trainer.config.health import WatchConfig
+from trainer.health.watchdog import Watch
+from trainer.distributed.world import World
 run, progress = RunFolder(sys.argv[1]), Progress()
 limit, ill = float(sys.argv[2]), sys.argv[3]
 cfg = WatchConfig(beat_s=0.1, hang_min_s=limit, hang_factor=1, start_s=limit)
@@ -303,8 +304,8 @@ def test_the_end_of_a_run_is_no_hang_and_answers_one_of_others(tmp_path: Path) -
 
 ALONE_AT = """
 import signal, sys, time
-from trainer.progress import Progress
-from trainer.signals import Signals
+from trainer.run.progress import Progress
+from trainer.run.signals import Signals
 progress, signals = Progress(), Signals().install()
 progress.begin(7)
 progress.linger = lambda: print("lingered", flush=True)

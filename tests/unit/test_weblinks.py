@@ -17,13 +17,13 @@ import pytest
 import zstandard
 from datatrove.data import Document
 
-from data_pipeline.config import UserError
-from data_pipeline.prepare.files import files_at
-from data_pipeline.prepare.lines import lines
-from data_pipeline.prepare.recipe import LinksConfig
-from data_pipeline.prepare.report import Dropped
-from data_pipeline.prepare.web.address import normal
-from data_pipeline.prepare.web.weblinks import DUPLICATE, Link, Linked, links, read_links, write_links
+from conf.errors import UserError
+from data_pipeline.corpus.inputs import files_at
+from data_pipeline.corpus.lines import lines
+from data_pipeline.corpus.report import Dropped
+from data_pipeline.prepare.recipe_config import LinksConfig
+from data_pipeline.prepare.web.links import DUPLICATE, Link, Linked, links, read_links, write_links
+from data_pipeline.prepare.web.urls import normal
 
 
 def post(url: str, score: int = 5, second: float | str = 1_500_000_000, **more: Any) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import unicodedata
 import numpy as np
 import pytest
 
-from data_pipeline.prepare import words
-from data_pipeline.prepare.words import Reading, blocks, hashes, ngrams
+from data_pipeline.prepare.text import hashing as words
+from data_pipeline.prepare.text.hashing import Reading, blocks, hashes, ngrams
 from tests.plain_words import plain_words, random_text
 
 WORD = 1 << 64

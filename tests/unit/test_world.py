@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from data_pipeline.config import UserError
-from trainer.world import World, read_world
+from conf.errors import UserError
+from trainer.distributed.world import World, read_world
 
 MPI = {
     "OMPI_COMM_WORLD_RANK": "5",

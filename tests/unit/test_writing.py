@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.config import Passing, UserError
-from trainer import weights
-from trainer.fragments import Fragment
-from trainer.snapshot import Snapshot, bytes_of, check_room
-from trainer.writing import Pulse
+from conf.errors import TransientError, UserError
+from trainer.checkpoint import files as weights
+from trainer.checkpoint.snapshot import Snapshot, bytes_of, check_room
+from trainer.checkpoint.write import FolderActivity
+from trainer.engine.fragments import Fragment
 
 
 def test_a_copy_that_no_machine_holds_is_one_line_with_its_bytes_and_the_way_out() -> None:
@@ -52,14 +52,14 @@ def test_a_big_file_reaches_the_disk_bit_by_bit(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_disk_that_refuses_may_pass(tmp_path: Path) -> None:
-    with pytest.raises(Passing, match=r"absent/a: No such file or directory: give run.dir a disk with room"):
+    with pytest.raises(TransientError, match=r"absent/a: No such file or directory: give run.dir a disk with room"):
         weights.write_file(tmp_path / "absent" / "a", [b"x"])
 
 
 def test_a_folder_is_silent_from_its_last_change_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    pulse = Pulse(tmp_path)
+    pulse = FolderActivity(tmp_path)
     now += 5
     assert pulse.silence_s() == 5
     (tmp_path / "a").touch()

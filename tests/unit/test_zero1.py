@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.distributed import tiny_run
-from trainer.optim import GatedAdamW, adamw
-from trainer.zero1 import ROW, vector_norm
+from trainer.engine.bf16_optimizer import ROW, vector_norm
+from trainer.engine.optimizers import GatedAdamW, adamw
 
 
 @pytest.mark.parametrize("n", [1, ROW - 1, ROW, ROW + 1, ROW * ROW + 3 * ROW + 7])

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 
-from trainer.arithmetic import padded_n_head
+from trainer.config.model import ModelConfig
+from trainer.distributed.mesh import Mesh
+from trainer.distributed.seeds import tp_local_randomness
 from trainer.model import flex
-from trainer.model.config import ModelConfig
+from trainer.model.arithmetic import padded_n_head
 from trainer.model.linear import ColumnLinear, RowLinear
 from trainer.model.mask import DENSE, attention_bias, patterns
-from trainer.parallel import Mesh, tp_local_randomness
 
 Mask = Tensor | BlockMask | None  # a bias on the scores, FlexAttention's blocks, or nothing beyond causality
 FASTEST_FIRST = [  # on Hopper: cuDNN's kernels, written for it, before FlashAttention-2

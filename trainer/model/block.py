@@ -10,11 +10,12 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.config.model import ModelConfig, Norm
+from trainer.distributed.mesh import Mesh
+from trainer.distributed.seeds import tp_local_randomness
 from trainer.model.attention import Attention, KVCache, Mask
-from trainer.model.config import ModelConfig, Norm
 from trainer.model.linear import ColumnLinear, RowLinear
 from trainer.model.recompute import making_again
-from trainer.parallel import Mesh, tp_local_randomness
 
 
 class Dropout(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from trainer import arithmetic
+from trainer.model import arithmetic
 from trainer.model.mask import Pattern, segment_positions
 
 BLOCK = arithmetic.FLEX_BLOCK

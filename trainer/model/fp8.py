@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from data_pipeline.config import UserError
+from conf.errors import UserError
 from trainer.model.linear import ColumnLinear, RowLinear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

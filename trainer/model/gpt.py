@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data_pipeline.config import UserError
-from trainer.config import Recompute
-from trainer.loss import token_loss
+from conf.errors import UserError
+from trainer.config.model import ModelConfig, Norm
+from trainer.config.parallel import Recompute
+from trainer.distributed.mesh import Mesh
 from trainer.model.attention import KVCache, Mask, layer_masks
 from trainer.model.block import Block, Dropout, layer_norm, mark_sequence_parallel
-from trainer.model.config import ModelConfig, Norm
 from trainer.model.linear import TiedEmbedding, gather_vocab
+from trainer.model.loss import token_loss
 from trainer.model.mask import segment_positions
-from trainer.parallel import Mesh
 
 __all__ = ["GPT", "KVCache"]
 

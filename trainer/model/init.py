@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from trainer.model.config import ModelConfig, Norm
+from trainer.config.model import ModelConfig, Norm
+from trainer.distributed.seeds import stable_seed
 from trainer.model.gpt import GPT
-from trainer.model.layout import specs, to_local
-from trainer.parallel import stable_seed
+from trainer.model.specs import specs, to_local
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.arithmetic import padded_vocab_size
-from trainer.parallel import Mesh
+from trainer.distributed.mesh import Mesh
+from trainer.model.arithmetic import padded_vocab_size
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.model.config import ModelConfig
+from trainer.config.model import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from data_pipeline.config import UserError
-from trainer.config import AUTO, PretrainConfig
+from conf.errors import UserError
+from trainer.config.parallel import AUTO
+from trainer.config.pretrain import PretrainConfig
+from trainer.distributed.world import World
 from trainer.plan.choose import rows, way_out
 from trainer.plan.hardware import CPU, GPUS, Gpu, gpu_named, installed_gpu
 from trainer.plan.memory import GIB
 from trainer.plan.network import Cluster
-from trainer.world import World
 
 NETWORK_GBIT = 400.0  # of a node, where nobody says: only the order of layouts depends on it
 CPU_SHARE = 0.7  # of the machine's memory that ranks on a CPU may take

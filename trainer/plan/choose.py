@@ -7,13 +7,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.config import UserError
-from trainer.arithmetic import flops_per_token
-from trainer.config import AUTO, Offload, Precision, PretrainConfig, Recompute
-from trainer.layouts import check_layout
-from trainer.optim_config import Kind
+from conf.errors import UserError
+from trainer.config.optim import Kind
+from trainer.config.parallel import AUTO, Offload, Precision, Recompute
+from trainer.config.pretrain import PretrainConfig
+from trainer.model.arithmetic import flops_per_token
 from trainer.plan.hardware import CPU, check_precision
 from trainer.plan.layout import Layout
+from trainer.plan.layout_rules import check_layout
 from trainer.plan.memory import GIB, Memory, memory
 from trainer.plan.network import Cluster
 from trainer.plan.speed import Step, step_seconds

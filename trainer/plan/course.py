@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from data_pipeline.config import StageConfig
-from data_pipeline.geometry import batches, micro_batch_at
-from trainer.config import PretrainConfig
+from data_pipeline.order.geometry import batches, micro_batch_at
+from trainer.config.pretrain import PretrainConfig
 from trainer.plan.layout import Layout
 from trainer.plan.network import Cluster
 from trainer.plan.speed import step_seconds

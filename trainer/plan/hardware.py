@@ -9,8 +9,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.config import UserError
-from trainer.config import Precision
+from conf.errors import UserError
+from trainer.config.parallel import Precision
 
 GIB = 2**30
 CPU = "cpu"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from trainer.arithmetic import padded_n_head, padded_vocab_size
-from trainer.config import Offload, Precision, PretrainConfig, Recompute
-from trainer.model.config import ModelConfig, Norm
+from trainer.config.model import ModelConfig, Norm
+from trainer.config.parallel import Offload, Precision, Recompute
+from trainer.config.pretrain import PretrainConfig
+from trainer.model.arithmetic import padded_n_head, padded_vocab_size
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Layout:
 
 
 def local_params(model: ModelConfig, tp: int) -> int:
-    """Parameters on one of `tp` ranks before ZeRO, padding included; equal on all of them (trainer/model/layout.py)."""
+    """Parameters on one of `tp` ranks before ZeRO, padding included; equal on all of them (trainer/model/specs.py)."""
     c, heads = model.n_embd, padded_n_head(model.n_head, tp) * model.head_dim // tp
     inner = 4 * c // tp
     block = 4 * c + (3 * heads * c + 3 * heads) + (heads * c + c) + (inner * c + inner) + (inner * c + c)

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from trainer.arithmetic import LOSS_CHUNK_BYTES, REDUCE_BUCKET, padded_n_head, padded_vocab_size
-from trainer.config import Offload, Precision, PretrainConfig, Recompute
-from trainer.model.config import Norm
-from trainer.optim_config import Kind
+from trainer.config.model import Norm
+from trainer.config.optim import Kind
+from trainer.config.parallel import Offload, Precision, Recompute
+from trainer.config.pretrain import PretrainConfig
+from trainer.model.arithmetic import LOSS_CHUNK_BYTES, REDUCE_BUCKET, padded_n_head, padded_vocab_size
+from trainer.plan.attention_cost import biased
 from trainer.plan.hardware import CPU, Gpu
 from trainer.plan.layout import Layout, element_bytes, local_params
-from trainer.plan.pattern import biased
 
 GIB = 2**30
 ZERO3_LIVE = 1_000_000_000  # elements of gathered weights (stage3_max_live_parameters, stage3_max_reuse_distance)
-# tp = 1: the gradient takes the logits' place, fp32 lives for so many chunks (trainer/loss.py). tp > 1: bytes of
+# tp = 1: the gradient takes the logits' place, fp32 lives for so many chunks (trainer/model/loss.py). tp > 1: bytes of
 # the logits and of their fp32 copy, which megatron-core overwrites. By the bytes of an activation.
 CHUNKS, SPLIT_LOGIT_BYTES = 3, {2: 6, 4: 8}
 FP8_KEPT, FP8_WEIGHTS = 27, 12  # bytes x C of a token, bytes x C^2 of a layer's rounded weights (docs/speed.md)
@@ -69,7 +70,7 @@ def memory(cfg: PretrainConfig, layout: Layout, gpu: Gpu) -> Memory:
 
 
 def snapshot(cfg: PretrainConfig, layout: Layout) -> float:
-    """What a checkpoint in the background is written from: masters and moments once more (trainer/snapshot.py)."""
+    """What a checkpoint in the background is written from: masters and moments once more (snapshot.py)."""
     return optimizer_bytes(cfg, layout) / layout.dp if cfg.checkpoint.background else 0.0
 
 

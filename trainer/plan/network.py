@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from trainer.config import Offload, PretrainConfig, Recompute
+from trainer.config.parallel import Offload, Recompute
+from trainer.config.pretrain import PretrainConfig
 from trainer.plan.hardware import Gpu
 from trainer.plan.layout import Layout, element_bytes, local_params
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from data_pipeline.config import UserError
-from trainer.config import PretrainConfig
+from conf.errors import UserError
+from trainer.config.pretrain import PretrainConfig
 from trainer.plan.choose import Row, rows
 from trainer.plan.network import Cluster
 

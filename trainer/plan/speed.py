@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from trainer.arithmetic import padded_n_head, padded_vocab_size
-from trainer.config import Offload, Precision, PretrainConfig, Recompute
+from trainer.config.parallel import Offload, Precision, Recompute
+from trainer.config.pretrain import PretrainConfig
+from trainer.model.arithmetic import padded_n_head, padded_vocab_size
+from trainer.plan.attention_cost import biased, visited
 from trainer.plan.hardware import CPU, Gpu
 from trainer.plan.layout import Layout, element_bytes, local_params, tensors
 from trainer.plan.network import Cluster, dp_seconds, tp_seconds
-from trainer.plan.pattern import biased, visited
 
 # Calibrated on one H100 SXM (docs/benchmarks/plan_h100.md), and taken as shares of the peak on every other device.
 GEMM_SHARE, GEMM_HALF = 0.838, 230  # share of the peak in a huge product; the smallest dimension at which half is left

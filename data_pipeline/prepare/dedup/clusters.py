@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.manifest import publish, publish_json
+from data_pipeline.files import publish, publish_json
 from data_pipeline.prepare.dedup.documents import Documents, Other, Reader
 from data_pipeline.prepare.dedup.groups import MEMBER_BYTES, Forest, Members, settle
 from data_pipeline.prepare.dedup.keys import KeysFile
 from data_pipeline.prepare.dedup.near import join_near
 from data_pipeline.prepare.dedup.words import U64, mix
-from data_pipeline.prepare.recipe import DedupConfig, MinHashConfig
+from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig
 
 KINDS = {"the same URL": 1, "the same text": 2, "nearly the same text": 3}
 LARGEST = 10  # groups that are named

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.config import UserError
+from conf.errors import UserError
 from data_pipeline.prepare.dedup.groups import MEMBER_BYTES, Indices, Members
 from data_pipeline.prepare.dedup.keys import ENDING, KeysFile
 from data_pipeline.prepare.dedup.words import U64
-from data_pipeline.prepare.recipe import DedupConfig, MinHashConfig
+from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig
 
 Codes = npt.NDArray[np.uint8]
 Rows = tuple[int, KeysFile, Indices, U64]

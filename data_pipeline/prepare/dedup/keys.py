@@ -26,11 +26,11 @@ import numpy as np
 import numpy.typing as npt
 from datatrove.data import Document
 
-from data_pipeline.config import UserError
-from data_pipeline.manifest import publish
+from conf.errors import UserError
+from data_pipeline.files import publish
 from data_pipeline.prepare.dedup.minhash import MinHash
 from data_pipeline.prepare.dedup.words import U64, pieces, plain
-from data_pipeline.prepare.recipe import DedupConfig, MinHashConfig
+from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig
 
 FORMAT = 1
 ENDING = ".safetensors"
@@ -101,7 +101,7 @@ class KeysFile:
         self.path = path
         with self._open() as file:
             made = (file.metadata() or {}).get("made", "a program unknown")
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: file.get_slice(name) for name in list(file.keys())}
             columns = {name: (column.get_dtype(), column.get_shape()) for name, column in found.items()}
         if minhash and made != _made(minhash):
             raise UserError(f"{path}: made with {made}, wanted is {_made(minhash)}: {_ANEW}")

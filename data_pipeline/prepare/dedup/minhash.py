@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.prepare.dedup.words import U64, batches, mix, ngram_hashes, powers
-from data_pipeline.prepare.recipe import MinHashConfig
+from data_pipeline.prepare.recipe_config import MinHashConfig
 
 _BLOCK = 2048  # n-grams whose hashes are held at a time: what the cache next to a core holds
 _BASE = 0xD6E8FEB86659FD93

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datatrove.data import Document
 from xxhash import xxh3_64_intdigest
 
-from data_pipeline.prepare.recipe import BadWordsConfig
+from data_pipeline.prepare.recipe_config import BadWordsConfig
 from data_pipeline.prepare.rules import lists
 from data_pipeline.prepare.step import Step
 

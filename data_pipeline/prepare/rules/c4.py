@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from datatrove.data import Document
 
-from data_pipeline.prepare.recipe import C4Config
-from data_pipeline.prepare.rules.words import count_sentences
+from data_pipeline.prepare.recipe_config import C4Config
 from data_pipeline.prepare.step import Step
+from data_pipeline.prepare.text.words import count_sentences
 
 CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
 END_OF_SENTENCE = (".", "?", "!", '"', "'")

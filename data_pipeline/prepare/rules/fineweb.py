@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from datatrove.data import Document
 
-from data_pipeline.prepare.recipe import FineWebConfig
-from data_pipeline.prepare.rules.repeats import repeated
-from data_pipeline.prepare.rules.words import STOPS, read
+from data_pipeline.prepare.recipe_config import FineWebConfig
 from data_pipeline.prepare.step import Step
+from data_pipeline.prepare.text.repetition import repeated
+from data_pipeline.prepare.text.words import STOPS, read
 
 
 class FineWeb(Step):

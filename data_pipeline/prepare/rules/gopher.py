@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from datatrove.data import Document
 
-from data_pipeline.prepare.recipe import GopherQualityConfig, GopherRepetitionConfig
-from data_pipeline.prepare.rules.repeats import Grams, repeated
-from data_pipeline.prepare.rules.words import Text, read
+from data_pipeline.prepare.recipe_config import GopherQualityConfig, GopherRepetitionConfig
 from data_pipeline.prepare.step import Step
+from data_pipeline.prepare.text.repetition import Grams, repeated
+from data_pipeline.prepare.text.words import Text, read
 
 
 class GopherRepetition(Step):

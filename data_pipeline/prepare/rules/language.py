@@ -9,8 +9,8 @@ from pathlib import Path
 
 from datatrove.data import Document
 
-from data_pipeline.config import UserError
-from data_pipeline.prepare.recipe import LanguageConfig
+from conf.errors import UserError
+from data_pipeline.prepare.recipe_config import LanguageConfig
 from data_pipeline.prepare.step import Step
 
 PREFIX = "__label__"

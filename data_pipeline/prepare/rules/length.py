@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from datatrove.data import Document
 
-from data_pipeline.prepare.recipe import LengthConfig
+from data_pipeline.prepare.recipe_config import LengthConfig
 from data_pipeline.prepare.step import Step
 
 

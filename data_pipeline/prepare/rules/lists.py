@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from data_pipeline.config import UserError
+from conf.errors import UserError
 
 
 def lines(path: str, knob: str) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ from datatrove.data import Document
 from datatrove.pipeline.formatters.pii import PIIFormatter
 from xxhash import xxh3_64_intdigest
 
-from data_pipeline.prepare.recipe import PiiConfig
+from data_pipeline.prepare.recipe_config import PiiConfig
 from data_pipeline.prepare.step import Step
 
 Span = tuple[int, int]

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from datatrove.data import Document
 
-from data_pipeline.prepare.recipe import UrlConfig
+from data_pipeline.prepare.recipe_config import UrlConfig
 from data_pipeline.prepare.rules import lists
 from data_pipeline.prepare.step import Step
 

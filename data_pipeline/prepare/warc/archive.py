@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 from datatrove.data import Document
 
-from data_pipeline.prepare.read import Input
-from data_pipeline.prepare.recipe import LimitsConfig
-from data_pipeline.prepare.report import Dropped
-from data_pipeline.prepare.warc.members import CUT_OFF, LINE, START, members
+from data_pipeline.corpus.read import Input
+from data_pipeline.corpus.report import Dropped
+from data_pipeline.prepare.recipe_config import LimitsConfig
+from data_pipeline.prepare.warc.byte_stream import BEGINS, BOMB, INSIDE, MIB, ByteStream
+from data_pipeline.prepare.warc.compression import CUT_OFF, LINE, START, members
 from data_pipeline.prepare.warc.records import EMPTY, TOO_LARGE, document, parse_header
-from data_pipeline.prepare.warc.tape import BEGINS, BOMB, INSIDE, MIB, Tape
 
 HEADER = 1 << 16  # bytes at most
 BLANKS = 1 << 10  # bytes at most between two records
@@ -33,7 +33,7 @@ def read(file: Input, limits: LimitsConfig, source: str, start: int = 0) -> Iter
     """
     try:
         with file.path.open("rb") as raw:
-            reader = _Reader(Tape(members(raw, file.name, file.size), start), file, limits, source)
+            reader = _Reader(ByteStream(members(raw, file.name, file.size), start), file, limits, source)
             at = start
             while (item := reader.next()) is not None:
                 yield item, (at := reader.tape.position())
@@ -44,7 +44,7 @@ def read(file: Input, limits: LimitsConfig, source: str, start: int = 0) -> Iter
 
 
 class _Reader:
-    def __init__(self, tape: Tape, file: Input, limits: LimitsConfig, corpus: str) -> None:
+    def __init__(self, tape: ByteStream, file: Input, limits: LimitsConfig, corpus: str) -> None:
         self.tape, self.file, self.corpus = tape, file, corpus
         self.most, self.ratio = int(limits.page_mib * MIB), limits.ratio
 

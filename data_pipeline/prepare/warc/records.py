@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from datatrove.data import Document
 
-from data_pipeline.prepare.report import Dropped
+from data_pipeline.corpus.report import Dropped
+from data_pipeline.prepare.warc.byte_stream import BOMB, MIB
 from data_pipeline.prepare.warc.charset import decode
-from data_pipeline.prepare.warc.tape import BOMB, MIB
 
 TOO_LARGE = "it is larger than limits.page_mib"
 EMPTY, NOT_HTTP, NOT_OK = "empty", "not an HTTP response", "an HTTP status other than 200"

@@ -14,15 +14,15 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin
 
-from data_pipeline.prepare.recipe import FetchPagesConfig
+from data_pipeline.prepare.recipe_config import FetchPagesConfig
 from data_pipeline.prepare.step import SAMPLES, Passage, Tally
 from data_pipeline.prepare.web import robots
-from data_pipeline.prepare.web.address import Address, normal
-from data_pipeline.prepare.web.ask import NO_HOST, NOT_PUBLIC, Answer, Guest, Unanswered
+from data_pipeline.prepare.web.host_queue import Host, HostQueue, Job
+from data_pipeline.prepare.web.http import NO_HOST, NOT_PUBLIC, Answer, HttpClient, Unanswered
+from data_pipeline.prepare.web.links import key_of
 from data_pipeline.prepare.web.page_archive import PageArchive
 from data_pipeline.prepare.web.robots import Rules
-from data_pipeline.prepare.web.turns import Host, Job, Turns
-from data_pipeline.prepare.web.weblinks import key_of
+from data_pipeline.prepare.web.urls import Address, normal
 
 FETCHED = "fetched"
 REDIRECTS = 5
@@ -39,8 +39,8 @@ class Crawl:
 
     def __init__(self, cfg: FetchPagesConfig, archive: PageArchive) -> None:
         self.cfg, self.archive, self.passage = cfg, archive, Passage()
-        self.guest = Guest(cfg.agent, cfg.timeout_s, cfg.private)
-        self.turns = Turns(cfg.connections)
+        self.guest = HttpClient(cfg.agent, cfg.timeout_s, cfg.private)
+        self.turns = HostQueue(cfg.connections)
         self.left = 0
         self._here: set[int] = set()  # keys of the pages in the archive
         self._rules: OrderedDict[str, Rules] = OrderedDict()

@@ -22,8 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from data_pipeline.config import UserError
-from data_pipeline.prepare.web.ask import Answer
+from conf.errors import UserError
+from data_pipeline.prepare.web.http import Answer
 
 _HEAD = 1 << 16  # bytes of a record that are looked at: a verdict is shorter
 _DROPPED = ("transfer-encoding", "content-length", "connection", "keep-alive")  # of the way that the page came

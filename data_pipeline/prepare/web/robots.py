@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.config import UserError
+from conf.errors import UserError
 
 MAX_BYTES = 512 << 10  # of a robots.txt are read; RFC 9309 asks for 500 KiB
 MAX_DELAY = 300.0  # seconds; a host that asks for more is left alone

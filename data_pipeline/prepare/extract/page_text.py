@@ -1,0 +1,106 @@
+"""The text of a page's bytes, without what stands around it, its encoding repaired.
+
+Each function here is a factory for sandbox.py: it loads what it needs and gives a function of the
+page's bytes and what the HTTP header says of their charset ("" = nothing). No document changes what another gives.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from data_pipeline.prepare.warc.charset import decode
+
+TextOf = Callable[[bytes, str], str]
+
+CAPTIONS = ["div[class*=caption]", "p[class*=caption]", "span[class*=caption]"]  # of pictures: not in the text's flow
+OUT_OF_MEMORY = "(Error 2)"  # lexbor's LXB_STATUS_ERROR_MEMORY_ALLOCATION, in resiliparse's message
+
+SUSPECT = re.compile(
+    r"""
+    [^\t\n -%'-~]                       # not plain ASCII, or &; and then
+    (?: [\x80-\u03ab\u0400-\u042f\u0490\u0491\u2000-\u2bff\uf8ff\ufb01\ufb02\ufffd]  # a second one of mojibake
+      | (?<= [\x00-\x1f\x7f-\x9f\u2028\u2029\u206a-\u206f\ufeff\ufff9-\ufffc\ud800-\udfff] )
+      | (?<= [ŒœÂÃ] )                   # mojibake that the next, ASCII, character tells
+      | (?<= & ) \#? [0-9A-Za-z]{1,24};
+    )""",
+    re.VERBOSE,
+)
+"""Found in every line that ftfy could change; a line without it is ftfy's already."""
+
+
+PLAIN = "plain text"  # instead of a charset, which has no blank: text (UTF-8), which is only repaired
+
+
+def fast() -> TextOf:
+    """resiliparse's main content."""
+    from resiliparse.extract.html2text import extract_plain_text
+    from resiliparse.parse.html import HTMLParserException
+
+    fixed = repairer()
+
+    def text_of(html: bytes, charset: str) -> str:
+        if charset == PLAIN:
+            return fixed(html.decode("utf-8", "surrogatepass"))
+        try:
+            text = extract_plain_text(
+                decode(html, charset or None),
+                main_content=True,
+                alt_texts=False,
+                comments=False,
+                post_meta=False,
+                skip_elements=CAPTIONS,
+            )
+        except HTMLParserException as e:
+            if OUT_OF_MEMORY in str(e):
+                raise MemoryError from None
+            raise
+        return fixed(text)
+
+    return text_of
+
+
+def best() -> TextOf:
+    """trafilatura, favouring precision as datatrove does; without its removal of what earlier pages had."""
+    from lxml.etree import ErrorTypes
+    from trafilatura import extract
+    from trafilatura.utils import HTML_PARSER
+
+    fixed = repairer()
+
+    def content(html: str) -> str:
+        text: str | None = extract(html, favor_precision=True, include_comments=False)
+        if not text and any(error.type == ErrorTypes.ERR_NO_MEMORY for error in HTML_PARSER.error_log):
+            raise MemoryError  # which trafilatura takes for a page without text
+        return text or ""
+
+    def text_of(html: bytes, charset: str) -> str:
+        if charset == PLAIN:
+            return fixed(html.decode("utf-8", "surrogatepass"))
+        return fixed(content(decode(html, charset or None)))
+
+    return text_of
+
+
+def repairer() -> Callable[[str], str]:
+    """ftfy.fix_text with FineWeb's settings (datatrove's FTFYFormatter), and every line break made \\n.
+
+    ftfy looks at one line after the other; here it is asked only about the lines that it could change.
+    """
+    from ftfy import TextFixerConfig, fix_text
+
+    config = TextFixerConfig(
+        fix_latin_ligatures=False, fix_character_width=False, uncurl_quotes=False, normalization=None, explain=False
+    )
+    after_markup = config._replace(unescape_html=False)  # ftfy's rule: after the first < entities are meant
+
+    def fixed(text: str) -> str:
+        done, at, markup = [], 0, text.find("<")
+        while found := SUSPECT.search(text, at):
+            begin = text.rfind("\n", at, found.start()) + 1 or at
+            end = text.find("\n", found.end()) + 1 or len(text)
+            done += [text[at:begin], fix_text(text[begin:end], after_markup if 0 <= markup < begin else config)]
+            at = end
+        return "".join([*done, text[at:]]).strip()
+
+    return fixed

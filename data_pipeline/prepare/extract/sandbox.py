@@ -1,0 +1,179 @@
+"""Work on untrusted data in a process of its own: what a bad page costs, it costs itself alone.
+
+The process limits itself, so that nobody has to watch it: each call gets CPU seconds (ITIMER_PROF), which do not depend
+on what else the machine does, and WAITING times as many by the clock, in case it hangs without working; all calls get
+memory (RLIMIT_DATA). Past a limit the kernel ends it, in the middle of C code too. A process that failed is not used
+again. Where one that had worked before failed, a fresh one decides, so that what a call gives does not depend on the
+calls before it. The process ends when its owner is gone, however that ended: when a call is running, after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import IO, cast
+
+from conf.errors import UserError
+
+WAITING = 30  # times the CPU seconds, by the clock
+READY = b""  # what the process says first, or else what it lacks
+LENGTH = struct.Struct("<Q")  # before every bytes that go over a pipe
+NO_MEMORY, NO_RESULT = 65, 66  # exit codes
+TOO_LONG = (-signal.SIGPROF, -signal.SIGALRM)
+REASONS = {
+    **dict.fromkeys(TOO_LONG, "took too long"),
+    **dict.fromkeys((NO_MEMORY, -signal.SIGABRT), "took too much memory"),  # Rust and C++ abort where there is none
+    NO_RESULT: "the extractor failed",
+    -signal.SIGKILL: "the extractor was killed",
+}
+
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
+"""glibc: what one page took is kept for the next, which would else be given back and fetched anew, page by page."""
+
+
+class Failed(Exception):
+    """Why a call gave nothing: one of REASONS, or that the process crashed."""
+
+
+class Sandbox:
+    """Calls a function of bytes and a hint, which gives text, in a process that starts with the first call.
+
+    Args:
+        target: module:factory; the factory is called in the process, without arguments, and gives the function.
+        seconds: of CPU time, for each call.
+        memory_gib: of the process.
+    """
+
+    def __init__(self, target: str, seconds: float, memory_gib: float) -> None:
+        self.target, self.seconds, self.memory_gib = target, seconds, memory_gib
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def __reduce__(self) -> tuple[type[Sandbox], tuple[str, float, float]]:
+        return Sandbox, (self.target, self.seconds, self.memory_gib)  # a copy starts a process of its own
+
+    def __call__(self, data: bytes, hint: str = "") -> str:
+        """What the function says of `data`.
+
+        Raises:
+            Failed: it says nothing, for the same reason whichever calls came before.
+            UserError: the process does not start.
+        """
+        used = self.child is not None
+        reply, code = self._ask(data, hint)
+        if reply is None and code not in TOO_LONG and (used or code == -signal.SIGKILL):
+            reply, code = self._ask(data, hint)  # it may have failed by what others did: a fresh process decides
+        if reply is None:
+            raise Failed(REASONS.get(code, "the extractor crashed"))
+        return reply.decode()
+
+    def _ask(self, data: bytes, hint: str) -> tuple[bytes | None, int]:
+        """The reply, or None and the exit code of the process."""
+        child, reply = self.child or self._start(), None
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                write(child.stdin, data, hint.encode())
+                reply = read(child.stdout)
+            return reply, 0 if reply is not None else child.wait()
+        finally:
+            if reply is None:  # also where this was interrupted: what it says later is no reply to the next call
+                self.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        argv = [sys.executable, "-P", "-m", __name__, self.target, str(self.seconds), str(int(self.memory_gib * 2**30))]
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path),
+            "PYTHONHASHSEED": "0",
+            **KEPT_MEMORY,
+        }
+        self.child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        self._finalizer = weakref.finalize(self, end, self.child)
+        if (said := read(self.child.stdout)) != READY:
+            self.close()
+            raise UserError(
+                f"the extractor does not start: {(said or b'it ended').decode()}: pip install 'gradus[corpus]', "
+                f"or give it more than limits.memory_gib={self.memory_gib:g}"
+            )
+        return self.child
+
+    def close(self) -> None:
+        """End the process; the next call starts another."""
+        if self.child is not None:
+            self._finalizer()
+            self.child = None
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(BrokenPipeError), child:  # waits for it, which counts its CPU time too
+        child.kill()
+
+
+def write(pipe: IO[bytes] | None, *parts: bytes) -> None:
+    pipe = cast(IO[bytes], pipe)
+    for part in parts:
+        pipe.write(LENGTH.pack(len(part)))
+        pipe.write(part)
+    pipe.flush()
+
+
+def read(pipe: IO[bytes] | None) -> bytes | None:
+    """The next part; None where the other end closed before it was whole."""
+    pipe = cast(IO[bytes], pipe)
+    if len(length := pipe.read(LENGTH.size)) < LENGTH.size:
+        return None
+    part = pipe.read(LENGTH.unpack(length)[0])
+    return part if len(part) == LENGTH.unpack(length)[0] else None
+
+
+def serve(target: str, seconds: float, memory: int) -> int:
+    """Answer one call after the other; gives the exit code: 0 when there are no more."""
+    for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_DATA, memory)):
+        resource.setrlimit(limit, (value, value))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner
+    for number in (signal.SIGPROF, signal.SIGALRM, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    logging.disable()
+    calls, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no reply
+    module, factory = target.split(":")
+    try:
+        function = getattr(import_module(module), factory)()
+    except (ImportError, MemoryError) as e:
+        write(replies, " ".join(str(e).split()).encode() or b"out of memory")
+        return NO_RESULT
+    write(replies, READY)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nor is it news what a library makes of a bad page
+    os.dup2(2, 1)
+    try:
+        while (data := read(calls)) is not None and (hint := read(calls)) is not None:
+            write(replies, limited(function, data, hint.decode(), seconds).encode())
+    except MemoryError:
+        return NO_MEMORY
+    except Exception:
+        return NO_RESULT
+    return 0
+
+
+def limited(function: Callable[[bytes, str], str], data: bytes, hint: str, seconds: float) -> str:
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds * WAITING)
+    text = function(data, hint)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return text
+
+
+if __name__ == "__main__":
+    os._exit(
+        serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
+    )  # nothing is kept that an orderly exit would save

@@ -1,0 +1,45 @@
+"""Pages to text, each within its limits: a step of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from datatrove.data import Document
+
+from data_pipeline.prepare.extract.page_text import PLAIN
+from data_pipeline.prepare.extract.sandbox import Failed, Sandbox
+from data_pipeline.prepare.recipe_config import Extractor, LimitsConfig
+from data_pipeline.prepare.step import Step
+
+
+class Extract(Step):
+    """Makes text of metadata["html"] and takes it away; a document that has none is text, which is only repaired.
+
+    What drops a document: no text, a limit that it exceeds, an extractor that fails. It keeps its page then.
+    """
+
+    rewrites = True
+
+    def __init__(self, extractor: Extractor, limits: LimitsConfig) -> None:
+        super().__init__("extract")
+        target = f"data_pipeline.prepare.extract.page_text:{extractor.value}"
+        self.sandbox = Sandbox(target, limits.seconds, limits.memory_gib)
+
+    def apply(self, docs: Sequence[Document]) -> list[str | None]:
+        return [self._extract(doc) for doc in docs]
+
+    def _extract(self, doc: Document) -> str | None:
+        page, charset = doc.metadata.get("html"), doc.metadata.get("charset")
+        try:
+            if page is None:
+                text = self.sandbox(doc.text.encode("utf-8", "surrogatepass"), PLAIN)
+            else:
+                text = self.sandbox(page, charset or "")
+        except Failed as why:
+            return str(why)
+        if not text:
+            return "no text"
+        doc.text = text
+        doc.metadata.pop("html", None)
+        doc.metadata.pop("charset", None)
+        return None

@@ -1,0 +1,123 @@
+"""What recipes read beside their input: looked at before any work begins, and held to by the plan of an output."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from conf.errors import UserError
+from data_pipeline.corpus.config import CorpusFormat
+from data_pipeline.prepare.config import Executor, ExecutorConfig, PrepareConfig, RawConfig
+from data_pipeline.prepare.decontaminate.grams import Grams
+from data_pipeline.prepare.dedup.clusters import SUMMARY
+from data_pipeline.prepare.parts import vocabulary
+from data_pipeline.prepare.quality.step import Model
+from data_pipeline.prepare.recipe_config import DedupConfig
+from data_pipeline.remote.backends import is_remote, shown
+
+
+def corpora(cfg: PrepareConfig) -> Iterator[tuple[str, RawConfig]]:
+    """(what its keys begin with, corpus) of each that is made."""
+    if cfg.corpus.format is not CorpusFormat.several:
+        yield "corpus.", cfg.corpus
+    else:
+        yield from ((f"corpus.sources.{name}.", source) for name, source in cfg.corpus.sources.items())
+
+
+def inputs_of(cfg: PrepareConfig) -> Iterator[tuple[str, str]]:
+    """(its key, its value) of each place that documents or their pages are read from."""
+    for prefix, corpus in corpora(cfg):
+        yield ("input" if corpus is cfg.corpus else f"{prefix}path"), str(corpus.path)
+        if corpus.recipe.links and corpus.recipe.links.pages:
+            yield f"{prefix}recipe.links.pages", corpus.recipe.links.pages
+
+
+def files_of(cfg: PrepareConfig) -> Iterator[tuple[str, str]]:
+    """(its key, path) of each other file or folder that steps read, without those that this run makes itself."""
+    made: set[Path] = set()
+    trained = cfg.corpus.quality.output if cfg.corpus.quality else None
+    for prefix, corpus in corpora(cfg):
+        recipe, key = corpus.recipe, f"{prefix}recipe."
+        if recipe.url:
+            yield from ((f"{key}url.blocklists", path) for path in recipe.url.blocklists)
+            yield from ((f"{key}url.words", path) for path in recipe.url.words)
+        if recipe.bad_words:
+            yield f"{key}bad_words.file", recipe.bad_words.file
+        if recipe.quality and recipe.quality.model != trained:
+            yield f"{key}quality.model", recipe.quality.model
+        if recipe.decontaminate:
+            yield from ((f"{key}decontaminate.sets", path) for path in recipe.decontaminate.sets)
+        for other in recipe.dedup.against if recipe.dedup else []:
+            if Path(other) not in made:
+                yield f"{key}dedup.against", str(Path(other) / "work" / "duplicates" / SUMMARY)
+        if recipe.dedup and corpus is not cfg.corpus:  # for those that are made after it
+            made.add(Path(cfg.output) / prefix.removeprefix("corpus.sources.")[:-1])
+
+
+def check(cfg: PrepareConfig) -> None:
+    """
+    Raises:
+        UserError: a file that steps read is not there, or is damaged; an output that is a URL or within its own input;
+            a rule about tokens without a tokenizer; a stage that needs more memory than its task gets.
+    """
+    if is_remote(cfg.output):
+        raise UserError(f"output={shown(cfg.output)}: give a folder: what is made goes to no URL")
+    for key, where in inputs_of(cfg):
+        if not is_remote(where) and _reads(where, Path(cfg.output).resolve()):
+            all_ = "is all read" if Path(where).is_dir() else "may match its files"
+            raise UserError(f"output={cfg.output} lies in {key}={where}, which {all_}: give one outside of it")
+    for prefix, corpus in corpora(cfg):
+        if corpus.recipe.dedup:
+            _check_dedup(f"{prefix}recipe.dedup", corpus.recipe.dedup, cfg.executor)
+    for key, path in files_of(cfg):
+        if key.endswith("dedup.against") and not Path(path).is_file():
+            raise UserError(f"{key}: no {path}: give outputs of recipes with dedup, of which each is complete")
+        if key.endswith("quality.model"):
+            Model.load(Path(path))
+    if cfg.tokenizer is not None:
+        vocabulary(cfg.tokenizer)
+    for prefix, corpus in corpora(cfg):
+        length = corpus.recipe.length
+        if length and length.min_tokens and cfg.tokenizer is None:
+            raise UserError(
+                f"{prefix}recipe.length.min_tokens={length.min_tokens}, but tokenizer=null counts none: give a "
+                f"tokenizer, or min_tokens=0"
+            )
+        if corpus.recipe.decontaminate:
+            Grams.load(corpus.recipe.decontaminate)
+
+
+def _reads(where: str, output: Path) -> bool:
+    """Whether `where`, a folder or a glob, takes in what is written below `output`."""
+    path = Path(where)
+    if path.is_dir():
+        return output.is_relative_to(path.resolve())
+    if path.is_file() or not glob.has_magic(where):
+        return False
+    fixed = next(p for p in path.parents if not glob.has_magic(str(p)))
+    if not output.is_relative_to(fixed.resolve()):
+        return False
+    folders = output.relative_to(fixed.resolve()).parts
+    for n, pattern in enumerate(path.relative_to(fixed).parts):
+        if pattern == "**" or n == len(folders):
+            return True
+        if not fnmatchcase(folders[n], pattern):
+            return False
+    return False  # it matches no more than a folder
+
+
+def _check_dedup(key: str, dedup: DedupConfig, executor: ExecutorConfig) -> None:
+    names: dict[str, str] = {}
+    for other in dedup.against:
+        if (before := names.setdefault(Path(other).name, other)) is not other:
+            raise UserError(
+                f"{key}.against: {before} and {other} have the same name, by which the report tells them apart: rename "
+                f"one of the folders"
+            )
+    if executor.name is not Executor.local and dedup.memory_gib + 1 > executor.memory_gib:
+        raise UserError(
+            f"{key}.memory_gib={dedup.memory_gib} and 1 GiB beside it are more than executor.memory_gib="
+            f"{executor.memory_gib}: give less of the first or more of the second"
+        )

@@ -1,0 +1,183 @@
+"""Training and evaluation of the quality classifier."""
+
+from __future__ import annotations
+
+import heapq
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from conf.errors import UserError
+from data_pipeline.files import publish, publish_json
+from data_pipeline.prepare.quality.config import QualityEvaluateConfig, QualityTrainConfig
+from data_pipeline.prepare.recipe_config import QualityConfig
+
+if TYPE_CHECKING:
+    from data_pipeline.corpus.read import Document
+    from data_pipeline.prepare.quality.step import Model
+
+
+BINS = 20  # of the score's histogram
+
+
+T = TypeVar("T")
+
+
+def train(cfg: QualityTrainConfig) -> None:
+    from data_pipeline.prepare.quality.features import features, stacked
+    from data_pipeline.prepare.quality.step import Model, auc, fit, held_out
+
+    path, counts = Path(cfg.output), {}
+    names, rows, good = _both(cfg, lambda text: features([text], cfg.n_features), lambda name: True)
+    out = np.array([held_out(name, cfg.held_out, cfg.seed) for name in names])
+    for key, part in (("training", ~out), ("held_out", out)):
+        counts[key] = {"positives": int((part & good).sum()), "negatives": int((part & ~good).sum())}
+        if not all(counts[key].values()):
+            raise UserError(
+                f"held_out={cfg.held_out} of {len(names)} documents: {key} gets {counts[key]}, "
+                f"it needs some of each: give more documents, or another held_out"
+            )
+    seen, unseen = (stacked([rows[i] for i in np.flatnonzero(part)]) for part in (~out, out))
+    fitted = fit(seen, good[~out], cfg.n_features, cfg.inverse_penalty, cfg.seed)
+    scores = np.array(fitted.score_rows(unseen))
+    values = {key: getattr(cfg, key) for key in ("n_features", "held_out", "max_documents", "inverse_penalty", "seed")}
+    versions = {"python": platform.python_version(), **{name: version(name) for name in ("numpy", "scikit-learn")}}
+    about = {"auc": round(auc(good[out], scores), 6), "documents": counts, "values": values, "versions": versions}
+    _publish_model(path, Model(fitted.coefficients, fitted.bias, about))
+    print(f"{path}: AUC {about['auc']:.4f} on {int(out.sum()):,} held-out documents, trained on {int((~out).sum()):,}")
+
+
+def evaluate(cfg: QualityEvaluateConfig) -> None:
+    from data_pipeline.prepare.quality.plot import draw_roc, draw_scores
+    from data_pipeline.prepare.quality.step import Model, auc, held_out, keeps, roc
+
+    model = Model.load(Path(cfg.classifier))
+    split = _split_of(model, cfg)
+    names, found, good = _both(
+        cfg, lambda text: model.score([text])[0], lambda name: not cfg.held_out or held_out(name, *split)
+    )
+    scores = np.array(found)
+    rule = QualityConfig(cfg.classifier, cfg.alpha, cfg.seed)
+    kept = np.array([keeps(rule, name, score) for name, score in zip(names, found, strict=True)])
+    edges = np.linspace(0, 1, BINS + 1)
+    kinds = {"positives": good, "negatives": ~good}
+    body: dict[str, Any] = {
+        "model": model.about,
+        "held_out": cfg.held_out,
+        "auc": round(auc(good, scores), 6),
+        "rule": {"alpha": cfg.alpha, "seed": cfg.seed},
+        "edges": [round(edge, 6) for edge in edges.tolist()],
+        **{kind: _summary(scores[part], kept[part], edges, cfg.alpha) for kind, part in kinds.items()},
+        "all": _summary(scores, kept, edges, cfg.alpha),
+    }
+    folder = Path(cfg.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        publish(folder / "roc.png", draw_roc(*roc(good, scores), body["auc"]))
+        positives, negatives = (np.array(body[kind]["histogram"]) for kind in kinds)
+        publish(folder / "scores.png", draw_scores(edges, positives, negatives, cfg.alpha))
+        publish_json(folder / "evaluation.json", body)
+    except OSError as e:
+        raise UserError(f"output={cfg.output}: {e.strerror}: give a folder that can be written") from None
+    for kind in kinds:
+        mine = body[kind]
+        print(f"{kind}: {mine['documents']:,} documents, kept {mine['kept']:.4f}, expected {mine['expected']:.4f}")
+    print(f"{folder}: AUC {body['auc']:.4f}")
+
+
+def _summary(scores: np.ndarray, kept: np.ndarray, edges: np.ndarray, alpha: float) -> dict[str, Any]:
+    """Documents by score, and the shares that the rule keeps of them and is expected to, over all and by score."""
+    expected = (2 - scores) ** -alpha
+    at = np.minimum(np.searchsorted(edges, scores, side="right"), len(edges) - 1) - 1
+    documents, held, hoped = (np.bincount(at, w, len(edges) - 1) for w in (np.ones_like(scores), kept, expected))
+    return {
+        "documents": len(scores),
+        "kept": round(float(kept.mean()), 6),
+        "expected": round(float(expected.mean()), 6),
+        "histogram": documents.astype(int).tolist(),
+        "kept_by_score": held.astype(int).tolist(),
+        "expected_by_score": hoped.round(3).tolist(),
+    }
+
+
+def _both(
+    cfg: QualityTrainConfig | QualityEvaluateConfig, make: Callable[[str], T], wanted: Callable[[str], bool]
+) -> tuple[list[str], list[T], np.ndarray]:
+    """Ids of the documents of both kinds, what `make` makes of their texts, and whether each is good, [n] bool."""
+    names: list[str] = []
+    made: list[T] = []
+    counts = []
+    for key in ("positives", "negatives"):
+        found = _lowest(_documents(getattr(cfg, key), key), cfg.max_documents, cfg.seed, make, wanted)
+        if not found:
+            raise UserError(f"{key}={getattr(cfg, key)}: none of the documents there is to be looked at: give more")
+        names += [name for name, _ in found]
+        made += [value for _, value in found]
+        counts.append(len(found))
+    return names, made, np.repeat([True, False], counts)
+
+
+def _lowest(
+    documents: Iterator[Document], most: int, seed: int, make: Callable[[str], T], wanted: Callable[[str], bool]
+) -> list[tuple[str, T]]:
+    """(id, what is made of the text) of the wanted documents whose ids have the lowest hashes: a fair choice, and the
+    same whatever the order of the files; only what is chosen is held."""
+    from data_pipeline.prepare.quality.step import uniform
+
+    heap: list[tuple[float, int, str, T]] = []  # the highest hash first; the second number parts equal ids
+    for number, doc in enumerate(doc for doc in documents if wanted(doc.id)):
+        rank = -uniform(doc.id, seed, "sample")
+        if len(heap) < most:
+            heapq.heappush(heap, (rank, -number, doc.id, make(doc.text)))
+        elif (rank, -number) > heap[0][:2]:
+            heapq.heapreplace(heap, (rank, -number, doc.id, make(doc.text)))
+    return [(name, value) for _, _, name, value in sorted(heap, key=lambda item: item[:2], reverse=True)]
+
+
+def _documents(paths: Sequence[str], key: str) -> Iterator[Document]:
+    """Of JSON lines; what was dropped is told at the end."""
+    from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
+    from data_pipeline.corpus.read import files_at, parse, records
+    from data_pipeline.corpus.report import Dropped, Report
+
+    report = Report()
+    for path in paths:
+        corpus = CorpusConfig(name=key, format=CorpusFormat.jsonl, path=path)
+        for record in records(corpus, files_at(path, key)):
+            for item in parse(record, corpus):
+                if isinstance(item, Dropped):
+                    report.drop(item)
+                else:
+                    report.kept += 1
+                    yield item
+    if not report.kept:
+        raise UserError(f"{key}={list(paths)}: no document there ({report.summary()}): give JSON lines with text")
+    report.print()
+
+
+def _split_of(model: Model, cfg: QualityEvaluateConfig) -> tuple[float, int]:
+    """(share held out, seed of the hashes) of the training."""
+    try:
+        values = model.about["values"]
+        return float(values["held_out"]), int(values["seed"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(
+            f"classifier={cfg.classifier}: it does not say what it was trained on ({e!r}): train it anew"
+        ) from None
+
+
+def _publish_model(path: Path, model: Model) -> None:
+    data = model.to_bytes()
+    try:
+        if path.exists() and path.read_bytes() != data:
+            raise UserError(
+                f"{path} holds another model, which documents may have been scored with: give another output="
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        publish(path, data)
+    except OSError as e:
+        raise UserError(f"output={path}: {e.strerror}: give the name of a file that can be written") from None

@@ -1,0 +1,272 @@
+"""What a user may say about turning raw archives into documents: the steps of a recipe and their thresholds.
+
+A step that is null is not taken. The values with their sources stand in conf/rules/ and conf/corpus/. Standard library
+only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from conf.errors import MISSING, UserError
+
+
+class Extractor(Enum):
+    fast = "fast"  # resiliparse: F1 0.94 on the gold pages, about 12 times as fast as the other
+    best = "best"  # trafilatura, favouring precision: F1 0.97
+
+
+@dataclass
+class LimitsConfig:
+    """What one record may cost; beyond it the record is dropped and counted."""
+
+    page_mib: float = 16.0  # of a page, decompressed
+    ratio: float = 200.0  # decompressed to compressed bytes, of what is larger than 1 MiB
+    seconds: float = 10.0  # of extraction
+    memory_gib: float = 1.0  # of the process that extracts
+
+    def __post_init__(self) -> None:
+        for key in ("page_mib", "ratio", "seconds", "memory_gib"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise UserError(f"limits.{key}={getattr(self, key)}: give a number above 0")
+
+
+@dataclass
+class LinksConfig:
+    """WebText's way to its pages: links that people voted for."""
+
+    min_score: int = 3  # karma of the submission
+    pages: str | None = None  # WARC files that hold the pages: a file, a folder or a glob; null = fetch them
+    until: str | None = None  # no submission of a later day: YYYY-MM-DD
+    skip_hosts: list[str] = field(default_factory=list)  # with all that lies below them
+    skip_endings: list[str] = field(default_factory=list)  # of a URL's path: what is no page of text
+    over_18: bool = False  # take links that are marked as for adults
+
+
+@dataclass
+class FetchPagesConfig:
+    """How pages are asked for: as few at a time as a guest asks."""
+
+    agent: str = ""  # NAME (ADDRESS) under which pages are asked for; robots.txt is read for it; must be given to fetch
+    files: int = 16  # WARC files that are made, each by one task; the hosts are divided among them
+    per_host_s: float = 2.0  # between two requests to one host, or what its robots.txt says where that is more
+    timeout_s: float = 20.0  # for one page
+    page_mib: float = 10.0
+    retries: int = 2
+    connections: int = 32  # hosts that one task asks at a time
+    private: bool = False  # also ask addresses that are not public, such as a mirror of one's own
+
+    def __post_init__(self) -> None:
+        for key, least in {"files": 1, "retries": 0, "connections": 1}.items():
+            if isinstance(value := getattr(self, key), int) and value < least:
+                raise UserError(f"fetch.{key}={value}: give at least {least}")
+        for key in ("per_host_s", "timeout_s", "page_mib"):
+            value = getattr(self, key)
+            if isinstance(value, int | float) and not 0 < value < float("inf"):
+                raise UserError(f"fetch.{key}={value}: give a number above 0")
+
+
+@dataclass
+class UrlConfig:
+    """Which addresses are refused."""
+
+    domains: list[str] = field(default_factory=list)  # with all that lies below them
+    blocklists: list[str] = field(default_factory=list)  # files with a domain on each line, as UT1's
+    words: list[str] = field(default_factory=list)  # files with a word on each line; a URL that has one is refused
+
+
+@dataclass
+class LanguageConfig:
+    keep: list[str] = field(default_factory=lambda: ["en"])  # ISO 639 codes of fastText's lid.176
+    min_score: float = MISSING
+
+    def __post_init__(self) -> None:
+        _check_share("language.min_score", self.min_score)
+
+
+@dataclass
+class GopherRepetitionConfig:
+    """Rae et al. 2021, table A1. A share above the threshold drops the document; n-gram tables are {n: share}."""
+
+    dup_line_frac: float = MISSING
+    dup_para_frac: float = MISSING
+    dup_line_char_frac: float = MISSING
+    dup_para_char_frac: float = MISSING
+    top_n_grams: dict[int, float] = MISSING
+    dup_n_grams: dict[int, float] = MISSING
+
+
+@dataclass
+class GopherQualityConfig:
+    """Rae et al. 2021, section A.1."""
+
+    min_words: int = MISSING
+    max_words: int = MISSING
+    min_mean_word_length: float = MISSING
+    max_mean_word_length: float = MISSING
+    max_symbol_word_ratio: float = MISSING
+    max_bullet_lines: float = MISSING
+    max_ellipsis_lines: float = MISSING
+    min_alpha_words: float = MISSING
+    min_stop_words: int = MISSING
+    stop_words: list[str] = MISSING
+
+
+@dataclass
+class C4Config:
+    """Raffel et al. 2020, section 2.2. The first group of rules drops lines, the second documents."""
+
+    terminal_punctuation: bool = MISSING
+    min_words_per_line: int = MISSING
+    max_word_length: int = MISSING
+    citations: bool = MISSING  # remove Wikipedia's [1]
+    javascript: bool = MISSING
+    policy: bool = MISSING
+    min_sentences: int = MISSING
+    lorem_ipsum: bool = MISSING
+    curly_bracket: bool = MISSING
+
+
+@dataclass
+class FineWebConfig:
+    """Penedo et al. 2024, section 3.6."""
+
+    line_punct_thr: float = MISSING
+    short_line_thr: float = MISSING
+    short_line_length: int = MISSING
+    char_duplicates_ratio: float = MISSING
+    new_line_ratio: float = MISSING
+
+
+@dataclass
+class BadWordsConfig:
+    """C4's list; a document with one of its words is dropped, but for a share."""
+
+    file: str = MISSING
+    keep: float = 0.0  # of those that have one
+
+    def __post_init__(self) -> None:
+        _check_share("bad_words.keep", self.keep)
+
+
+@dataclass
+class LengthConfig:
+    min_chars: int = 0
+    max_chars: int | None = None
+    min_tokens: int = 0  # of the recipe's tokenizer
+
+    def __post_init__(self) -> None:
+        given = f"length.min_chars={self.min_chars}, max_chars={self.max_chars} and min_tokens={self.min_tokens}"
+        most = self.min_chars if self.max_chars is None else self.max_chars
+        if not 0 <= self.min_chars <= most or self.min_tokens < 0:
+            raise UserError(f"{given}: give 0 or more, and max_chars of at least min_chars")
+
+
+@dataclass
+class QualityConfig:
+    """GPT-3's filter: keep where pareto(alpha) > 1 - score (Brown et al. 2020, appendix A)."""
+
+    model: str = MISSING  # what `python -m data_pipeline.quality train` made
+    alpha: float = 9.0
+    seed: int = 1337
+
+    def __post_init__(self) -> None:
+        check_alpha("quality.alpha", self.alpha)
+
+
+@dataclass
+class MinHashConfig:
+    """bands x rows hashes of word n-grams; documents that agree in a whole band are duplicates."""
+
+    bands: int = MISSING
+    rows: int = MISSING
+    ngram: int = MISSING  # words
+    min_jaccard: float | None = None  # of the n-gram sets, compared exactly where a band agrees; null = not compared
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        given = {key: getattr(self, key) for key in ("bands", "rows", "ngram")}
+        if any(isinstance(value, int) and value < 1 for value in given.values()):
+            raise UserError(f"minhash: {', '.join(f'{k}={v}' for k, v in given.items())}: give at least 1 of each")
+        if self.min_jaccard is not None and not 0 < self.min_jaccard <= 1:
+            raise UserError(f"minhash.min_jaccard={self.min_jaccard}: give a similarity above 0, 1 at most, or null")
+
+
+@dataclass
+class DedupConfig:
+    """Of those that are alike one is kept: of the best quality score, then the oldest, then the first."""
+
+    url: bool = False  # the same address
+    text: bool = False  # the same text, but for case, punctuation and spaces
+    minhash: MinHashConfig | None = None
+    against: list[str] = field(default_factory=list)  # outputs of other recipes: what is in them is removed from this
+    memory_gib: float = 3.0  # of the decision; past it, keys are read from disk in several rounds
+
+    def __post_init__(self) -> None:
+        if not 0 < self.memory_gib < float("inf"):
+            raise UserError(f"dedup.memory_gib={self.memory_gib}: give a number above 0")
+
+
+@dataclass
+class DecontaminateConfig:
+    """GPT-3's appendix C: text of the evaluation sets is cut out of the documents."""
+
+    sets: list[str] = MISSING  # each a file, a folder or a glob: .jsonl, .jsonl.gz, .jsonl.zst or .txt
+    text_keys: list[str] = field(default_factory=lambda: ["text"])  # of the JSON lines, those that are there
+    ngram: int = 13  # words
+    window: int = 200  # characters that go with it on each side
+    min_chars: int = 200  # a shorter piece is dropped
+    max_pieces: int = 10  # a document in more is dropped
+    max_documents: int = 10  # an n-gram in more documents is a common phrase
+
+    def __post_init__(self) -> None:
+        least = {"ngram": 1, "window": 0, "min_chars": 0, "max_pieces": 1, "max_documents": 1}
+        for key, low in least.items():
+            if getattr(self, key) < low:
+                raise UserError(f"decontaminate.{key}={getattr(self, key)}: give at least {low}")
+        if not self.sets or not self.text_keys:
+            raise UserError(
+                f"decontaminate: sets={self.sets} and text_keys={self.text_keys}: give at least one of each"
+            )
+
+
+@dataclass
+class PiiConfig:
+    """What is masked as FineWeb masks it."""
+
+    email: bool = True
+    ip: bool = True
+    phone: bool = False
+
+
+@dataclass
+class RecipeConfig:
+    """The steps, in the order in which they are taken."""
+
+    links: LinksConfig | None = None
+    fetch: FetchPagesConfig | None = None
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    url: UrlConfig | None = None
+    extractor: Extractor | None = None  # of pages; null = the input is text
+    language: LanguageConfig | None = None
+    gopher_repetition: GopherRepetitionConfig | None = None
+    gopher_quality: GopherQualityConfig | None = None
+    c4: C4Config | None = None
+    fineweb: FineWebConfig | None = None
+    bad_words: BadWordsConfig | None = None
+    length: LengthConfig | None = None
+    quality: QualityConfig | None = None
+    dedup: DedupConfig | None = None
+    decontaminate: DecontaminateConfig | None = None
+    pii: PiiConfig | None = None
+
+
+def check_alpha(key: str, alpha: float) -> None:
+    if not 0 < alpha < float("inf"):
+        raise UserError(f"{key}={alpha}: give a number above 0; 9 is GPT-3's")
+
+
+def _check_share(key: str, share: float) -> None:
+    if isinstance(share, int | float) and not 0 <= share <= 1:
+        raise UserError(f"{key}={share}: give 0 to 1")

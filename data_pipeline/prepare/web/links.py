@@ -1,0 +1,255 @@
+"""Reddit's submissions -> links that people voted for, WebText's way to its pages (Radford et al. 2019, section 2.1).
+
+The input are Pushshift's dumps, RS_*: lines of JSON, plain or .gz, .bz2, .xz, .zst. Of the links to one page the one of
+the best score stays; of those the oldest, of those the first. State: 16 bytes for each link that passes the rules, 45
+while they are compared; the links themselves wait in a file.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datatrove.data import Document
+
+from conf.errors import UserError
+from data_pipeline.corpus.inputs import Input
+from data_pipeline.corpus.lines import lines
+from data_pipeline.corpus.report import Dropped
+from data_pipeline.files import publish_json, rename
+from data_pipeline.prepare.recipe_config import LinksConfig
+from data_pipeline.prepare.step import SAMPLES, Passage, Step, Tally
+from data_pipeline.prepare.web.urls import Address, below, normal
+
+LINKS, KEYS, REPORT = "links.jsonl.zst", "keys.npy", "links.json"
+WINDOW = 1 << 31  # bytes of memory that a .zst may ask for: Pushshift's do
+MAX_LINE = 1 << 24  # bytes of a submission
+REDDIT = ("reddit.com", "redd.it", "redditmedia.com", "redditstatic.com")
+DUPLICATE = "another link to the same page"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """`score` is the submission's, `date` its day and second (ISO 8601, UTC)."""
+
+    url: str
+    score: int
+    date: str
+    subreddit: str | None = None
+
+
+def links(files: Sequence[Input], cfg: LinksConfig, folder: Path | None = None) -> Iterator[Link | Dropped]:
+    """Every line of the dumps as a link or as a reason: first what the rules drop, then the links in their order.
+
+    Args:
+        folder: of the file in which links wait, about 100 bytes for each before compression; None = the system's.
+
+    Raises:
+        UserError: links.until is no day.
+    """
+    import orjson
+    import zstandard
+
+    rules = _Rules(cfg)
+    keys, scores, dates = _Column("<u8"), _Column("<i4"), _Column("<u4")
+    with tempfile.TemporaryFile(dir=folder) as waiting:
+        packed = zstandard.ZstdCompressor(level=3).stream_writer(waiting, closefd=False)
+        for file in files:
+            for number, (line, _) in enumerate(lines(file, MAX_LINE, WINDOW), 1):
+                found = rules.link(line) if isinstance(line, bytes) else line.reason
+                if isinstance(found, str):
+                    yield Dropped(found, f"{file.name}:{number}")
+                    continue
+                link, key, seconds = found
+                keys.add(key)
+                scores.add(link.score)
+                dates.add(seconds)
+                packed.write(
+                    orjson.dumps((link.url, link.score, link.date, link.subreddit, f"{file.name}:{number}")) + b"\n"
+                )
+        packed.close()
+        kept = _best(keys.array(), scores.array(), dates.array())
+        waiting.seek(0)
+        reader = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(waiting))
+        for i, line in enumerate(reader):
+            *values, where = orjson.loads(line)
+            yield Link(*values) if kept[i] else Dropped(DUPLICATE, where)
+
+
+def _best(keys: np.ndarray, scores: np.ndarray, dates: np.ndarray) -> np.ndarray:
+    """Which of the links [n] stay, bool [n]: of each key the best score, then the oldest, then the first."""
+    order = np.lexsort((dates, -scores, keys))  # stable
+    first = np.ones(len(keys), bool)
+    np.not_equal(keys[order[1:]], keys[order[:-1]], out=first[1:])
+    kept = np.zeros(len(keys), bool)
+    kept[order[first]] = True
+    return kept
+
+
+class _Column:
+    """Numbers as they come, at their own width."""
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+        self.full: list[np.ndarray] = []
+        self.last: list[int] = []
+
+    def add(self, value: int) -> None:
+        self.last.append(value)
+        if len(self.last) == 1 << 16:
+            self.full.append(np.array(self.last, self.dtype))
+            self.last = []
+
+    def array(self) -> np.ndarray:
+        found = np.concatenate([*self.full, np.array(self.last, self.dtype)])
+        self.full, self.last = [], []
+        return found
+
+
+class _Rules:
+    def __init__(self, cfg: LinksConfig) -> None:
+        self.cfg, self.until = cfg, end_of(cfg.until)
+        self.hosts, self.reddit = frozenset(h.lower() for h in cfg.skip_hosts), frozenset(REDDIT)
+        self.endings = tuple(e.lower() for e in cfg.skip_endings)
+
+    def link(self, line: bytes) -> tuple[Link, int, int] | str:
+        """(the link, its key, its second), or why it is none."""
+        import orjson
+
+        try:
+            post = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            return "not JSON" if line.strip() else "an empty line"
+        fields = _fields(post)
+        if fields is None:
+            return "not a submission with a url, a score and a date"
+        url, score, seconds = fields
+        if score < self.cfg.min_score:
+            return "a score below min_score"
+        if self.until is not None and seconds >= self.until:
+            return "submitted after links.until"
+        if post.get("over_18") and not self.cfg.over_18:
+            return "for adults"
+        if post.get("is_self"):
+            return "a text of its own, no link"
+        found = normal(url.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))  # Reddit escapes them
+        reason = "not a web address" if found is None else self.refused(found)
+        if found is None or reason:
+            return reason or ""
+        subreddit = post.get("subreddit")
+        date = datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+        link = Link(found.url, score, date, subreddit if isinstance(subreddit, str) else None)
+        return link, found.key, seconds
+
+    def refused(self, found: Address) -> str | None:
+        if below(found.host, self.reddit):
+            return "a link within Reddit"
+        if below(found.host, self.hosts):
+            return "a host of links.skip_hosts"
+        if self.endings and found.path.lower().endswith(self.endings):
+            return "an ending of links.skip_endings"
+        return None
+
+
+def _fields(post: Any) -> tuple[str, int, int] | None:
+    if not isinstance(post, dict):
+        return None
+    url, score, date = post.get("url"), post.get("score"), post.get("created_utc")
+    try:
+        seconds = int(float(str(date)))  # a string in some dumps
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if not isinstance(url, str) or not isinstance(score, int) or not 0 <= seconds < 1 << 32 or abs(score) >= 1 << 31:
+        return None
+    return url, score, seconds
+
+
+def end_of(day: str | None) -> float | None:
+    """The second after a day, YYYY-MM-DD in UTC, or None without one; raises UserError where it is none."""
+    if day is None:
+        return None
+    try:
+        return datetime.strptime(day, "%Y-%m-%d").replace(tzinfo=UTC).timestamp() + 86400
+    except ValueError:
+        raise UserError(f"links.until={day}: give a day as YYYY-MM-DD") from None
+
+
+def write_links(files: Sequence[Input], cfg: LinksConfig, out: Path) -> Passage:
+    """Write the links, their keys (sorted, uint64 [n]) and last the counts into the folder `out`, each whole or not."""
+    import orjson
+    import zstandard
+
+    out.mkdir(parents=True, exist_ok=True)
+    passage, aside, keys = Passage(), out / f".{LINKS}.tmp", _Column("<u8")
+    with aside.open("wb") as raw:
+        with zstandard.ZstdCompressor(level=10).stream_writer(raw, closefd=False) as packed:
+            for item in links(files, cfg, out):
+                passage.taken.documents += 1
+                if isinstance(item, Link):
+                    passage.given.documents += 1
+                    keys.add(key_of(item.url))
+                    packed.write(orjson.dumps(item) + b"\n")
+                else:
+                    passage.dropped.setdefault(item.reason, Tally()).documents += 1
+                    samples = passage.samples.setdefault(item.reason, [])
+                    if len(samples) < SAMPLES:
+                        samples.append({"id": item.where, "url": None, "text": ""})
+        raw.flush()
+        os.fsync(raw.fileno())
+    rename(aside, out / LINKS)
+    found, aside = keys.array(), out / f".{KEYS}.tmp"
+    found.sort()
+    with aside.open("wb") as raw:
+        np.save(raw, found)
+        raw.flush()
+        os.fsync(raw.fileno())
+    rename(aside, out / KEYS)
+    publish_json(out / REPORT, passage.to_json())
+    return passage
+
+
+def read_links(path: Path) -> Iterator[Link]:
+    """Raises UserError where the file is damaged."""
+    import orjson
+
+    info = Input(path, path.name, path.stat().st_size, 0)
+    for line, _ in lines(info, MAX_LINE):
+        try:
+            yield Link(**orjson.loads(line if isinstance(line, bytes) else b""))
+        except (orjson.JSONDecodeError, TypeError):
+            raise UserError(f"{path}: damaged: delete it and make the links again") from None
+
+
+class Linked(Step):
+    """Keeps the pages that a link leads to; whether by http or https, and by www. or not, is the same."""
+
+    batch = 1024
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("links")
+        self.folder = folder
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        return np.load(self.folder / KEYS, mmap_mode="r")
+
+    def apply(self, docs: Sequence[Document]) -> list[str | None]:
+        wanted = np.array([key_of(doc.metadata.get("url") or "") for doc in docs], "<u8")
+        if not len(self.keys):
+            return ["not linked"] * len(docs)
+        at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        return [None if there else "not linked" for there in self.keys[at] == wanted]
+
+
+def key_of(url: str) -> int:
+    """Of the page that a URL leads to; 0 where it is no web address."""
+    found = normal(url)
+    return found.key if found else 0

@@ -1,0 +1,267 @@
+"""Other programs' files of token ids -> documents: nanoGPT's and llm.c's .bin, Megatron's .bin with .idx, JSON lines.
+
+Read by their published layouts, with none of those programs, piece by piece: at most one document, or a megabyte of a
+stream, is held at once. What a file claims is compared with its size before anything is read on its word.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from conf.errors import UserError
+from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
+from data_pipeline.corpus.inputs import Input, files_at
+from data_pipeline.corpus.read import records
+from data_pipeline.corpus.report import Dropped
+from data_pipeline.shards.config import ImportConfig, TokenFormat
+
+MAX_TOKENS = 1 << 26  # of a document
+TOO_LONG = f"a document of more than {MAX_TOKENS:,} tokens"
+CHUNK = 1 << 19  # tokens of a stream, or entries of an index, that are read at once
+LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # llm.c's magic numbers: version, dtype
+LLMC_HEADER = 1024  # bytes: 256 int32, which are magic, version, number of tokens, zeros
+MEGATRON = b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little")
+MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+MEGATRON_HEADER = 34  # bytes: magic, version, dtype, number of sequences, number of document edges
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Token ids [n] as a file has them: a document, or (nanogpt) some of a stream from token `start` on.
+
+    `path` says where it lies, as file or file:number; `size` is its bytes on the disk, for the progress bar.
+    """
+
+    id: str
+    path: str
+    ids: np.ndarray
+    size: int
+    start: int = 0
+
+
+def inputs(cfg: ImportConfig) -> list[Input]:
+    """The files that an import reads, sorted by name.
+
+    Raises:
+        UserError: there are none.
+    """
+    where = cfg.input
+    if cfg.format is TokenFormat.megatron and not Path(where).exists() and Path(f"{where}.idx").is_file():
+        where += ".idx"  # Megatron names a data set by what stands before .bin and .idx
+    given = Path(where)
+    if cfg.format is TokenFormat.megatron and given.suffix in (".bin", ".idx") and given.is_file():
+        pair = {given.with_suffix(".bin"), given.with_suffix(".idx")}
+        found = [file for part in sorted(pair) if part.is_file() for file in files_at(str(part), "input")]
+    elif cfg.format is TokenFormat.mds and given.name == "index.json":
+        found = files_at(str(given.parent), "input")
+    else:
+        found = files_at(where, "input")
+    if not found:
+        raise UserError(f"input={cfg.input}: no file there: name a file, a folder or a glob with files")
+    return found
+
+
+def pieces(cfg: ImportConfig, files: list[Input]) -> Iterator[tuple[str, Iterator[Piece | Dropped]]]:
+    """(name, its documents or the pieces of its stream) for each file of ids."""
+    from data_pipeline.shards import mds
+
+    names = {file.name for file in files}
+    if cfg.format is TokenFormat.jsonl:
+        corpus = CorpusConfig(name="ids", format=CorpusFormat.jsonl, path=cfg.input)
+        yield from ((file.name, _jsonl(cfg, corpus, file)) for file in files)
+    elif cfg.format is TokenFormat.nanogpt:
+        for file in files:
+            ours = file.name.endswith(".bin") or len(files) == 1
+            yield file.name, _nanogpt(cfg, file) if ours else iter([Dropped("not a .bin file", file.name)])
+    elif cfg.format is TokenFormat.megatron:
+        for file in files:
+            if file.name.endswith(".idx"):
+                yield file.name, _megatron(file)
+            elif not file.name.endswith(".bin") or f"{file.name[:-4]}.idx" not in names:
+                yield file.name, iter([Dropped("neither an .idx nor the .bin beside one", file.name)])
+    else:
+        yield from mds.data_sets(cfg, files)
+
+
+class _Held:
+    """The document that a stream is in the middle of; one that grows too long is counted, not held."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.number = name, 0
+        self.parts: list[np.ndarray] = []
+        self.length = self.size = 0
+
+    def take(self, ids: np.ndarray) -> None:
+        self.length += len(ids)
+        if self.length <= MAX_TOKENS:
+            self.parts.append(ids)
+        else:
+            self.parts.clear()
+
+    def give(self) -> Piece | Dropped:
+        where = f"{self.name}:{self.number}"
+        found: Piece | Dropped = Dropped(TOO_LONG, where)
+        if self.length <= MAX_TOKENS:
+            found = Piece(where, where, np.concatenate(self.parts), self.size)
+        self.parts, self.length, self.size, self.number = [], 0, 0, self.number + 1
+        return found
+
+
+def cut(name: str, stream: Iterator[Piece | Dropped], eot_id: int | None) -> Iterator[Piece | Dropped]:
+    """A stream's documents, `name`:0 and on, each with the end-of-text that ends it; the last one may have none."""
+    held = _Held(name)
+    for piece in stream:
+        if isinstance(piece, Dropped):  # what follows does not go on where it stopped
+            if held.length:
+                yield held.give()
+            yield piece
+            continue
+        ids, at = piece.ids, 0
+        held.size += piece.size
+        ends = [] if eot_id is None else (np.flatnonzero(ids == eot_id) + 1).tolist()
+        for end in ends:
+            held.take(ids[at:end])
+            yield held.give()
+            at = end
+        held.take(ids[at:])
+    if held.length:
+        yield held.give()
+
+
+def checked(piece: Piece | Dropped, vocab_size: int, dtype: str) -> Piece | Dropped:
+    """The same in the dtype of the shards.
+
+    Raises:
+        UserError: an id that is not in the vocabulary.
+    """
+    if isinstance(piece, Dropped):
+        return piece
+    if len(piece.ids) and (piece.ids.min() < 0 or piece.ids.max() >= vocab_size):
+        at = int(np.flatnonzero((piece.ids < 0) | (piece.ids >= vocab_size))[0])
+        raise UserError(
+            f"{piece.path}: token {piece.start + at} is {piece.ids[at]}, in a vocabulary of {vocab_size} ids: give the "
+            f"tokenizer= that the ids were made with, and dtype= where the file does not say it"
+        )
+    return replace(piece, ids=piece.ids.astype(dtype))
+
+
+def _nanogpt(cfg: ImportConfig, file: Input) -> Iterator[Piece]:
+    dtype, skip = np.dtype(cfg.dtype.value if cfg.dtype else "uint16").newbyteorder("<"), 0
+    with file.path.open("rb") as f:
+        magic, version, said = struct.unpack("<3i", f.read(12)) if file.size >= LLMC_HEADER else (0, 0, 0)
+        if magic in LLMC:
+            known, found = LLMC[magic]
+            dtype, skip = np.dtype(found), LLMC_HEADER
+            if version != known:
+                raise UserError(f"{file.path}: llm.c's format of version {version}, only {known} is known")
+            if said * dtype.itemsize != file.size - skip:
+                raise UserError(
+                    f"{file.path}: its header says {said} tokens, the file has room for "
+                    f"{(file.size - skip) / dtype.itemsize:g}: it is truncated or damaged, get it anew"
+                )
+        if (file.size - skip) % dtype.itemsize:
+            raise UserError(f"{file.path}: {file.size} bytes are no whole number of {dtype.name} ids: give its dtype=")
+        f.seek(skip)
+        for start in range(0, (file.size - skip) // dtype.itemsize, CHUNK):
+            data = f.read(min(CHUNK * dtype.itemsize, file.size - skip - start * dtype.itemsize))
+            yield Piece(file.name, file.name, np.frombuffer(data, dtype), len(data), start)
+
+
+def _megatron(index: Input) -> Iterator[Piece | Dropped]:
+    """Documents of PREFIX.idx and PREFIX.bin; a document's sequences lie one behind the other."""
+    path, name = index.path.with_suffix(".bin"), f"{index.name[:-4]}.bin"
+    if not path.is_file():
+        raise UserError(f"{index.path}: {path.name} is not beside it: Megatron's data sets are two files")
+    with index.path.open("rb") as f:
+        header = f.read(MEGATRON_HEADER)
+    if len(header) < MEGATRON_HEADER or header[:17] != MEGATRON or header[17] not in MEGATRON_DTYPES:
+        raise UserError(f"{index.path}: not an index of Megatron's version 1 over integers")
+    dtype = np.dtype(MEGATRON_DTYPES[header[17]])
+    sequences, edges = int.from_bytes(header[18:26], "little"), int.from_bytes(header[26:34], "little")
+    needed = MEGATRON_HEADER + 12 * sequences + 8 * edges
+    if (
+        index.size not in (needed, needed + sequences) or not edges or (not sequences and edges > 1)
+    ):  # a mode for each sequence may follow
+        raise UserError(
+            f"{index.path}: {sequences} sequences and {edges} edges of documents take {needed} bytes, it has "
+            f"{index.size}: it is truncated or damaged, get it anew"
+        )
+    if not sequences and not path.stat().st_size:
+        return  # no memmap is empty
+    lengths = np.memmap(index.path, "<i4", "r", MEGATRON_HEADER, (sequences,))
+    pointers = np.memmap(index.path, "<i8", "r", MEGATRON_HEADER + 4 * sequences, (sequences,))
+    documents = np.memmap(index.path, "<i8", "r", MEGATRON_HEADER + 12 * sequences, (edges,))
+    _check_sequences(index.path, path, lengths, pointers, dtype.itemsize)
+    end, last = path.stat().st_size, 0
+    with path.open("rb") as f:
+        for first in range(0, edges - 1, CHUNK):
+            edge = np.array(documents[first : first + CHUNK + 1])
+            if edge[0] != last or (np.diff(edge) < 0).any() or edge[-1] > sequences:
+                raise UserError(f"{index.path}: documents {first} and on do not divide its {sequences} sequences")
+            last = int(edge[-1])
+            bounds = np.where(edge < sequences, pointers[np.minimum(edge, sequences - 1)], end).tolist()
+            for number, (a, b) in enumerate(pairwise(bounds), first):
+                where = f"{name}:{number}"
+                if b - a > MAX_TOKENS * dtype.itemsize:
+                    f.seek(b)
+                    yield Dropped(TOO_LONG, where)
+                else:
+                    yield Piece(where, where, np.frombuffer(f.read(b - a), dtype), b - a)
+    if last != sequences:
+        raise UserError(f"{index.path}: its documents hold {last} of its {sequences} sequences")
+
+
+def _check_sequences(index: Path, path: Path, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> None:
+    """Each sequence must begin where the one before it ends, and the last one end with the file, as Megatron writes."""
+    at, cure = 0, "it is damaged, get it anew"
+    for first in range(0, len(lengths), CHUNK):
+        length = np.array(lengths[first : first + CHUNK], np.int64)
+        ends = at + np.cumsum(length) * itemsize
+        expected = np.concatenate([[at], ends[:-1]])
+        bad = np.flatnonzero((length < 0) | (pointers[first : first + CHUNK] != expected))
+        if len(bad):
+            i = int(bad[0])
+            raise UserError(
+                f"{index}: sequence {first + i} has {length[i]} tokens at byte {pointers[first + i]}, those before it "
+                f"end at byte {expected[i]}: {cure}"
+            )
+        at = int(ends[-1])
+    if at != path.stat().st_size:
+        raise UserError(f"{path}: {path.stat().st_size} bytes, the sequences of {index.name} take {at}: {cure}")
+
+
+def _jsonl(cfg: ImportConfig, corpus: CorpusConfig, file: Input) -> Iterator[Piece | Dropped]:
+    for record in records(corpus, [file]):
+        if isinstance(record, Dropped):
+            yield record
+            continue
+        for number, line in enumerate(cast(bytes, record.lines).split(b"\n"), record.first_line):
+            yield _line(cfg, line, f"{file.name}:{number}", record.size if number == record.first_line else 0)
+
+
+def _line(cfg: ImportConfig, line: bytes, where: str, size: int) -> Piece | Dropped:
+    try:
+        body = json.loads(line) if line.strip() else None
+    except (ValueError, RecursionError):
+        return Dropped("not JSON", where)
+    if body is None:
+        return Dropped("empty", where)
+    ids, name = (body.get(cfg.tokens_key), body.get(cfg.id_key)) if isinstance(body, dict) else (None, None)
+    if not isinstance(ids, list) or not {type(i) for i in ids} <= {int}:
+        return Dropped(f"no list of ids in the field {cfg.tokens_key!r}", where)
+    try:
+        str(name).encode()
+        tokens = np.array(ids, np.int64)
+    except UnicodeEncodeError:
+        return Dropped("not Unicode (a lone surrogate)", where)
+    except OverflowError:
+        raise UserError(f"{where}: an id of {max(ids, key=abs)}, more than 64 bits hold") from None
+    return Piece(str(name) if isinstance(name, str | int) else where, where, tokens, size)

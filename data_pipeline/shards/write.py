@@ -1,0 +1,205 @@
+"""Entry: documents -> tar shards with manifests (write), and the proof that they are whole (verify); from and to other
+programs' token files (import, export: data_pipeline/shards/convert.py).
+
+    python -m data_pipeline.shards write corpus=text corpus.path=FOLDER tokenizer=gpt2 output=DIR
+    python -m data_pipeline.shards verify path=DIR
+    python -m data_pipeline.shards import format=nanogpt input=train.bin tokenizer=gpt2 output=DIR
+    python -m data_pipeline.shards export path=DIR/train output=FILE.bin
+
+DIR/train and DIR/val are sources (data_pipeline/manifest.py says what is in one); DIR/report.json counts what was kept
+and dropped. The same input gives the same bytes, on any number of workers, after any number of kills.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conf.errors import UserError
+from data_pipeline.corpus import read
+from data_pipeline.corpus.inputs import Input
+from data_pipeline.corpus.read import empty, inputs, records
+from data_pipeline.corpus.report import Dropped, Report
+from data_pipeline.files import rename
+from data_pipeline.manifest import (
+    FORMAT,
+    SPLITS,
+    Block,
+    ShardIndex,
+    ShardInfo,
+    encode_block,
+    index_name,
+    provenance,
+    write_index,
+)
+from data_pipeline.shards import encode
+from data_pipeline.shards.config import ImportConfig, ShardsConfig
+from data_pipeline.shards.encode import Encoded, Job, Task, encode_all, tasks
+from data_pipeline.shards.output import begun, dtype_of, finish, listing
+from data_pipeline.shards.progress import Finished, Progress
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from data_pipeline.tokenizer.vocabularies import EOT
+
+Work = Iterator[tuple[Task, list[Encoded | Dropped]]]
+WORTH_A_WORKER = 16 << 20  # bytes of input; below it, starting a process costs more than it saves
+
+
+class ShardWriter:
+    """One shard: written aside as documents come, then published whole with its index."""
+
+    def __init__(self, folder: Path, number: int, cfg: ShardsConfig | ImportConfig) -> None:
+        import webdataset as wds  # brings torch
+
+        folder.mkdir(exist_ok=True)
+        self.path = folder / f"{number:05d}.tar"
+        self.block_tokens = cfg.block_tokens
+        self.aside = self.path.with_name(f".{self.path.name}.tmp")
+        self.file = self.aside.open("wb")
+        self.tar = wds.TarWriter(self.file, encoder=False, mtime=0)
+        self.blocks: list[Block] = []
+        self.documents: list[tuple[str, int]] = []
+        self.held: list[tuple[dict[str, str], np.ndarray]] = []
+        self.held_tokens = self.tokens = self.unknown = 0
+
+    def add(self, doc: Encoded, ids: np.ndarray) -> None:
+        """A block holds whole documents, up to `block_tokens`; a longer document is a block on its own."""
+        if self.held and self.held_tokens + len(ids) > self.block_tokens:
+            self._write_block()
+        self.held.append((doc.origin, ids))
+        self.held_tokens += len(ids)
+        self.tokens += len(ids)
+        self.unknown += doc.unknown
+        self.documents.append((doc.origin["id"], len(ids)))
+
+    def publish(self) -> ShardInfo:
+        self._write_block()
+        self.tar.close()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        with self.aside.open("rb") as f:
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        info = ShardInfo(self.path.name, self.aside.stat().st_size, sha256, len(self.documents), self.tokens)
+        ids, counts = zip(*self.documents, strict=True)
+        index = ShardIndex(tuple(self.blocks), ids, counts, sha256)
+        write_index(self.path.with_name(index_name(self.path.name)), index)
+        rename(self.aside, self.path)
+        return info
+
+    def _write_block(self) -> None:
+        key = f"{len(self.blocks):06d}"
+        ids = np.concatenate([ids for _, ids in self.held])
+        about = provenance([origin for origin, _ in self.held], [len(ids) for _, ids in self.held])
+        npy = encode_block(ids)
+        self.tar.write({"__key__": key, "npy": npy, "json": about})
+        # TarWriter sorts: the .npy is the last member, padded to whole records, and the tokens are the end of it.
+        offset = self.tar.tarstream.offset + -len(npy) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE + len(npy) - ids.nbytes
+        self.blocks.append(Block(f"{key}.npy", len(ids), zlib.crc32(ids.tobytes()), offset))
+        self.held, self.held_tokens = [], 0
+
+
+def write(cfg: ShardsConfig) -> None:
+    """Write, or go on writing, or find that all is written.
+
+    Raises:
+        UserError: nothing to write, nowhere to write it, or the output holds other work.
+    """
+    tokenizer = Tokenizer.load(cfg.tokenizer)
+    files = inputs(cfg.corpus)
+    with begun(Path(cfg.output), _plan(cfg, tokenizer, files)) as progress:
+        if progress.done:
+            return
+        if tokenizer.engine == "tokenizers" and tokenizer.byte_level:
+            print("fastokens is not installed: the same ids, 30 times slower (pip install fastokens)", file=sys.stderr)
+        if tokenizer.eot_id is None:
+            print(f"tokenizer={cfg.tokenizer} has no {EOT}: documents are packed without a separator", file=sys.stderr)
+        report = pack(cfg, _encoded(cfg, tokenizer, files, progress), progress, cfg.corpus.name, files)
+        report.print()
+        if not report.kept:
+            raise empty(cfg.corpus, report)
+        if not progress.shards["train"]:
+            raise UserError(
+                f"val_fraction={cfg.val_fraction}: all {report.kept} documents fell into validation, none is left to "
+                f"train on: give a smaller val_fraction, or a corpus of more documents"
+            )
+        finish(cfg.corpus.name, tokenizer, progress, report.to_json())
+        if not progress.shards["val"]:
+            print(
+                f"val_fraction={cfg.val_fraction}: none of the {report.kept} documents fell into validation, there is "
+                f"no {progress.folder / 'val'}, which trainer.pretrain needs: give a larger val_fraction and another "
+                f"output=",
+                file=sys.stderr,
+            )
+
+
+def _plan(cfg: ShardsConfig, tokenizer: Tokenizer, files: list[Input]) -> dict[str, Any]:
+    """All that the bytes of the output depend on."""
+    return {
+        "format": FORMAT,
+        "corpus": cfg.corpus.name,
+        "corpus.format": cfg.corpus.format.value,
+        "corpus.path": cfg.corpus.path and str(Path(cfg.corpus.path).resolve()),
+        "corpus.text_key": cfg.corpus.text_key,
+        "corpus.id_key": cfg.corpus.id_key,
+        "corpus files (names, sizes, times)": listing(files),
+        "tokenizer": f"sha256 {tokenizer.sha256}",
+        "val_fraction": cfg.val_fraction,
+        "shard_tokens": cfg.shard_tokens,
+        "block_tokens": cfg.block_tokens,
+        "task, block, line, file bytes of this version": [encode.TASK, read.BLOCK, read.MAX_LINE, read.MAX_FILE],
+    }
+
+
+def _encoded(cfg: ShardsConfig, tokenizer: Tokenizer, files: list[Input], progress: Progress) -> Work:
+    cores = len(os.sched_getaffinity(0))
+    workers = cfg.workers or min(cores, 1 + sum(f.size for f in files) // WORTH_A_WORKER)
+    finished = {split: progress.end(split) for split in SPLITS}
+    job = Job(cfg.corpus, tokenizer.raw, dtype_of(tokenizer), cfg.val_fraction, finished)
+    return encode_all(job, tasks(records(cfg.corpus, files)), workers)
+
+
+def pack(cfg: ShardsConfig | ImportConfig, work: Work, progress: Progress, name: str, files: list[Input]) -> Report:
+    """Documents into shards, each published and noted in `progress` once it is full; those without ids are counted."""
+    from tqdm import tqdm
+
+    report = Report()
+    shards: dict[str, ShardWriter] = {}
+    documents = tokens = last = 0
+    every = 0.5 if sys.stderr.isatty() else 30.0
+    with tqdm(total=sum(f.size for f in files), unit="B", unit_scale=True, desc=name, mininterval=every) as bar:
+        for task, items in work:
+            for item in items:
+                if isinstance(item, Dropped):
+                    report.drop(item)
+                    continue
+                report.kept += 1
+                if item.ids is None:
+                    continue
+                split = item.split
+                if split not in shards:
+                    shards[split] = ShardWriter(progress.folder / split, len(progress.shards[split]), cfg)
+                shards[split].add(item, item.ids)
+                documents, tokens = documents + 1, tokens + len(item.ids)
+                if shards[split].tokens >= cfg.shard_tokens:
+                    _publish(shards.pop(split), split, (item.place[0], item.place[1] + 1), progress)
+            seconds = max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(
+                f"{documents / seconds:,.0f} documents/s, {tokens / seconds:,.0f} tokens/s", refresh=False
+            )
+            bar.update(task.size)
+            last = task.number
+    for split, shard in shards.items():
+        _publish(shard, split, (last + 1, 0), progress)
+    return report
+
+
+def _publish(shard: ShardWriter, split: str, end: tuple[int, int], progress: Progress) -> None:
+    progress.add(split, Finished(shard.publish(), end, shard.unknown))

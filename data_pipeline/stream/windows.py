@@ -1,0 +1,203 @@
+"""The tokens of the windows that the plan asks for, each block checked as it arrives.
+
+A shard in use is one array of tokens; its blocks are read into it when a window first needs them, and a window is a
+slice of it (open_shard.py). A shard that lies afar comes through the node's cache (remote/).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from conf.errors import UserError
+from data_pipeline.config import FetchConfig
+from data_pipeline.manifest import Manifest, ShardInfo
+from data_pipeline.order.plan import Windows
+from data_pipeline.remote.cache import Cache, CacheFull
+from data_pipeline.remote.prefetch import ReadAhead
+from data_pipeline.remote.source import _named
+from data_pipeline.stream.open_shard import OpenShard, room_for_files
+
+IGNORE = -100  # the label that no loss counts
+
+
+def shard_windows(manifest: Manifest, n_ctx: int) -> np.ndarray:
+    """How many windows each shard holds, in the manifest's order: [shards] int64.
+
+    Raises:
+        UserError: a source without a single window.
+    """
+    windows = np.array([shard.windows(n_ctx) for shard in manifest.shards], dtype=np.int64)
+    if not windows.sum():
+        most = max((shard.tokens for shard in manifest.shards), default=0)
+        raise UserError(
+            f"{manifest.root}: {manifest.tokens} tokens in {len(manifest.shards)} shards, at most {most} in one, hold "
+            f"no window of model.n_ctx={n_ctx} + 1 tokens: give more text, a smaller n_ctx or larger shards"
+        )
+    return windows
+
+
+class ShardStream:
+    """Windows of some sources. For one thread; `stop` alone may come from another.
+
+    Args:
+        manifests: of the sources, in the order of the plan's names.
+        open_shards: shards kept from one call to the next, those used last; a rank needs one for each of its lanes.
+            During a call, all that it touches are held.
+        cache: where sources that are not local folders are kept.
+    """
+
+    def __init__(
+        self,
+        manifests: Sequence[Manifest],
+        *,
+        open_shards: int,
+        cache: Cache | None = None,
+        fetch: FetchConfig | None = None,
+    ) -> None:
+        self._manifests, self._open_shards, self._cache = tuple(manifests), open_shards, cache
+        self._fetch = fetch or (cache.fetch if cache else FetchConfig())
+        self._open: dict[tuple[int, int], OpenShard] = {}
+        self._closed = False
+        self._dtype = np.result_type(*(m.numpy_dtype for m in self._manifests))
+        self._clock, self._span = 0, 0
+        self._ahead: ReadAhead | None = None
+        self._afar = {s for s, m in enumerate(self._manifests) if m.origin is not None}
+        self._expected: set[tuple[int, int, int]] = set()  # windows, so that each is hinted at once
+        room_for_files(open_shards, 2 if self._afar else 1)
+        if cache is not None:
+            cache.most_indexes = max(cache.most_indexes, open_shards)
+
+    def read(
+        self,
+        windows: Windows,
+        n_ctx: int,
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        segments: np.ndarray | None = None,
+    ) -> int:
+        """Fill `tokens` and `labels`, [n, n_ctx] int64: label t is the token that follows token t.
+
+        Args:
+            segments: [n, n_ctx] int32; gets the number of each token's document within its window, 0, 1, 2, ..., and a
+                label that lies in the next document becomes IGNORE. A document's end-of-text token is its last.
+
+        Returns:
+            The crc32 of the windows' tokens, [n, n_ctx + 1] in the manifests' (widest) dtype.
+
+        Raises:
+            LostShard, ShardError: a shard that is lost; one that cannot be reached now.
+            RuntimeError: the stream is closed.
+        """
+        if self._closed:
+            raise RuntimeError("a window of a stream that is closed")
+        clock, span = self._clock, n_ctx + 1
+        self._span = span
+        self.expect(windows, n_ctx)  # what lies afar comes side by side, not window after window
+        sources, shards, starts = (column.tolist() for column in windows)
+        text = np.empty((len(starts), span), self._dtype)
+        for i, key in enumerate(zip(sources, shards, strict=True)):
+            start, held = starts[i], self._open.get(key)
+            if held is None:
+                held = self._enter(*key)
+            stop = start + span
+            if start < 0 or stop > held.size:
+                raise IndexError(f"window {start} to {stop} of {self._manifests[key[0]].shards[key[1]]}")
+            if held.missing and not held.has(start, stop):
+                self._load(key, held, start, stop)
+            held.used = clock + i
+            text[i] = held.tokens[start:stop]
+        tokens[:], labels[:] = text[:, :-1], text[:, 1:]
+        if segments is not None:
+            self._mark_documents(windows, n_ctx, labels, segments)
+        self._clock = clock + len(starts)
+        if self._expected:
+            self._expected.difference_update(zip(sources, shards, starts, strict=True))
+        if len(self._open) > self._open_shards:
+            for key in sorted(self._open, key=lambda k: self._open[k].used)[: -self._open_shards]:
+                self._open.pop(key).close()
+        return zlib.crc32(text.data)
+
+    def expect(self, windows: Windows, n_ctx: int | None = None) -> None:
+        """Windows that `read` will soon be asked for: what of them lies afar is fetched meanwhile. Does not wait."""
+        if not self._afar or self._closed:
+            return
+        span = self._span if n_ctx is None else n_ctx + 1
+        wanted: dict[tuple[int, int], list[int]] = {}
+        for window in zip(*(column.tolist() for column in windows), strict=True):
+            source, shard, start = window
+            if source not in self._afar or window in self._expected:
+                continue
+            self._expected.add(window)
+            held = self._open.get((source, shard))
+            if held is None or not held.has(start, start + span):
+                wanted.setdefault((source, shard), []).append(start)
+        for key, starts in wanted.items():
+            if self._ahead is None:
+                assert self._cache is not None
+                self._ahead = ReadAhead(self._cache)
+            manifest = self._manifests[key[0]]
+            self._ahead.want(manifest, manifest.shards[key[1]], starts, span)
+
+    def stop(self) -> None:
+        """Read nothing more: what `read` is at ends with an error. For a thread that then waits for the one who reads;
+        who reads closes."""
+        self._closed = True
+        if (ahead := self._ahead) is not None:
+            ahead.close()
+
+    def close(self) -> None:
+        """Let go of every shard, and end the reading ahead. May be called twice."""
+        self.stop()
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _mark_documents(self, windows: Windows, n_ctx: int, labels: np.ndarray, segments: np.ndarray) -> None:
+        segments[:] = 0
+        keys = windows.source << 32 | windows.shard
+        for key in np.unique(keys).tolist():
+            rows = np.flatnonzero(keys == key)
+            row, cut = self._open[key >> 32, key & 0xFFFFFFFF].cuts(windows.start[rows], n_ctx)
+            labels[rows[row], cut - 1] = IGNORE
+            row, cut = row[cut < n_ctx], cut[cut < n_ctx]
+            segments[rows[row], cut] = 1
+        np.cumsum(segments, axis=1, out=segments)
+
+    def _enter(self, source: int, number: int) -> OpenShard:
+        if self._closed:
+            raise RuntimeError("a shard of a stream that is closed")
+        manifest = self._manifests[source]
+        shard = manifest.shards[number]
+        with _named(manifest, shard, self._cache, source, number):
+            try:
+                held = OpenShard(manifest, shard, self._cache)
+            except CacheFull:  # it may be what is read ahead that is in the way
+                if self._ahead is None:
+                    raise
+                self._ahead.stop(self._fetch.timeout_s)
+                self._expected.clear()  # what it dropped may be told again
+                held = OpenShard(manifest, shard, self._cache)
+        self._open[source, number] = held
+        return held
+
+    def _load(self, key: tuple[int, int], held: OpenShard, start: int, stop: int) -> None:
+        manifest = self._manifests[key[0]]
+        with _named(manifest, manifest.shards[key[1]], self._cache, *key):
+            held.need(start, stop)
+
+
+def read_shard(manifest: Manifest, shard: ShardInfo, cache: Cache | None = None) -> np.ndarray:
+    """All tokens of a shard: [tokens] in the manifest's dtype.
+
+    Raises:
+        ShardError: the shard is missing, truncated, replaced or damaged.
+    """
+    with _named(manifest, shard, cache, 0, manifest.shards.index(shard) if shard in manifest.shards else 0):
+        held = OpenShard(manifest, shard, cache)
+        try:
+            held.need(0, held.size)
+        finally:
+            held.close()
+    return held.tokens

@@ -1,0 +1,26 @@
+"""Whether the run that is given may start, on as many ranks as the cluster has."""
+
+from __future__ import annotations
+
+from conf.errors import UserError
+from launch.cluster_config import ClusterConfig
+from launch.preflight import preflight
+from trainer.config.pretrain import PretrainConfig
+from trainer.diagnostics.check_result import Finding, fail, ok
+from trainer.model.arithmetic import param_count
+
+CHECKPOINT_BYTES = 12  # a parameter: fp32 weights and two moments
+
+
+def trainable(cfg: PretrainConfig, cluster: ClusterConfig) -> Finding:
+    """All that its ranks would refuse."""
+    try:
+        _, lines = preflight(cfg, cluster)
+    except (UserError, OSError) as e:
+        return fail("run", str(e), "change what it names, behind the --")
+    return ok("run", "; ".join(line.strip() for line in lines))
+
+
+def checkpoint_bytes(cfg: PretrainConfig) -> int:
+    """Of all checkpoints that stand at once: those kept, the best, and the one that is being written."""
+    return CHECKPOINT_BYTES * param_count(cfg.model) * (cfg.checkpoint.keep + cfg.checkpoint.keep_best + 1)

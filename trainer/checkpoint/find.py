@@ -1,0 +1,60 @@
+"""Finding a checkpoint and checking that its model is the one that is wanted, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from trainer.config.model import ModelConfig, Norm
+from trainer.model.arithmetic import param_count
+from trainer.run.folder import STATE, WEIGHTS, RunFolder
+
+ATTENTION_FIELDS = ("attention", "band", "stride", "summary")
+
+
+SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "n_ctx", "vocab_size", "norm", "layer_norm_eps", *ATTENTION_FIELDS)
+
+
+def model_of(path: Path, state: dict[str, Any]) -> ModelConfig:
+    """The model that a state describes, not bigger than the weights beside it: no claim makes anyone allocate."""
+    try:
+        cfg = ModelConfig(**{**state["model"], "norm": Norm(state["model"]["norm"])})
+        numbers = (cfg.band, cfg.stride, cfg.summary)
+        if not isinstance(cfg.attention, str) or not all(isinstance(n, int | None) for n in numbers):
+            raise TypeError(f"attention={cfg.attention!r} with {numbers}")
+        count, size = param_count(cfg), sum(f.stat().st_size for f in path.glob(f"{WEIGHTS}-*"))
+        if not isinstance(count, int) or 4 * count > size:
+            raise ValueError(f"{count} parameters, but the weights have {size} bytes")
+        return cfg
+    except (KeyError, TypeError, ValueError, UserError) as e:
+        raise UserError(f"{path / STATE}: damaged: no model ({e}): use another checkpoint") from None
+
+
+def find_checkpoint(path: str, key: str = "checkpoint") -> Path:
+    """A checkpoint folder as it is, a run folder's latest otherwise; `key` is what the user gave it as."""
+    folder = Path(path)
+    if (folder / STATE).is_file():
+        return folder
+    latest = RunFolder(folder).latest()
+    if latest is None:
+        raise UserError(f"{key}={path} is neither a checkpoint nor a run folder that holds one")
+    return latest
+
+
+def check_model(path: Path, theirs: ModelConfig, ours: ModelConfig, otherwise: str = "another run.dir") -> None:
+    """Raises UserError where weights of one model cannot be the other's."""
+    pairs = {f.name: (getattr(theirs, f.name), getattr(ours, f.name)) for f in fields(ModelConfig)}
+    layers = range(min(theirs.n_layer, ours.n_layer))
+    if all(theirs.kind(i) == ours.kind(i) for i in layers):  # DB and DBDB are the same
+        del pairs["attention"]
+    differ = [f"model.{k}={_show(a)} (here {_show(b)})" for k, (a, b) in pairs.items() if k in SHAPE_FIELDS and a != b]
+    if differ:
+        raise UserError(
+            f"{path} is a checkpoint of another model: {', '.join(differ)}: give its model=, or {otherwise}"
+        )
+
+
+def _show(value: Any) -> str:
+    return str(value.value if isinstance(value, Norm) else value)

@@ -1,0 +1,93 @@
+"""One checkpoint format for every layout: written in fragments by whoever owns them, read by any (dp, tp, ZeRO stage).
+
+    weights-00000.safetensors   what rank 0 owns of the fp32 masters: tensors `master/<parameter>`, 1-D
+    moments-00000.safetensors   and of the optimizer's moments: AdamW's `exp_avg/<parameter>` and
+                                `exp_avg_sq/<parameter>`, Muon's `momentum_buffer/<parameter>`
+    index.json                  parameters (true shape, padded shape, tp dimension) and, for each rank, its fragments:
+                                [parameter, start, length] in the flattened parameter as it lay on that tp rank
+    state.json                  step, tokens, data state, validation loss, model, layout, versions
+    config.yaml tokenizer.json  the run's config and tokenizer
+    model.safetensors config.json   the weights under Hugging Face's names, in the last checkpoint of a run
+    manifest.json               bytes and sha256 of every other file
+
+Saving gathers nothing: ranks write side by side, and only names, sizes and errors are exchanged (save.py).
+Here checkpoints are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from conf.errors import UserError
+from trainer.checkpoint.files import FORMAT, MOMENTS, Source, check_files, verify
+from trainer.checkpoint.find import check_model, model_of
+from trainer.config.model import ModelConfig
+from trainer.distributed.collective import all_ranks
+from trainer.distributed.mesh import Mesh
+from trainer.engine.engine import Engine
+from trainer.engine.fragments import owned, set_optimizer_step
+from trainer.model.gpt import GPT
+from trainer.run.folder import STATE, RunFolder
+
+T = TypeVar("T")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json, once the manifest's files are all there with their sizes; `model` holds ModelConfig's arguments.
+
+    Raises:
+        UserError: a file that is missing, of another size or damaged, by name.
+    """
+    verify(path, check_files(path), [STATE])
+    state = RunFolder.state(path)
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path / STATE}: not a checkpoint of format {FORMAT}")
+    return {**state, "model": vars(model_of(path, state))}
+
+
+def assemble(path: Path) -> Source:
+    """The weights of a checkpoint by parameter name, fp32, in their true shapes; each is read when it is asked for."""
+    files = check_files(path)
+    verify(path, files, [f for f in files if not f.startswith(MOMENTS)])
+    return Source(path)
+
+
+def load_weights(path: Path, model: GPT, mesh: Mesh) -> None:
+    """Put the masters into a plain module, before DeepSpeed gets it. Collective.
+
+    Raises:
+        UserError: on every rank: a damaged file, or a checkpoint of another model.
+    """
+    source = _open(path, model.cfg, lambda name: not name.startswith(MOMENTS))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(source.part("master", name, mesh.tp_rank, mesh.tp, 0, p.numel()).view_as(p))
+
+
+def restore(path: Path, engine: Engine) -> None:
+    """Put masters, moments and the optimizer's step into a live engine whose module has these weights. Collective."""
+    source = _open(path, engine.cfg.model, lambda name: True)
+    mesh = engine.mesh
+    with torch.no_grad():
+        for f in owned(engine.module, engine.adam):
+            for kind, view in f.views.items():
+                view.copy_(source.part(kind, f.name, mesh.tp_rank, mesh.tp, f.start, f.length))
+    set_optimizer_step(engine.adam, int(RunFolder.state(path)["optimizer_step"]))
+
+
+def _open(path: Path, cfg: ModelConfig, wanted: Callable[[str], bool]) -> Source:
+    """A source whose files are verified, each by one rank."""
+
+    def check() -> None:
+        files = check_files(path)
+        verify(path, files, sorted(filter(wanted, files))[dist.get_rank() :: dist.get_world_size()])
+
+    all_ranks(f"{path} cannot be loaded", check)
+    source = Source(path)
+    check_model(path, source.cfg, cfg)
+    return source

@@ -1,0 +1,54 @@
+"""One-line errors for ranks that are gone or silent, in place of a traceback of the communication library."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from conf.errors import TransientError
+from trainer.distributed.world import World
+from trainer.health.hang_report import place_of_error
+
+# What gloo, NCCL and torch's store say of other ranks; all else (sizes that differ, CUDA's errors, memory, a port in
+# use) is this rank's own.
+SILENT = re.compile(
+    "timed out (waiting|after|connecting)|before timing out|connection timed out|wait timeout|operation timeout",
+    re.IGNORECASE,
+)
+
+
+GONE = re.compile(
+    r"connection (was likely )?(reset|closed|refused)|closed by (remote )?peer|peer closed the connection|broken pipe|"
+    r"remote process exit|timeout caused pair closure|socket has failed to connect|no route to host|"
+    r"(host|network) is (down|unreachable)",
+    re.IGNORECASE,
+)
+
+
+@contextmanager
+def ranks_lost(world: World, timeout_s: float) -> Iterator[None]:
+    """What torch says inside when other ranks do not answer, or are gone, becomes one line that a user understands.
+
+    Any other error of a collective is a defect, and keeps its traceback.
+
+    Raises:
+        TransientError: a collective or the start of the process group failed for want of the others.
+    """
+    try:
+        yield
+    except RuntimeError as e:  # torch.distributed.DistError is one; gloo raises the bare one
+        text = " ".join(str(e).split())
+        silent = SILENT.search(text)
+        if not silent and not GONE.search(text):
+            raise
+        me = f"rank {world.rank} of {world.world_size} on {socket.gethostname()}"
+        if silent:
+            told = (
+                f"{me} waited for the other ranks for watch.collective_s={timeout_s:g} s and got no answer: a host or "
+                "its network is gone, or a rank hangs"
+            )
+        else:
+            told = f"{me} lost the connection to another rank: that one, or its host, has ended; what it said tells why"
+        raise TransientError(f"{told}; in {place_of_error(e.__traceback__)} ({text[:300]})") from e

@@ -1,0 +1,118 @@
+"""ZeRO-1 in bf16: DeepSpeed's BF16_Optimizer, with what it does for each parameter done once for each group.
+
+Its buffers, partitions and hooks into DeepSpeed's engine stay as they are; what is replaced is the work between a
+backward and the update, which for GPT-2 XL's 580 parameters was some 3,500 launches and 18 passes over the gradients
+(docs/benchmarks/engine_work.md). Here one step is: gradients into the fp32 buffer, by copy for the first micro step and
+by addition for the others; one reduce-scatter a group; one norm; clipping inside of fused AdamW; one cast a group.
+
+Names of BF16_Optimizer in this file: `bf16_groups`, `fp32_groups_gradients`, `fp32_groups_gradients_flat`,
+`fp32_groups_gradient_flat_partition`, `fp32_groups_flat_partition`, `real_dp_process_group`, `update_lp_params`,
+`_global_grad_norm`, `clip_grad`; of DeepSpeed's engine: `enable_backward_allreduce`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.distributed.mesh import Mesh  # imports DeepSpeed as it must be
+
+# isort: split
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+ROW = 2048  # numbers in one partial sum of squares
+
+
+class FlatBF16(BF16_Optimizer):
+    """A BF16_Optimizer that `flatten` has taken over. Gradients are summed over dp, not averaged."""
+
+    mesh: Mesh
+    into: list[list[Tensor]]  # by group: where each parameter's gradient is accumulated, in its shape
+    counted: list[Tensor]  # what of this rank's gradients counts in the global norm: each element on one rank
+    accumulated: bool  # the buffer holds gradients of this step
+
+    def backward_prologue(self) -> None:
+        """Nothing: `update_hp_grads` leaves no gradient behind."""
+
+    @torch.no_grad()
+    def update_hp_grads(self, clear_lp_grads: bool = False) -> None:
+        """After each backward: the bf16 gradients into the fp32 buffer."""
+        for group, into in zip(self.bf16_groups, self.into, strict=True):
+            pairs = [(to, p.grad) for to, p in zip(into, group, strict=True) if p.grad is not None]
+            targets, grads = [to for to, _ in pairs], [grad for _, grad in pairs]
+            if self.accumulated:
+                torch._foreach_add_(targets, grads)
+            else:
+                if len(pairs) < len(group):
+                    torch._foreach_zero_(into)
+                torch._foreach_copy_(targets, grads)
+            for p in group:
+                p.grad = None
+        self.accumulated = True
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Reduce, norm, update. AdamW asks its gate, and divides by `grad_scale` while it reads the gradients."""
+        self.accumulated = False
+        groups = (self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition, self.real_dp_process_group)
+        for flat, part, dp_group in zip(*groups, strict=True):
+            if self.mesh.dp > 1:
+                dist.reduce_scatter_tensor(part, flat, group=dp_group)
+        self._global_grad_norm = norm = self._norm()
+        if self.clip_grad > 0:
+            self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1.0)
+        self.optimizer.step()
+        self.update_lp_params()
+
+    def _norm(self) -> Tensor:
+        """The L2 norm of the whole gradient, fp32 scalar, the same on every rank."""
+        squares = torch.stack([vector_norm(x) for x in self.counted]).square().sum()
+        for size, group in ((self.mesh.dp, self.mesh.dp_group), (self.mesh.tp, self.mesh.tp_group)):
+            if size > 1:
+                dist.all_reduce(squares, group=group)
+        return squares.sqrt()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: the first micro step overwrites the buffer."""
+
+
+def flatten(engine: Any, mesh: Mesh) -> bool:
+    """Take over a DeepSpeed engine's optimizer where it is a BF16_Optimizer; says whether it was one."""
+    zero = engine.optimizer
+    if type(zero) is not BF16_Optimizer:
+        return False
+    zero.__class__ = FlatBF16
+    zero.mesh, zero.accumulated = mesh, False
+    zero.into = [
+        [flat.view(p.shape) for flat, p in zip(flats, group, strict=True)]
+        for flats, group in zip(zero.fp32_groups_gradients, zero.bf16_groups, strict=True)
+    ]
+    parts = zero.fp32_groups_gradient_flat_partition
+    for master, part in zip(zero.fp32_groups_flat_partition, parts, strict=True):
+        master.grad = part
+    zero.counted = list(parts) if mesh.tp_rank == 0 else _split_parts(zero)
+    engine.enable_backward_allreduce = False
+    return True
+
+
+def _split_parts(zero: Any) -> list[Tensor]:
+    """Of this rank's partitions, what no other tp rank holds: without the replicated parameters."""
+    found = []
+    for i, group in enumerate(zero.bf16_groups):
+        for p in group:
+            if p._hp_mapping is not None and getattr(p, "tensor_model_parallel", False):
+                where = p._hp_mapping.hp_fragment_address
+                part = zero.fp32_groups_gradient_flat_partition[i]
+                found.append(part.narrow(0, where.start, where.numel))
+    return found or [zero.fp32_groups_gradient_flat_partition[0][:0]]
+
+
+def vector_norm(x: Tensor) -> Tensor:
+    """Of a vector, fp32 scalar; row by row, since torch loses digits over a long one on a CPU."""
+    while x.numel() > ROW:
+        whole = x.numel() // ROW * ROW
+        x = torch.cat([torch.linalg.vector_norm(x[:whole].view(-1, ROW), dim=1), x[whole:]])
+    return torch.linalg.vector_norm(x)

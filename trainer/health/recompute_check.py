@@ -1,0 +1,76 @@
+"""Whether a rank computes the same twice: every so often one micro step's loss and gradients, made again.
+
+A processor or memory that is wrong now and then raises no error; its numbers go into everyone's weights. What is made
+twice from the same weights, batch and dropout seed must have the same bits: on a CPU always, on a GPU under
+deterministic=true, without which this is refused. The gradients are torch's own, of the plain module: what DeepSpeed
+accumulates is not touched. Of each gradient the sum of its bits, read as integers, is kept, not the gradient itself;
+two errors that cancel out in that sum are missed, and so is what is wrong the same way twice.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from conf.errors import UserError
+from data_pipeline.stream.loader import Batch
+from trainer.config.pretrain import PretrainConfig
+from trainer.distributed.collective import all_ranks
+from trainer.distributed.seeds import seed_dropout
+from trainer.engine.engine import Engine
+
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+
+
+def recheck(engine: Engine, step: int, batch: Batch) -> None:
+    """Compute a micro step of `step` twice, where one is due. Collective.
+
+    Raises:
+        UserError: on every rank, where one got other bits: it names the rank, its host and what differs.
+    """
+    cfg = engine.cfg
+    every = cfg.guard.recheck_every
+    if every == 0 or (step + 1) % every:
+        return
+
+    def seed() -> None:
+        seed_dropout(engine.mesh, cfg.seed, step, 0)
+
+    what = f"guard.recheck_every={every}: step {step} computed twice is not the same, and the run stops unsaved"
+    all_ranks(what, lambda: compare(engine, batch, seed))
+
+
+def compare(engine: Engine, batch: Batch, seed: Callable[[], None]) -> None:
+    """Raises UserError where two passes over one batch differ in a bit."""
+    first, second = (_fingerprint(engine, batch, seed) for _ in range(2))
+    names = ["the loss", *(f"the gradient of {name}" for name, _ in engine.module.named_parameters())]
+    differ = [name for name, same in zip(names, (first == second).tolist(), strict=True) if not same]
+    if differ:
+        raise UserError(
+            f"host {socket.gethostname()}, device {engine.mesh.device}: {len(differ)} of {len(names)} numbers, "
+            f"{differ[0]} first: take the machine out, and resume from a checkpoint before the last good recheck"
+        )
+
+
+def check_recheck(cfg: PretrainConfig, device: str) -> None:
+    """Raises UserError where two passes need not be equal on this kind of device."""
+    if cfg.guard.recheck_every and device == "cuda" and not cfg.deterministic:
+        raise UserError(
+            f"guard.recheck_every={cfg.guard.recheck_every} on a GPU without deterministic=true: kernels add in any "
+            "order, so that two passes differ anyway; give deterministic=true, or guard.recheck_every=0"
+        )
+
+
+def _fingerprint(engine: Engine, batch: Batch, seed: Callable[[], None]) -> Tensor:
+    """[1 + parameters] int64, of the loss and of each gradient."""
+    seed()
+    loss = engine.module(*(t.to(engine.mesh.device) for t in batch if t is not None))
+    grads = torch.autograd.grad(loss, list(engine.module.parameters()))
+    return torch.stack([_bits(x) for x in (loss, *grads)])
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.detach().contiguous().view(BITS[x.dtype]).sum(dtype=torch.int64)

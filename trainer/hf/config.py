@@ -1,0 +1,101 @@
+"""What a config.json of Hugging Face's GPT-2 or OpenAI GPT says, as our model. Standard library only.
+
+Someone else wrote it: whatever changes what the model computes is checked, and no number makes anyone allocate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from conf.errors import UserError
+from trainer.config.model import ModelConfig, Norm
+
+PREFIX = "transformer."  # of tensors' names
+MASKS = (".attn.bias", ".attn.masked_bias", "position_ids")  # constants that old files carry
+NORMS = {"gpt2": Norm.pre, "openai-gpt": Norm.post}
+MOST = {"n_layer": 1000, "n_head": 1000, "n_embd": 100_000, "n_positions": 1_000_000, "vocab_size": 10_000_000}
+DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+DEFAULTS = {**dict.fromkeys(DROPOUTS, 0.1), "layer_norm_epsilon": 1e-5, "initializer_range": 0.02}  # transformers' own
+ONLY: dict[str, dict[str, tuple[Any, ...]]] = {  # what our model can be; the first is what is not said
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,),
+        "add_cross_attention": (False,),
+    },
+    "openai-gpt": {"afn": ("gelu",)},  # the tanh form under its old name
+}
+ONLY_BOTH: dict[str, tuple[Any, ...]] = {
+    "tie_word_embeddings": (True,),
+    "is_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+}
+SAID_ELSEWHERE = {  # says nothing of the weights: who wrote it, how to sample, what a head for another task looks like
+    *("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params", "n_special", "predict_special_tokens"),
+    *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
+    *("gradient_checkpointing", "id2label", "label2id", "_num_labels", "output_past", "is_decoder"),
+    *("return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "problem_type"),
+    *("cross_attention_hidden_size", "tokenizer_class", "_attn_implementation_autoset", "attn_implementation"),
+}
+
+
+def model_from_hf(config: Mapping[str, Any], name: str) -> tuple[ModelConfig, list[str]]:
+    """The model `name`, and the keys of config.json that are not known here and were not used.
+
+    Raises:
+        UserError: a kind of model, a size or a setting that our GPT does not have, by its key.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in NORMS:
+        raise UserError(f"model_type={_show(kind)}: give a model of {' or '.join(NORMS)}")
+    size = {key: _size(config, key) for key in MOST}
+    for key, only in {**ONLY[kind], **ONLY_BOTH}.items():
+        found = config.get(key, only[0])
+        if not any(found == value and type(found) is type(value) for value in only):
+            raise UserError(f"{key}={_show(found)}: our {kind} has {key}={_show(only[0])} only")
+    if config.get("n_ctx", size["n_positions"]) != size["n_positions"]:
+        raise UserError(f"n_ctx={_show(config['n_ctx'])} is not n_positions={size['n_positions']}: make them equal")
+    if config.get("n_inner") not in (None, 4 * size["n_embd"]):
+        raise UserError(f"n_inner={_show(config['n_inner'])}: our MLP is 4 x n_embd={4 * size['n_embd']} wide")
+    real = {key: _real(config, key, default) for key, default in DEFAULTS.items()}
+    if len({real[key] for key in DROPOUTS}) > 1:
+        said = ", ".join(f"{key}={real[key]}" for key in DROPOUTS)
+        raise UserError(f"{said}: our model has one dropout: write one value into all three, 0 if it is not to train")
+    known = {*MOST, *DEFAULTS, *ONLY[kind], *ONLY_BOTH, *SAID_ELSEWHERE, "n_ctx", "n_inner"}
+    cfg = ModelConfig(
+        name=name,
+        n_layer=size["n_layer"],
+        n_head=size["n_head"],
+        n_embd=size["n_embd"],
+        n_ctx=size["n_positions"],
+        vocab_size=size["vocab_size"],
+        norm=NORMS[kind],
+        dropout=real["embd_pdrop"],
+        init_std=real["initializer_range"],
+        layer_norm_eps=real["layer_norm_epsilon"],
+    )
+    return cfg, sorted(set(config) - known)
+
+
+def _size(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if type(value) is not int or not 1 <= value <= MOST[key]:
+        raise UserError(f"{key}={_show(value)}: give a whole number from 1 to {MOST[key]:,}")
+    return value
+
+
+def _real(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise UserError(f"{key}={_show(value)}: give a number from 0 to 1")
+    return float(value)
+
+
+def _show(value: Any) -> str:
+    """A value as JSON has it, cut short."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else " ".join(str(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

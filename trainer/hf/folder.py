@@ -1,0 +1,214 @@
+"""A folder as transformers keeps a model, read with safetensors alone; new folders that appear whole or not at all.
+
+Everything that is read was written by someone else: names and sizes are checked before they are used, and no pickle is
+opened.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conf.errors import TransientError, UserError
+from data_pipeline.files import fsync_folder
+from data_pipeline.manifest import TOKENIZER
+from trainer.hf.config import MASKS, PREFIX, model_from_hf
+from trainer.model.arithmetic import param_count
+from trainer.run.folder import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data_pipeline.tokenizer.tokenizer import Tokenizer
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+JSON_BYTES = 16 << 20  # a config or an index; a tokenizer may be four times as big
+HEADER_BYTES = 16 << 20  # of a safetensors file; GPT-2 XL's has 60 KB
+DTYPES = ("F32", "F16", "BF16")
+
+
+class HfFolder:
+    """config.json as our model, and where each tensor lies; `tensors` reads them.
+
+    Raises:
+        UserError: no such folder or model, or weights that no one may open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / CONFIG).is_file():
+            raise UserError(
+                f"source={path} holds no {CONFIG}: give a folder with Hugging Face's {CONFIG} and {WEIGHTS}"
+            )
+        name = path.resolve().name or "imported"
+        try:
+            self.cfg, self.unused = model_from_hf(read_json(path / CONFIG, JSON_BYTES), name)
+        except UserError as e:
+            raise UserError(str(e) if str(path) in str(e) else f"{path / CONFIG}: {e}") from None
+        self.files = self._files()
+        self.converted: dict[str, int] = {}  # dtype that is not fp32: tensors of it
+        self._seen: set[str] = set()
+        self._found = 0  # elements
+        self._most = param_count(self.cfg) + self.cfg.vocab_size * self.cfg.n_embd  # the tied head may be there too
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every weight by its name in the files, fp32, without what old files carry beside them.
+
+        Raises:
+            UserError: a file that lies, more than the model has, a tensor of another type, or one that is not finite.
+        """
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        out: dict[str, Tensor] = {}
+        for file, named in self.files.items():
+            self._check_size(file)
+            try:
+                with safe_open(self.path / file, framework="pt") as opened:
+                    for name in self._wanted(file, opened, named):
+                        x = opened.get_tensor(name).to(torch.float32)
+                        if not bool(torch.isfinite(x).all()):
+                            raise UserError(
+                                f"{self.path / file}: {_short(name)} holds values that are not finite: damaged"
+                            )
+                        out[name] = x
+            except (SafetensorError, OSError, RuntimeError) as e:  # the last where it cannot be mapped
+                raise UserError(f"{self.path / file}: not a safetensors file ({_short(e)}): fetch it anew") from None
+        return out
+
+    def _wanted(self, file: str, opened: Any, named: set[str] | None) -> list[str]:
+        """The names of a file's weights, once what its header says of them can be."""
+        path, names = self.path / file, set(opened.keys())
+        if named is not None and names != named:
+            raise UserError(f"{path}: it or {INDEX} has {_few(names ^ named)}, not both: fetch them anew")
+        wanted = sorted(name for name in names if not name.endswith(MASKS))
+        for name in wanted:
+            found = opened.get_slice(name)
+            if found.get_dtype() not in DTYPES:
+                raise UserError(
+                    f"{path}: {_short(name)} is {found.get_dtype()}: save it as float32, float16 or bfloat16"
+                )
+            if found.get_dtype() != "F32":
+                self.converted[found.get_dtype()] = self.converted.get(found.get_dtype(), 0) + 1
+            bare = name.removeprefix(PREFIX)
+            if bare in self._seen:
+                raise UserError(f"{path}: {_short(bare)} is there twice, with and without {PREFIX!r} before it")
+            self._seen.add(bare)
+            self._found += prod(found.get_shape())
+        if self._found > self._most:
+            raise UserError(f"{path}: it brings more than the {param_count(self.cfg):,} parameters that {CONFIG} says")
+        return wanted
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The folder's tokenizer.json; None without one.
+
+        Raises:
+            UserError: it has more tokens than the model, or is none.
+        """
+        from data_pipeline.tokenizer.tokenizer import Tokenizer
+
+        path = self.path / TOKENIZER
+        if not path.is_file():
+            return None
+        if path.stat().st_size > 4 * JSON_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes, more than the {4 * JSON_BYTES:,} of a vocabulary")
+        tokenizer = Tokenizer(path.read_bytes(), str(path))
+        if tokenizer.vocab_size > self.cfg.vocab_size:
+            raise UserError(
+                f"{path} has {tokenizer.vocab_size} tokens, the model vocab_size={self.cfg.vocab_size}: "
+                "put the model's own tokenizer.json there, or none"
+            )
+        return tokenizer
+
+    def _files(self) -> dict[str, set[str] | None]:
+        """Each file of weights with the names that the index gives it; None where there is no index."""
+        one, index = (self.path / WEIGHTS).is_file(), (self.path / INDEX).is_file()
+        if one and index:
+            raise UserError(f"source={self.path} holds {WEIGHTS} and {INDEX}: remove the one that is not meant")
+        if one:
+            return {WEIGHTS: None}
+        if index:
+            return dict(_shards(self.path))
+        pickle = next((name for name in PICKLES if (self.path / name).is_file()), None)
+        if pickle:
+            raise UserError(
+                f"{self.path / pickle} is a pickle, which may run any program when it is opened, and is not opened: "
+                "save the model as safetensors, by transformers' save_pretrained(DIR) where you trust the file"
+            )
+        raise UserError(f"source={self.path} holds neither {WEIGHTS} nor {INDEX}: save the model as safetensors")
+
+    def _check_size(self, file: str) -> None:
+        """The file's size and its header's are asked before anyone maps or reads as much."""
+        path, cfg = self.path / file, self.cfg
+        masks = cfg.n_layer * (cfg.n_ctx**2 + 1) + cfg.n_ctx
+        if path.stat().st_size > 4 * (self._most + masks) + HEADER_BYTES:
+            raise UserError(
+                f"{path} has {path.stat().st_size:,} bytes, more than the {param_count(cfg):,} parameters that "
+                f"{CONFIG} says can take: one of the two is of another model"
+            )
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+        if not 2 <= length <= min(HEADER_BYTES, path.stat().st_size - 8):
+            raise UserError(f"{path}: not a safetensors file (a header of {length} bytes): fetch it anew")
+
+
+def _shards(path: Path) -> dict[str, set[str]]:
+    weight_map = read_json(path / INDEX, JSON_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path / INDEX}: no weight_map: fetch it anew")
+    out: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and Path(file).name == file and not file.startswith(".")
+        if not plain or not file.endswith(".safetensors"):
+            raise UserError(f"{path / INDEX}: {_short(file)} is not the name of a safetensors file in this folder")
+        if file not in out and not (path / file).is_file():
+            raise UserError(f"{path / file}: no such file, but {INDEX} names it: fetch it")
+        out.setdefault(file, set()).add(name)
+    return out
+
+
+@contextmanager
+def new_folder(out: str) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the block ends well, and is gone when it does not.
+
+    Raises:
+        UserError: `out` is there already, or the disk refuses.
+    """
+    final = Path(out)
+    aside = final.with_name(f".{final.name}.tmp")
+    if not final.name or final.exists() or final.is_symlink():
+        raise UserError(f"out={out} is there already: give a folder that is not")
+    try:
+        aside.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{aside} is there: another command writes out={out}, or was killed: remove it then") from None
+    except OSError as e:
+        raise UserError(f"out={out}: {e.strerror}: give a folder that can be written") from None
+    try:
+        yield aside
+        fsync_folder(aside)
+        aside.rename(final)
+        fsync_folder(final.parent)
+    except BaseException as e:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(e, UserError) and isinstance(e.__context__, OSError):  # of write_file, which speaks of runs
+            kind = TransientError if isinstance(e, TransientError) else UserError
+            raise kind(f"out={out}: {e.__context__.strerror}: give a disk with room") from None
+        raise
+
+
+def _few(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(map(_short, shown)) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 100 else text[:97] + "..."

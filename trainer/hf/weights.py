@@ -1,0 +1,117 @@
+"""Names and shapes of Hugging Face's GPT-2 (pre-norm) and OpenAI GPT (post-norm), there and back, without transformers.
+
+They keep a linear as [in, out], and `c_attn` as [(q, k, v), head, D] where ours is [head, (q, k, v), D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conf.errors import UserError
+from trainer.config.model import ModelConfig, Norm
+from trainer.hf.config import MASKS, PREFIX
+from trainer.model.specs import specs
+
+POST_NORM_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
+HEAD = "lm_head.weight"
+
+
+def hf_refusal(cfg: ModelConfig) -> str | None:
+    """Why Hugging Face's formats cannot hold a model, in one line; None where they can."""
+    if not cfg.sparse_layers:
+        return None
+    numbers = {"band": cfg.band, "stride": cfg.stride, "summary": cfg.summary}
+    given = ", ".join([f"attention={cfg.attention}", *(f"{k}={v}" for k, v in numbers.items() if v is not None)])
+    return (
+        f"model={cfg.name} has {given} in n_ctx={cfg.n_ctx}: Hugging Face's GPT-2 and OpenAI GPT know dense attention "
+        "alone, and would compute something else from these weights"
+    )
+
+
+def to_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """Our parameters in their true shapes -> a GPT2LMHeadModel's or OpenAIGPTLMHeadModel's, the tied head left out.
+
+    Raises:
+        UserError: the model's attention is not dense, which these formats cannot say.
+    """
+    if refusal := hf_refusal(cfg):
+        raise UserError(refusal)
+    return {_hf_name(name, cfg): _to_hf(name, x, cfg).contiguous() for name, x in state.items()}
+
+
+def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """The way back; names with or without their "transformer." prefix.
+
+    Raises:
+        UserError: a parameter that is missing, of another shape, or unknown; a head that is not tied.
+    """
+    theirs = {name.removeprefix(PREFIX): x for name, x in state.items() if not name.endswith(MASKS)}
+    head = theirs.pop(HEAD, None)
+    out = {}
+    for name, spec in specs(cfg, tp=1).items():
+        key = _hf_name(name, cfg).removeprefix(PREFIX)
+        if key not in theirs:
+            raise UserError(f"the Hugging Face state has no {key}, which model={cfg.name} needs")
+        x = theirs.pop(key)
+        if x.shape != (spec.shape[::-1] if _is_linear(name) else spec.shape):
+            raise UserError(f"{key} is {list(x.shape)} in the Hugging Face state: not of model={cfg.name}")
+        out[name] = _from_hf(name, x, cfg).contiguous()
+    if theirs:
+        more = f" and {len(theirs) - 3} more" if len(theirs) > 3 else ""
+        raise UserError(
+            f"the Hugging Face state has {', '.join(sorted(theirs)[:3])}{more}, which model={cfg.name} has no place for"
+        )
+    if head is not None and not torch.equal(head, out["wte.weight"]):
+        raise UserError(f"{HEAD} is not the token embedding in the Hugging Face state: model={cfg.name} ties the two")
+    return out
+
+
+def hf_config(cfg: ModelConfig, eot_id: int | None = None) -> dict[str, Any]:
+    """What `config.json` says beside the weights; `eot_id` is where transformers' own `generate` stops."""
+    shared = {
+        "vocab_size": cfg.vocab_size,
+        "n_positions": cfg.n_ctx,
+        "n_embd": cfg.n_embd,
+        "n_layer": cfg.n_layer,
+        "n_head": cfg.n_head,
+        "embd_pdrop": cfg.dropout,
+        "attn_pdrop": cfg.dropout,
+        "resid_pdrop": cfg.dropout,
+        "layer_norm_epsilon": cfg.layer_norm_eps,
+        "initializer_range": cfg.init_std,
+        "tie_word_embeddings": True,
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
+    }
+    if cfg.norm is Norm.post:  # its "gelu" is the tanh form
+        return {"model_type": "openai-gpt", "architectures": ["OpenAIGPTLMHeadModel"], "afn": "gelu", **shared}
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new",
+        "n_inner": 4 * cfg.n_embd,
+        **shared,
+    }
+
+
+def _hf_name(name: str, cfg: ModelConfig) -> str:
+    return PREFIX + (POST_NORM_NAMES.get(name, name) if cfg.norm is Norm.post else name)
+
+
+def _is_linear(name: str) -> bool:
+    return name.startswith("h.") and ".ln_" not in name and name.endswith("weight")
+
+
+def _to_hf(name: str, x: Tensor, cfg: ModelConfig) -> Tensor:
+    if "c_attn" in name:
+        x = x.unflatten(0, (cfg.n_head, 3, cfg.head_dim)).transpose(0, 1).flatten(0, 2)
+    return x.t() if _is_linear(name) else x
+
+
+def _from_hf(name: str, x: Tensor, cfg: ModelConfig) -> Tensor:
+    x = x.t() if _is_linear(name) else x
+    return x.unflatten(0, (3, cfg.n_head, cfg.head_dim)).transpose(0, 1).flatten(0, 2) if "c_attn" in name else x

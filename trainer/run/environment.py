@@ -1,0 +1,82 @@
+"""environment/0001.json: what a start of a run ran on, and what code. No torch of its own; no secret.
+
+Of the environment only what steers a training is told: an unknown variable may hold anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.files import publish_json, read_json
+from trainer.run.code_version import code_version, packages
+from trainer.run.folder import RunFolder
+from trainer.run.redact import redact_command, redact_tree
+
+STEERING = re.compile(
+    r"(CUDA|NCCL|GLOO|UCX|FI|OMPI|OMP|MKL|TORCH|TORCHINDUCTOR|TORCHELASTIC|PYTORCH|TRITON|DS|DEEPSPEED|SLURM|MLFLOW|HF"
+    r"|PYTHON|LD|ROCR|HIP|CONDA|VIRTUAL)_?.*|PATH|TZ|LANG|LC_.*|MASTER_ADDR|MASTER_PORT|WORLD_SIZE|HOSTNAME"
+)
+VERSION = ("commit", "dirty", "untracked")  # what two versions of the code are told apart by, beside the patch
+GPUS = ("index", "name", "memory.total", "driver_version")
+PATIENCE_S = 30.0  # for nvidia-smi
+
+
+def gather(folder: RunFolder) -> dict[str, Any]:
+    """Takes a second: not on the training thread."""
+    body = {
+        "host": socket.gethostname(),
+        "system": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": [dict(zip(GPUS, row, strict=False)) for row in nvidia_smi(GPUS)],
+        "python": sys.version,
+        "packages": packages(),
+        "code": code_of(folder),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if STEERING.fullmatch(k)},
+    }
+    return {**redact_tree(body), "command": redact_command(sys.orig_argv)}
+
+
+def store(folder: RunFolder, generation: int) -> None:
+    folder.environments.mkdir(exist_ok=True)
+    publish_json(folder.environments / f"{generation:04d}.json", gather(folder))
+
+
+def code_of(folder: RunFolder) -> dict[str, Any]:
+    """The version of the code that runs here; where the newest launch.submit froze another one, also that one."""
+    version, patch = code_version()
+    here = {key: value for key, value in version.items() if key not in ("packages", "python")}  # those are told above
+    frozen = sorted(folder.submissions.glob("[0-9]*/code.json"))
+    if not frozen:
+        return here
+    body = read_json(frozen[-1], "this start goes on")
+    theirs = {key: body.get(key) for key in VERSION}
+    of_sweep = Path(str(body["folder"])) if "folder" in body else frozen[-1].parent
+    with contextlib.suppress(OSError):
+        theirs["changes"] = sha256((of_sweep / "code.patch").read_bytes()).hexdigest()
+    ours = {key: here.get(key) for key in VERSION} | ({"changes": sha256(patch).hexdigest()} if patch else {})
+    differ = {key: value for key, value in theirs.items() if value != ours.get(key)}
+    differ |= {"changes": None} if "changes" in ours and "changes" not in theirs else {}
+    return {**here, "submitted": {"number": frozen[-1].parent.name, **differ}} if differ else here
+
+
+def nvidia_smi(fields: tuple[str, ...]) -> list[list[str]]:
+    """One row for each GPU of this node, as the driver's own program tells; none where there is no such program."""
+    argv = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    return [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]

@@ -1,0 +1,244 @@
+"""A run's folder: what lies where, who may write, which checkpoints stand, and of what model. No torch.
+
+config.yaml                           the frozen config of the last start
+metrics.jsonl                         the journal
+mixture.png                           what the run is fed, where that is more than one source in one way
+tracking.json                         what MLflow has got of it; tracking.lock: held by who sends
+supervise.jsonl                       the starts and ends that launch.supervise has seen, with causes
+plots/loss.png                        and grad_norm.png, throughput.png, drawn from the journal now and then
+environment/0001.json                 one file for each start: code version, packages, GPUs, command line
+generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time
+submit/0001/                          what launch.submit started: frozen config, code version, job script
+heartbeats/rank-00003.json            where a rank is, replaced every few seconds (trainer/run/heartbeat.py)
+hangs/gen-0001/report.txt             of a start that came no further: which ranks are where (hang_report.py)
+hangs/gen-0001/rank-00003.txt         the stacks of a rank at that moment
+checkpoints/latest                    the name of the checkpoint to resume from
+checkpoints/step-00000100.gen-0001/   a published checkpoint
+checkpoints/.step-….tmp/              one that is being written or deleted
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from data_pipeline.files import fsync_folder
+
+STATE = "state.json"
+WEIGHTS = "weights"  # prefix of the files that hold them
+MAX_JSON_BYTES = 256 << 20
+_NAME = re.compile(r"step-(\d{8,})\.gen-(\d{4,})")
+
+
+class RunFolder:
+    """Paths and their rules. Nothing is made on disk before `take_generation`."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.metrics = self.root / "metrics.jsonl"
+        self.mixture = self.root / "mixture.png"
+        self.plots = self.root / "plots"
+        self.environments = self.root / "environment"
+        self.checkpoints = self.root / "checkpoints"
+        self.generations = self.root / "generations"
+        self.submissions = self.root / "submit"
+        self.heartbeats = self.root / "heartbeats"
+        self.pointer = self.checkpoints / "latest"
+
+    def take_generation(self) -> int:
+        """This start's number, one more than any before; removes what interrupted starts left half written."""
+        self.generations.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        generation = self.newest_generation() + 1
+        while True:
+            try:
+                with (self.generations / f"{generation:04d}").open("x", encoding="utf-8") as f:
+                    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}, f)
+                break
+            except FileExistsError:
+                generation += 1
+        fsync_folder(self.generations)
+        for leftover in self.checkpoints.glob(".*.tmp"):
+            if leftover.is_dir():
+                _remove(leftover)
+            else:
+                leftover.unlink(missing_ok=True)  # the pointer's: a stranded start may just have moved it
+        return generation
+
+    def take_submission(self) -> Path:
+        """A new folder for what is started next, numbered as `generations` are, made exclusively."""
+        self.submissions.mkdir(parents=True, exist_ok=True)
+        number = max((int(p.name) for p in self.submissions.glob("*") if p.name.isdecimal()), default=0)
+        while True:
+            number += 1
+            with contextlib.suppress(FileExistsError):
+                (folder := self.submissions / f"{number:04d}").mkdir()
+                return folder
+
+    def newest_generation(self) -> int:
+        """The number of the run's last start, 0 where there was none."""
+        return max((int(p.name) for p in self.generations.glob("*") if p.name.isdecimal()), default=0)
+
+    def hang(self, generation: int) -> Path:
+        """Where the stacks of a start lie that came no further."""
+        return self.root / "hangs" / f"gen-{generation:04d}"
+
+    def hang_report(self, generation: int) -> Path:
+        """Which ranks were where; its first line is the finding."""
+        return self.hang(generation) / "report.txt"
+
+    def fence(self, generation: int) -> None:
+        """Raises UserError where a newer start has taken the run over: this one must not write."""
+        newest = self.newest_generation()
+        if newest > generation:
+            raise UserError(
+                f"{self.root}: start {newest} of this run has taken over, start {generation} publishes nothing more: "
+                "let one start at a time use a run.dir"
+            )
+
+    def checkpoint(self, step: int, generation: int) -> Path:
+        """Where the checkpoint of `step` lies once it is published."""
+        return self.checkpoints / f"step-{step:08d}.gen-{generation:04d}"
+
+    def aside(self, step: int, generation: int) -> Path:
+        """Where it is written before."""
+        final = self.checkpoint(step, generation)
+        return final.with_name(f".{final.name}.tmp")
+
+    def publish(self, aside: Path, step: int, generation: int) -> Path:
+        """Turn a complete, fsynced folder into the run's latest checkpoint: fence, rename, move the pointer."""
+        self.fence(generation)
+        final = self.checkpoint(step, generation)
+        aside.rename(final)
+        fsync_folder(self.checkpoints)
+        self._point_to(final)
+        return final
+
+    def go_back(self, to: Path | None, generation: int) -> list[Path]:
+        """Make `to` the latest checkpoint, None: the run has none. Those of later steps are deleted, and returned."""
+        self.fence(generation)
+        if to is None:
+            self.pointer.unlink(missing_ok=True)
+            fsync_folder(self.checkpoints)
+        else:
+            self._point_to(to)
+        return self._delete([p for p in self.published() if to is None or step_of(p) > step_of(to)])
+
+    def before(self, step: int, every: int) -> Path | None:
+        """The newest checkpoint that has made at most `step` steps.
+
+        One of those that are due each `every` steps, where there are such: those by the clock or a signal may come
+        anywhere, and a run that is done again is to find the same one.
+        """
+        found = [p for p in self.published() if step_of(p) <= step]
+        due = [p for p in found if every and step_of(p) % every == 0]
+        return max(reversed(due or found), key=step_of, default=None)  # of equal steps the newest start's
+
+    def settled(self, step: int, generation: int) -> bool:
+        """Whether the checkpoint is no longer on its way: removed, or published and the pointer moved to it."""
+        if self.aside(step, generation).exists():
+            return False
+        final = self.checkpoint(step, generation)
+        try:
+            return (
+                not final.exists() or self.pointer.read_text(encoding="ascii", errors="replace").strip() == final.name
+            )
+        except FileNotFoundError:
+            return False
+
+    def latest(self) -> Path | None:
+        """The checkpoint to resume from; None where the run has published none.
+
+        Raises:
+            UserError: the pointer names none, or one that is not there.
+        """
+        try:
+            name = self.pointer.read_text(encoding="ascii", errors="replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if _NAME.fullmatch(name) and (self.checkpoints / name).is_dir():
+            return self.checkpoints / name
+        others = ", ".join(p.name for p in self.published()) or "none"
+        raise UserError(f"{self.pointer} names {name!r}, which is not there: write into it one that is ({others})")
+
+    def published(self) -> list[Path]:
+        """All checkpoints, in the order of (start, step): the last is the newest."""
+        found = [(m, p) for p in self.checkpoints.glob("step-*") if p.is_dir() and (m := _NAME.fullmatch(p.name))]
+        return [p for m, p in sorted(found, key=lambda x: (int(x[0][2]), int(x[0][1])))]
+
+    def prune(self, keep: int, best: bool, also: Path | None = None) -> list[Path]:
+        """Delete all but the newest `keep`, the latest, `also` and, if `best`, that of the lowest `val_loss`."""
+        published = self.published()
+        kept = {*published[-keep:], self.latest(), also}
+        if best:
+            losses = {p: loss for p in published if (loss := self._val_loss(p)) is not None}
+            kept.add(min(losses, key=lambda p: losses[p]) if losses else None)
+        return self._delete([p for p in published if p not in kept])
+
+    def _delete(self, gone: list[Path]) -> list[Path]:
+        for p in gone:  # out of sight first: a half-deleted checkpoint is never listed
+            shutil.rmtree(p.rename(p.with_name(f".{p.name}.tmp")))
+        return gone
+
+    def _point_to(self, checkpoint: Path) -> None:
+        pointer = self.pointer.with_name(".latest.tmp")
+        with pointer.open("w", encoding="ascii") as f:
+            f.write(checkpoint.name + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        pointer.replace(self.pointer)
+        fsync_folder(self.checkpoints)
+
+    @staticmethod
+    def state(checkpoint: Path) -> dict[str, Any]:
+        """A checkpoint's state.json as it stands: step, tokens, data state, val_loss, model, versions."""
+        return read_json(checkpoint / STATE)
+
+    def _val_loss(self, checkpoint: Path) -> float | None:
+        """None where it was not validated, or is no number to rank by."""
+        loss = self.state(checkpoint).get("val_loss")
+        return loss if isinstance(loss, float) and math.isfinite(loss) else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many steps a published checkpoint has made, by its name."""
+    return int(checkpoint.name.split(".")[0].removeprefix("step-"))
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as e:  # a stranded start still writes into it, and will publish nothing: left to the next start
+        if e.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+            raise
+
+
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object of bounded size.
+
+    Raises:
+        UserError: not there, too big, or not a JSON object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > most:
+            raise UserError(f"{path}: {size} bytes, more than the {most} that such a file may have: damaged")
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: the checkpoint is incomplete, use another one") from None
+    except (UnicodeDecodeError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not JSON ({e}): the checkpoint is damaged, use another one") from None
+    if not isinstance(body, dict):
+        raise UserError(f"{path}: not a JSON object: the checkpoint is damaged, use another one")
+    return body

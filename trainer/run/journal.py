@@ -1,0 +1,233 @@
+"""The journal (metrics.jsonl): JSON, one line for each logged step. Standard library only.
+
+    {"step": 100, "generation": 1, "time": 1767225600.25, "metrics": {"train/loss": 3.4123}}
+
+A *generation* is one start of the run. Its first line also has `"resumed_at"`, the step of the checkpoint that it goes
+on from: earlier generations' lines of later steps are then superseded, for those steps are done again. Floats are
+written as Python's shortest repr, so they come back bit for bit; NaN and Infinity stand as these words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from conf.errors import UserError
+
+FSYNC_S = 1.0  # so much of the newest rows may be gone after a power cut; a checkpoint's are flushed before it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the journal."""
+
+    step: int
+    generation: int
+    time: float  # seconds since 1970
+    metrics: dict[str, float] = field(default_factory=dict)
+    resumed_at: int | None = None  # only in a generation's first row, and then equal to step
+
+    def line(self) -> bytes:
+        body = {k: v for k, v in asdict(self).items() if k != "resumed_at" or v is not None}
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+class JournalWriter:
+    """The appending end: a queue and the thread that empties it into the file, fsynced each second that brought rows.
+
+    A last line torn by a kill is cut off first, so that the next one starts on its own line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        _cut_torn_line(path)
+        self._file = path.open("ab", buffering=0)  # unbuffered: a row survives the process as soon as it is written
+        self._error: OSError | None = None
+        self._queue: queue.SimpleQueue[Row | threading.Event | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    def put(self, row: Row) -> None:
+        """Returns at once. Raises UserError where an earlier row could not be written."""
+        self._refuse_after_error()
+        self._queue.put(row)
+
+    def flush(self) -> None:
+        """Returns when all rows would survive the machine. Raises UserError where one could not be written."""
+        if self._thread.is_alive():
+            safe = threading.Event()
+            self._queue.put(safe)
+            safe.wait()
+        self._refuse_after_error()
+
+    def close(self) -> None:
+        """Raises as flush does."""
+        try:
+            self.flush()
+        finally:
+            self._queue.put(None)
+            self._thread.join()
+            self._file.close()
+
+    def _run(self) -> None:
+        due: float | None = None  # time.monotonic at which what is not safe yet is made so; None: all is
+        while True:
+            try:
+                item = self._queue.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                item = threading.Event()  # nobody waits for this one
+            if item is None:
+                return
+            try:
+                if isinstance(item, Row) and self._error is None:  # after an error no more: the journal has no hole
+                    self._write(item.line())
+                    due = due or time.monotonic() + FSYNC_S
+                if isinstance(item, threading.Event) or (due is not None and due <= time.monotonic()):
+                    due = None
+                    if self._error is None:
+                        os.fsync(self._file.fileno())
+            except OSError as e:
+                self._error = e
+            if isinstance(item, threading.Event):
+                item.set()
+
+    def _write(self, line: bytes) -> None:
+        if self._file.write(line) != len(line):
+            raise OSError(f"{self._file.name}: a line of {len(line)} bytes was written in part")
+
+    def _refuse_after_error(self) -> None:
+        if self._error is not None:
+            raise UserError(f"metrics cannot be written: {self._error}: make room, then start again (it resumes)")
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as f:
+        end = whole = f.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            f.seek(start)
+            newline = f.read(end - start).rfind(b"\n")
+            end = start + newline + 1 if newline >= 0 else start
+            if newline >= 0:
+                break
+        if end < whole:
+            f.truncate(end)
+
+
+def read_rows(path: Path, offset: int = 0) -> Iterator[tuple[Row, int]]:
+    """Each complete row from byte `offset` on, superseded ones too, with the byte where it ends.
+
+    Raises:
+        UserError: a complete line that is no row.
+    """
+    with path.open("rb") as f:
+        f.seek(offset)
+        for line in f:
+            if not line.endswith(b"\n"):
+                return  # torn by a kill, or being written just now
+            yield _parse(line, path, offset), offset + len(line)
+            offset += len(line)
+
+
+def _parse(line: bytes, path: Path, offset: int) -> Row:
+    try:
+        body = json.loads(line)
+        metrics = {str(k): float(v) for k, v in body["metrics"].items()}
+        resumed_at = body.get("resumed_at")
+        return Row(
+            int(body["step"]),
+            int(body["generation"]),
+            float(body["time"]),
+            metrics,
+            resumed_at if resumed_at is None else int(resumed_at),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(
+            f"{path}: the line at byte {offset} is no journal row ({e!r}): remove the line, or restore it"
+        ) from None
+
+
+def read_journal(path: Path) -> list[Row]:
+    """The run as it counts: one row for each step, in order of steps, superseded rows left out.
+
+    Rows of the same step (training, then validation) are one row; of a metric in both, the newest counts.
+
+    Raises:
+        UserError: a complete line that is no row.
+    """
+    rows = sorted((row for row, _ in read_rows(path)), key=lambda row: row.generation)
+    starts = [row for row in rows if row.resumed_at is not None]
+    kept: dict[int, Row] = {}
+    for row in rows:
+        superseded = any(s.generation > row.generation and s.step < row.step for s in starts)
+        if row.resumed_at is None and not superseded:
+            before = kept[row.step].metrics if row.step in kept else {}
+            kept[row.step] = Row(row.step, row.generation, row.time, {**before, **row.metrics})
+    return [kept[step] for step in sorted(kept)]
+
+
+def superseded(rows: Iterable[Row]) -> list[dict[str, int]]:
+    """The steps that a later start did again: {"generation", "from_step", "to_step"} of each start that has some."""
+    begun: dict[int, int] = {}  # generation: the step that it goes on from
+    last: dict[int, int] = {}  # and the last that it logged
+    for row in rows:
+        last[row.generation] = max(last.get(row.generation, 0), row.step)
+        if row.resumed_at is not None:
+            begun[row.generation] = row.resumed_at
+    found = []
+    for generation, to_step in sorted(last.items()):
+        back_to = min((step for later, step in begun.items() if later > generation), default=to_step)
+        if back_to < to_step:
+            found.append({"generation": generation, "from_step": back_to + 1, "to_step": to_step})
+    return found
+
+
+class NewNumbers:
+    """Reads the journal for a store that cannot take back: what a step done again merely repeats is left out."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._since = -1  # where the generation begins that `_told` is of; -1: none yet
+        self._told: dict[tuple[int, str], str] = {}  # what earlier lines say of the steps that it does again
+
+    def rows(self, offset: int) -> Iterator[tuple[Row, int]]:
+        """As read_rows, but a row has only the numbers that are new or other than before (its speed mostly is)."""
+        if not 0 <= self._since <= offset:
+            self._enter_generation_at(offset)
+        at = offset
+        for row, end in read_rows(self._path, offset):
+            if row.resumed_at is not None:
+                self._enter(row, at)
+            yield (
+                replace(
+                    row, metrics={k: v for k, v in row.metrics.items() if self._told.get((row.step, k)) != repr(v)}
+                ),
+                end,
+            )
+            at = end
+
+    def _enter_generation_at(self, offset: int) -> None:
+        self._since, self._told, first, at = 0, {}, None, 0
+        for row, end in read_rows(self._path):
+            if end > offset:
+                break
+            if row.resumed_at is not None:
+                first = (row, at)
+            at = end
+        if first:
+            self._enter(*first)
+
+    def _enter(self, first: Row, at: int) -> None:
+        self._since, self._told = at, {}
+        for row, end in read_rows(self._path):
+            if end > at:
+                break
+            if row.step > first.step:
+                self._told |= {(row.step, k): repr(v) for k, v in row.metrics.items()}  # repr: NaN is not equal to NaN

@@ -1,0 +1,174 @@
+"""mixture.png: what a run is fed, over its tokens: the sources' shares, their epochs and the size of a step.
+
+matplotlib's door. It takes a second to import and another to draw, so all of it is done on a thread, and a run without
+matplotlib goes on without the picture.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import sys
+import threading
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.files import publish
+from data_pipeline.order.ledger import Segment
+from data_pipeline.order.plan import Plan
+
+PATIENCE_S = 20.0  # what close() waits for a picture that is being drawn
+_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Tol's bright, apart in any eye
+_INK, _PALE = "#222222", "#8a8a8a"
+_POINTS = 120  # of a line
+_LABELS = 8  # events whose steps are written beside their lines
+
+
+class MixturePlot:
+    """Draws the plan of a run into a file, whenever it is shown one. Used on one rank; never raises."""
+
+    def __init__(self, path: Path, name: str, max_steps: int) -> None:
+        self._path, self._name, self._max_steps = path, name, max_steps
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()  # one picture at a time, the newest last
+
+    def show(self, plan: Plan, step: int) -> None:
+        """Draw what was done before `step` and is planned from there on; returns at once. One source, always drawn
+        alike, is no picture."""
+        if len(plan.names) == 1 and len(plan.ledger.segments) == 1:
+            return
+        if importlib.util.find_spec("matplotlib") is None:
+            return _warn(self._path, "matplotlib is not installed (pip install gradus[tracking])")
+        self._thread = threading.Thread(target=self._draw, args=(plan, step, self._thread), name="plot", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait for the picture, not for ever."""
+        if self._thread is not None:
+            self._thread.join(PATIENCE_S)
+
+    def _draw(self, plan: Plan, step: int, before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()
+        try:
+            publish(self._path, draw(plan, step, self._max_steps, self._name))
+        except Exception as e:  # a picture ends no training
+            _warn(self._path, " ".join(f"{type(e).__name__}: {e}".split())[:300])
+
+
+def _warn(path: Path, why: str) -> None:
+    print(f"tracking: {path} is not drawn: {why}; training goes on", file=sys.stderr, flush=True)
+
+
+def draw(plan: Plan, step: int, max_steps: int, name: str) -> bytes:
+    """A PNG of the whole run, of which the steps before `step` are done."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    ledger = plan.ledger
+    segments = [s for s in ledger.segments if s.step < max_steps and s is ledger.segment(s.step)]
+    steps = [*(s.step for s in segments), max_steps]
+    edges = np.array([ledger.tokens(s) for s in steps], dtype=float)
+    scale, unit = _unit(edges[-1])
+    figure = Figure(figsize=(9, 6.6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    shares, epochs, sizes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1.4))
+    names = [n for n in plan.names if any(s.weights.get(n) for s in segments)]
+    some = _COLOURS if len(names) <= len(_COLOURS) else colormaps["turbo"](np.linspace(0.03, 0.97, len(names)))
+    colours = dict(zip(names, some, strict=False))
+    _draw_shares(shares, segments, edges / scale, names, colours)
+    _draw_epochs(epochs, plan, max_steps, scale, names, colours)
+    tokens = [s.tokens_per_step for s in segments]
+    size_scale, size_unit = _unit(max(tokens))
+    sizes.stairs(np.array(tokens) / size_scale, edges / scale, baseline=None, color=_INK, linewidth=1.6)
+    sizes.set_ylabel(f"tokens\nper step{size_unit}")
+    sizes.set_ylim(0, 1.15 * max(tokens) / size_scale)
+    sizes.set_xlabel(f"tokens trained on{unit}")
+    sizes.set_xlim(0, edges[-1] / scale)
+    _mark_events(shares, (shares, epochs, sizes), segments, edges / scale)
+    if 0 < step < max_steps:
+        now = ledger.tokens(step) / scale
+        for axes in (shares, epochs, sizes):
+            axes.axvspan(now, edges[-1] / scale, color="white", alpha=0.45, linewidth=0, zorder=2.5)
+            axes.axvline(now, color=_INK, linewidth=1.4, zorder=4)
+    done = f"drawn at step {step:,} of {max_steps:,}" + ("; paler: planned" if 0 < step < max_steps else "")
+    title = figure.suptitle(f"{name}: what the run is fed", x=0.012, ha="left", fontweight="bold", color=_INK)
+    title.set_parse_math(False)  # a name is no formula
+    figure.align_ylabels()
+    figure.text(0.995, 0.008, done, ha="right", va="bottom", fontsize=8, color=_PALE)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def _draw_shares(
+    axes: Any, segments: Sequence[Segment], edges: np.ndarray, names: Sequence[str], colours: dict[str, str]
+) -> None:
+    """A band for each source, named on the right in the order of the bands."""
+    weights = np.array([[s.weights.get(name, 0) for s in segments] for name in names], dtype=float)
+    tops = np.cumsum(weights / weights.sum(axis=0), axis=0)
+    low, bands = np.zeros(len(segments)), []
+    for name, top in zip(names, tops, strict=True):
+        bands.append(axes.stairs(100 * top, edges, baseline=100 * low, fill=True, color=colours[name]))
+        low = top
+    axes.set_ylabel("share of\nthe windows, %")
+    axes.set_ylim(0, 100)
+    axes.legend(bands[::-1], names[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def _draw_epochs(
+    axes: Any, plan: Plan, max_steps: int, scale: float, names: Sequence[str], colours: dict[str, str]
+) -> None:
+    ledger = plan.ledger
+    events = [s.step for s in ledger.segments if s.step < max_steps]
+    at = np.unique([*np.linspace(0, max_steps, _POINTS).astype(int), *events]).tolist()
+    tokens = np.array([ledger.tokens(s) for s in at]) / scale
+    most = 0.0
+    for name in names:
+        gone = [plan.epoch(name, ledger.position(s)) for s in at]
+        axes.plot(tokens, gone, color=colours[name], linewidth=1.8)
+        most = max(most, *gone)
+    for whole in range(1, int(most) + 1) if most < 12 else ():
+        axes.axhline(whole, color=_PALE, linewidth=0.5, linestyle=":", zorder=0)
+    axes.set_ylabel("epochs\nof each source")
+    axes.set_ylim(0, 1.08 * most or 1)
+
+
+def _mark_events(top: Any, panels: Sequence[Any], segments: Sequence[Segment], edges: np.ndarray) -> None:
+    """A line where anything but the size of a step changes, and above it the step and what changes."""
+    found = []
+    for number, (a, b) in enumerate(pairwise(segments), 1):
+        lost = sum(map(len, b.lost.values())) - sum(map(len, a.lost.values()))
+        what = [f"n_ctx {b.n_ctx}"] * (a.n_ctx != b.n_ctx) + [f"−{lost} shard{'s' * (lost > 1)}"] * (lost > 0)
+        if what or a.weights != b.weights or a.position_at(b.step) != b.position:
+            found.append((edges[number], "\n".join([f"step {b.step:,}", *what])))
+    for at, label in found:
+        for axes in panels:
+            axes.axvline(at, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=3)
+        if len(found) <= _LABELS:
+            top.annotate(
+                label,
+                (at, 1),
+                (0, 3),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                color=_INK,
+            )
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _unit(most: float) -> tuple[float, str]:
+    """By what to divide, and what that is called on an axis."""
+    for size, name in ((1e12, ", trillions"), (1e9, ", billions"), (1e6, ", millions"), (1e3, ", thousands")):
+        if most >= size:
+            return size, name
+    return 1.0, ""

@@ -1,0 +1,56 @@
+"""Sending to MLflow what a run that is over could not send: `python -m trainer.tracking sync`."""
+
+from __future__ import annotations
+
+import json
+
+from conf.errors import TransientError, UserError
+from conf.schema import thaw
+from trainer.config.pretrain import PretrainConfig
+from trainer.config.tracking import SyncConfig, Tracker
+from trainer.run.folder import RunFolder
+from trainer.tracking.address import check_tracking
+from trainer.tracking.mlflow_sender import Sender, cause
+from trainer.tracking.shipper import deliver, draw_curves, warn
+from trainer.tracking.state import ShippingLock
+
+
+def sync(cfg: SyncConfig) -> None:
+    """Print {"rows_sent", "backlog", "run_id"}: lines of the journal that went now, and that did not.
+
+    Raises:
+        UserError: no run folder, or one that its own process is sending.
+        TransientError: the server took nothing for so long.
+    """
+    folder = RunFolder(cfg.run_dir)
+    frozen = config_of(folder, cfg.uri)
+    lock = ShippingLock(folder.root)
+    if not lock.take():
+        raise UserError(f"run_dir={cfg.run_dir}: the run is going on and sends its rows itself: let it, or wait for it")
+    draw_curves(folder.root, frozen.run.name, warn)
+    sender = Sender(frozen, folder, warn)
+    before = sender.waiting()
+    error = deliver(sender, cfg.timeout_s)
+    left = sender.waiting()
+    print(json.dumps({"rows_sent": before - left, "backlog": left, "run_id": sender.state["run_id"]}), flush=True)
+    lock.release()
+    if error is not None:
+        raise TransientError(
+            f"{sender.uri} does not take what is left, in {cfg.timeout_s:g} s ({cause(error)}): try later"
+        )
+
+
+def config_of(folder: RunFolder, uri: str | None) -> PretrainConfig:
+    """The config that a run was started with, with MLflow as its tracker. Raises UserError where there is none."""
+    if not folder.metrics.is_file():
+        raise UserError(f"run_dir={folder.root} holds no {folder.metrics.name}: give the run.dir of a run")
+    try:
+        cfg = thaw(folder.config, PretrainConfig)
+    except OSError as e:
+        raise UserError(f"run_dir={folder.root}: its config cannot be read: {e}") from None
+    except Exception as e:  # OmegaConf's many, for a file of another version or a damaged one
+        raise UserError(f"{folder.config} is no config of this version ({cause(e)})") from None
+    cfg.tracking.name = Tracker.mlflow
+    cfg.tracking.uri = uri or cfg.tracking.uri
+    check_tracking(cfg.tracking)
+    return cfg

@@ -1,0 +1,98 @@
+"""What the node of rank 0 is busy with, each few seconds, on a thread: CPU, memory, disk, network, GPUs.
+
+psutil counts (the tracking extra) and nvidia-smi; what is not there is left out, and said once. Network counts what
+the kernel sees: InfiniBand's own traffic passes it by.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from trainer.run.environment import nvidia_smi
+
+GPU = {
+    "utilization.gpu": "util_percent",
+    "memory.used": "memory_mib",
+    "power.draw": "power_w",
+    "temperature.gpu": "temperature_c",
+}
+
+
+class SystemMetrics:
+    """Calls `log` with system/* metrics at most each `period_s`. Never raises; what it cannot read is not there."""
+
+    def __init__(self, period_s: float, log: Callable[[dict[str, float]], None]) -> None:
+        self._period_s, self._log = period_s, log
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="system", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join(1.0)  # nvidia-smi may take longer: the row of a run that is over is not missed
+
+    def _run(self) -> None:
+        if importlib.util.find_spec("psutil") is None:
+            _warn("psutil is not installed (pip install gradus[tracking]): no CPU, memory, disk and network metrics")
+        counters = Counters()
+        try:
+            counters.read()  # from here on the rates count
+            while not self._closing.wait(self._period_s):
+                found = {**counters.read(), **gpus()}
+                if found and not self._closing.is_set():
+                    self._log(found)
+        except Exception as e:  # numbers about the node end no training
+            _warn(f"system metrics end here ({type(e).__name__}: {e})")
+
+
+class Counters:
+    """psutil's, as rates since the last look."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, float] = {}
+        self._at = time.monotonic()
+
+    def read(self) -> dict[str, float]:
+        """Percent of all cores, GiB of memory, MB/s of disk and network; {} without psutil."""
+        try:
+            import psutil
+        except ModuleNotFoundError:
+            return {}
+        memory, disk = psutil.virtual_memory(), psutil.disk_io_counters()
+        links = [link for name, link in psutil.net_io_counters(pernic=True).items() if name != "lo"]
+        totals: dict[str, float] = {
+            "system/network_in_mb_per_s": sum(link.bytes_recv for link in links) / 1e6,
+            "system/network_out_mb_per_s": sum(link.bytes_sent for link in links) / 1e6,
+        }
+        if disk is not None:  # a container may hide it
+            totals["system/disk_read_mb_per_s"] = disk.read_bytes / 1e6
+            totals["system/disk_write_mb_per_s"] = disk.write_bytes / 1e6
+        now = time.monotonic()
+        seconds, before = max(now - self._at, 1e-9), self._before
+        self._at, self._before = now, totals
+        return {
+            "system/cpu_percent": psutil.cpu_percent(None),
+            "system/memory_used_gib": (memory.total - memory.available) / 2**30,
+            "system/process_gib": psutil.Process().memory_info().rss / 2**30,
+            **{name: (total - before[name]) / seconds for name, total in totals.items() if name in before},
+        }
+
+
+def gpus() -> dict[str, float]:
+    """system/gpu0/util_percent, memory_mib, power_w and temperature_c, as far as each GPU tells."""
+    found: dict[str, float] = {}
+    for index, *cells in nvidia_smi(("index", *GPU)):
+        for name, cell in zip(GPU.values(), cells, strict=False):
+            try:
+                found[f"system/gpu{int(index)}/{name}"] = float(cell)
+            except ValueError:  # [N/A], in a MIG slice
+                continue
+    return found
+
+
+def _warn(message: str) -> None:
+    print(f"tracking: {message}; training goes on", file=sys.stderr, flush=True)
