@@ -28,7 +28,7 @@ from docs.generate_config import ROOTS, TARGET, page
 from launch.config import PlanConfig, SubmitConfig
 from launch.plan import cluster_of
 from tests.benchmarks import attention, checkpoint, corpus, extraction, loader, scale, train_speed
-from tests.fixtures import make_source
+from tests.helpers.fixtures import make_source
 from trainer.config.model import ModelConfig
 from trainer.config.pretrain import PretrainConfig
 from trainer.distributed.world import World

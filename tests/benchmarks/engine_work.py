@@ -21,7 +21,7 @@ from io import StringIO
 from typing import Any
 
 from tests.benchmarks.machine import hardware, load, versions
-from tests.ranks import free_port, rank_env
+from tests.helpers.ranks import free_port, rank_env
 
 PHASES = ("forward", "backward", "step")
 

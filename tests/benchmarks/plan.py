@@ -20,8 +20,8 @@ from conf.schema import load
 from launch.config import PlanConfig
 from tests.benchmarks.machine import hardware, versions
 from tests.benchmarks.machine import load as busy
-from tests.distributed.test_plan_bytes import FEW, MANY, MODEL, RUN, planned
-from tests.ranks import run_ranks
+from tests.distributed.trainer.plan.test_plan_bytes import FEW, MANY, MODEL, RUN, planned
+from tests.helpers.ranks import run_ranks
 from trainer.config.parallel import Offload, Recompute
 from trainer.plan import speed
 from trainer.plan.choose import reckon

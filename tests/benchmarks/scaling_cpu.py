@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from tests.benchmarks.machine import hardware, load, versions
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 KNOWN = {"ranks": "1,2,4", "steps": "8", "width": "192", "rounds": "3", "json": "false"}
 

@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any
 
 from tests.benchmarks.machine import hardware, load, versions
-from tests.ranks import ROOT, free_port, rank_env
+from tests.helpers.ranks import ROOT, free_port, rank_env
 from tests.system.runs import TINY, make_data
 from tests.system.tracked import signal_group, start_server
 from trainer.config.pretrain import PretrainConfig

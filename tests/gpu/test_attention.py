@@ -19,7 +19,8 @@ from trainer.model.mask import Pattern, attention_bias
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no NVIDIA GPU here: tests/unit/test_patterns.py holds what a CPU can"
+        not torch.cuda.is_available(),
+        reason="no NVIDIA GPU here: tests/unit/trainer/model/test_patterns.py holds what a CPU can",
     ),
 ]
 GPU = torch.device("cuda", 0)

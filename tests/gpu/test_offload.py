@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +55,7 @@ def same_resume(folder: str) -> dict[str, Any]:
     from pathlib import Path
 
     from tests.distributed import tiny_run as run
-    from tests.distributed.test_checkpoint import AT, going_on, save
+    from tests.distributed.trainer.checkpoint.test_checkpoint import AT, going_on, save
     from trainer.checkpoint import load as checkpoint
     from trainer.distributed import mesh as parallel
     from trainer.distributed.world import read_world

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from tests.fixtures import make_source
-from tests.order_twin import Leg, deal
-from tests.ranks import free_port, run_ranks
-from tests.stream_truth import Truth, legs_of, shards_of
+from tests.helpers.fixtures import make_source
+from tests.helpers.order_twin import Leg, deal
+from tests.helpers.ranks import free_port, run_ranks
+from tests.helpers.stream_truth import Truth, legs_of, shards_of
 from tests.system.runs import TINY
 from tests.system.test_resume import story
 from trainer.config.pretrain import PretrainConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.fixtures import make_source
+from tests.helpers.fixtures import make_source
 from tests.system.runs import TINY
 from trainer.config.pretrain import PretrainConfig
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.fixtures import make_source
-from tests.ranks import ROOT, free_port, rank_env
+from tests.helpers.fixtures import make_source
+from tests.helpers.ranks import ROOT, free_port, rank_env
 from trainer.run.journal import read_journal
 
 TINY = (

@@ -1,4 +1,4 @@
-"""A tiny run as it is really started: launch.supervise, torchrun (or the quick tests.direct), two ranks."""
+"""A tiny run as it is really started: launch.supervise, torchrun (or the quick tests.helpers.direct), two ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import ROOT
+from tests.helpers.ranks import ROOT
 from tests.system.runs import TINY
 
 
@@ -19,7 +19,7 @@ def supervised(
     """`overrides` are the entry's; stderr is kept."""
     supervise = ["launch.supervise", f"run.dir={run}", "max_restarts=6", "backoff_s=0.05", "grace_s=5"]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", entry]
-    launcher = ["tests.direct", "2", entry] if direct else torchrun
+    launcher = ["tests.helpers.direct", "2", entry] if direct else torchrun
     words = [sys.executable, "-m", *supervise, "--", sys.executable, "-m", *launcher]
     return subprocess.Popen(
         [*words, *TINY, f"run.dir={run}", *overrides],

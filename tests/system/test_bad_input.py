@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.manifest import read_index
-from tests.ranks import ROOT
+from tests.helpers.ranks import ROOT
 from tests.system.runs import TINY, finish, make_data, pretrain, start
 from tests.system.test_resume import story
 from trainer.run.folder import RunFolder

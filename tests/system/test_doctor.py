@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import hosts, slurm
-from tests.ranks import ROOT, free_port, rank_env
+from tests.helpers import hosts, slurm
+from tests.helpers.ranks import ROOT, free_port, rank_env
 
 DOCTOR = [sys.executable, "-m", "launch.doctor", "json=true"]
 

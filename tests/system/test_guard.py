@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import ROOT
+from tests.helpers.ranks import ROOT
 from tests.system.mixtures import state
 from tests.system.plants import make_plants, windows_of
 from tests.system.runs import finish, pretrain, start

@@ -22,13 +22,13 @@ def test_a_rank_that_sleeps_is_named_with_its_place_and_the_next_start_goes_on_e
     sleeper, step = random.randrange(2), random.randrange(5, 9)
     common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=12", *QUICK)
     run = tmp_path / "run"
-    process = supervised(run, *common, f"plant={sleeper}:{step}:1000", entry="tests.planted")
+    process = supervised(run, *common, f"plant={sleeper}:{step}:1000", entry="tests.helpers.planted")
     [(code, err)] = finish([process])
     assert code == 0, err
     folder = RunFolder(run)
     spots = {spot.rank: spot for spot in read_spots(folder.hang(1))}
     assert spots.keys() == {0, 1}
-    assert spots[sleeper].where.startswith("sleeps_here (tests/planted.py:")
+    assert spots[sleeper].where.startswith("sleeps_here (tests/helpers/planted.py:")
     assert spots[1 - sleeper].where.startswith("collective all_reduce, called by agree_on_step (trainer/loop.py:")
     for rank in (0, 1):
         stacks = (folder.hang(1) / f"rank-{rank:05d}.txt").read_text()

@@ -23,8 +23,8 @@ from data_pipeline.config import OrderConfig
 from data_pipeline.manifest import TOKENIZER, read_manifest, write_manifest
 from data_pipeline.order.lookup import order
 from data_pipeline.tokenizer.tokenizer import train_bpe
-from tests.hf_models import SIZE, hf_model, save
-from tests.ranks import ROOT
+from tests.helpers.hf_models import SIZE, hf_model, save
+from tests.helpers.ranks import ROOT
 from tests.system import runs
 from tests.system.runs import make_data
 from tests.system.test_order_of_a_run import documents_of

@@ -12,9 +12,9 @@ from random import Random
 
 import pytest
 
-from tests.archives import Made, squeeze
-from tests.crawls import STEPS, command, drops, html, prose
-from tests.ranks import ROOT
+from tests.helpers.archives import Made, squeeze
+from tests.helpers.crawls import STEPS, command, drops, html, prose
+from tests.helpers.ranks import ROOT
 from tests.system.test_shared_recipes import accounted, kept
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import free_port
+from tests.helpers.ranks import free_port
 from tests.system.tracked import (
     client_of,
     config,

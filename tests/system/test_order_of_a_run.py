@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.fixtures import make_source
-from tests.ranks import ROOT
+from tests.helpers.fixtures import make_source
+from tests.helpers.ranks import ROOT
 from tests.system.runs import make_data, pretrain
 from trainer.run.journal import read_journal
 

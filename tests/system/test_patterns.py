@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT, free_port, rank_env
+from tests.helpers.ranks import ROOT, free_port, rank_env
 from tests.system.runs import TINY, make_data
 from trainer.run.folder import RunFolder
 

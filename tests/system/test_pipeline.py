@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import ROOT, free_port
+from tests.helpers.ranks import ROOT, free_port
 from tests.system.runs import pretrain
 from trainer.run.folder import RunFolder
 

@@ -71,7 +71,7 @@ def test_without_agreement_the_rank_that_got_the_signal_ends_and_saves_nothing(t
     common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=20", "checkpoint.every_steps=0", "watch.stop_s=2")
     planted = f"plant={asleep}:4:1000"
     run = tmp_path / "run"
-    processes = start(run, *common, planted, ranks=2, entry="tests.planted")
+    processes = start(run, *common, planted, ranks=2, entry="tests.helpers.planted")
     try:
         deadline = time.monotonic() + 200
         while not (run / "slept").exists():

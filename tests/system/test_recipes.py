@@ -18,10 +18,10 @@ import pytest
 
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.prepare.readers import ReadAgain
-from tests import slurm
-from tests.crawls import SMALL, STEPS, command, crawl, drops, made_by, pages, report, result, run
-from tests.places import wait_for
-from tests.ranks import ROOT
+from tests.helpers import slurm
+from tests.helpers.crawls import SMALL, STEPS, command, crawl, drops, made_by, pages, report, result, run
+from tests.helpers.places import wait_for
+from tests.helpers.ranks import ROOT
 
 
 def exam(folder: Path, seed: int, count: int) -> str:

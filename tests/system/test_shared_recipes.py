@@ -23,10 +23,10 @@ import pytest
 
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.prepare.readers import ReadAgain
-from tests.archives import Made, squeeze
-from tests.crawls import SMALL, STEPS, drops, html, made_by, prose, report, result
-from tests.ranks import ROOT
-from tests.sites import Reply, site
+from tests.helpers.archives import Made, squeeze
+from tests.helpers.crawls import SMALL, STEPS, drops, html, made_by, prose, report, result
+from tests.helpers.ranks import ROOT
+from tests.helpers.sites import Reply, site
 
 pytestmark = pytest.mark.slow
 SOURCES = ("webtext2", "wikipedia", "books1", "books2", "crawl_sample", "common_crawl")

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import slurm
-from tests.places import wait_for
-from tests.ranks import ROOT
+from tests.helpers import slurm
+from tests.helpers.places import wait_for
+from tests.helpers.ranks import ROOT
 from tests.system.runs import TINY, make_data, pretrain
 from tests.system.test_resume import story
 from trainer.run.folder import RunFolder

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests import hosts
-from tests.hosts import Cluster
-from tests.ranks import ROOT
+from tests.helpers import hosts
+from tests.helpers.hosts import Cluster
+from tests.helpers.ranks import ROOT
 from tests.system.runs import TINY, make_data, pretrain
 from trainer.run.folder import RunFolder
 from trainer.run.journal import Row, read_journal

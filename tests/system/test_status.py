@@ -16,7 +16,7 @@ import pytest
 
 from launch.status.report import gather
 from launch.status.table import harmless, show
-from tests.ranks import ROOT
+from tests.helpers.ranks import ROOT
 from tests.system.runs import TINY, make_data
 from trainer.run.journal import read_journal
 

@@ -11,8 +11,8 @@ import pytest
 
 from data_pipeline.order.ledger import Ledger
 from data_pipeline.order.plan import Plan
-from tests.order_twin import zipped
-from tests.stream_truth import legs_of, shards_of
+from tests.helpers.order_twin import zipped
+from tests.helpers.stream_truth import legs_of, shards_of
 from tests.system.mixtures import LANES, SEED, check_fed, in_turn, make_mixture, mixture, state
 from tests.system.runs import TINY
 from tests.system.test_bad_input import refused

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from conf.schema import load
-from tests.places import wait_for
-from tests.ranks import ROOT
+from tests.helpers.places import wait_for
+from tests.helpers.ranks import ROOT
 from tests.system.runs import TINY, make_data
 from trainer.config.pretrain import PretrainConfig
 from trainer.run.folder import RunFolder

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import free_port
+from tests.helpers.ranks import free_port
 from tests.system.runs import finish, make_data, start
 from tests.system.tracked import client_of, counted, logged, needs_mlflow, signal_group, start_server
 from trainer.run.folder import RunFolder

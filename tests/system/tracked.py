@@ -19,7 +19,7 @@ import pytest
 from conf.schema import freeze, load
 from data_pipeline.order.ledger import Ledger
 from data_pipeline.order.plan import Plan
-from tests.ranks import ROOT
+from tests.helpers.ranks import ROOT
 from trainer.config.pretrain import PretrainConfig
 from trainer.run.folder import RunFolder
 from trainer.run.journal import read_rows

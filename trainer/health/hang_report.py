@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OURS = ("trainer", "data_pipeline", "launch", "conf")
 C10D = "torch/distributed/distributed_c10d.py"
 COLLECTIVE = "collective "

@@ -6,9 +6,7 @@ from functools import lru_cache
 
 from trainer.config.model import ModelConfig
 from trainer.config.pretrain import PretrainConfig
-from trainer.model.arithmetic import (
-    FLEX_BLOCK as BLOCK,  # queries by keys: of which one pair is seen, it is computed whole
-)
+from trainer.model.arithmetic import FLEX_BLOCK as BLOCK
 from trainer.model.arithmetic import flex_attention
 
 

@@ -155,7 +155,7 @@ def deliver(sender: Sender, timeout_s: float) -> Exception | None:
 def draw_curves(root: Path, name: str, say: Callable[[str], None]) -> None:
     """plots/*.png from the journal, in a process of its own and of low priority: no work beside the training's."""
     argv = [sys.executable, "-m", "trainer.tracking.plots", str(root.resolve()), name]
-    cwd = Path(__file__).resolve().parent.parent
+    cwd = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=DRAW_S, stdin=subprocess.DEVNULL)
         what = done.stderr.strip().splitlines()[-1:] if done.returncode else []

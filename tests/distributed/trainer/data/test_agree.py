@@ -1,0 +1,34 @@
+"""What one rank could not read ends every rank, and in the same way: passing, or for good."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from conf.errors import TransientError, UserError
+from tests.helpers.ranks import run_ranks
+
+
+def ends() -> list[str]:
+    """How `agree` ends on this rank of a tensor-parallel pair whose reader, rank 0, has an error of either kind."""
+    from trainer.config.parallel import ParallelConfig
+    from trainer.data.feed import Feed
+    from trainer.distributed import mesh as parallel
+    from trainer.distributed.world import read_world
+
+    mesh = parallel.start(read_world(), ParallelConfig(name="tp2", tp=2))
+    found = []
+    for kind in (TransientError, UserError):
+        mine = kind("no answer") if mesh.tp_rank == 0 else UserError("no answer")  # the channel carries the text alone
+        try:
+            Feed.agree(SimpleNamespace(mesh=mesh), mine)  # type: ignore[arg-type]
+        except UserError as e:
+            found.append(f"{type(e).__name__}: {e}")
+    parallel.stop(mesh)
+    return found
+
+
+def test_a_reader_that_gets_no_answer_lets_its_whole_group_be_tried_again() -> None:
+    assert (
+        run_ranks(2, "tests.distributed.trainer.data.test_agree:ends")
+        == [["TransientError: no answer", "UserError: no answer"]] * 2
+    )

@@ -1,0 +1,206 @@
+"""The run folder: who may write, what is published, what is pruned. No torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from conf.errors import UserError
+from trainer.checkpoint.find import check_model, model_of
+from trainer.config.model import ModelConfig
+from trainer.run.folder import RunFolder
+
+
+def publish(run: RunFolder, step: int, generation: int, val_loss: float | None = None) -> Path:
+    aside = run.aside(step, generation)
+    aside.mkdir()
+    (aside / "state.json").write_text(json.dumps({"step": step, "val_loss": val_loss}))
+    return run.publish(aside, step, generation)
+
+
+def names(run: RunFolder) -> list[str]:
+    return [p.name for p in run.published()]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "runs" / "a")
+    assert folder.take_generation() == 1
+    return folder
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, trainer.run.folder, trainer.engine.schedule; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[4]).returncode == 0
+
+
+def test_a_folder_that_is_not_there_has_no_checkpoint_and_is_not_made(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "none")
+    assert folder.latest() is None and folder.published() == []
+    assert not folder.root.exists()
+
+
+def test_each_start_gets_its_own_generation_even_at_the_same_moment(run: RunFolder) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(lambda _: RunFolder(run.root).take_generation(), range(24)))
+    assert sorted(taken) == list(range(2, 26))
+
+
+def test_the_last_published_is_the_latest(run: RunFolder) -> None:
+    assert publish(run, 10, 1) == run.latest()
+    assert publish(run, 20, 1) == run.latest() == run.checkpoints / "step-00000020.gen-0001"
+    assert names(run) == ["step-00000010.gen-0001", "step-00000020.gen-0001"]
+
+
+def test_a_newer_start_goes_before_a_later_step(run: RunFolder) -> None:
+    publish(run, 20, 1)
+    run.take_generation()
+    publish(run, 10, 2)
+    assert names(run) == ["step-00000020.gen-0001", "step-00000010.gen-0002"]
+    assert run.latest() == run.checkpoints / "step-00000010.gen-0002"
+
+
+def test_a_stranded_start_publishes_nothing_over_a_newer_one(run: RunFolder) -> None:
+    stranded = RunFolder(run.root)
+    publish(run, 10, 1)
+    run.take_generation()
+    kept = publish(run, 15, 2)
+    with pytest.raises(UserError, match="start 2 of this run has taken over, start 1 publishes nothing"):
+        publish(stranded, 20, 1)
+    assert run.latest() == kept and len(names(run)) == 2
+
+
+def test_a_checkpoint_is_settled_when_it_is_gone_or_the_pointer_names_it(run: RunFolder) -> None:
+    run.aside(20, 1).mkdir()
+    assert not run.settled(20, 1)
+    run.aside(20, 1).rename(run.checkpoint(20, 1))
+    assert not run.settled(20, 1)
+    run.pointer.write_text(f"{run.checkpoint(10, 1).name}\n")
+    assert not run.settled(20, 1)
+    run.pointer.write_text(f"{run.checkpoint(20, 1).name}\n")
+    assert run.settled(20, 1) and run.settled(30, 1)
+
+
+def test_what_was_never_published_is_ignored_and_removed_by_the_next_start(run: RunFolder) -> None:
+    kept = publish(run, 10, 1)
+    run.aside(20, 1).mkdir()
+    (run.aside(20, 1) / "weights").write_text("half")
+    (run.checkpoints / ".latest.tmp").write_text("half")
+    assert run.latest() == kept and names(run) == [kept.name]
+    run.take_generation()
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["latest", kept.name]
+
+
+def test_a_crash_between_rename_and_pointer_leaves_the_one_before(run: RunFolder) -> None:
+    kept = publish(run, 10, 1)
+    run.aside(20, 1).mkdir()
+    run.aside(20, 1).rename(run.checkpoint(20, 1))
+    assert run.latest() == kept
+    run.take_generation()
+    assert publish(run, 20, 2) == run.latest()
+
+
+@pytest.mark.parametrize("text", ["step-00000099.gen-0001", "../../etc", "", "step-1.gen-1"])
+def test_a_pointer_to_nothing_names_what_there_is(run: RunFolder, text: str) -> None:
+    publish(run, 10, 1)
+    run.pointer.write_text(text)
+    with pytest.raises(UserError, match=r"latest names .* not there: .*step-00000010\.gen-0001"):
+        run.latest()
+
+
+def test_prune_keeps_the_newest_and_the_best(run: RunFolder) -> None:
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, None), (50, 2.5)):
+        publish(run, step, 1, loss)
+    gone = run.prune(keep=2, best=True)
+    assert [p.name for p in gone] == ["step-00000010.gen-0001", "step-00000030.gen-0001"]
+    assert [n[5:13] for n in names(run)] == ["00000020", "00000040", "00000050"]
+    assert run.prune(keep=2, best=True) == []
+
+
+def test_prune_without_best_keeps_the_newest_alone(run: RunFolder) -> None:
+    for step in (10, 20, 30):
+        publish(run, step, 1, float(step))
+    run.prune(keep=1, best=False)
+    assert [n[5:13] for n in names(run)] == ["00000030"]
+    assert run.latest() == run.published()[0]
+
+
+def test_going_back_moves_the_pointer_and_deletes_what_came_later(run: RunFolder) -> None:
+    for step, generation in ((10, 1), (20, 1), (25, 1), (30, 1), (20, 2), (40, 2)):
+        publish(run, step, generation)
+    assert run.before(29, every=10) == run.checkpoint(20, 2), "one that is due, and the newest start's"
+    assert run.before(29, every=0) == run.before(29, every=7) == run.checkpoint(25, 1), "none is due: any"
+    assert run.before(9, every=10) is None
+    gone = run.go_back(run.checkpoint(20, 2), generation=2)
+    assert {p.name[5:] for p in gone} == {"00000025.gen-0001", "00000030.gen-0001", "00000040.gen-0002"}
+    assert [n[5:] for n in names(run)] == ["00000010.gen-0001", "00000020.gen-0001", "00000020.gen-0002"]
+    assert run.latest() == run.checkpoint(20, 2)
+    run.go_back(None, generation=2)
+    assert run.latest() is None and names(run) == []
+
+
+def test_a_stranded_start_cannot_go_back(run: RunFolder) -> None:
+    kept, latest = publish(run, 10, 1), publish(run, 20, 1)
+    run.take_generation()
+    with pytest.raises(UserError, match="start 2 of this run has taken over"):
+        run.go_back(kept, generation=1)
+    assert run.latest() == latest and len(names(run)) == 2
+
+
+def test_prune_keeps_what_the_guard_may_go_back_to(run: RunFolder) -> None:
+    for step in (10, 20, 30):
+        publish(run, step, 1)
+    run.prune(keep=1, best=False, also=run.before(12, every=10))
+    assert [n[5:13] for n in names(run)] == ["00000010", "00000030"]
+
+
+def test_prune_never_deletes_the_latest(run: RunFolder) -> None:
+    for step in (10, 20, 30):
+        publish(run, step, 1)
+    run.pointer.write_text("step-00000010.gen-0001\n")
+    run.prune(keep=1, best=True)
+    assert [n[5:13] for n in names(run)] == ["00000010", "00000030"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not JSON"), ("[]", "not a JSON object"), ("[" * 100_000, "not JSON"), ("\udcff", "not JSON")],
+)
+def test_a_damaged_state_is_named(run: RunFolder, text: str, message: str) -> None:
+    path = publish(run, 10, 1) / "state.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=f"state.json: {message}"):
+        run.state(path.parent)
+
+
+def test_a_state_of_gigabytes_is_not_read(run: RunFolder) -> None:
+    path = publish(run, 10, 1) / "state.json"
+    with path.open("r+b") as f:
+        f.truncate(10 << 30)  # sparse: takes no disk
+    with pytest.raises(UserError, match="more than the"):
+        run.state(path.parent)
+
+
+def test_a_state_from_before_there_were_patterns_is_of_a_dense_model(tmp_path: Path) -> None:
+    old = {"name": "m", "n_layer": 2, "n_head": 2, "n_embd": 4, "n_ctx": 4, "vocab_size": 5, "norm": "pre"}
+    (tmp_path / "weights-00000.safetensors").write_bytes(bytes(10_000))
+    cfg = model_of(tmp_path, {"model": old})
+    assert cfg.attention == "D" and cfg.sparse_layers == []
+    for wrong in ({"attention": a} for a in (5, None, ["D"], "Q", "DDD")):
+        with pytest.raises(UserError, match="damaged: no model"):
+            model_of(tmp_path, {"model": {**old, **wrong}})
+    with pytest.raises(UserError, match="damaged: no model"):
+        model_of(tmp_path, {"model": {**old, "attention": "B", "band": 1.5}})
+
+
+def test_the_same_pattern_written_in_another_way_is_the_same_model(tmp_path: Path) -> None:
+    a, b = (ModelConfig("m", 4, 2, 4, 4, 5, attention=text, band=2) for text in ("DB", "DBDB"))
+    check_model(tmp_path, a, b)
+    c = ModelConfig("m", 4, 2, 4, 4, 5, attention="BD", band=2)
+    with pytest.raises(UserError, match=r"another model: model\.attention=DB \(here BD\): give"):
+        check_model(tmp_path, a, c)
