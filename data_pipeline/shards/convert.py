@@ -23,8 +23,9 @@ from data_pipeline.manifest import FORMAT, Manifest, index_of, read_manifest
 from data_pipeline.shards.config import ExportConfig, ExportFormat, ImportConfig, TokenFormat
 from data_pipeline.shards.encode import Encoded, Task
 from data_pipeline.shards.output import begun, dtype_of, finish, listing
+from data_pipeline.shards.pieces import MAX_TOKENS, Piece, checked, cut
 from data_pipeline.shards.progress import claimed
-from data_pipeline.shards.token_files import CHUNK, MAX_TOKENS, MEGATRON, Piece, checked, cut, inputs, pieces
+from data_pipeline.shards.token_files import CHUNK, MEGATRON, inputs, pieces
 from data_pipeline.shards.write import Work, pack
 from data_pipeline.stream.windows import read_shard
 from data_pipeline.tokenizer.tokenizer import Tokenizer

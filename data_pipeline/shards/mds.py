@@ -24,7 +24,7 @@ from data_pipeline.corpus.lines import chunks
 from data_pipeline.corpus.report import Dropped
 from data_pipeline.files import read_json
 from data_pipeline.shards.config import ImportConfig
-from data_pipeline.shards.token_files import MAX_TOKENS, TOO_LONG, Piece
+from data_pipeline.shards.pieces import MAX_TOKENS, TOO_LONG, Piece
 
 INDEX = "index.json"
 MAX_SAMPLES = 1 << 24  # of a shard

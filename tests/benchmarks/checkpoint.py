@@ -82,7 +82,10 @@ def settle() -> None:
 def saver(engine: Engine, folder: Path, background: bool, written: list[float]) -> Saver:
     run = RunFolder(folder)
     engine.cfg.checkpoint.background = background
-    note = lambda path, step, seconds: written.append(seconds)
+
+    def note(path, step, seconds):
+        return written.append(seconds)
+
     return Saver(engine, Writer(engine.cfg, engine.mesh, run, run.take_generation(), "", published=note))
 
 

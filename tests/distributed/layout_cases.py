@@ -40,7 +40,7 @@ REFUSED: dict[str, dict[str, Any]] = {  # what the refusal says -> the settings 
 
 
 def trained() -> list[Case]:
-    """Each on 4 ranks, dp = 4 / tp; tests/distributed/trainer/plan/test_layouts.py compares it with one plain process."""
+    """Each on 4 ranks, dp = 4 / tp; test_layouts.py compares it with one plain process."""
     again = [r for r in AXES["recompute"] if r != "none"]
     return [
         Case(tp=4, accumulate=True),

@@ -1,4 +1,4 @@
-"""`python -m tests.helpers.direct N MODULE OVERRIDES...`: a launcher that is up at once, where torchrun is seconds of imports.
+"""`python -m tests.helpers.direct N MODULE OVERRIDES...`: a launcher that starts at once.
 
 Where a rank ends badly, the others have GRACE_S to end by themselves and are then killed, as srun --kill-on-bad-exit
 does; exits with the first such code.

@@ -1,7 +1,7 @@
 """The order of the data, dealt by hand: windows lie in queues and lanes take them out one by one. No formula, no numpy.
 
 What `order/plan.py` finds by arithmetic is done here in the order of time, from position 0 on. A test that
-compares the two is in `tests/unit/data_pipeline/order/test_mixture.py` (shapes, mixtures) or `tests/unit/data_pipeline/order/test_events.py` (events).
+compares the two is in `test_mixture.py` (shapes, mixtures) or `test_events.py` (events).
 """
 
 from __future__ import annotations

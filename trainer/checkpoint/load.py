@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,8 +33,6 @@ from trainer.engine.engine import Engine
 from trainer.engine.fragments import owned, set_optimizer_step
 from trainer.model.gpt import GPT
 from trainer.run.folder import STATE, RunFolder
-
-T = TypeVar("T")
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from conf.errors import TransientError, UserError
-from trainer.checkpoint.load import T
+
+T = TypeVar("T")
 
 
 def all_ranks(what: str, function: Callable[[], T]) -> list[T]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from conf.errors import TransientError
 from trainer.distributed.world import World
-from trainer.health.hang_report import place_of_error
+from trainer.run.stack_location import place_of_error
 
 # What gloo, NCCL and torch's store say of other ranks; all else (sizes that differ, CUDA's errors, memory, a port in
 # use) is this rank's own.

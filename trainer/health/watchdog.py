@@ -23,12 +23,13 @@ from functools import partial
 
 from trainer.config.health import WatchConfig
 from trainer.distributed.world import World
-from trainer.health.hang_report import Spot, place_of, publish_report, read_spots, report, write_stacks
+from trainer.health.hang_report import Spot, publish_report, read_spots, report, write_stacks
 from trainer.health.stragglers import Stragglers, say
 from trainer.run.exit_codes import HUNG
 from trainer.run.folder import RunFolder
 from trainer.run.heartbeat import Heartbeat, read_heartbeats, write_heartbeat
 from trainer.run.progress import END, STEP, At, Progress
+from trainer.run.stack_location import place_of
 
 TICK_S = 1.0
 ASLEEP = 5.0  # ticks: a thread that was away for longer was not run at all, nor was training

@@ -1,7 +1,7 @@
 """Bytes on one rank at the fullest moment of a step, part by part: docs/plan.md has each formula's source.
 
 A step is fullest either where backward starts, with all activations and the logits, or where it ends, with all
-gradients and the buffers that sum them over the ranks. tests/distributed/trainer/plan/test_plan_bytes.py counts the real engine's.
+gradients and the buffers that sum them over the ranks. test_plan_bytes.py counts the real engine's.
 
 Legend: P parameters on this rank before ZeRO, C n_embd, V vocabulary on this rank.
 """

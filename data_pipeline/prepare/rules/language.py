@@ -22,7 +22,7 @@ class Language(Step):
     """Drops what none of the languages to keep has a score above `min_score` for, as datatrove's LanguageFilter does.
 
     A long text is judged by some passages, few where they leave no doubt, for the model reads 3 MB/s: of texts in
-    several languages fewer than 1 in 200 are judged otherwise than by their whole (tests/unit/data_pipeline/prepare/rules/test_language.py).
+    several languages fewer than 1 in 200 are judged otherwise than by their whole (test_language.py).
     Where the passages lie is no secret: a text can be made to show another language there than it has.
 
     Sets metadata["language"] (ISO 639, the best of all) and metadata["language_score"], its probability.

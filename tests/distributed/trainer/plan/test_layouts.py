@@ -1,5 +1,5 @@
 """Layouts of four ranks are plain training on one: tensor, sequence and data parallelism, ZeRO, recompute, offload,
-accumulation, AdamW and Muon, every two of them together in some case (tests/unit/trainer/model/test_layout_rules.py counts)."""
+accumulation, AdamW and Muon, every two of them together in some case (test_layout_rules.py counts)."""
 
 from __future__ import annotations
 

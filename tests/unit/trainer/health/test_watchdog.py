@@ -17,12 +17,13 @@ import pytest
 
 from tests.helpers.ranks import ROOT, free_port, rank_env
 from trainer.config.health import WatchConfig
-from trainer.health.hang_report import Spot, place_of, publish_report, read_spots, report, write_stacks
+from trainer.health.hang_report import Spot, publish_report, read_spots, report, write_stacks
 from trainer.health.stragglers import AGAIN_S, LONG_S, Stragglers
 from trainer.health.watchdog import limit_s
 from trainer.run.heartbeat import Heartbeat, read_heartbeats, write_heartbeat
 from trainer.run.progress import END, SAVE, START, STEP, VALIDATE, At, Progress
 from trainer.run.signals import CODES, Signals, agreed
+from trainer.run.stack_location import place_of
 
 CFG = WatchConfig(hang_min_s=10, hang_factor=4, start_s=100)
 
