@@ -13,7 +13,7 @@ from data_pipeline.prepare.config import Executor, ExecutorConfig, PrepareConfig
 from data_pipeline.prepare.decontaminate.grams import Grams
 from data_pipeline.prepare.dedup.clusters import SUMMARY
 from data_pipeline.prepare.parts import vocabulary
-from data_pipeline.prepare.quality.step import Model
+from data_pipeline.prepare.quality.model import Model
 from data_pipeline.prepare.recipe_config import DedupConfig
 from data_pipeline.remote.backends import is_remote, shown
 

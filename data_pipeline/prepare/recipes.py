@@ -22,12 +22,12 @@ from data_pipeline.corpus.config import CorpusFormat
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.corpus.remote_inputs import inputs_at
 from data_pipeline.prepare.config import PrepareConfig, RawConfig
-from data_pipeline.prepare.decontaminate.step import Decontaminate
+from data_pipeline.prepare.decontaminate.decontaminate import Decontaminate
 from data_pipeline.prepare.dedup.clusters import SUMMARY
-from data_pipeline.prepare.extract.step import Extract
+from data_pipeline.prepare.extract.extract import Extract
 from data_pipeline.prepare.funnel import WriteReport
 from data_pipeline.prepare.parts import Parts, TokenCount
-from data_pipeline.prepare.quality.step import Quality
+from data_pipeline.prepare.quality.model import Quality
 from data_pipeline.prepare.readers import OfTask, ReadAgain, reader_of, tasks_of
 from data_pipeline.prepare.recipe_config import RecipeConfig
 from data_pipeline.prepare.rules.bad_words import BadWords

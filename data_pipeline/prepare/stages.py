@@ -15,8 +15,8 @@ from data_pipeline.corpus.child_process import follow_parent
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.corpus.remote_inputs import fetched
 from data_pipeline.files import publish_json
+from data_pipeline.prepare.decontaminate.decontaminate import SUFFIX, Overlaps, report
 from data_pipeline.prepare.decontaminate.grams import Grams
-from data_pipeline.prepare.decontaminate.step import SUFFIX, Overlaps, report
 from data_pipeline.prepare.dedup.clusters import SUMMARY, find, reasons
 from data_pipeline.prepare.dedup.documents import Other
 from data_pipeline.prepare.dedup.keys import write_keys

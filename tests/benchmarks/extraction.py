@@ -51,7 +51,7 @@ Engine = tuple[Callable[[Page], str], Callable[[], list[int]]]  # a page's text;
 def ours(how: str) -> Engine:
     from datatrove.data import Document
 
-    from data_pipeline.prepare.extract.step import Extract
+    from data_pipeline.prepare.extract.extract import Extract
 
     step = Extract(Extractor(how), LimitsConfig())
 

@@ -25,7 +25,7 @@ from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.dedup.clusters import find
 from data_pipeline.prepare.dedup.keys import write_keys
 from data_pipeline.prepare.dedup.minhash import MinHash
-from data_pipeline.prepare.extract.step import Extract
+from data_pipeline.prepare.extract.extract import Extract
 from data_pipeline.prepare.recipe_config import DedupConfig, Extractor, RecipeConfig
 from data_pipeline.prepare.recipes import filters
 from data_pipeline.prepare.warc.archive import read

@@ -1,4 +1,4 @@
-"""Text of an HTML page, within limits of time and memory that a hostile page cannot pass.
+"""The text of HTML pages, within limits of time and memory that a hostile page cannot pass.
 
-In: HTML. Out: text, or a reason. Start with `step.py`.
+In: a page's bytes. Out: its text, or the reason why there is none. Start with `extract.py`.
 """

@@ -18,7 +18,7 @@ from data_pipeline.prepare.recipe_config import QualityConfig
 
 if TYPE_CHECKING:
     from data_pipeline.corpus.read import Document
-    from data_pipeline.prepare.quality.step import Model
+    from data_pipeline.prepare.quality.model import Model
 
 
 BINS = 20  # of the score's histogram
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 def train(cfg: QualityTrainConfig) -> None:
     from data_pipeline.prepare.quality.features import features, stacked
-    from data_pipeline.prepare.quality.step import Model, auc, fit, held_out
+    from data_pipeline.prepare.quality.model import Model, auc, fit, held_out
 
     path, counts = Path(cfg.output), {}
     names, rows, good = _both(cfg, lambda text: features([text], cfg.n_features), lambda name: True)
@@ -52,8 +52,8 @@ def train(cfg: QualityTrainConfig) -> None:
 
 
 def evaluate(cfg: QualityEvaluateConfig) -> None:
+    from data_pipeline.prepare.quality.model import Model, auc, held_out, keeps, roc
     from data_pipeline.prepare.quality.plot import draw_roc, draw_scores
-    from data_pipeline.prepare.quality.step import Model, auc, held_out, keeps, roc
 
     model = Model.load(Path(cfg.classifier))
     split = _split_of(model, cfg)
@@ -126,7 +126,7 @@ def _lowest(
 ) -> list[tuple[str, T]]:
     """(id, what is made of the text) of the wanted documents whose ids have the lowest hashes: a fair choice, and the
     same whatever the order of the files; only what is chosen is held."""
-    from data_pipeline.prepare.quality.step import uniform
+    from data_pipeline.prepare.quality.model import uniform
 
     heap: list[tuple[float, int, str, T]] = []  # the highest hash first; the second number parts equal ids
     for number, doc in enumerate(doc for doc in documents if wanted(doc.id)):

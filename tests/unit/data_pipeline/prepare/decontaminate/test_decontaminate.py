@@ -14,8 +14,8 @@ import pytest
 from datatrove.data import Document
 
 from conf.errors import UserError
+from data_pipeline.prepare.decontaminate.decontaminate import Decontaminate, Overlaps, clean_examples, report
 from data_pipeline.prepare.decontaminate.grams import Grams
-from data_pipeline.prepare.decontaminate.step import Decontaminate, Overlaps, clean_examples, report
 from data_pipeline.prepare.recipe_config import DecontaminateConfig
 from data_pipeline.prepare.text import hashing as words
 from tests.helpers.plain_words import plain_words, random_text

@@ -18,8 +18,8 @@ import ftfy
 from datatrove.data import Document
 from ftfy.badness import MOJIBAKE_CATEGORIES, is_bad
 
+from data_pipeline.prepare.extract.extract import Extract
 from data_pipeline.prepare.extract.page_text import SUSPECT, repairer
-from data_pipeline.prepare.extract.step import Extract
 from data_pipeline.prepare.recipe_config import Extractor, LimitsConfig
 from tests.benchmarks.extraction import quality, read_gold, resiliparse
 

@@ -18,7 +18,7 @@ from conf.errors import UserError
 from conf.schema import load
 from data_pipeline import quality as entry
 from data_pipeline.prepare.quality.features import features, stacked
-from data_pipeline.prepare.quality.step import Model, Quality, auc, held_out, keeps, uniform
+from data_pipeline.prepare.quality.model import Model, Quality, auc, held_out, keeps, uniform
 from data_pipeline.prepare.recipe_config import QualityConfig
 from data_pipeline.prepare.text import hashing as words
 from tests.helpers.plain_words import plain_words, random_text

@@ -182,7 +182,7 @@ def test_many_hosts_that_lead_to_each_other_each_keep_their_pace_and_no_link_is_
                 return Answer(302, "", [("Location", to)], b"", "")
             return Answer(200, "OK", [("Content-Type", "text/html")], address.url.encode(), "")
 
-    monkeypatch.setattr(crawl, "Guest", HttpClient)
+    monkeypatch.setattr(crawl, "HttpClient", HttpClient)
     monkeypatch.setattr(turns, "OPEN", 2)
     passage = fetched(tmp_path, *urls, connections=8, per_host_s=0.03)
     pages = {leads.get(url, url) for url in urls}
