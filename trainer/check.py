@@ -9,7 +9,8 @@ from conf.errors import UserError
 from data_pipeline.order.geometry import Geometry
 from trainer.checkpoint.find import check_model, model_of
 from trainer.config.optim import Kind
-from trainer.config.pretrain import PretrainConfig, Resume
+from trainer.config.pretrain import PretrainConfig
+from trainer.config.train import Resume
 from trainer.data.sources import Sources, check_cache, check_past, check_sources, open_sources, plan_run
 from trainer.distributed.world import World
 from trainer.engine.schedule import lr_at

@@ -22,8 +22,9 @@ from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.model import ModelConfig
 from trainer.config.optim import OptimConfig, ScheduleConfig, ScheduleKind
 from trainer.config.parallel import Offload, ParallelConfig, Precision, Recompute
-from trainer.config.pretrain import EvalConfig, PretrainConfig, RunConfig
+from trainer.config.pretrain import EvalConfig, PretrainConfig
 from trainer.config.tracking import Tracker, TrackingConfig
+from trainer.config.train import RunConfig
 from trainer.distributed import mesh as parallel
 from trainer.distributed.world import read_world
 from trainer.engine.engine import Engine

@@ -18,8 +18,9 @@ from trainer.config.generate import GenerateConfig
 from trainer.config.model import ModelConfig
 from trainer.config.optim import Kind, OptimConfig, ScheduleConfig, ScheduleKind
 from trainer.config.parallel import ParallelConfig, Precision
-from trainer.config.pretrain import EvalConfig, PretrainConfig, RunConfig
+from trainer.config.pretrain import EvalConfig, PretrainConfig
 from trainer.config.tracking import Tracker, TrackingConfig
+from trainer.config.train import RunConfig
 from trainer.plan.layout_rules import check_layout
 
 

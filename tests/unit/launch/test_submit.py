@@ -27,7 +27,8 @@ from launch.status.table import show
 from launch.submit import record, submit
 from tests.helpers.ranks import ROOT
 from tests.system.runs import TINY, make_data
-from trainer.config.pretrain import PretrainConfig, RunConfig
+from trainer.config.pretrain import PretrainConfig
+from trainer.config.train import RunConfig
 from trainer.run import code_version
 from trainer.run.folder import RunFolder
 from trainer.run.heartbeat import Heartbeat, write_heartbeat
