@@ -7,6 +7,8 @@ from enum import Enum
 
 from conf.errors import MISSING, UserError
 
+IGNORE = -100  # a label that no loss counts: torch's own convention
+
 
 class OnBadShard(Enum):
     stop = "stop"  # the run ends and names the shard

@@ -18,32 +18,34 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from conf.errors import UserError
-from data_pipeline.files import publish, publish_json, read_json
+from data_pipeline.files import from_json, publish, publish_json, read_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 REPORT = "report.json"  # beside the sources: what was kept of the corpus and what was dropped
 SPLITS = ("train", "val")
-_MEMBER = re.compile(r"\d+\.npy")
-_MOST = 1 << 48  # bytes or tokens of a shard: 256 TB, and a line of many such still adds up in 64 bits
 _ANEW = "write the shards anew"
+
+Count = Annotated[int, range(1 << 48)]  # bytes or tokens of a shard: 256 TB, and many such still add up in 64 bits
+FileName = Annotated[str, re.compile(r"(?!\.{1,2}$)[^/\0]+"), "a file name"]  # a path leads out of the folder
+Member = Annotated[str, re.compile(r"\d+\.npy"), "digits and .npy"]
 
 
 @dataclass(frozen=True)
 class ShardInfo:
     """One tar: `name` is its file name inside the source."""
 
-    name: str
-    bytes: int
+    name: FileName
+    bytes: Count
     sha256: str
-    documents: int
-    tokens: int
+    documents: Count
+    tokens: Count
 
     def windows(self, n_ctx: int) -> int:
         """Windows of n_ctx + 1 tokens, neighbours sharing one; a shorter tail is unused."""
@@ -52,18 +54,25 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a source holds. `root` is the folder it was read from; where that is the copy of small files in a cache,
-    `origin` is the place that the shards come from (data_pipeline/remote/fetch.py), and the indexes with them."""
+    """The content of a source.
+
+    `root` is the folder it was read from. If that is only the copy of its small files in a cache, `origin` is the URL
+    that its shards and their indexes come from (data_pipeline/remote/).
+    """
 
     root: Path
     source: str
     split: str
-    dtype: str  # uint16 or uint32, little-endian
-    vocab_size: int
+    dtype: Annotated[str, re.compile("uint(16|32)"), "uint16 or uint32"]  # little-endian
+    vocab_size: Annotated[int, range(1, (1 << 32) + 1)]
     eot_id: int | None  # ends each document; None where the vocabulary has none (GPT-1)
     tokenizer_sha256: str
     shards: tuple[ShardInfo, ...]
     origin: str | None = None  # not written
+
+    def __post_init__(self) -> None:
+        if self.eot_id is not None and not 0 <= self.eot_id < self.vocab_size:
+            raise UserError(f"vocab_size={self.vocab_size}, eot_id={self.eot_id}, not an id of the vocabulary")
 
     @cached_property
     def tokens(self) -> int:
@@ -90,22 +99,22 @@ class Block:
     They are the bytes [offset, offset + tokens * itemsize) of the shard, behind the tar's header and numpy's.
     """
 
-    member: str
-    tokens: int
-    crc32: int
-    offset: int
+    member: Member
+    tokens: Count
+    crc32: Count
+    offset: Count
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What is inside a shard, in order. Token offsets follow by adding up.
+    """The blocks and documents of a shard, in order. Token offsets follow by adding up.
 
-    `shard_sha256` says which shard this is: an index beside a shard that was replaced is not the manifest's.
+    `shard_sha256` names the shard: the index of a shard that was replaced since is not the manifest's.
     """
 
     blocks: tuple[Block, ...]
     document_ids: tuple[str, ...]
-    document_tokens: tuple[int, ...]
+    document_tokens: tuple[Count, ...]
     shard_sha256: str
 
 
@@ -116,34 +125,17 @@ def write_manifest(manifest: Manifest) -> None:
 
 
 def read_manifest(root: Path | str) -> Manifest:
-    """Raises UserError where there is no manifest, or one that this version cannot read."""
+    """Read the manifest of a folder.
+
+    Raises:
+        UserError: no manifest, a damaged one, or one of another format.
+    """
     root = Path(root)
     path = root / MANIFEST
     body = read_json(path, "make it with `python -m data_pipeline.shards write`")
     if body.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not a manifest of format {FORMAT}: {_ANEW}")
-    try:
-        shards = tuple(ShardInfo(**s) for s in body.pop("shards"))
-        manifest = Manifest(root=root, shards=shards, origin=None, **body)
-    except (TypeError, KeyError) as e:
-        raise UserError(f"{path}: damaged manifest ({e}): {_ANEW}") from None
-    if manifest.dtype not in ("uint16", "uint32"):
-        raise UserError(f"{path}: damaged manifest (dtype={manifest.dtype!r}, not uint16 or uint32): {_ANEW}")
-    size, eot = manifest.vocab_size, manifest.eot_id
-    known = type(size) is int and 0 < size <= 1 << 32
-    if not known or (eot is not None and not (type(eot) is int and 0 <= eot < size)):
-        raise UserError(f"{path}: damaged manifest (vocab_size={size!r}, eot_id={eot!r}): {_ANEW}")
-    for shard in shards:
-        numbers = (shard.bytes, shard.documents, shard.tokens)
-        name = shard.name
-        if not isinstance(name, str) or name in ("", ".", "..") or {"/", "\0"} & set(name):  # a path leads out
-            raise UserError(f"{path}: damaged manifest (shard name {shard.name!r} is not a file name): {_ANEW}")
-        if not isinstance(shard.sha256, str) or any(type(n) is not int or not 0 <= n < _MOST for n in numbers):
-            raise UserError(
-                f"{path}: damaged manifest (shard {shard.name}: bytes, documents, tokens = {numbers}, "
-                f"sha256 {shard.sha256!r}): {_ANEW}"
-            )
-    return manifest
+    return from_json(Manifest, body, path, _ANEW, root=root, origin=None)
 
 
 def index_path(manifest: Manifest, shard: ShardInfo) -> Path:
@@ -159,40 +151,22 @@ def write_index(path: Path, index: ShardIndex) -> None:
 
 
 def read_index(path: Path) -> ShardIndex:
-    """Raises UserError where the index is missing, damaged or of another format."""
+    """Read the index of a shard.
+
+    Raises:
+        UserError: no index, a damaged one, or one of another format.
+    """
     body = read_json(path, _ANEW)
     if body.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not an index of format {FORMAT}: {_ANEW}")
-    try:
-        index = ShardIndex(
-            tuple(Block(**b) for b in body.pop("blocks")),
-            tuple(body.pop("document_ids")),
-            tuple(body.pop("document_tokens")),
-            **body,
-        )
-        for block in index.blocks:
-            numbers = (block.tokens, block.crc32, block.offset)
-            if not _MEMBER.fullmatch(block.member) or not _are_counts(numbers):
-                raise ValueError(f"block {block.member!r}: tokens, crc32, offset = {numbers}")
-        if not {*map(type, index.document_ids)} <= {str}:
-            raise ValueError("document_ids are not all text")
-        if not _are_counts(index.document_tokens):
-            raise ValueError("document_tokens are not all whole numbers of 0 or more")
-        return index
-    except (TypeError, KeyError, ValueError) as e:
-        raise UserError(f"{path}: damaged index ({e}): {_ANEW}") from None
-
-
-def _are_counts(numbers: Sequence[Any]) -> bool:
-    """Whether all are integers of 0 or more that a shard can count to."""
-    return not numbers or (set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < _MOST)
+    return from_json(ShardIndex, body, path, _ANEW)
 
 
 def index_of(manifest: Manifest, shard: ShardInfo, path: Path | None = None) -> ShardIndex:
-    """A shard's index, held against the manifest.
+    """Read a shard's index and compare it with the manifest.
 
     Raises:
-        UserError: as `read_index`; the index of another shard, or blocks that lie outside it or over one another.
+        UserError: as `read_index`; the index of another shard, or blocks that lie outside it or overlap.
     """
     path = path or index_path(manifest, shard)
     index, itemsize = read_index(path), manifest.numpy_dtype.itemsize
@@ -216,9 +190,9 @@ def index_of(manifest: Manifest, shard: ShardInfo, path: Path | None = None) -> 
 
 
 def provenance(origins: Sequence[dict[str, str]], tokens: Sequence[int]) -> bytes:
-    """What a block's .json says of its documents: columns, so that no word is said for each document again.
+    """The .json of a block: one column per property of its documents, so that no key repeats for each of them.
 
-    `source` is the block's; `paths` and `urls` are there where a document has one, a path only where it is not the id.
+    `source` is the block's; `paths` and `urls` are there if any document has one, a path only if it is not the id.
     """
     body: dict[str, Any] = {"source": origins[0]["source"], "ids": [o["id"] for o in origins], "tokens": list(tokens)}
     paths = [o["path"] if o["path"] != o["id"] else None for o in origins]
@@ -247,8 +221,8 @@ def decode_block(data: bytes, dtype: np.dtype[Any]) -> np.ndarray:
     head = io.BytesIO(data)
     if np.lib.format.read_magic(head) != (1, 0):
         raise ValueError("not a .npy file of version 1.0")
-    shape, _, found = np.lib.format.read_array_header_1_0(head)
-    at = head.tell()
-    if found != dtype or len(shape) != 1 or shape[0] * dtype.itemsize != len(data) - at:
-        raise ValueError(f"{found} {shape} in {len(data) - at} bytes, not a line of {dtype} tokens that fills them")
-    return np.frombuffer(data, dtype, offset=at)
+    shape, _, stored = np.lib.format.read_array_header_1_0(head)
+    start = head.tell()
+    if stored != dtype or len(shape) != 1 or shape[0] * dtype.itemsize != len(data) - start:
+        raise ValueError(f"{stored} {shape} in {len(data) - start} bytes, not a line of {dtype} tokens that fills them")
+    return np.frombuffer(data, dtype, offset=start)

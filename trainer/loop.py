@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 
 from conf.errors import UserError
+from data_pipeline.config import IGNORE
 from data_pipeline.manifest import TOKENIZER
 from data_pipeline.order.geometry import Geometry
 from data_pipeline.order.plan import Plan
-from data_pipeline.stream.loader import IGNORE, Batch
+from data_pipeline.stream.loader import Batch
 from trainer.checkpoint import load as checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.write import Writer

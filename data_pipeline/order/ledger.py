@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from conf.errors import UserError
+from data_pipeline.files import from_json
 
 
 @dataclass(frozen=True)
@@ -152,17 +153,4 @@ class Ledger:
     @classmethod
     def from_json(cls, body: Any) -> Ledger:
         """Raises UserError for what `to_json` did not make."""
-        try:
-            segments = tuple(_segment(s) for s in body)
-        except (TypeError, AttributeError, ValueError) as e:
-            raise UserError(f"damaged ledger ({e}): resume from another checkpoint") from None
-        return cls(segments)
-
-
-def _segment(body: Any) -> Segment:
-    segment = Segment(**body)
-    lost = {str(name): tuple(shards) for name, shards in segment.lost.items()}
-    numbers = (segment.step, segment.position, segment.windows_per_step, segment.n_ctx, *segment.weights.values())
-    if not all(type(n) is int for n in (*numbers, *(n for shards in lost.values() for n in shards))):
-        raise TypeError("segments hold integers")
-    return replace(segment, weights=dict(segment.weights), lost=lost)
+        return from_json(cls, {"segments": body}, "ledger", "resume from another checkpoint")

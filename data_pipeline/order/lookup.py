@@ -18,16 +18,17 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 from conf.errors import UserError
 from data_pipeline.config import DataConfig, OrderConfig
-from data_pipeline.files import read_json
+from data_pipeline.files import from_json, read_json
 from data_pipeline.manifest import Manifest
 from data_pipeline.order.ledger import Ledger
 from data_pipeline.order.plan import Plan
@@ -36,7 +37,32 @@ from data_pipeline.remote.cached_shard import NoSource
 from data_pipeline.remote.source import index_at, open_cache, open_source
 
 _STATE = "state.json"
+_CURE = "use another checkpoint"
 _MOST = 1 << 53  # positions; what is counted from them stays far from 64 bits
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A source as a checkpoint names it: its folder or URL, and the hash of its shards."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The part of a checkpoint's state that decides the order."""
+
+    sources: dict[str, _Source]
+    lanes: Annotated[int, range(1, 1 << 31)]
+    seed: int
+    ledger: Any
+
+
+@dataclass(frozen=True)
+class _State:
+    step: Annotated[int, range(1 << 53)]
+    data: _Data
 
 
 class Place(NamedTuple):
@@ -140,18 +166,12 @@ def _of_config(cfg: OrderConfig) -> Asked:
 def _of_run(cfg: OrderConfig, where: str) -> Asked:
     """The order of a run (its latest checkpoint), or of one checkpoint; its sources are where they were."""
     path = _checkpoint(Path(where)) / _STATE
-    state = read_json(path, "use another checkpoint")
-    try:
-        data = state["data"]
-        paths = {str(name): str(found["path"]) for name, found in data["sources"].items()}
-        sha256 = {str(name): str(found["sha256"]) for name, found in data["sources"].items()}
-        lanes, seed, done = int(data["lanes"]), int(data["seed"]), int(state["step"])
-        ledger = Ledger.from_json(data["ledger"])
-        if lanes < 1 or done < 0:
-            raise ValueError(f"lanes={lanes}, step={done}")
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{path}: damaged ({e!r}): use another checkpoint") from None
-    return Asked(cfg.data, paths, ledger, lanes=lanes, seed=seed, done=done, sha256=sha256)
+    state = from_json(_State, read_json(path, _CURE), path, _CURE, extra=True)
+    data = state.data
+    paths = {name: source.path for name, source in data.sources.items()}
+    sha256 = {name: source.sha256 for name, source in data.sources.items()}
+    ledger = Ledger.from_json(data.ledger)
+    return Asked(cfg.data, paths, ledger, lanes=data.lanes, seed=data.seed, done=state.step, sha256=sha256)
 
 
 def _checkpoint(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from conf.errors import TransientError, UserError
-from data_pipeline.files import MOST_JSON, publish
+from data_pipeline.files import JSON_LIMIT, publish
 from data_pipeline.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -51,14 +51,14 @@ def mirror(url: str, cache: Cache) -> Manifest:
     """
     there = cache.place(url)
     try:
-        body = fetch_small(there, MANIFEST, MOST_JSON, cache.fetch)
+        body = fetch_small(there, MANIFEST, JSON_LIMIT, cache.fetch)
         root = cache.dir / "sources" / hashlib.sha256(url.encode() + b"\0" + body).hexdigest()[:32]
         cache.writing(lambda: root.mkdir(exist_ok=True))
         cache.writing(partial(publish, root / MANIFEST, body))
         manifest = replace(read_manifest(root), origin=url)
         path, sha256 = root / TOKENIZER, manifest.tokenizer_sha256
         if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            body = fetch_small(there, TOKENIZER, MOST_JSON, cache.fetch)
+            body = fetch_small(there, TOKENIZER, JSON_LIMIT, cache.fetch)
             if (found := hashlib.sha256(body).hexdigest()) != sha256:
                 raise UserError(f"{there.url}: {TOKENIZER} has sha256 {found}, the manifest says {sha256}")
             cache.writing(partial(publish, path, body))
@@ -74,7 +74,7 @@ def is_there(manifest: Manifest, cache: Cache | None) -> bool:
     if manifest.origin is None or cache is None:
         return os.access(manifest.root / MANIFEST, os.F_OK)  # False also where it may not be asked
     try:
-        fetch_small(cache.place(manifest.origin), MANIFEST, MOST_JSON, cache.fetch)
+        fetch_small(cache.place(manifest.origin), MANIFEST, JSON_LIMIT, cache.fetch)
     except (Lost, Unreachable):
         return False
     return True
@@ -218,7 +218,7 @@ class Entry:
         for anew in (False, True):
             with self._claimed(0, 1, path.exists) as mine:
                 if mine:
-                    body = body or fetch_small(self._place, name, MOST_JSON, self._fetch_cfg)
+                    body = body or fetch_small(self._place, name, JSON_LIMIT, self._fetch_cfg)
                     self._cache.keep(key, path.name, body)
             if index is not None:
                 return index

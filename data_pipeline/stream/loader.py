@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
+from data_pipeline.config import IGNORE
 from data_pipeline.manifest import Manifest
 from data_pipeline.order.geometry import micro_batch_at
 from data_pipeline.order.plan import Plan, Windows, rank_positions
-from data_pipeline.stream.windows import IGNORE, ShardStream, shard_windows
+from data_pipeline.stream.windows import ShardStream, shard_windows
 
 _PLAN_WINDOWS = 2048  # of a rank that are planned at once, since a plan costs more than its windows
 _READ_WINDOWS = 64  # that are read at once, or a step's where they are more: few enough for the processor's cache

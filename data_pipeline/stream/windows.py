@@ -12,15 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from conf.errors import UserError
-from data_pipeline.config import FetchConfig
+from data_pipeline.config import IGNORE, FetchConfig
 from data_pipeline.manifest import Manifest, ShardInfo
 from data_pipeline.order.plan import Windows
 from data_pipeline.remote.cache import Cache, CacheFull
 from data_pipeline.remote.prefetch import ReadAhead
 from data_pipeline.remote.source import _named
 from data_pipeline.stream.open_shard import OpenShard, room_for_files
-
-IGNORE = -100  # the label that no loss counts
 
 
 def shard_windows(manifest: Manifest, n_ctx: int) -> np.ndarray:

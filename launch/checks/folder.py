@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_pipeline.files import GIB
 from trainer.diagnostics.check_result import Finding, fail, ok, warn
-from trainer.diagnostics.machine import GIB, write_speed
+from trainer.diagnostics.machine import write_speed
 
 MEMORY = ("tmpfs", "ramfs")
 LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "aufs", "vfat", "exfat", "squashfs")

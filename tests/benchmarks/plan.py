@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import load
+from data_pipeline.files import GIB
 from launch.config import PlanConfig
 from tests.benchmarks.machine import hardware, versions
 from tests.benchmarks.machine import load as busy
@@ -27,7 +28,7 @@ from trainer.plan import speed
 from trainer.plan.choose import reckon
 from trainer.plan.hardware import GPUS
 from trainer.plan.layout import Layout
-from trainer.plan.memory import GIB, tensor_memory
+from trainer.plan.memory import tensor_memory
 from trainer.plan.network import Cluster
 
 # model, micro batch, tokens/s through DeepSpeed (stage 1, fp32 accumulation) and in a plain compiled loop; all cuDNN

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.config import IGNORE, DataConfig, SourceConfig
 from data_pipeline.order.geometry import Geometry, batch_geometry
-from data_pipeline.stream.loader import IGNORE, Batch
+from data_pipeline.stream.loader import Batch
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.write import Writer
 from trainer.config.checkpoint import CheckpointConfig

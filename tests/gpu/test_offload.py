@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipeline.files import GIB
 from tests.helpers.ranks import run_ranks
 
 pytestmark = [
@@ -14,7 +15,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here: nothing to cap"),
 ]
-GIB = 1 << 30
 
 
 def xl(gib: int, zero: int) -> dict[str, Any]:

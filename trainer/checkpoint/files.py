@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from conf.errors import TransientError, UserError
+from data_pipeline.files import read_json
 from trainer.checkpoint.find import model_of
 from trainer.model.specs import ParamSpec, from_local, specs
-from trainer.run.folder import STATE, WEIGHTS, RunFolder, read_json
+from trainer.run.folder import DAMAGED, STATE, WEIGHTS, RunFolder
 
 FORMAT = 1
 INDEX = "index.json"
@@ -40,7 +41,7 @@ class Source(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cfg = model_of(path, RunFolder.state(path))
-        self.index = read_json(path / INDEX)
+        self.index = read_json(path / INDEX, DAMAGED)
         self._handles: dict[str, Any] = {}
         try:
             self.tp = max(1, int(self.index["tp"]))
@@ -152,7 +153,7 @@ def check_files(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: naming what is missing, too short or too long.
     """
-    body = read_json(path / MANIFEST)
+    body = read_json(path / MANIFEST, DAMAGED)
     try:
         files = {
             _name(name): {"bytes": int(i["bytes"]), "sha256": str(i["sha256"])} for name, i in body["files"].items()

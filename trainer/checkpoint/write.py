@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from data_pipeline.files import fsync_folder
+from data_pipeline.files import fsync_folder, read_json
 from data_pipeline.manifest import TOKENIZER
 from trainer.checkpoint.files import FORMAT, INDEX, MANIFEST, MOMENTS, Source, write_file, write_safetensors
 from trainer.config.model import ModelConfig
@@ -32,7 +32,7 @@ from trainer.distributed.mesh import Mesh
 from trainer.engine.fragments import Fragment
 from trainer.hf.weights import hf_config, hf_refusal, to_hf
 from trainer.model.specs import specs
-from trainer.run.folder import STATE, WEIGHTS, RunFolder, read_json
+from trainer.run.folder import DAMAGED, STATE, WEIGHTS, RunFolder
 
 FAILED = "failed"
 PACKAGES = ("gradus", "torch", "deepspeed", "megatron-core", "safetensors")
@@ -142,7 +142,7 @@ class Writer:
             there = {path.name for path in aside.iterdir()}
             for rank in range(world_size):
                 if rank not in parts and _note_name(rank) in there:
-                    parts[rank] = read_json(aside / _note_name(rank))
+                    parts[rank] = read_json(aside / _note_name(rank), DAMAGED)
                     if "error" in parts[rank]:
                         raise ElsewhereError(f"{parts[rank]['error']} (rank {rank})")
             if self.patience_s < math.inf:

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from conf.errors import TransientError, UserError
-from data_pipeline.config import OnBadShard
+from data_pipeline.config import IGNORE, OnBadShard
 from data_pipeline.manifest import Manifest
 from data_pipeline.order.geometry import micro_batch_at
 from data_pipeline.order.plan import Plan
 from data_pipeline.remote.source import LostShard
-from data_pipeline.stream.loader import IGNORE, Batch, TrainLoader, validation_batches
+from data_pipeline.stream.loader import Batch, TrainLoader, validation_batches
 from data_pipeline.stream.windows import ShardStream, shard_windows
 from trainer.config.pretrain import PretrainConfig
 from trainer.data.channel import channel

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.distributed as dist
 
+from data_pipeline.config import IGNORE
 from data_pipeline.manifest import Manifest
 from data_pipeline.order.ledger import Segment
-from data_pipeline.stream.loader import IGNORE
 from trainer.data.feed import Feed
 from trainer.engine.engine import Engine
 

@@ -12,9 +12,9 @@ import subprocess
 import time
 from pathlib import Path
 
+from data_pipeline.files import GIB
 from trainer.diagnostics.check_result import Finding, fail, ok, warn
 
-GIB = 2**30
 MIB = 2**20
 SHARED_MEMORY = Path("/dev/shm")
 INFINIBAND = Path("/sys/class/infiniband")

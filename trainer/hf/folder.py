@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import TransientError, UserError
-from data_pipeline.files import fsync_folder
+from data_pipeline.files import fsync_folder, read_json
 from data_pipeline.manifest import TOKENIZER
 from trainer.hf.config import MASKS, PREFIX, model_from_hf
 from trainer.model.arithmetic import param_count
-from trainer.run.folder import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +48,7 @@ class HfFolder:
             )
         name = path.resolve().name or "imported"
         try:
-            self.cfg, self.unused = model_from_hf(read_json(path / CONFIG, JSON_BYTES), name)
+            self.cfg, self.unused = model_from_hf(read_json(path / CONFIG, "fetch it anew", JSON_BYTES), name)
         except UserError as e:
             raise UserError(str(e) if str(path) in str(e) else f"{path / CONFIG}: {e}") from None
         self.files = self._files()
@@ -160,7 +159,7 @@ class HfFolder:
 
 
 def _shards(path: Path) -> dict[str, set[str]]:
-    weight_map = read_json(path / INDEX, JSON_BYTES).get("weight_map")
+    weight_map = read_json(path / INDEX, "fetch it anew", JSON_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path / INDEX}: no weight_map: fetch it anew")
     out: dict[str, set[str]] = {}

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from data_pipeline.config import IGNORE
 from trainer.distributed.mesh import Mesh
 from trainer.model.arithmetic import LOSS_CHUNK_BYTES
-
-IGNORE = -100  # a label that carries no loss: torch's own convention
 
 
 def token_loss(logits_TBV: Tensor, labels_TB: Tensor, mesh: Mesh) -> Tensor:

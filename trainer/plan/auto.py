@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from conf.errors import UserError
+from data_pipeline.files import GIB
 from trainer.config.parallel import AUTO
 from trainer.config.pretrain import PretrainConfig
 from trainer.distributed.world import World
 from trainer.plan.choose import rows, way_out
 from trainer.plan.hardware import CPU, GPUS, Gpu, gpu_named, installed_gpu
-from trainer.plan.memory import GIB
 from trainer.plan.network import Cluster
 
 NETWORK_GBIT = 400.0  # of a node, where nobody says: only the order of layouts depends on it

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conf.errors import UserError
+from data_pipeline.files import GIB
 from trainer.config.optim import Kind
 from trainer.config.parallel import AUTO, Offload, Precision, Recompute
 from trainer.config.pretrain import PretrainConfig
@@ -15,7 +16,7 @@ from trainer.model.arithmetic import flops_per_token
 from trainer.plan.hardware import CPU, check_precision
 from trainer.plan.layout import Layout
 from trainer.plan.layout_rules import check_layout
-from trainer.plan.memory import GIB, Memory, memory
+from trainer.plan.memory import Memory, memory
 from trainer.plan.network import Cluster
 from trainer.plan.speed import Step, step_seconds
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from conf.errors import UserError
 from trainer.config.parallel import Precision
 
-GIB = 2**30
 CPU = "cpu"
 DRIVER = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia"))  # one is there where a GPU is, nvidia-smi or not
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from data_pipeline.files import GIB
 from trainer.config.model import Norm
 from trainer.config.optim import Kind
 from trainer.config.parallel import Offload, Precision, Recompute
@@ -19,7 +20,6 @@ from trainer.plan.attention_cost import biased
 from trainer.plan.hardware import CPU, Gpu
 from trainer.plan.layout import Layout, element_bytes, local_params
 
-GIB = 2**30
 ZERO3_LIVE = 1_000_000_000  # elements of gathered weights (stage3_max_live_parameters, stage3_max_reuse_distance)
 # tp = 1: the gradient takes the logits' place, fp32 lives for so many chunks (trainer/model/loss.py). tp > 1: bytes of
 # the logits and of their fp32 copy, which megatron-core overwrites. By the bytes of an activation.

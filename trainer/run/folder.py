@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from data_pipeline.files import fsync_folder
+from data_pipeline.files import fsync_folder, publish, read_json
 
 STATE = "state.json"
 WEIGHTS = "weights"  # prefix of the files that hold them
-MAX_JSON_BYTES = 256 << 20
+DAMAGED = "the checkpoint is damaged, use another one"
 _NAME = re.compile(r"step-(\d{8,})\.gen-(\d{4,})")
 
 
@@ -192,18 +192,12 @@ class RunFolder:
         return gone
 
     def _point_to(self, checkpoint: Path) -> None:
-        pointer = self.pointer.with_name(".latest.tmp")
-        with pointer.open("w", encoding="ascii") as f:
-            f.write(checkpoint.name + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        pointer.replace(self.pointer)
-        fsync_folder(self.checkpoints)
+        publish(self.pointer, f"{checkpoint.name}\n".encode())
 
     @staticmethod
     def state(checkpoint: Path) -> dict[str, Any]:
         """A checkpoint's state.json as it stands: step, tokens, data state, val_loss, model, versions."""
-        return read_json(checkpoint / STATE)
+        return read_json(checkpoint / STATE, DAMAGED)
 
     def _val_loss(self, checkpoint: Path) -> float | None:
         """None where it was not validated, or is no number to rank by."""
@@ -222,23 +216,3 @@ def _remove(folder: Path) -> None:
     except OSError as e:  # a stranded start still writes into it, and will publish nothing: left to the next start
         if e.errno not in (errno.ENOTEMPTY, errno.ENOENT):
             raise
-
-
-def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object of bounded size.
-
-    Raises:
-        UserError: not there, too big, or not a JSON object.
-    """
-    try:
-        size = path.stat().st_size
-        if size > most:
-            raise UserError(f"{path}: {size} bytes, more than the {most} that such a file may have: damaged")
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: the checkpoint is incomplete, use another one") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON ({e}): the checkpoint is damaged, use another one") from None
-    if not isinstance(body, dict):
-        raise UserError(f"{path}: not a JSON object: the checkpoint is damaged, use another one")
-    return body

@@ -6,13 +6,15 @@ import dataclasses
 import io
 import json
 import os
+import re
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
 
 from conf.errors import TransientError, UserError
-from data_pipeline.files import publish_json, read_json
+from data_pipeline.files import from_json, publish_json, read_json
 from data_pipeline.manifest import (
     MANIFEST,
     Block,
@@ -63,18 +65,21 @@ def test_windows_share_one_token_and_a_short_tail_is_unused() -> None:
         ({"dtype": "object"}, "dtype='object', not uint16 or uint32"),
         (
             {"shards": [{"name": "../../x.tar", "bytes": 1, "sha256": "", "documents": 1, "tokens": 1}]},
-            "not a file name",
+            r"shards\[0\].name=.*not a file name",
         ),
-        ({"shards": [{"name": "x.tar", "bytes": -1, "sha256": "", "documents": 1, "tokens": 1}]}, r"\(-1, 1, 1\)"),
-        ({"shards": [{"name": "x.tar"}]}, "damaged manifest"),
-        ({"surprise": 1}, "damaged manifest"),
-        ({"vocab_size": "50257"}, "vocab_size='50257', eot_id=299"),
+        (
+            {"shards": [{"name": "x.tar", "bytes": -1, "sha256": "", "documents": 1, "tokens": 1}]},
+            r"shards\[0\].bytes=-1, not 0 to",
+        ),
+        ({"shards": [{"name": "x.tar"}]}, r"shards\[0\].bytes, shards\[0\].documents, .*: missing"),
+        ({"surprise": 1}, "damaged .surprise: not known."),
+        ({"vocab_size": "50257"}, "vocab_size='50257', not int"),
         ({"eot_id": 300}, "vocab_size=300, eot_id=300"),
         (
             {"shards": [{"name": "x.tar", "bytes": 1, "sha256": "", "documents": 1, "tokens": 10**30}]},
-            "tokens = .*10{30}",
+            r"shards\[0\].tokens=10{30}, not 0 to",
         ),
-        ({"shards": [{"name": "x.tar", "bytes": 1, "sha256": 5, "documents": 1, "tokens": 1}]}, "sha256 5"),
+        ({"shards": [{"name": "x.tar", "bytes": 1, "sha256": 5, "documents": 1, "tokens": 1}]}, "sha256=5, not str"),
     ],
 )
 def test_a_damaged_manifest_is_one_line_that_names_it(tmp_path: Path, change: dict, message: str) -> None:
@@ -110,11 +115,11 @@ def test_a_damaged_index_is_one_line_that_names_it(tmp_path: Path, change: dict)
     publish_json(path, body)
     read_index(path)
     publish_json(path, body | {"blocks": [body["blocks"][0] | change]})  # type: ignore[index]
-    with pytest.raises(UserError, match=r"00000.idx.json: damaged index .*write the shards anew"):
+    with pytest.raises(UserError, match=r"00000.idx.json: damaged \(blocks\[0\].*write the shards anew"):
         read_index(path)
     for wrong in ({"format": 1}, {"surprise": 1}, {"document_tokens": [-1]}, {"blocks": 5}):
         publish_json(path, body | wrong)
-        with pytest.raises(UserError, match=r"00000.idx.json: (damaged index|not an index of format 2).*anew"):
+        with pytest.raises(UserError, match=r"00000.idx.json: (damaged|not an index of format 2).*anew"):
             read_index(path)
 
 
@@ -147,7 +152,7 @@ def test_a_manifest_cannot_say_where_it_comes_from(tmp_path: Path) -> None:
     assert "elsewhere" not in (tmp_path / MANIFEST).read_text()
     for place in ({"origin": "http://elsewhere"}, {"root": "/"}):
         publish_json(tmp_path / MANIFEST, json.loads((tmp_path / MANIFEST).read_text()) | place)
-        with pytest.raises(UserError, match="damaged manifest"):
+        with pytest.raises(UserError, match=r"damaged \(origin(, root)?: not known\)"):
             read_manifest(tmp_path)
 
 
@@ -216,3 +221,67 @@ def test_missing_is_a_mistake_and_unreadable_may_pass(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(TransientError, match=rf"^{tmp_path}/loop: too many levels .*: mend it, then try again$"):
         read_json(tmp_path / "loop", "do this")
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    number: Annotated[int, range(1, 9)]
+    word: Annotated[str, re.compile("[a-z]+"), "a word"] = "x"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    root: Path
+    leaves: tuple[Leaf, ...]
+    by_name: dict[str, list[float]]
+    counts: tuple[Annotated[int, range(10)], ...] = ()
+    free: Any = None
+    maybe: bool | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.counts) > 3:
+            raise ValueError(f"counts: {len(self.counts)}, more than 3")
+
+
+def tree(extra: bool = False, **changes: Any) -> Tree:
+    body = {"leaves": [{"number": 1}], "by_name": {"a": [1, 2.5]}} | changes
+    return from_json(
+        Tree, {k: v for k, v in body.items() if v != "LEFT OUT"}, "f.json", "mend it", extra=extra, root=Path("r")
+    )
+
+
+def test_json_becomes_its_dataclass() -> None:
+    """Nested values, defaults and what the caller gives arrive with their types; a whole number is a float too."""
+    made = tree(counts=[1, 2], free={"any": [None]}, maybe=False)
+    assert made == Tree(Path("r"), (Leaf(1),), {"a": [1.0, 2.5]}, (1, 2), {"any": [None]}, False)
+    assert type(made.by_name["a"][0]) is float
+    assert tree(extra=True, more=1, leaves=[{"number": 2, "more": 3}]).leaves == (Leaf(2),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"leaves": "LEFT OUT"}, "leaves: missing"),
+        ({"more": 1}, "more: not known"),
+        ({"root": "r"}, "root: not known"),
+        ({"leaves": {}}, "leaves={}, not list"),
+        ({"leaves": [{"number": 1}, {"number": 9}]}, r"leaves\[1\].number=9, not 1 to 8"),
+        ({"leaves": [{"number": True}]}, r"leaves\[0\].number=True, not int"),
+        ({"leaves": [{"number": 1.0}]}, r"leaves\[0\].number=1.0, not int"),
+        ({"leaves": [{"number": 1, "word": "A"}]}, r"leaves\[0\].word='A', not a word"),
+        ({"leaves": [3]}, r"leaves\[0\]=3, not dict"),
+        ({"by_name": {"a": ["1"]}}, r"by_name.a\[0\]='1', not float"),
+        ({"counts": [1, 2, 10]}, r"counts\[2\]=10, not 0 to 9"),
+        ({"counts": [1, -1]}, r"counts\[1\]=-1, not 0 to 9"),
+        ({"counts": [1, True]}, r"counts\[1\]=True, not int"),
+        ({"counts": [1, 1, 1, 1]}, "counts: 4, more than 3"),
+        ({"maybe": 1}, "maybe=1, not bool"),
+        ({"by_name": ["long"] * 99}, "by_name=a list, not dict"),
+    ],
+)
+def test_json_of_another_form_is_named(changes: dict, message: str) -> None:
+    """The message names the file, the field down to its index, the value and the cure."""
+    with pytest.raises(UserError, match=rf"^f.json: damaged \({message}\): mend it$"):
+        tree(**changes)
+    with pytest.raises(UserError, match=r"^f.json: damaged \(the whole=\[\], not dict\): mend it$"):
+        from_json(Tree, [], "f.json", "mend it")

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data_pipeline.stream.loader import IGNORE, Batch
+from data_pipeline.config import IGNORE
+from data_pipeline.stream.loader import Batch
 from tests.distributed import tiny_run as run
 from tests.helpers.ranks import run_ranks
 from trainer.config.parallel import Recompute

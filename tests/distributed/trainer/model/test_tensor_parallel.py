@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.errors import UserError
+from data_pipeline.config import IGNORE
 from data_pipeline.stream.loader import Batch, Item
 from tests.helpers.operations import Operations
 from tests.helpers.ranks import run_ranks
@@ -22,7 +23,6 @@ from trainer.distributed.seeds import seed_dropout, tp_local_randomness
 from trainer.distributed.world import read_world
 from trainer.model.gpt import GPT, KVCache
 from trainer.model.init import initialise
-from trainer.model.loss import IGNORE
 from trainer.model.specs import from_local, specs, to_local
 
 BASE = ModelConfig(name="t", n_layer=2, n_head=4, n_embd=60, n_ctx=24, vocab_size=150)

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from conf.errors import UserError
+from data_pipeline.config import IGNORE
 from data_pipeline.manifest import Manifest, index_of
 from data_pipeline.order.ledger import Ledger
 from data_pipeline.order.plan import Plan, rank_positions
 from data_pipeline.remote.source import ShardError
-from data_pipeline.stream.loader import IGNORE, Batch, Item, TrainLoader, validation_batches
+from data_pipeline.stream.loader import Batch, Item, TrainLoader, validation_batches
 from data_pipeline.stream.windows import ShardStream, read_shard
 from tests.helpers.fixtures import random_source
 

@@ -22,12 +22,13 @@ import numpy as np
 import pytest
 
 from conf.errors import TransientError, UserError
+from data_pipeline.config import IGNORE
 from data_pipeline.manifest import Manifest, index_of, index_path
 from data_pipeline.order.plan import Windows
 from data_pipeline.remote.source import LostShard, ShardError
 from data_pipeline.stream import windows as stream
 from data_pipeline.stream.open_shard import LocalShard, OpenShard
-from data_pipeline.stream.windows import IGNORE, ShardStream, read_shard, shard_windows
+from data_pipeline.stream.windows import ShardStream, read_shard, shard_windows
 from tests.helpers.fixtures import make_source, random_source
 from tests.helpers.ranks import ROOT
 
@@ -353,7 +354,7 @@ def test_a_shard_closed_by_two_threads_closes_one_file(tmp_path: Path, monkeypat
 
 LIMITS = """
 import resource, sys
-from data_pipeline.config import UserError
+from conf.errors import UserError
 from data_pipeline.stream.open_shard import room_for_files
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
 try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
+from data_pipeline.config import IGNORE
 from data_pipeline.stream import loader
 from tests.helpers.operations import kept_bytes
 from trainer.config.model import ModelConfig, Norm
@@ -18,7 +19,6 @@ from trainer.distributed.mesh import Mesh
 from trainer.distributed.seeds import seed_dropout, stable_seed
 from trainer.model.gpt import GPT, KVCache
 from trainer.model.init import initialise
-from trainer.model.loss import IGNORE
 
 CFG = ModelConfig(name="t", n_layer=3, n_head=4, n_embd=64, n_ctx=32, vocab_size=300)
 

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.config import IGNORE
 from tests.helpers.operations import Operations
 from trainer.distributed.mesh import Mesh
 from trainer.model import loss as module
-from trainer.model.loss import IGNORE, token_loss
+from trainer.model.loss import token_loss
 
 T, B, V, TRUE = 9, 4, 320, 300
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_pipeline.config import IGNORE
 from trainer.config.model import ModelConfig, Norm
 from trainer.config.parallel import Recompute
 from trainer.distributed.mesh import Mesh
@@ -15,7 +16,6 @@ from trainer.distributed.seeds import seed_dropout
 from trainer.model import attention, gpt
 from trainer.model.gpt import GPT, KVCache
 from trainer.model.init import initialise
-from trainer.model.loss import IGNORE
 from trainer.model.mask import attention_bias, segment_positions
 
 CFG = ModelConfig(name="t", n_layer=2, n_head=4, n_embd=64, n_ctx=24, vocab_size=200, init_std=0.2)

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from conf.errors import UserError
+from data_pipeline.config import IGNORE
 from trainer.config.model import ModelConfig, Norm
 from trainer.distributed.mesh import Mesh
 from trainer.hf.weights import from_hf, hf_config, hf_refusal, to_hf
 from trainer.model.gpt import GPT
-from trainer.model.loss import IGNORE
 from trainer.model.specs import specs
 
 SIZES = {

@@ -15,6 +15,7 @@ import pytest
 
 from conf.errors import UserError
 from conf.schema import freeze, load, options
+from data_pipeline.files import GIB
 from data_pipeline.order.stages import plan_ledger
 from launch.config import PlanConfig
 from launch.plan import Run, as_json, cluster_of, plan
@@ -31,7 +32,7 @@ from trainer.plan.choose import rows, way_out
 from trainer.plan.course import course
 from trainer.plan.hardware import GPUS, installed_gpu, recognise
 from trainer.plan.layout import Layout, local_params
-from trainer.plan.memory import GIB, activations, bias_bytes, logit_bytes, memory, tensor_memory, zero_states
+from trainer.plan.memory import activations, bias_bytes, logit_bytes, memory, tensor_memory, zero_states
 from trainer.plan.network import Cluster, all_reduce, gather, tp_rate, tp_seconds
 from trainer.plan.scaling import curves, sizes
 from trainer.plan.speed import step_seconds
