@@ -2,7 +2,7 @@
 # make test        the tests, under 15 minutes on 2 cores
 # make test-slow   the tests that take minutes each
 # make check       ruff and mypy
-# make docs        writes docs/config.md anew
+# make docs        writes docs/config.md and parts of docs/architecture.md anew
 # make clean       removes .venv and caches; runs and data stay
 #
 # Each makes its own .venv on first use. With another interpreter: make demo PYTHON=python3.12
@@ -44,6 +44,7 @@ check: $(STAMP)
 
 docs: $(STAMP)
 	@$(RUN) -m docs.generate_config
+	@$(RUN) -m docs.generate_architecture
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,7 +24,8 @@ from conf.schema import freeze, load, options, thaw
 from data_pipeline.order.stages import plan_ledger
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.recipe_config import MinHashConfig, QualityConfig
-from docs.generate_config import ROOTS, TARGET, page
+from docs import generate_architecture, generate_config
+from docs.generate_config import ROOTS
 from launch.config import PlanConfig, SubmitConfig
 from launch.plan import cluster_of
 from tests.benchmarks import attention, checkpoint, corpus, extraction, loader, scale, train_speed
@@ -43,8 +44,9 @@ BENCHMARKS = (checkpoint, corpus, extraction, loader, scale)
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-def test_the_config_page_is_what_the_configs_say_now() -> None:
-    assert TARGET.read_text(encoding="utf-8") == page(), "docs/config.md is stale: make docs"
+@pytest.mark.parametrize("made", [generate_config, generate_architecture], ids=["config", "architecture"])
+def test_the_made_pages_are_fresh(made: Any) -> None:
+    assert made.TARGET.read_text(encoding="utf-8") == made.page(), f"{made.TARGET.name} is stale: make docs"
 
 
 def commands(text: str) -> list[list[str]]:
@@ -154,10 +156,8 @@ def test_the_readme_shows_the_whole_way() -> None:
     }
 
 
-def test_the_readmes_way_into_the_shards_without_us_finds_each_document(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+def test_the_shown_way_into_shards_without_us_finds_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/data.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
     assert "data_pipeline" not in code
     rng = np.random.default_rng(0)
     shards = [[rng.integers(0, 50257, n) for n in rng.integers(1, 90, 30)] for _ in range(3)]
@@ -169,8 +169,8 @@ def test_the_readmes_way_into_the_shards_without_us_finds_each_document(
     assert {name: ids.tolist() for name, ids in seen["documents"].items()} == expected
 
 
-def test_parameter_counts_in_the_readme_are_those_of_the_models() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_documented_parameter_counts_are_the_models() -> None:
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     stated = {
         name: int(count.replace(",", ""))
         for name, count in re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", text, re.MULTILINE)
@@ -225,7 +225,7 @@ def closure(todo: list[Requirement]) -> dict[str, str]:
 
 
 def several_sources() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8").split("## Several sources")[1].split("\n## ")[0]
+    return (ROOT / "docs/data.md").read_text(encoding="utf-8").split("## Several sources")[1].split("\n## ")[0]
 
 
 SOURCES = ("data=mix", "data.sources.web.path=web", "data.sources.books.path=books", "max_steps=5000")
