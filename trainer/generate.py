@@ -108,16 +108,16 @@ def _continue_batch(
 ) -> list[list[int]]:
     import torch
 
-    from trainer.model.gpt import KVCache
+    from trainer.inference.cache import KVCache
 
     device = next(model.parameters()).device
     rows = [list(p) for p in prompts]
-    cache = KVCache()
+    cache = KVCache(model.cfg.n_ctx)
     new_BT = torch.tensor(rows, device=device)
     ended = [False] * len(rows)
     with torch.inference_mode():
         for u_B in u_BN.to(device).unbind(1):
-            next_B = sampler(model.logits(new_BT, cache, last=True)[:, -1], u_B)
+            next_B = sampler(model.logits(new_BT, cache)[:, -1], u_B)
             for r, token in enumerate(next_B.tolist()):
                 if not ended[r]:
                     rows[r].append(token)

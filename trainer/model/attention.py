@@ -1,4 +1,4 @@
-"""Causal self-attention over the heads of this rank, and the cache that generation keeps.
+"""Causal self-attention over the heads of this rank, and what it asks of a cache of keys and values.
 
 Legend: B batch, T time, S time with what the cache holds, C n_embd, H heads on this rank, D head dim.
 """
@@ -6,6 +6,7 @@ Legend: B batch, T time, S time with what the cache holds, C n_embd, H heads on 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,23 +37,25 @@ def layer_masks(
     S: int,
     like: Tensor,
     segment_ids_BT: Tensor | None = None,
+    positions_BT: Tensor | None = None,
     *,
     dropout: float = 0.0,
-    cached: bool = False,
+    any_length: bool = False,
 ) -> dict[str, Mask]:
-    """For each letter of a model what its layers' attention takes; built once a forward.
+    """The mask for each letter of a model's attention; built once a forward.
 
-    `cached`: under a KVCache, whose texts have any length: a kernel compiled for each of them would not pay.
+    `positions_BT`: of the queries, where the rows of a cache have different lengths.
+    `any_length`: texts have any length, as in generation: a kernel compiled for each length would not pay.
     `dropout`: what attention's weights get in this forward. FlexAttention has none, so that a sparse pattern under
     dropout is dense attention with a bias on a GPU too: correct, but no faster than dense and with [T, T] in memory.
     """
     out: dict[str, Mask] = {}
     for kind, pattern in patterns(cfg, S).items():
         sparse = pattern != DENSE or segment_ids_BT is not None
-        if sparse and not cached and flex.takes(like.device, T, S, cfg.head_dim, dropout):
+        if sparse and not any_length and flex.takes(like.device, T, S, cfg.head_dim, dropout):
             out[kind] = flex.block_mask(pattern, T, like.device, segment_ids_BT)
         else:
-            out[kind] = attention_bias(T, S, like, segment_ids_BT, pattern)
+            out[kind] = attention_bias(T, S, like, segment_ids_BT, pattern, positions_BT)
     return out
 
 
@@ -62,23 +65,21 @@ def sdpa_backends(device: torch.device) -> list[SDPBackend] | None:
     return FASTEST_FIRST if hopper else None
 
 
-class KVCache:
-    """Keys and values of every position seen, so that generation feeds each token once."""
+class Cache(Protocol):
+    """Keys and values of a batch of texts: the token at position p of a row is in slot p. See trainer/inference."""
 
-    def __init__(self) -> None:
-        self.length = 0  # positions that every layer holds
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
 
-    def extend(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor, n_ctx: int) -> tuple[Tensor, Tensor]:
-        """Append to `layer` and return all it holds, [B, H, S, D] each."""
-        if layer not in self._layers:
-            B, H, _, D = k_BHTD.shape
-            self._layers[layer] = (k_BHTD.new_empty(B, H, n_ctx, D), v_BHTD.new_empty(B, H, n_ctx, D))
-        end = self.length + k_BHTD.shape[2]
-        for held, new in zip(self._layers[layer], (k_BHTD, v_BHTD), strict=True):
-            held[:, :, self.length : end] = new
-        k, v = self._layers[layer]
-        return k[:, :, :end], v[:, :, :end]
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        """Positions of each row's next T tokens: [B, T], or [1, T] where all rows have one length."""
+
+    def extend(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store them at `positions(T)` of a layer and return the layer's slots 0..S-1, [B, H, S, D] each."""
+
+    def grow(self, rows: int, T: int) -> None:
+        """Count T tokens more in each of the rows, once all layers have stored them."""
 
 
 class Attention(nn.Module):
@@ -89,19 +90,21 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool) -> None:
         super().__init__()
-        self.layer, self.n_ctx, self.dropout, self.mesh = layer, cfg.n_ctx, cfg.dropout, mesh
+        self.layer = layer
+        self.dropout = cfg.dropout
+        self.mesh = mesh
         n_head = padded_n_head(cfg.n_head, mesh.tp)
         self.heads = n_head // mesh.tp
         self.backends = sdpa_backends(mesh.device)
         self.c_attn = ColumnLinear(cfg.n_embd, 3 * n_head * cfg.head_dim, mesh, sequence_parallel)
         self.c_proj = RowLinear(n_head * cfg.head_dim, cfg.n_embd, mesh, sequence_parallel)
 
-    def forward(self, x_TBC: Tensor, mask: Mask = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x_TBC: Tensor, mask: Mask = None, cache: Cache | None = None) -> Tensor:
         """`mask`: what `layer_masks` says of these positions."""
         qkv_TBH3D = self.c_attn(x_TBC).unflatten(-1, (self.heads, 3, -1))
         q_BHTD, k_BHTD, v_BHTD = qkv_TBH3D.permute(3, 1, 2, 0, 4).unbind()
         if cache is not None:
-            k_BHTD, v_BHTD = cache.extend(self.layer, k_BHTD, v_BHTD, self.n_ctx)
+            k_BHTD, v_BHTD = cache.extend(self.layer, k_BHTD, v_BHTD)
         if isinstance(mask, BlockMask):
             y_BHTD = flex.attend(q_BHTD, k_BHTD, v_BHTD, mask)
         else:

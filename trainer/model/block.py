@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.config.model import ModelConfig, Norm
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.seeds import tp_local_randomness
-from trainer.model.attention import Attention, KVCache, Mask
+from trainer.model.attention import Attention, Cache, Mask
 from trainer.model.linear import ColumnLinear, RowLinear
 from trainer.model.recompute import making_again
 
@@ -83,7 +83,7 @@ class Block(nn.Module):
         self.mlp = MLP(cfg, mesh, sequence_parallel, selective)
         self.drop = Dropout(cfg.dropout, mesh, sequence_parallel)
 
-    def forward(self, x_TBC: Tensor, mask: Mask = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x_TBC: Tensor, mask: Mask = None, cache: Cache | None = None) -> Tensor:
         if not self.pre_norm:
             r_TBC = x_TBC + self.drop(self.attn(x_TBC, mask, cache))
             h_TBC = self.ln_1(r_TBC)

@@ -6,6 +6,9 @@ V vocabulary (on this rank, padded, where it is time-first; true and whole in `l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,13 +17,11 @@ from conf.errors import UserError
 from trainer.config.model import ModelConfig, Norm
 from trainer.config.parallel import Recompute
 from trainer.distributed.mesh import Mesh
-from trainer.model.attention import KVCache, Mask, layer_masks
+from trainer.model.attention import Cache, Mask, layer_masks
 from trainer.model.block import Block, Dropout, layer_norm, mark_sequence_parallel
-from trainer.model.linear import TiedEmbedding, gather_vocab
+from trainer.model.linear import TiedEmbedding, gather_vocab, split_sequence
 from trainer.model.loss import token_loss
 from trainer.model.mask import segment_positions
-
-__all__ = ["GPT", "KVCache"]
 
 
 class GPT(nn.Module):
@@ -35,7 +36,10 @@ class GPT(nn.Module):
         recompute: Recompute = Recompute.none,
     ) -> None:
         super().__init__()
-        self.cfg, self.mesh, self.recompute = cfg, mesh, recompute
+        self.cfg = cfg
+        self.mesh = mesh
+        self.recompute = recompute
+        self.inference = False  # inside `for_inference`
         self.sequence_parallel = split = sequence_parallel and mesh.tp > 1
         self.wte = TiedEmbedding(cfg.vocab_size, cfg.n_embd, mesh, split)
         self.wpe = nn.Embedding(cfg.n_ctx, cfg.n_embd)
@@ -51,57 +55,94 @@ class GPT(nn.Module):
 
         With `segment_ids_BT`, which never fall along a row, each segment is computed as if it stood alone.
         """
-        return self.run_loss(self.wte, self._hidden(tokens_BT, None, segment_ids_BT), labels_BT.t(), self.mesh)
+        return self.run_loss(self.wte, self.hidden(tokens_BT, None, segment_ids_BT), labels_BT.t(), self.mesh)
 
     def logits(
         self,
         tokens_BT: Tensor,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         *,
-        last: bool = False,
+        index_B: Tensor | None = None,
         segment_ids_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] of the token after each; `last`: after the last alone, [B, 1, V] (no sequence parallelism).
+        """Logits [B, T, V] of the token after each; with `index_B` after one token of each row alone, [B, 1, V].
 
-        With `cache` the tokens continue what it holds, and it grows by them. With `segment_ids_BT` (without a cache)
-        each segment is computed as if it stood alone.
+        With `segment_ids_BT` (without a cache) each segment is computed as if it stood alone.
         """
-        x_TBC = self._hidden(tokens_BT, cache, segment_ids_BT)
-        logits_TBV = self.wte(x_TBC[-1:] if last else x_TBC, head=True)
-        if cache is not None:
-            cache.length += tokens_BT.shape[1]
+        x_TBC = self.hidden(tokens_BT, cache, segment_ids_BT)
+        if index_B is not None:  # under sequence parallelism only inside `for_inference`
+            x_TBC = x_TBC[index_B, torch.arange(len(index_B), device=x_TBC.device)][None]
+        logits_TBV = self.wte(x_TBC, head=True)
         return gather_vocab(logits_TBV, self.mesh)[..., : self.cfg.vocab_size].transpose(0, 1)
 
-    def _hidden(self, tokens_BT: Tensor, cache: KVCache | None, segment_ids_BT: Tensor | None) -> Tensor:
+    @contextmanager
+    def for_inference(self) -> Iterator[None]:
+        """Forwards inside take texts of any length on all layouts: no gradient, dropout, graph or split sequence."""
+        split, training = self.sequence_parallel, self.training
+        self._set_inference(True, split=False)
+        self.eval()
+        try:
+            with torch.no_grad():  # not inference_mode: ZeRO-3 allocates weights inside that training uses afterwards
+                yield
+        finally:
+            self._set_inference(False, split)
+            self.train(training)
+
+    def _set_inference(self, inference: bool, split: bool) -> None:
+        self.inference = inference
+        if split != self.sequence_parallel:
+            self.sequence_parallel = split
+            split_sequence(self, split)
+
+    def hidden(self, tokens_BT: Tensor, cache: Cache | None = None, segment_ids_BT: Tensor | None = None) -> Tensor:
+        """Hidden states x_TBC after the last block and norm: the head's input.
+
+        With `cache` the tokens continue what each row of it holds, and it grows by them.
+        """
         if cache is not None and segment_ids_BT is not None:
-            raise ValueError("a KVCache continues one text: it takes no segment_ids_BT")
-        positions_TB = self._positions(tokens_BT, cache, segment_ids_BT)
-        x_TBC = self.drop(self.wte(tokens_BT) + self.wpe(positions_TB))
+            raise ValueError("a cache continues one text a row: it takes no segment_ids_BT")
         T = tokens_BT.shape[1]
-        S = T + (cache.length if cache else 0)
-        dropout = self.cfg.dropout if self.training else 0.0
-        masks = layer_masks(self.cfg, T, S, x_TBC, segment_ids_BT, dropout=dropout, cached=cache is not None)
+        S = T + (cache.longest if cache is not None else 0)
+        if self.cfg.n_ctx < S:
+            raise UserError(f"{S} tokens are more than model.n_ctx={self.cfg.n_ctx}: give fewer")
+        if cache is not None:
+            positions_BT = cache.positions(T, tokens_BT.device)
+        elif segment_ids_BT is None:
+            positions_BT = torch.arange(T, device=tokens_BT.device)[None]
+        else:
+            positions_BT = segment_positions(segment_ids_BT)
+        x_TBC = self.drop(self.wte(tokens_BT) + self.wpe(self._part(positions_BT.t())))
+        masks = layer_masks(
+            self.cfg,
+            T,
+            S,
+            x_TBC,
+            segment_ids_BT,
+            positions_BT if cache is not None and len(positions_BT) > 1 else None,
+            dropout=self.cfg.dropout if self.training else 0.0,
+            any_length=self.inference or cache is not None,
+        )
+        x_TBC = self._blocks(x_TBC, masks, cache)
+        if cache is not None:
+            cache.grow(*tokens_BT.shape)
+        return self.ln_f(x_TBC)
+
+    def _blocks(self, x_TBC: Tensor, masks: dict[str, Mask], cache: Cache | None) -> Tensor:
         recompute = self.recompute is Recompute.full and self.training and cache is None
         keep_rng = self.cfg.dropout > 0
         for layer, block in enumerate(self.h):
             mask = masks[self.cfg.kind(layer)]
             if recompute:
                 x_TBC = checkpoint(self.run_block, block, x_TBC, mask, use_reentrant=False, preserve_rng_state=keep_rng)
-            elif cache is None:
+            elif cache is None and not self.inference:
                 x_TBC = self.run_block(block, x_TBC, mask)
             else:
                 x_TBC = block(x_TBC, mask, cache)
-        return self.ln_f(x_TBC)
+        return x_TBC
 
-    def _positions(self, tokens_BT: Tensor, cache: KVCache | None, segment_ids_BT: Tensor | None) -> Tensor:
-        """[T, B], or [T, 1] where all rows have the same; under sequence parallelism this rank's part of T."""
-        start, T, tp = cache.length if cache else 0, tokens_BT.shape[1], self.mesh.tp
-        if start + T > self.cfg.n_ctx:
-            raise UserError(f"{start + T} tokens are more than model.n_ctx={self.cfg.n_ctx}: give fewer")
-        if segment_ids_BT is None:
-            positions_TB = torch.arange(start, start + T, device=tokens_BT.device)[:, None]
-        else:
-            positions_TB = segment_positions(segment_ids_BT).t()
+    def _part(self, positions_TB: Tensor) -> Tensor:
+        """This rank's part of T under sequence parallelism, else all of it."""
+        T, tp = len(positions_TB), self.mesh.tp
         if not self.sequence_parallel:
             return positions_TB
         if T % tp:

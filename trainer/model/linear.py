@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.distributed.mesh import Mesh
-from trainer.model.arithmetic import padded_vocab_size
+from trainer.model.arithmetic import LOSS_CHUNK_BYTES, padded_vocab_size
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -64,6 +64,7 @@ class ColumnLinear(_Plain, tensor_parallel.ColumnParallelLinear):
 
     weight: nn.Parameter
     bias: nn.Parameter
+    sequence_parallel: bool
 
     def __init__(self, n_in: int, n_out: int, mesh: Mesh, sequence_parallel: bool) -> None:
         config = _config(mesh, sequence_parallel)
@@ -81,6 +82,7 @@ class RowLinear(_Plain, tensor_parallel.RowParallelLinear):
 
     weight: nn.Parameter
     bias: nn.Parameter
+    sequence_parallel: bool
 
     def __init__(self, n_in: int, n_out: int, mesh: Mesh, sequence_parallel: bool) -> None:
         super().__init__(
@@ -125,8 +127,15 @@ class TiedEmbedding(_Plain, tensor_parallel.VocabParallelEmbedding):
         self.n_true = min(max(vocab_size - self.vocab_start_index, 0), self.num_embeddings_per_partition)
         _split(self.weight, 0)
 
-    def forward(self, x: Tensor, head: bool = False) -> Tensor:
-        """Tokens [B, T] -> x_TBC; with `head` x_TBC -> logits_TBV, -inf where no token is."""
+    def forward(self, x: Tensor, head: bool = False, reduce: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
+        """Tokens [B, T] -> x_TBC; with `head` x_TBC -> logits_TBV, -inf where no token is.
+
+        With `reduce` x_NC -> the results of `reduce(logits_nV, first row)` for each chunk of rows, one after the other:
+        no more logits than a chunk's are held, and ZeRO-3 gathers the weight once for all of them.
+        """
+        if reduce is not None:
+            rows = max(1, LOSS_CHUNK_BYTES // (4 * self.weight.shape[0]))
+            return torch.cat([reduce(self._logits(part), i * rows) for i, part in enumerate(x.split(rows))])
         if head:
             return self._logits(x)
         if self.tp == 1:
@@ -153,6 +162,15 @@ class TiedEmbedding(_Plain, tensor_parallel.VocabParallelEmbedding):
             with torch.no_grad():  # p = 0 there, hence the gradient is 0 as it is: nothing for autograd to see
                 logits_TBV[..., self.n_true :] = -torch.inf
         return logits_TBV
+
+
+def split_sequence(model: nn.Module, split: bool) -> None:
+    """Set whether each tp rank holds a part of the sequence, or all of it, between the linears of `model`."""
+    for module in model.modules():
+        if isinstance(module, (ColumnLinear, RowLinear)):
+            module.sequence_parallel = split
+        elif isinstance(module, TiedEmbedding):
+            module.reduce_scatter_embeddings = split
 
 
 def gather_vocab(logits_TBV: Tensor, mesh: Mesh) -> Tensor:

@@ -52,16 +52,24 @@ def patterns(cfg: ModelConfig, n: int) -> dict[str, Pattern]:
 
 
 def attention_bias(
-    T: int, S: int, like: Tensor, segment_ids_BT: Tensor | None = None, pattern: Pattern = DENSE
+    T: int,
+    S: int,
+    like: Tensor,
+    segment_ids_BT: Tensor | None = None,
+    pattern: Pattern = DENSE,
+    positions_BT: Tensor | None = None,
 ) -> Tensor | None:
     """What is added to attention's scores: 0 where a token may look, -inf elsewhere; built once for a pattern's layers.
 
     A token looks at what `pattern` says, with `segment_ids_BT` at its own segment only, where the pattern starts anew
-    (then T = S). [T, S], with segments [B, 1, T, T], in the dtype and on the device of `like`: attention would make the
-    same of a bool mask, but in each layer anew, and keep each for its backward. None where attention needs no bias:
-    causal attention over a square says it all, and a last token sees everything.
+    (then T = S). The queries are the last T of the S positions, or with `positions_BT` those of each row.
+    [T, S], with segments [B, 1, T, T], with positions [B, 1, T, S], in the dtype and on the device of `like`:
+    attention would make the same of a bool mask, but in each layer anew, and keep each for its backward. None where
+    attention needs no bias: causal attention over a square says it all, and a last token sees everything.
     """
-    if segment_ids_BT is None:
+    if positions_BT is not None:
+        sees = pattern.sees(positions_BT[:, None, :, None], torch.arange(S, device=like.device))
+    elif segment_ids_BT is None:
         if pattern == DENSE and T in (1, S):
             return None
         positions = torch.arange(S, device=like.device)

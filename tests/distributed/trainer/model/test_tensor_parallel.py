@@ -21,7 +21,8 @@ from trainer.data.channel import channel
 from trainer.distributed.mesh import Mesh, register_sequence_parallel_hooks, start, stop
 from trainer.distributed.seeds import seed_dropout, tp_local_randomness
 from trainer.distributed.world import read_world
-from trainer.model.gpt import GPT, KVCache
+from trainer.inference.cache import KVCache
+from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 from trainer.model.specs import from_local, specs, to_local
 
@@ -143,7 +144,7 @@ def measure() -> dict[str, Any]:
     }
     model = build(BASE, mesh)[0].eval()
     out["marked"] = {n: p.partition_dim for n, p in model.named_parameters() if getattr(p, "tensor_model_parallel", 0)}
-    tokens, cache = batch(BASE, 0)[0], KVCache()
+    tokens, cache = batch(BASE, 0)[0], KVCache(BASE.n_ctx)
     with torch.inference_mode():
         pieces = torch.cat([model.logits(part, cache) for part in tokens.split([9, 1, 14], dim=1)], 1)
         out["cache_error"] = error(pieces, build(BASE, one)[0].eval().logits(tokens))

@@ -23,8 +23,9 @@ from trainer.distributed.device_copies import AsyncCopy, to_device
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.seeds import seed_dropout
 from trainer.engine.compile import compile_model, describe_compile, is_compiled
+from trainer.inference.cache import KVCache
 from trainer.model import fp8
-from trainer.model.gpt import GPT, KVCache
+from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 from trainer.plan.layout_rules import check_layout
 
@@ -94,9 +95,9 @@ def test_evaluation_and_each_new_shape_take_two_graphs_more_and_generation_none(
     with torch.no_grad():
         model(*batch())
         assert graphs.n == 2 * len(shapes) + 2
-        cache = KVCache()
+        cache = KVCache(CFG.n_ctx)
         for n in (5, 1, 1):
-            model.logits(batch(1, n)[0], cache, last=True)
+            model.logits(batch(1, n)[0], cache)
     assert graphs.n == 2 * len(shapes) + 2
 
 

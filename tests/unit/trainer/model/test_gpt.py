@@ -17,7 +17,8 @@ from trainer.config.model import ModelConfig, Norm
 from trainer.config.parallel import Recompute
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.seeds import seed_dropout, stable_seed
-from trainer.model.gpt import GPT, KVCache
+from trainer.inference.cache import KVCache
+from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 
 CFG = ModelConfig(name="t", n_layer=3, n_head=4, n_embd=64, n_ctx=32, vocab_size=300)
@@ -102,11 +103,11 @@ def test_bf16_loss_is_a_sum_in_fp32(mesh: Mesh) -> None:
 def test_cached_logits_equal_those_of_the_whole_text(norm: Norm, mesh: Mesh) -> None:
     model = build(mesh, replace(CFG, norm=norm)).eval()
     tokens, _ = batch()
-    cache = KVCache()
+    cache = KVCache(CFG.n_ctx)
     with torch.inference_mode():
         whole = model.logits(tokens)
         pieces = [model.logits(part, cache) for part in tokens.split([7, 1, 5, 1, 1, 17], dim=1)]
-    assert cache.length == CFG.n_ctx and whole.shape == (3, CFG.n_ctx, CFG.vocab_size)
+    assert cache.longest == CFG.n_ctx and whole.shape == (3, CFG.n_ctx, CFG.vocab_size)
     assert (torch.cat(pieces, 1) - whole).abs().max() <= 1e-5 * whole.abs().max()
     with pytest.raises(UserError, match=r"33 tokens are more than model\.n_ctx=32"):
         model.logits(tokens[:, :1], cache)

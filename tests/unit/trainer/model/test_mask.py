@@ -13,8 +13,9 @@ from trainer.config.model import ModelConfig, Norm
 from trainer.config.parallel import Recompute
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.seeds import seed_dropout
+from trainer.inference.cache import KVCache
 from trainer.model import attention, gpt
-from trainer.model.gpt import GPT, KVCache
+from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 from trainer.model.mask import attention_bias, segment_positions
 
@@ -102,7 +103,7 @@ def test_a_leak_is_seen(leak: str, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) 
     tokens, labels, segments, rows = packed()
     if leak == "attention":
         monkeypatch.setattr(
-            attention, "attention_bias", lambda T, S, like, _, pattern: attention_bias(T, S, like, None, pattern)
+            attention, "attention_bias", lambda T, S, like, _, pattern, __: attention_bias(T, S, like, None, pattern)
         )
     if leak == "positions":
         monkeypatch.setattr(gpt, "segment_positions", lambda ids: torch.arange(CFG.n_ctx).expand(ids.shape))
@@ -155,8 +156,8 @@ def test_one_rank_compiles_to_one_graph_with_segments(mesh: Mesh) -> None:
 
 def test_a_cache_takes_no_segments(mesh: Mesh) -> None:
     tokens, _, segments, _ = packed()
-    with pytest.raises(ValueError, match="KVCache"):
-        build(mesh, CFG, 1).logits(tokens, KVCache(), segment_ids_BT=segments)
+    with pytest.raises(ValueError, match="a cache continues one text"):
+        build(mesh, CFG, 1).logits(tokens, KVCache(CFG.n_ctx), segment_ids_BT=segments)
 
 
 def test_mask_and_positions_equal_a_brute_force_twin() -> None:

@@ -13,10 +13,11 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from trainer.config.model import KINDS, ModelConfig
 from trainer.distributed.mesh import Mesh
+from trainer.inference.cache import KVCache
 from trainer.model import flex
 from trainer.model.arithmetic import visible_pairs
 from trainer.model.attention import FASTEST_FIRST, layer_masks, sdpa_backends
-from trainer.model.gpt import GPT, KVCache
+from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 from trainer.model.mask import DENSE, Pattern, attention_bias, patterns
 from trainer.setup import attention_lines
@@ -136,7 +137,7 @@ def test_a_pattern_that_hides_nothing_is_dense_bit_for_bit(attention: str, mesh:
 def test_cached_logits_equal_those_of_the_whole_text(attention: str, mesh: Mesh) -> None:
     seed = torch.seed()
     model = build(mesh, sparse(attention), seed).eval()
-    tokens, cache = torch.randint(CFG.vocab_size, (3, CFG.n_ctx)), KVCache()
+    tokens, cache = torch.randint(CFG.vocab_size, (3, CFG.n_ctx)), KVCache(CFG.n_ctx)
     with torch.inference_mode():
         whole = model.logits(tokens)
         pieces = torch.cat([model.logits(part, cache) for part in tokens.split([9, 1, 1, 13, 1, 15], dim=1)], 1)
@@ -238,7 +239,7 @@ def test_a_prompt_under_a_cache_compiles_no_kernel_of_its_own(monkeypatch: pytes
     cfg = ModelConfig("m", 2, 2, 32, 256, 64, attention="DB", band=8)
     like = torch.zeros(1)
     assert isinstance(layer_masks(cfg, 200, 200, like)["B"], BlockMask)
-    assert isinstance(layer_masks(cfg, 200, 200, like, cached=True)["B"], Tensor)
+    assert isinstance(layer_masks(cfg, 200, 200, like, any_length=True)["B"], Tensor)
 
 
 def test_the_introduction_says_what_computes_a_sparse_model() -> None:
