@@ -112,7 +112,10 @@ def _value(hint: Any, value: Any, key: str, extra: bool) -> Any:
     if is_dataclass(hint):
         return _object(hint, value, key, extra)
     if origin in (list, tuple):
-        return origin(_items(args[0], _typed(list, value, key), key, extra))
+        values = (
+            value if type(value) is tuple else _typed(list, value, key)
+        )  # a body that is still in memory has tuples
+        return origin(_items(args[0], values, key, extra))
     if origin in (dict, Mapping):
         return {k: _value(args[1], v, f"{key}.{k}", extra) for k, v in _typed(dict, value, key).items()}
     if hint is float and type(value) is int:
@@ -132,7 +135,7 @@ def _object(schema: Any, value: Any, key: str, extra: bool, given: Mapping[str, 
     return schema(**values, **given)
 
 
-def _items(hint: Any, values: list[Any], key: str, extra: bool) -> Sequence[Any]:
+def _items(hint: Any, values: Sequence[Any], key: str, extra: bool) -> Sequence[Any]:
     """The items of a list. Millions of plain ones are checked together, and one by one only to name the bad one."""
     plain, bounds = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
     if not values:
