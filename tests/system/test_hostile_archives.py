@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import secrets
 import subprocess
 import threading
 import time
@@ -15,6 +14,7 @@ import pytest
 from tests.helpers.archives import Made, squeeze
 from tests.helpers.crawls import STEPS, command, drops, html, prose
 from tests.helpers.ranks import ROOT
+from tests.helpers.seeds import seeded
 from tests.system.test_shared_recipes import accounted, kept
 
 pytestmark = pytest.mark.slow
@@ -89,7 +89,7 @@ def hostile(folder: Path, rng: Random) -> int:
 
 
 def test_a_hostile_crawl_loses_what_is_hostile_and_nothing_else(tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     expected = hostile(tmp_path / "crawl", Random(seed))
     given = [f"input={tmp_path / 'crawl'}", f"output={tmp_path / 'out'}", "task_mib=0.001", "executor.workers=2"]
     most = highest(command(*STEPS, *given, "corpus.recipe.extractor=best"))

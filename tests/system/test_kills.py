@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.seeds import seeded
 from tests.system.runs import finish, make_data, pretrain, start
 from tests.system.supervised import rows, supervised
 from tests.system.test_preemption import signal_at
@@ -43,7 +44,7 @@ def kill_a_rank(process: subprocess.Popen[str], run: Path, after: int, step: int
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_ten_kills_of_any_rank_at_random_moments_change_no_bit_and_leave_no_damaged_checkpoint(tmp_path: Path) -> None:
-    rng, kills, steps = random.Random(), 10, 200
+    rng, kills, steps = random.Random(seeded()), 10, 200
     common = (f"data.path={make_data(tmp_path / 'data')}", f"max_steps={steps}", "model.dropout=0.1")
     saving = ("checkpoint.every_steps=2", "checkpoint.keep=1000", "watch.beat_s=0.05")
     pretrain(tmp_path / "whole", *common, ranks=2)

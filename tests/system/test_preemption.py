@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.seeds import seeded
 from tests.system.runs import finish, make_data, pretrain, start
 from tests.system.supervised import rows, supervised
 from tests.system.test_resume import story, weights
@@ -30,7 +31,7 @@ def signal_at(processes: list[subprocess.Popen[str]], run: Path, step: int, rank
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
-    rng = random.Random()
+    rng = random.Random(seeded())
     rank, at, steps = rng.randrange(2), rng.randrange(2, 8), 40
     common = (f"data.path={make_data(tmp_path / 'data')}", f"max_steps={steps}", "checkpoint.every_steps=0")
     run = tmp_path / "run"

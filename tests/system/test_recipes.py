@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import secrets
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from tests.helpers import slurm
 from tests.helpers.crawls import SMALL, STEPS, command, crawl, drops, made_by, pages, report, result, run
 from tests.helpers.places import wait_for
 from tests.helpers.ranks import ROOT
+from tests.helpers.seeds import seeded
 
 
 def exam(folder: Path, seed: int, count: int) -> str:
@@ -33,7 +33,7 @@ def exam(folder: Path, seed: int, count: int) -> str:
 
 
 def test_a_crawl_becomes_shards_and_every_record_is_accounted_for(tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     source = crawl(tmp_path / "crawl", 3, 60, seed)
     out = made_by(*STEPS, *SMALL, f"input={source}", f"output={tmp_path / 'out'}", "executor.workers=2")
     funnel = report(out)["funnel"]
@@ -74,7 +74,7 @@ def test_a_mistake_is_one_line_before_any_work(words: list[str], message: str, t
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_mistake_that_a_worker_finds_is_one_line(workers: int, tmp_path: Path) -> None:
-    source = crawl(tmp_path / "crawl", 2, 5, secrets.randbits(32))
+    source = crawl(tmp_path / "crawl", 2, 5, seeded())
     given = [*STEPS, *SMALL, f"input={source}", f"output={tmp_path / 'out'}", f"executor.workers={workers}"]
     out = made_by(*given)
     mark = out / "work" / "filter" / "00001-00000.json"
@@ -89,7 +89,7 @@ def test_a_mistake_that_a_worker_finds_is_one_line(workers: int, tmp_path: Path)
 
 @pytest.mark.slow
 def test_killed_ten_times_and_on_any_number_of_workers_the_bytes_are_the_same(tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     source = crawl(tmp_path / "crawl", 5, 150, seed)
     given = [*STEPS, *SMALL, f"input={source}", exam(tmp_path, seed, 150)]
     expected = result(made_by(*given, f"output={tmp_path / '1'}", "executor.workers=1"))
@@ -124,7 +124,7 @@ def test_killed_ten_times_and_on_any_number_of_workers_the_bytes_are_the_same(tm
 def test_two_slurm_nodes_make_the_same_bytes(tmp_path: Path) -> None:
     if why := slurm.missing():
         pytest.skip(f"Slurm cannot be started: {why}")
-    source = crawl(tmp_path / "crawl", 4, 40, seed := secrets.randbits(32))
+    source = crawl(tmp_path / "crawl", 4, 40, seed := seeded())
     given = [*STEPS, *SMALL, f"input={source}", exam(tmp_path, seed, 40), "corpus.recipe.dedup.memory_gib=1"]
     expected = result(made_by(*given, f"output={tmp_path / 'here'}"))
     out = tmp_path / "there"
@@ -144,7 +144,7 @@ def test_two_slurm_nodes_make_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ray_makes_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed: pip install 'gradus[ray]'")
-    source = crawl(tmp_path / "crawl", 3, 30, secrets.randbits(32))
+    source = crawl(tmp_path / "crawl", 3, 30, seeded())
     given = [*STEPS, *SMALL, f"input={source}", "corpus.recipe.dedup.memory_gib=1"]
     expected = result(made_by(*given, f"output={tmp_path / 'here'}"))
     out = made_by(*given, f"output={tmp_path / 'there'}", "executor=ray", "executor.memory_gib=2")

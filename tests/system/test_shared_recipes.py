@@ -6,7 +6,6 @@ import gzip
 import json
 import lzma
 import re
-import secrets
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from data_pipeline.prepare.readers import ReadAgain
 from tests.helpers.archives import Made, squeeze
 from tests.helpers.crawls import SMALL, STEPS, drops, html, made_by, prose, report, result
 from tests.helpers.ranks import ROOT
+from tests.helpers.seeds import seeded
 from tests.helpers.sites import Reply, site
 
 pytestmark = pytest.mark.slow
@@ -163,7 +163,7 @@ def test_pages_of_an_archive_that_reddit_linked_become_webtext(shared_data: Path
 
 
 def test_pages_are_fetched_once_whatever_is_run_again(tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = Random(seed)
     with site() as server:
         server.put("/robots.txt", Reply(b"User-agent: *\nDisallow: /private\n", headers={"Content-Type": "text/plain"}))
@@ -302,7 +302,7 @@ def grams(text: str) -> set[str]:
 
 
 def test_evaluation_text_is_cut_out_and_told(shared_data: Path, tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = Random(seed)
     sets = shared_data / "eval" / "lambada_test.jsonl"
     examples = [" ".join(json.loads(line)["text"].split()) + "." for line in sets.read_text().splitlines()]

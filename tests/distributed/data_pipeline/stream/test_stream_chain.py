@@ -21,6 +21,7 @@ from data_pipeline.stream import loader as loader_module
 from tests.distributed.stream_rank import Ranks, open_loader
 from tests.helpers.fixtures import random_source
 from tests.helpers.order_twin import Leg
+from tests.helpers.seeds import seeded
 from tests.helpers.stream_truth import Truth, legs_of, shards_of
 from tests.unit.data_pipeline.order.test_events import Run, runs
 
@@ -68,9 +69,8 @@ def test_killed_ten_times_and_resumed_each_time_on_another_dp_the_stream_is_the_
     tmp_path: Path,
 ) -> None:
     kills = 10
-    seed = random.SystemRandom().randrange(2**31)
+    seed = seeded()
     rng = random.Random(seed)
-    print(f"seed {seed}")
     sources(tmp_path / "data", SHARDS, seed)
     ledger = ledger_of_stages()
     assert len(ledger.segments) == 6 and ledger.segments[-1].step < STEPS * 0.6, ledger

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from itertools import product
 from math import prod
 from pathlib import Path
-from random import Random, randrange
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from conf.errors import TransientError, UserError
 from tests.distributed import tiny_run as run
 from tests.helpers.ranks import run_ranks
+from tests.helpers.seeds import seeded
 from tests.system.runs import TINY, make_data
 from trainer.checkpoint import save as saving
 from trainer.checkpoint.files import Source
@@ -290,7 +291,7 @@ def test_a_range_of_another_layout_is_the_same_elements_of_the_whole_and_reads_n
             read.append(length)
             return super()._read(kind, name, tp_rank, start, length)
 
-    rng = Random(seed := randrange(2**32))
+    rng = Random(seed := seeded())
     for saved in ("bf16", "tp2"):
         latest = RunFolder(folder / saved / "False").latest()
         assert latest is not None

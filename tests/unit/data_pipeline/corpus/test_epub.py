@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import secrets
 import stat
 import struct
 import tracemalloc
@@ -17,6 +16,7 @@ from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
 from data_pipeline.corpus.epub import BadBook, text_of
 from data_pipeline.corpus.read import documents
 from data_pipeline.corpus.report import Report
+from tests.helpers.seeds import seeded
 
 CONTAINER = (
     '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'
@@ -127,7 +127,7 @@ def test_a_bomb_is_refused_in_bounded_memory_whatever_its_directory_says(tmp_pat
 
 
 def test_any_damage_is_a_reason_and_never_another_error(tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = random.Random(seed)
     path = book(tmp_path / "a.epub", {"OEBPS/1.xhtml": page("<p>one &eacute; <b>two</b></p>" * 9)})
     raw = path.read_bytes()

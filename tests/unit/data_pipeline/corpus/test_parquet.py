@@ -18,6 +18,7 @@ from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
 from data_pipeline.corpus.inputs import Document, Input, files_at
 from data_pipeline.corpus.read import documents
 from data_pipeline.corpus.report import Dropped, Report
+from tests.helpers.seeds import seeded
 
 
 def write(path: Path, columns: dict[str, Any], **options: Any) -> Input:
@@ -52,7 +53,7 @@ def test_rows_are_documents_with_their_address_and_date_or_have_a_reason(tmp_pat
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()])
 def test_reading_goes_on_at_any_row(tmp_path: Path, kind: pa.DataType) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = np.random.default_rng(seed)
     texts = [f"text {i} " + "x" * int(rng.integers(0, 900)) for i in range(700)]
     table = {"text": pa.array(texts).cast(kind), "id": list(range(700))}

@@ -14,6 +14,7 @@ from conf.errors import UserError
 from data_pipeline.order.ledger import Ledger, Segment
 from data_pipeline.order.plan import Plan
 from tests.helpers.order_twin import Leg, Source, Window, deal, dealt_to, served, zipped
+from tests.helpers.seeds import seeded
 
 Run = tuple[dict[str, list[int]], list[Leg], int, int]  # tokens of each source's shards, legs, lanes, seed
 LANES = [1, 2, 3, 4, 6, 12]
@@ -72,7 +73,7 @@ def test_every_rank_gets_the_windows_dealt_by_hand_whatever_happens(run: Run, da
 @pytest.mark.parametrize("keeps_n_ctx", [True, False])
 def test_events_that_come_before_the_rest_of_the_last_is_read_leave_what_is_dealt_by_hand(keeps_n_ctx: bool) -> None:
     """One source, small steps: runs that were begun are cut again, and left over again, before a lane comes to them."""
-    seed = random.randrange(2**32)
+    seed = seeded()
     rng = random.Random(seed)
     for _ in range(25):
         lanes, shards = rng.choice([2, 3, 4]), rng.randint(5, 9)

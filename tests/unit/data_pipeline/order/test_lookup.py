@@ -24,6 +24,7 @@ from data_pipeline.order.lookup import order
 from tests.helpers.fixtures import make_source
 from tests.helpers.order_twin import Leg, deal
 from tests.helpers.ranks import ROOT
+from tests.helpers.seeds import seeded
 
 SEED, LONGEST = 1337, 4096
 Line = dict[str, Any]
@@ -113,7 +114,7 @@ def test_order_tells_of_a_run_what_was_dealt_by_hand_and_lies_in_the_tars(
     _: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Several epochs of random sources, through stages, a jump, a lost shard and another n_ctx; find for documents."""
-    seed = random.SystemRandom().randrange(2**32)
+    seed = seeded()
     rng = random.Random(seed)
     lengths = {
         name: [[rng.choice([0, 1, 2, rng.randrange(40)]) for _ in range(rng.randrange(2, 9))] + [9] for _ in range(4)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from data_pipeline.prepare.parts import Mark, Parts, Reading, marks_of
 from data_pipeline.prepare.readers import ReadAgain
 from data_pipeline.prepare.run import summary
 from data_pipeline.prepare.step import SAMPLES, Passage, Step
+from tests.helpers.seeds import seeded
 
 
 def read_lines(file: Input, start: int) -> Iterator[tuple[Document | Dropped, int]]:
@@ -48,8 +48,7 @@ class Short(Step):
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Input]:
-    rng = np.random.default_rng(seed := secrets.randbits(32))
-    print("seed", seed)
+    rng = np.random.default_rng(seeded())
     found = []
     for i, lines in enumerate((0, 40, 1, 0, 97, 3)):
         path = tmp_path / f"{i}.txt"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from pathlib import Path
 from random import Random
 
@@ -19,6 +18,7 @@ from data_pipeline.prepare.config import RawConfig
 from data_pipeline.prepare.readers import ReadText
 from data_pipeline.prepare.recipe_config import LimitsConfig, LinksConfig, RecipeConfig
 from data_pipeline.prepare.recipes import filters
+from tests.helpers.seeds import seeded
 
 
 def corpus(kind: CorpusFormat, limits: LimitsConfig | None = None) -> RawConfig:
@@ -38,7 +38,7 @@ def made(folder: Path, kind: CorpusFormat, rng: Random) -> Input:
 
 @pytest.mark.parametrize("kind", [CorpusFormat.jsonl, CorpusFormat.parquet])
 def test_each_position_gives_the_rest(kind: CorpusFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = Random(seed := secrets.randbits(32))
+    rng = Random(seed := seeded())
     monkeypatch.setattr(read, "BLOCK", 20_000)
     reader, file = ReadText(corpus(kind)), made(tmp_path, kind, rng)
     whole = list(reader(file, 0))

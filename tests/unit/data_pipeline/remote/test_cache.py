@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
 import shutil
 import signal
 import subprocess
@@ -34,6 +33,7 @@ from data_pipeline.stream.windows import ShardStream, read_shard
 from tests.helpers.fixtures import random_source
 from tests.helpers.places import Server, serving, wait_for
 from tests.helpers.ranks import ROOT
+from tests.helpers.seeds import seeded
 from tests.unit.data_pipeline.stream.test_stream import read, some_windows
 
 pytestmark = pytest.mark.timeout(60)  # nothing may hang
@@ -44,7 +44,7 @@ TOKENS = [4000, 3000, 5000]
 
 @pytest.fixture
 def local(tmp_path: Path) -> Manifest:
-    return random_source(tmp_path / "there", TOKENS, seed=secrets.randbits(32))
+    return random_source(tmp_path / "there", TOKENS, seed=seeded())
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def first_block(local: Manifest, shard: int = 0) -> str:
 
 @pytest.mark.parametrize("kind", ["http", "http without ranges", "memory", "pipe"])
 def test_any_place_gives_the_windows_of_the_local_shards(local: Manifest, tmp_path: Path, kind: str) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     with serving(local.root, ranges=kind == "http") as server:
         url = {"memory": f"memory://{seed}", "pipe": f"pipe:cat {local.root}/{{}}"}.get(kind, server.url)
         if kind == "memory":
@@ -175,7 +175,7 @@ def test_a_shard_replaced_under_its_name_is_lost_and_its_old_tokens_stay_its_own
     cache = cache_in(tmp_path)
     stream = stream_of(server.url, cache)
     before = read(stream, window(0))[0]
-    other = random_source(tmp_path / "other", TOKENS, seed=secrets.randbits(32))
+    other = random_source(tmp_path / "other", TOKENS, seed=seeded())
     for path in other.root.iterdir():
         if path.name != "manifest.json":
             (local.root / path.name).write_bytes(path.read_bytes())
@@ -385,7 +385,7 @@ def is_right(rank: subprocess.Popen[str], local: Manifest) -> None:
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_the_ranks_of_a_node_fetch_each_block_once(local: Manifest, tmp_path: Path, ranges: bool) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     with serving(local.root, ranges) as server:
         server.delay = 0.005  # so that they meet
         for rank in [start_rank(server, tmp_path, seed + i) for i in range(3)]:
@@ -413,7 +413,7 @@ def test_a_rank_killed_or_stopped_in_mid_fetch_holds_nobody_up(
 
 def test_what_is_expected_is_there_before_it_is_read(local: Manifest, server: Server, tmp_path: Path) -> None:
     cache = cache_in(tmp_path)
-    stream, seed = stream_of(server.url, cache), secrets.randbits(32)
+    stream, seed = stream_of(server.url, cache), seeded()
     windows = some_windows([local], 30, N_CTX, seed)
     stream.expect(windows, N_CTX)
     ahead = stream._ahead

@@ -14,6 +14,7 @@ from conf.schema import load
 from data_pipeline.config import FetchConfig
 from data_pipeline.manifest import Manifest, ShardInfo
 from data_pipeline.remote.cache import Cache
+from tests.helpers.seeds import seeded
 from trainer.config.pretrain import PretrainConfig
 from trainer.data.sources import Sources, check_cache
 from trainer.distributed.world import World
@@ -49,7 +50,7 @@ NODES = [
 def test_two_shards_of_each_source_for_each_lane_of_the_node_must_fit(
     tmp_path: Path, world: World, tp: int, lanes: int
 ) -> None:
-    seed = random.SystemRandom().randrange(2**32)
+    seed = seeded()
     rng = random.Random(seed)
     sizes = {name: [rng.randrange(1000, 9000) for _ in range(n)] for name, n in (("web", 40), ("books", 3))}
     need = sum(sum(sorted(some)[-2 * lanes :]) for some in sizes.values())  # a source of few shards: all of them

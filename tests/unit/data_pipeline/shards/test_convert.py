@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-import secrets
 import struct
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -35,6 +34,7 @@ from data_pipeline.shards.config import (
 from data_pipeline.stream.windows import read_shard
 from data_pipeline.tokenizer.tokenizer import train_bpe
 from tests.helpers.fixtures import forestalled
+from tests.helpers.seeds import seeded
 from tests.unit.data_pipeline.shards.test_shards import tree
 
 EOT = 256
@@ -132,7 +132,7 @@ def write_mds(
 def test_a_nanogpt_file_becomes_documents_and_the_same_file_again(
     home: Path, tmp_path: Path, vocab: int, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     documents = random_documents(seed, vocab)
     np.concatenate(documents).astype(dtype).tofile(tmp_path / "train.bin")
     cfg = config(home, tmp_path / "train.bin", tmp_path / "out", "nanogpt", vocab, dtype=Width(dtype))
@@ -155,7 +155,7 @@ def test_a_nanogpt_file_becomes_documents_and_the_same_file_again(
 def test_a_file_with_llm_cs_header_says_its_width_itself(
     home: Path, tmp_path: Path, magic: int, version: int, dtype: str
 ) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     documents = random_documents(seed)
     ids = np.concatenate(documents).astype(dtype)
     header = np.zeros(256, "<i4")
@@ -175,7 +175,7 @@ def test_megatrons_own_files_come_in_and_what_goes_out_megatron_reads(
 ) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    seed = secrets.randbits(32)
+    seed = seeded()
     documents = random_documents(seed, vocab)
     (tmp_path / "in").mkdir()
     write_megatron(tmp_path / "in/text_document", documents, dtype, np.random.default_rng(seed))
@@ -211,7 +211,7 @@ MDS: dict[str, Callable[[np.ndarray], bytes]] = {
 def test_each_encoding_and_compression_of_mds_gives_the_samples_as_documents(
     home: Path, tmp_path: Path, encoding: str, compression: str | None
 ) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     documents = random_documents(seed)
     if encoding.endswith(":200"):
         documents = np.split(np.random.default_rng(seed).integers(257, 60_000, 40 * 200), 40)
@@ -231,7 +231,7 @@ def test_what_mosaicmls_writer_wrote_comes_in(
 ) -> None:
     reason = "mosaicml-streaming is not installed: the tests above write its layout themselves"
     streaming = pytest.importorskip("streaming", reason=reason)
-    seed = secrets.randbits(32)
+    seed = seeded()
     documents = random_documents(seed)
     if encoding.endswith(":64"):
         documents = [np.append(ids, EOT) for ids in np.random.default_rng(seed).integers(257, 60_000, (90, 63))]
@@ -252,7 +252,7 @@ def test_what_mosaicmls_writer_wrote_comes_in(
 
 @pytest.mark.parametrize("kind", ["mds", "megatron", "jsonl"])
 def test_pieces_of_a_packed_stream_are_cut_at_end_of_text(home: Path, tmp_path: Path, kind: str) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     documents = [*random_documents(seed), np.array([1, 2, EOT])]  # the last is told without its end-of-text
     rng = np.random.default_rng(seed)
     pieces = np.split(np.concatenate(documents)[:-1], np.sort(rng.integers(0, sum(map(len, documents)), 50)))
@@ -330,7 +330,7 @@ def test_a_document_that_is_too_long_is_counted_and_the_others_stay(
 def test_an_import_that_stops_before_any_publication_goes_on_and_ends_with_the_same_bytes(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     np.concatenate(random_documents(seed)).astype(np.uint16).tofile(tmp_path / "a.bin")
     monkeypatch.setattr(convert, "TASK", 500)
     monkeypatch.setattr(tokens, "CHUNK", 100)

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import resource
-import secrets
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from data_pipeline.stream.open_shard import LocalShard, OpenShard
 from data_pipeline.stream.windows import ShardStream, read_shard, shard_windows
 from tests.helpers.fixtures import make_source, random_source
 from tests.helpers.ranks import ROOT
+from tests.helpers.seeds import seeded
 
 N_CTX = 16
 
@@ -78,7 +78,7 @@ def some_windows(manifests: list[Manifest], n: int, n_ctx: int, seed: int) -> Wi
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_windows_are_slices_of_the_shards_tokens(tmp_path: Path, dtype: str) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     manifests = [
         random_source(tmp_path / "a", [500, 3, 700, 0, 17, 16], dtype, seed),
         random_source(tmp_path / "b", [1000, 900], dtype, seed + 1),
@@ -96,7 +96,7 @@ def test_windows_are_slices_of_the_shards_tokens(tmp_path: Path, dtype: str) -> 
 
 
 def test_the_index_says_where_the_tokens_are(tmp_path: Path) -> None:
-    manifest = random_source(tmp_path, [500, 3, 0, 700], "uint32", seed=secrets.randbits(32))
+    manifest = random_source(tmp_path, [500, 3, 0, 700], "uint32", seed=seeded())
     for shard in manifest.shards:
         body, tokens = (tmp_path / shard.name).read_bytes(), tokens_of(tmp_path / shard.name) if shard.tokens else []
         found = [body[b.offset : b.offset + 4 * b.tokens] for b in index_of(manifest, shard).blocks]
@@ -113,7 +113,7 @@ def test_a_window_outside_its_shard_is_no_window(tmp_path: Path) -> None:
 @pytest.mark.parametrize("longest", [3, 40, 400])
 def test_segments_number_the_documents_of_a_window_and_no_label_lies_in_the_next(tmp_path: Path, longest: int) -> None:
     """The twin gives each token its document's number; documents without a token are among them."""
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = np.random.default_rng(seed)
     lengths = [rng.integers(0, longest, size=2000 // longest * 2) for _ in range(3)]
     docs = [[rng.integers(0, 50257, n) for n in ns] for ns in lengths]

@@ -15,6 +15,7 @@ import pytest
 from conf.errors import UserError
 from launch.slurm.rendezvous import PORTS, first_host, main, port, rendezvous, tasks_on
 from tests.helpers.ranks import ROOT
+from tests.helpers.seeds import seeded
 
 TASK = {
     "SLURM_PROCID": "5",
@@ -110,7 +111,7 @@ def test_the_first_host_is_the_one_that_slurm_means(tmp_path: Path) -> None:
         pytest.skip("no scontrol here (apt-get install slurm-client): Slurm's own reading of a host list is compared")
     (tmp_path / "slurm.conf").write_text("ClusterName=none\nSlurmctldHost=localhost\n")  # scontrol wants one to start
     env = os.environ | {"SLURM_CONF": str(tmp_path / "slurm.conf")}
-    rng = random.Random(seed := secrets.randbits(32))
+    rng = random.Random(seed := seeded())
     for _ in range(30):
         hosts = host_list(rng)
         words = ["scontrol", "show", "hostnames", hosts]
@@ -137,7 +138,7 @@ def host_list(rng: random.Random) -> str:
 
 
 def test_tasks_on_each_node_are_as_many_as_were_counted() -> None:
-    rng = random.Random(seed := secrets.randbits(32))
+    rng = random.Random(seed := seeded())
     runs = [(rng.randint(1, 8), rng.randint(1, 5)) for _ in range(rng.randint(1, 4))]
     counts = ",".join(f"{tasks}(x{nodes})" if nodes > 1 else f"{tasks}" for tasks, nodes in runs)
     expected = [tasks for tasks, nodes in runs for _ in range(nodes)]

@@ -15,6 +15,7 @@ from data_pipeline.config import DataConfig, RampConfig, SourceConfig, StageConf
 from data_pipeline.order.ledger import Ledger
 from data_pipeline.order.plan import Plan
 from data_pipeline.order.stages import plan_ledger
+from tests.helpers.seeds import seeded
 from trainer.config.health import GuardConfig
 from trainer.health.spike_guard import EVENTS, Guard
 
@@ -39,7 +40,7 @@ def verdict(history: list[tuple[float, float]], cfg: GuardConfig, loss: float, n
 
 
 def test_steps_are_judged_by_the_robust_score_of_the_accepted_ones() -> None:
-    rng = random.Random()
+    rng = random.Random(seeded())
     found = set()
     for _ in range(60):
         cfg = GuardConfig(spike_z=rng.choice([0, 3, 6, 12]), window=rng.randrange(8, 40), min_steps=8)
@@ -111,7 +112,7 @@ def test_many_bad_steps_near_one_another_send_the_run_back_and_far_ones_do_not()
 
 
 def test_the_history_comes_back_from_json_bit_for_bit_and_stays_small() -> None:
-    rng = random.Random()
+    rng = random.Random(seeded())
     cfg = GuardConfig(spike_z=6, window=16, min_steps=4, max_rollbacks=2000)
     guard = Guard(cfg)
     for step in range(3000):

@@ -20,6 +20,7 @@ from data_pipeline.order.stages import plan_ledger
 from launch.config import PlanConfig
 from launch.plan import Run, as_json, cluster_of, plan
 from tests.benchmarks.plan import speed_rows
+from tests.helpers.seeds import seeded
 from trainer.config.model import ModelConfig
 from trainer.config.parallel import Offload, Recompute
 from trainer.config.pretrain import PretrainConfig
@@ -108,7 +109,7 @@ def random_layout(rng: random.Random) -> Layout:
 
 def test_what_must_not_grow_does_not() -> None:
     """More dp, more recompute, more tp, sequence parallelism, a smaller micro batch: never more of what they split."""
-    seed = random.randrange(2**32)
+    seed = seeded()
     rng, cfg = random.Random(seed), config()
     for _ in range(100):
         here = random_layout(rng)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from conf.errors import UserError
 from tests.helpers.ranks import ROOT
+from tests.helpers.seeds import seeded
 from trainer.run.journal import JournalWriter, NewNumbers, Row, read_journal, read_rows, superseded
 
 
@@ -205,7 +206,7 @@ def test_rows_are_made_safe_within_seconds_also_when_nobody_flushes_and_nothing_
 
 def test_superseded_ranges_are_the_steps_that_the_journal_leaves_out(tmp_path: Path) -> None:
     """Against the reading that counts: a logged step is in a range of its start, or in the run as it counts."""
-    draw = random.Random()
+    draw = random.Random(seeded())
     for turn in range(50):
         path, at = tmp_path / f"{turn}.jsonl", 0
         rows: list[Row] = []

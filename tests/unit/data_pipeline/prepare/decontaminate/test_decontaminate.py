@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import secrets
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from data_pipeline.prepare.decontaminate.grams import Grams
 from data_pipeline.prepare.recipe_config import DecontaminateConfig
 from data_pipeline.prepare.text import hashing as words
 from tests.helpers.plain_words import plain_words, random_text
+from tests.helpers.seeds import seeded
 
 
 def config(path: Path, examples: list[str], **values: int) -> DecontaminateConfig:
@@ -48,7 +48,7 @@ def variant(rng: random.Random, word: str) -> str:
 
 
 def test_each_of_200_planted_overlaps_is_removed_with_its_window_and_nothing_else(tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = random.Random(seed)
     theirs, ours = vocabulary(rng, 4000, "k"), vocabulary(rng, 3000, "")
     examples = [" ".join(rng.choices(theirs, k=rng.randint(13, 60))) for _ in range(200)]
@@ -68,7 +68,7 @@ def test_each_of_200_planted_overlaps_is_removed_with_its_window_and_nothing_els
 
 
 def test_none_of_200_near_misses_is_removed(tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = random.Random(seed)
     theirs, ours = vocabulary(rng, 4000, "k"), vocabulary(rng, 3000, "")
     examples = [" ".join(rng.choices(theirs, k=13)) for _ in range(200)]
@@ -125,7 +125,7 @@ def test_random_texts_are_cut_as_by_a_loop_over_characters(tmp_path: Path, monke
     words._powers()
     outcomes: Counter[str] = Counter()
     for _ in range(100):  # each outcome comes in at least one of six
-        seed = secrets.randbits(32)
+        seed = seeded()
         rng = random.Random(seed)
         monkeypatch.setattr(words, "SIZE", rng.choice((20, 100, 1 << 18)))
         examples = [random_text(rng, rng.randrange(1, 12)) for _ in range(6)] + ["the cat ab ß the"]
@@ -207,7 +207,7 @@ def test_pieces_keep_what_is_known_of_the_document_and_their_tokens_are_counted(
 
 
 def test_the_report_tells_clean_dirty_and_short_examples_apart(tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = random.Random(seed)
     bodies = {}
     for name, lengths in {"long": (20, 40), "middle": (11, 30), "short": (2, 12)}.items():
@@ -240,7 +240,7 @@ def test_the_report_tells_clean_dirty_and_short_examples_apart(tmp_path: Path) -
 
 
 def test_counts_do_not_depend_on_the_order_of_documents_or_parts(tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = random.Random(seed)
     cfg = config(tmp_path / "set.jsonl", [random_text(rng, 30) for _ in range(10)], ngram=2)
     texts = [random_text(rng, 60) for _ in range(30)]
@@ -320,7 +320,7 @@ def test_a_number_that_cannot_be_is_refused(key: str) -> None:
 
 def test_a_set_of_a_million_words_turns_other_texts_away(tmp_path: Path) -> None:
     """The bit map has room, and the tables find what is there and nothing else."""
-    rng = np.random.default_rng(secrets.randbits(32))
+    rng = np.random.default_rng(seeded())
     (tmp_path / "big.txt").write_text(" ".join(map(str, rng.integers(0, 1000, 300_000))))
     grams = Grams.load(DecontaminateConfig([str(tmp_path / "big.txt")]))
     text = (tmp_path / "big.txt").read_text()

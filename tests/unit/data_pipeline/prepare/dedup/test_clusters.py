@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import secrets
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +23,7 @@ from data_pipeline.prepare.dedup.keys import text_key, url_key, write_keys
 from data_pipeline.prepare.dedup.minhash import MinHash
 from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig
 from tests.helpers.duplicates import Sets, edited, jaccard, loose_words, ngrams, random_text, vocabulary, write_parts
+from tests.helpers.seeds import seeded
 
 FINEWEB = MinHashConfig(bands=14, rows=8, ngram=5)
 GPT3 = MinHashConfig(bands=10, rows=1, ngram=1, min_jaccard=0.8)
@@ -33,8 +33,7 @@ URLS = [("http://a.org/x", "https://A.org:443/x/#top"), ("http://a.org/y?b=1", "
 
 @pytest.fixture
 def rng() -> random.Random:
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")  # shown where a test fails
+    seed = seeded()
     return random.Random(seed)
 
 

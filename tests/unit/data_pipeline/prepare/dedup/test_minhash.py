@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import secrets
 from itertools import pairwise
 
 import numpy as np
@@ -25,14 +24,14 @@ from tests.helpers.duplicates import (
     surprise,
     vocabulary,
 )
+from tests.helpers.seeds import seeded
 
 FINEWEB = MinHashConfig(bands=14, rows=8, ngram=5)
 
 
 @pytest.fixture
 def rng() -> random.Random:
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")  # shown where a test fails
+    seed = seeded()
     return random.Random(seed)
 
 

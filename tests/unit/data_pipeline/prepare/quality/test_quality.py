@@ -22,10 +22,11 @@ from data_pipeline.prepare.quality.model import Model, Quality, auc, held_out, k
 from data_pipeline.prepare.recipe_config import QualityConfig
 from data_pipeline.prepare.text import hashing as words
 from tests.helpers.plain_words import plain_words, random_text
+from tests.helpers.seeds import seeded
 
 
 def test_features_are_the_counts_of_each_word_by_one_norm() -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = random.Random(seed)
     size = 2**31 - 1  # 30 words: two of them fall together once in 5 million tries
     for n in (0, 1, 5, 200):
@@ -39,7 +40,7 @@ def test_features_are_the_counts_of_each_word_by_one_norm() -> None:
 
 
 def test_a_document_has_the_same_features_and_score_whatever_stands_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = random.Random(seed)
     words._powers()
     monkeypatch.setattr(words, "SIZE", 300)
@@ -53,7 +54,7 @@ def test_a_document_has_the_same_features_and_score_whatever_stands_beside_it(mo
 
 def test_documents_are_as_alike_as_by_sklearns_hashing_of_sparks_kind() -> None:
     """The cosines of all pairs: another hash, the same words and counts. Letters whose lower case is one letter."""
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng, size = random.Random(seed), 2**31 - 1
     texts = ["".join(rng.choices("aAbBéÉß,.- \n\u00a0", k=120)) for _ in range(6)]
     peer = HashingVectorizer(tokenizer=str.split, token_pattern=None, alternate_sign=False, n_features=size)
@@ -78,7 +79,7 @@ def test_words_spread_evenly_over_the_features() -> None:
 
 def test_the_rule_keeps_each_score_as_often_as_the_paper_says() -> None:
     """P = (2 - score)^-alpha, in an exact binomial test of each; one false alarm in a million runs."""
-    seed = secrets.randbits(32)
+    seed = seeded()
     scores = [*np.linspace(0, 1, 21).tolist(), 0.999]
     for alpha in (9.0, random.Random(seed).uniform(0.5, 12)):
         cfg = QualityConfig("m", alpha, seed)
@@ -90,7 +91,7 @@ def test_the_rule_keeps_each_score_as_often_as_the_paper_says() -> None:
 
 def test_the_rule_is_the_lomax_distribution_at_even_random_numbers() -> None:
     """numpy's `pareto` draws from scipy's `lomax`."""
-    seed = secrets.randbits(32)
+    seed = seeded()
     names, scores = [f"{seed} {i}" for i in range(20_000)], np.random.default_rng(seed).random(20_000)
     draws = lomax(9).ppf([uniform(name, 5, "pareto") for name in names])
     ours = [keeps(QualityConfig("m", 9.0, 5), name, score) for name, score in zip(names, scores, strict=True)]
@@ -101,7 +102,7 @@ def test_the_rule_is_the_lomax_distribution_at_even_random_numbers() -> None:
 
 
 def test_a_document_has_its_own_luck_whatever_comes_before_it(tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     (tmp_path / "m.safetensors").write_bytes(model(np.zeros(64), 0.8).to_bytes())  # all score 0.69: kept 9%
 
     def kept(ids: list[str], seed: int) -> set[str]:
@@ -118,7 +119,7 @@ def test_a_document_has_its_own_luck_whatever_comes_before_it(tmp_path: Path) ->
 
 
 def test_the_step_writes_the_score_of_the_logistic_function(tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng, size = random.Random(seed), 1000
     made = model(np.array([rng.gauss(0, 3) for _ in range(size)]), 0.25)
     (tmp_path / "m.safetensors").write_bytes(made.to_bytes())
@@ -166,7 +167,7 @@ def command(folder: Path, root: str, *more: str) -> None:
 def test_a_model_tells_topics_apart_on_documents_that_it_never_saw(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     ids = corpus(tmp_path, seed)
     command(tmp_path, "train", f"output={tmp_path}/a/m.safetensors", "held_out=0.3", "n_features=4096")
     about = Model.load(tmp_path / "a/m.safetensors").about
@@ -186,7 +187,7 @@ def test_a_model_tells_topics_apart_on_documents_that_it_never_saw(
 
 
 def test_the_same_documents_give_the_same_model_whatever_their_order(tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     corpus(tmp_path, seed, 120)
     command(tmp_path, "train", f"output={tmp_path}/a.safetensors", "held_out=0.3", "max_documents=80", "n_features=999")
     for kind in ("positives", "negatives"):
@@ -205,7 +206,7 @@ def test_the_same_documents_give_the_same_model_whatever_their_order(tmp_path: P
 
 
 def test_a_sample_is_of_the_lowest_hashes() -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = random.Random(seed)
     docs = [Document(str(i), f"{rng.randrange(150)}") for i in range(300)]  # ids come twice, and more often
     found = entry._lowest(iter(docs), 70, seed, str.upper, lambda name: name != "7")
@@ -214,14 +215,14 @@ def test_a_sample_is_of_the_lowest_hashes() -> None:
 
 
 def test_auc_is_how_often_a_good_document_scores_above_another() -> None:
-    rng = np.random.default_rng(secrets.randbits(32))
+    rng = np.random.default_rng(seeded())
     good, scores = rng.random(80) < 0.4, rng.integers(0, 12, 80) / 12
     pairs = [(a > b) + (a == b) / 2 for a in scores[good] for b in scores[~good]]
     assert abs(auc(good, scores) - np.mean(pairs)) < 1e-12
 
 
 def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng, path = random.Random(seed), tmp_path / "m.safetensors"
     from safetensors.numpy import save
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 from pathlib import Path
 from random import Random
 
@@ -13,6 +12,7 @@ from datatrove.data import Document
 from conf.errors import UserError
 from data_pipeline.prepare.recipe_config import BadWordsConfig
 from data_pipeline.prepare.rules.bad_words import BadWords
+from tests.helpers.seeds import seeded
 
 LIST = ["darn", "dog gone", "heck", "f.o.o", "🖕", "bête noire", "s_x"]
 
@@ -29,7 +29,7 @@ def their_decision(entries: list[str], text: str) -> bool:
 
 
 def test_decisions_are_datatroves(file: str) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = Random(seed)
     step = BadWords(BadWordsConfig(file=file))
     atoms = [

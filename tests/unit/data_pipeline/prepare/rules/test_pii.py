@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from random import Random
 
 import pytest
@@ -11,6 +10,7 @@ from datatrove.pipeline.formatters.pii import PIIFormatter
 
 from data_pipeline.prepare.recipe_config import PiiConfig
 from data_pipeline.prepare.rules.pii import FICTION, LONGEST_LOCAL, Pii
+from tests.helpers.seeds import seeded
 
 
 def masked(text: str, name: str = "d", **config: bool) -> str:
@@ -27,7 +27,7 @@ def one_for_all() -> tuple[Pii, PIIFormatter]:
 
 
 def test_what_is_masked_is_what_datatrove_masks() -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = Random(seed)
     step, peer = one_for_all()
     atoms = "a b-c d.e . .. @ [ ] - _ 8.8.8.8 10.0.0.1 1.2.3 256 01.02.03.04 x.org é : + ' 25 5.6.7.8.9 \n \t"

@@ -26,6 +26,7 @@ from data_pipeline.prepare.rules.length import Length
 from data_pipeline.prepare.step import Step
 from data_pipeline.prepare.text.repetition import SPAN, Grams, powers
 from data_pipeline.prepare.text.words import Text
+from tests.helpers.seeds import seeded
 from tests.helpers.texts import corpus, made_worse
 
 PROSE = """It was the habit of the old man to walk down to the harbour before breakfast and look at the boats. He would
@@ -173,7 +174,7 @@ def test_length(config: recipe_config.LengthConfig, text: str, reason: str | Non
 
 
 def test_decisions_on_fresh_documents_are_datatroves() -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = Random(seed)
     base = [PROSE, f"{PROSE}\n\n{BULLETS}\n\nhttp://example.com/a?b=c — $5, 10am…\n", " ".join(words(200, seed))]
     for text in [*(made_worse(rng, rng.choice(base)) for _ in range(40)), "\n\n", " ", "\n a \n\n\n\n b\n\n\n b\n"]:
@@ -190,7 +191,7 @@ def test_powers_are_powers_beyond_what_is_kept() -> None:
 
 
 def test_counts_of_n_grams_are_those_of_a_loop() -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = Random(seed)
     for _ in range(200):
         text = Text(" ".join(rng.choices(["a", "ab", "b", "bc", "c", "abc"], k=rng.randrange(1, 40))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 from random import Random
 
@@ -13,6 +12,7 @@ from conf.errors import UserError
 from data_pipeline.prepare.recipe_config import UrlConfig
 from data_pipeline.prepare.rules.lists import Domains
 from data_pipeline.prepare.rules.urls import Urls, host_of
+from tests.helpers.seeds import seeded
 
 
 def reason(step: Urls, url: str | None) -> str | None:
@@ -67,7 +67,7 @@ def test_a_host_is_what_browsers_ask_for() -> None:
 
 
 def test_domains_cover_what_a_set_and_a_loop_cover() -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = Random(seed)
 
     def host() -> str:

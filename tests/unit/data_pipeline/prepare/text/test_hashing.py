@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import secrets
 import unicodedata
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from data_pipeline.prepare.text import hashing as words
 from data_pipeline.prepare.text.hashing import Reading, blocks, hashes, ngrams
 from tests.helpers.plain_words import plain_words, random_text
+from tests.helpers.seeds import seeded
 
 WORD = 1 << 64
 
@@ -29,7 +29,7 @@ def plain_hash(word: str) -> int:
 def test_words_their_places_and_hashes_are_those_of_a_loop_over_characters(
     reading: Reading, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = random.Random(seed)
     words._powers()  # of the real size
     for size in (20, 61, words.SIZE):  # the longest random word has fewer than 20 characters
@@ -69,7 +69,7 @@ def test_an_endless_word_is_cut_and_an_empty_text_has_none(monkeypatch: pytest.M
 
 
 def test_ngrams_have_equal_hashes_where_their_words_are_equal_in_order_and_else_not() -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = random.Random(seed)
     plain = [f"w{rng.randrange(12)}" for _ in range(3000)]
     found = dict(ngrams(hashes([" ".join(plain)], Reading.spark)[0], [1, 2, 5, 3000, 3001]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from random import Random
 
@@ -12,6 +11,7 @@ from datatrove.utils.text import PUNCTUATION_SET, split_into_sentences, split_in
 
 from data_pipeline.prepare.text import english, words
 from data_pipeline.prepare.text.words import Text, count_sentences
+from tests.helpers.seeds import seeded
 
 spacy = pytest.importorskip("spacy", reason="compares with spaCy, which the project itself does not need")
 
@@ -43,7 +43,7 @@ def test_an_odd_run_is_cut_as_spacy_cuts_it(run: str, cut: Callable[[str], tuple
 
 
 def test_random_runs_are_cut_as_spacy_cuts_them(cut: Callable[[str], tuple[str, ...]]) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = Random(seed)
     runs = ["".join(rng.choices(ATOMS, k=rng.randrange(1, 7))) for _ in range(4000)]
     differ = [(run, english.pieces(run), cut(run)) for run in runs if english.pieces(run) != cut(run)]
@@ -51,7 +51,7 @@ def test_random_runs_are_cut_as_spacy_cuts_them(cut: Callable[[str], tuple[str, 
 
 
 def test_the_words_of_a_run_are_the_run() -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = Random(seed)
     for _ in range(2000):
         run = "".join(rng.choices([*ATOMS, "\u0301", "\ud800", "\u200b"], k=rng.randrange(1, 30)))

@@ -6,7 +6,6 @@ import gzip
 import io
 import os
 import re
-import secrets
 from http.client import HTTPResponse, IncompleteRead
 from pathlib import Path
 from random import Random
@@ -31,6 +30,7 @@ from tests.helpers.archives import (
     some,
     squeeze,
 )
+from tests.helpers.seeds import seeded
 
 
 def archive(folder: Path, kind: str, made: list[Made]) -> Input:
@@ -48,7 +48,7 @@ def same(item: Document | Dropped, made: Made, kind: str) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_record_comes_in_order_with_what_is_known_of_it(kind: str, tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     made = some(Random(seed), 30)
     found = plain_items(archive(tmp_path, kind, made))
     assert len(found) == 30, seed
@@ -102,7 +102,7 @@ def resumes(file: Input, limits: LimitsConfig | None = None) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reading_goes_on_at_every_record(kind: str, tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     assert resumes(archive(tmp_path, kind, some(Random(seed), 12))), seed
 
 
@@ -134,7 +134,7 @@ NO_RECORD = "no record begins where one should"
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_flipped_bytes_cost_no_record_but_their_own_and_its_neighbours(kind: str, tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = Random(seed)
     for _ in range(60):
         made = some(rng, 8)

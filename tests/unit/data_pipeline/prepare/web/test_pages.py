@@ -35,6 +35,7 @@ from data_pipeline.prepare.web.http import Answer
 from data_pipeline.prepare.web.links import Link
 from data_pipeline.prepare.web.page_archive import PageArchive
 from data_pipeline.prepare.web.urls import Address
+from tests.helpers.seeds import seeded
 from tests.helpers.sites import HTML, Reply, Site, site
 
 AGENT = "TestBot/1.0 (+https://example.org/bot)"
@@ -159,7 +160,7 @@ def test_a_host_is_asked_one_thing_at_a_time_with_a_pause_and_hosts_beside_each_
 def test_many_hosts_that_lead_to_each_other_each_keep_their_pace_and_no_link_is_lost(
     share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     rng = random.Random(seed)
     urls = [f"http://h{i}.example/{j}" for i in range(90) for j in range(3)]
     leads = {url: f"http://h{rng.randrange(99)}.example/to/{rng.randrange(9)}" for url in urls if rng.random() < share}
@@ -356,7 +357,7 @@ print(fetch(Path(sys.argv[1]), Path(sys.argv[2]), 0, 1, cfg).to_json())
 
 
 def test_a_fetch_that_was_stopped_or_killed_goes_on_and_asks_for_nothing_twice(web: Site, tmp_path: Path) -> None:
-    seed = secrets.randbits(32)
+    seed = seeded()
     bodies = {f"/{i}": secrets.token_bytes(3000) for i in range(40)}
     for path, body in bodies.items():
         web.put(path, body)
