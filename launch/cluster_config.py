@@ -1,4 +1,4 @@
-"""What a user may say about the machines that a run is for, and how it is started there. Standard library only."""
+"""Settings of the machines that a run is for, and of how it is started there. Standard library only."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class SlurmConfig:
             for value in given if isinstance(given, list) else [given]:
                 if value is not None and not re.fullmatch(form, value, re.ASCII):
                     raise UserError(f"cluster.slurm.{key}: {value!r}: give {allowed}")
-        for key, most in (("cpus_per_task", 1 << 16), ("signal_s", 65535), ("chain", 1000)):
+        for key, limit in (("cpus_per_task", 1 << 16), ("signal_s", 65535), ("chain", 1000)):
             value = getattr(self, key)
-            if value is not None and not 1 <= value <= most:
-                raise UserError(f"cluster.slurm.{key}={value}: give 1 to {most}")
+            if value is not None and not 1 <= value <= limit:
+                raise UserError(f"cluster.slurm.{key}={value}: give 1 to {limit}")
         if self.time is not None and self.signal_s + EARLY_S >= seconds(self.time):
             raise UserError(
                 f"cluster.slurm.time={self.time} is {seconds(self.time)} s and signal_s={self.signal_s}, a signal "

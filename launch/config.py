@@ -1,4 +1,4 @@
-"""What a user may say about starting runs, and what is refused before one starts. Standard library only."""
+"""Settings of the commands that start and watch runs, with their checks. Standard library only."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class StatusConfig:
 
 @dataclass
 class PlanDataConfig(DataConfig):
-    """What a run trains on: for a plan only how much of it. No source is read."""
+    """The amount of data that a run trains on; a plan reads no source."""
 
     tokens: int | None = None  # in the whole run; null = max_steps x tokens_per_step
 

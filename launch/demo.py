@@ -46,10 +46,10 @@ def demo() -> dict[str, Any]:
     sample = json.loads(run("trainer.generate", f"checkpoint={RUN.root}", *prompt, capture=True))["text"][0]
     print(sample)
     say(f"The run's curves: .venv/bin/mlflow ui --backend-store-uri sqlite:///{ROOT.resolve()}/mlflow.db")
-    found = results()
-    if not found["resumed_at"] or found["final_val_loss"] > 0.8 * found["unigram_entropy"]:
-        raise UserError(f"the run did not resume, or did not learn: {json.dumps(found)}")
-    return {**found, "sample": sample, "seconds": round(time.monotonic() - started, 1)}
+    summary = results()
+    if not summary["resumed_at"] or summary["final_val_loss"] > 0.8 * summary["unigram_entropy"]:
+        raise UserError(f"the run did not resume, or did not learn: {json.dumps(summary)}")
+    return {**summary, "sample": sample, "seconds": round(time.monotonic() - started, 1)}
 
 
 def train(ranks: int) -> None:
@@ -81,7 +81,7 @@ def steps_done() -> int:
 
 
 def results() -> dict[str, Any]:
-    """What the run's own files say of it."""
+    """The run in numbers, read from its own files."""
     rows = read_journal(RUN.metrics)
     losses = [r.metrics["train/loss"] for r in rows if "train/loss" in r.metrics]
     val_losses = [r.metrics["val/loss"] for r in rows if "val/loss" in r.metrics]

@@ -43,7 +43,8 @@ def look(cfg: DoctorConfig, command: list[str] | None) -> list[Finding]:
         return examine_nodes(cfg, ROOT)
     run_dir = Path(cfg.run.dir).absolute()
     train = None if command is None else pretrain_config(cfg, command, run_dir)
-    return run_checks([*machine_checks(cfg, train), *cluster_checks(cfg), *run_checks_of(cfg, train, run_dir)])
+    tracked = train.tracking.name is Tracker.mlflow if train else cfg.tracking.uri is not None
+    return run_checks([*machine_checks(tracked), *cluster_checks(cfg), *run_checks_of(cfg, train, run_dir)])
 
 
 def pretrain_config(cfg: DoctorConfig, command: list[str], run_dir: Path) -> PretrainConfig:
@@ -52,13 +53,10 @@ def pretrain_config(cfg: DoctorConfig, command: list[str], run_dir: Path) -> Pre
         if value is not None:
             raise UserError(f"{key}={value}: a run is given, say it behind the --")
     own = [f"run.name={literal(cfg.run.name)}", f"run.dir={literal(str(run_dir))}"]
-    found = load(PretrainConfig, [*command, *own])
-    assert isinstance(found, PretrainConfig)
-    return found
+    return load(PretrainConfig, [*command, *own])
 
 
-def machine_checks(cfg: DoctorConfig, train: PretrainConfig | None) -> list[Check]:
-    tracked = train.tracking.name is Tracker.mlflow if train else cfg.tracking.uri is not None
+def machine_checks(tracked: bool) -> list[Check]:
     extras = ("tracking",) if tracked else ()
     return [
         Check("python", one(partial(packages.python_version, ROOT)), QUICK_S),
@@ -83,7 +81,10 @@ def cluster_checks(cfg: DoctorConfig) -> list[Check]:
         checks.append(Check("programs", one(partial(hosts.programs, needed_programs(cluster.ssh))), QUICK_S))
         checks += [
             Check(
-                f"host {name}", one(partial(hosts.host, name, ROOT)), QUICK_S + 20, f"ssh {name} hangs: try it by hand"
+                f"host {name}",
+                one(partial(hosts.reachable, name, ROOT)),
+                QUICK_S + 20,
+                f"ssh {name} hangs: try it by hand",
             )
             for name in hosts_of(cluster)
         ]
@@ -91,7 +92,7 @@ def cluster_checks(cfg: DoctorConfig) -> list[Check]:
 
 
 def run_checks_of(cfg: DoctorConfig, train: PretrainConfig | None, run_dir: Path) -> list[Check]:
-    needed = checkpoint_bytes(train) if train else None
+    needed = checkpoint_bytes(train.model, train.checkpoint) if train else None
     checks = [Check("run.dir", partial(folder.run_folder, run_dir, needed, cfg.cluster.nodes), DISK_S, DISK)]
     tracking = train.tracking if train else TrackingConfig(Tracker.mlflow, cfg.tracking.uri)
     if train or cfg.tracking.uri is not None:
@@ -112,20 +113,20 @@ def one(function: Callable[[], Finding]) -> Callable[[], Iterable[Finding]]:
     return lambda: [function()]
 
 
-def report(findings: list[Finding], as_json: bool) -> int:
+def report(results: list[Finding], as_json: bool) -> int:
     """Print them; the exit code."""
-    failed = any(finding.state is State.fail for finding in findings)
+    failed = any(result.state is State.fail for result in results)
     if as_json:
-        print(json.dumps({"ok": not failed, "findings": [finding.as_json() for finding in findings]}))
+        print(json.dumps({"ok": not failed, "findings": [result.as_json() for result in results]}))
     else:
-        print("\n".join(map(str, findings)))
+        print("\n".join(map(str, results)))
     return int(failed)
 
 
 def main() -> None:
-    at = sys.argv.index("--") if "--" in sys.argv else None
-    command = None if at is None else sys.argv[at + 1 :]
-    sys.argv = sys.argv[:at]
+    split = sys.argv.index("--") if "--" in sys.argv else None
+    command = None if split is None else sys.argv[split + 1 :]
+    sys.argv = sys.argv[:split]
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was started is ended on the way
     run(DoctorConfig, lambda cfg: sys.exit(report(look(cfg, command), cfg.json)))
 

@@ -1,4 +1,4 @@
-"""What a launcher is given to start: the frozen configs of a run, or of each run of a sweep, and where. No torch."""
+"""A job: the frozen configs of a run, or of each run of a sweep, and the folders and cluster to start them with."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def supervised(job: Job, i: int, launcher: Sequence[str], grace_s: int | None = 
     return [job.python, "-m", "launch.supervise", *own, "--", *launcher]
 
 
-def entry(job: Job, i: int) -> list[str]:
-    """What a Python, or a launcher that starts one, is given to train element `i`."""
+def rank_arguments(job: Job, i: int) -> list[str]:
+    """The arguments with which a Python interpreter trains element `i`."""
     return ["-m", "trainer.pretrain", f"frozen={job.configs[i]}"]

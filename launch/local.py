@@ -6,7 +6,7 @@ import socket
 
 from conf.errors import UserError
 from launch.cluster_config import LocalLauncher
-from launch.job import Job, entry, supervised
+from launch.job import Job, rank_arguments, supervised
 from trainer.plan.hardware import CPU
 
 
@@ -22,13 +22,21 @@ def prepare(job: Job) -> list[list[str]]:
 
 
 def launcher(job: Job, i: int) -> list[str]:
-    """What starts the ranks of run `i` once."""
+    """The command that starts the ranks of run `i` once."""
     assert job.cluster.local is not None
     ranks = str(job.cluster.gpus_per_node)
     if job.cluster.local.launcher is LocalLauncher.torchrun:
-        return [job.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *entry(job, i)]
+        return [
+            job.python,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            ranks,
+            *rank_arguments(job, i),
+        ]
     alone = ["--hostfile", "/dev/null", "--master_port", str(free_port()), "--no_local_rank"]
-    flag, module, frozen = entry(job, i)
+    flag, module, frozen = rank_arguments(job, i)
     assert flag == "-m"
     return [job.python, "-m", "deepspeed.launcher.runner", *alone, "--num_gpus", ranks, "--module", module, frozen]
 

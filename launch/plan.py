@@ -24,13 +24,13 @@ from trainer.plan.hardware import gpu_named
 from trainer.plan.network import Cluster
 from trainer.plan.scaling import curves
 
-SHOWN, REFUSED = 10, 4  # rows of the table, and of those that do not fit
+SHOWN, REFUSED = 10, 4  # rows of the choices, and of those that do not fit
 
 
 def plan(cfg: PlanConfig) -> None:
     cluster, price = cluster_of(cfg.cluster)
     run = Run(cfg, cluster, price, course(cfg, cfg.data.tokens))
-    found = rows(cfg, cluster)
+    choices = rows(cfg, cluster)
     scaling = None
     if cfg.plot is not None:
         scaling = curves(cfg, cluster)
@@ -41,20 +41,20 @@ def plan(cfg: PlanConfig) -> None:
         except ImportError:
             raise UserError(f"plot={cfg.plot}: matplotlib is not installed (pip install gradus[tracking])") from None
     if cfg.json:
-        result = {"layouts": [as_json(row, run) for row in found], **facts(run)}
+        result = {"layouts": [as_json(row, run) for row in choices], **facts(run)}
         if scaling is not None:
             result["scaling"] = scaling
         print(json.dumps(result))
     else:
-        print("\n".join(report(run, found)))
+        print("\n".join(report(run, choices)))
         if cfg.plot is not None:
             print(f"drawn: {cfg.plot}")
-    if not found[0].fits:
-        raise UserError(way_out(found[0], cfg, cluster))
+    if not choices[0].fits:
+        raise UserError(way_out(choices[0], cfg, cluster))
 
 
 def cluster_of(cfg: ClusterConfig) -> tuple[Cluster, float]:
-    """The cluster, and USD for a GPU and hour. Raises UserError where no row of the table has that name."""
+    """The cluster, and USD for a GPU and hour. Raises UserError where no row of the choices has that name."""
     gpu = gpu_named(cfg.gpu)
     if cfg.memory_gib is not None:
         gpu = replace(gpu, memory_gib=cfg.memory_gib)
@@ -64,7 +64,7 @@ def cluster_of(cfg: ClusterConfig) -> tuple[Cluster, float]:
 
 @dataclass(frozen=True)
 class Run:
-    """What is planned, `price` USD for a GPU and hour."""
+    """A run to plan, at `price` USD for a GPU and hour."""
 
     cfg: PlanConfig
     cluster: Cluster
@@ -131,11 +131,11 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def simulated(cluster: Cluster) -> bool:
-    """Whether a collective takes part in it: this project has measured no link between GPUs."""
+    """True where a collective takes part: this project has measured no link between GPUs."""
     return cluster.world_size > 1
 
 
-def report(run: Run, found: Sequence[Row]) -> list[str]:
+def report(run: Run, choices: Sequence[Row]) -> list[str]:
     cfg, cluster, gpu = run.cfg, run.cluster, run.cluster.gpu
     sizes = sorted({part.windows * part.n_ctx for part in run.parts})
     each = f"{sizes[0]:,} a step" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,} a step"
@@ -149,16 +149,16 @@ def report(run: Run, found: Sequence[Row]) -> list[str]:
     ]
     if simulated(cluster):
         lines.append("a simulation: links are taken at 0.8 of these rates; only one GPU by itself was measured")
-    lines += ["", *table(best_of_each(found), run), ""]
-    if found[0].fits:
-        lines += detail(found[0])
+    lines += ["", *table(best_of_each(choices), run), ""]
+    if choices[0].fits:
+        lines += detail(choices[0])
     return lines
 
 
-def best_of_each(found: Sequence[Row]) -> list[Row]:
+def best_of_each(choices: Sequence[Row]) -> list[Row]:
     """The first row of each (tp, ZeRO, recompute, offload): its best micro batch."""
     first: dict[Any, Row] = {}
-    for row in found:
+    for row in choices:
         layout = row.layout
         first.setdefault((layout.tp, layout.zero_stage, layout.recompute, layout.offload), row)
     fit = [row for row in first.values() if row.fits]
@@ -201,7 +201,7 @@ def table(shown: Sequence[Row], run: Run) -> list[str]:
 def detail(row: Row) -> list[str]:
     """Memory and time of a layout, part by part."""
     memory = row.memory.gib()
-    host = memory.pop("host")
+    host_memory = memory.pop("host")
     total = memory.pop("total")
     step = {name: s for name, s in row.step.parts().items() if s > 0}
     lines = [
@@ -211,8 +211,8 @@ def detail(row: Row) -> list[str]:
         f"  a step, seconds: {', '.join(f'{name} {s:.3f}' for name, s in step.items())}; in all {row.step.total:.3f}",
         f"  limit: {row.limit}; links take {row.step.tp_communication + row.step.dp_communication:.3f} s of a step",
     ]
-    if host:
-        lines.append(f"  and {host:.1f} GiB a rank in the CPU's memory")
+    if host_memory:
+        lines.append(f"  and {host_memory:.1f} GiB a rank in the CPU's memory")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What a run is held against before it is sent to a cluster, and what the plan says of it. No torch."""
+"""Checks of a run before it is sent to a cluster, and the plan's forecast for it. No torch."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def queued(run_dir: Path) -> str | None:
         done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=QUEUE_S)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    found = sorted(ids.intersection(done.stdout.split()))
-    if not found:
+    waiting = sorted(ids.intersection(done.stdout.split()))
+    if not waiting:
         return None
-    which = ", ".join(found)
+    which = ", ".join(waiting)
     return f"warning: {run_dir} is in the queue already, as job {which}: scancel it if this one is to replace it"

@@ -33,12 +33,12 @@ def end_descendants(grace_s: float) -> None:
     """
     for number, limit_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
         deadline = time.monotonic() + limit_s
-        told: set[int] = set()
+        signalled: set[int] = set()
         while alive := descendants():
             reap()
-            for pid in set(alive) - told:
+            for pid in set(alive) - signalled:
                 send(pid, number)
-                told.add(pid)
+                signalled.add(pid)
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
@@ -60,10 +60,10 @@ def descendants() -> list[int]:
             continue  # it ended while we looked, or is not for us to see (hidepid)
         if state not in "ZX":
             children.setdefault(int(parent), []).append(int(stat.parent.name))
-    found = list(children.get(os.getpid(), []))
-    for pid in found:  # grows while it is walked
-        found += children.get(pid, [])
-    return found
+    pids = list(children.get(os.getpid(), []))
+    for pid in pids:  # grows while it is walked
+        pids += children.get(pid, [])
+    return pids
 
 
 def ranks_below(heartbeats: Path) -> set[int]:
@@ -79,6 +79,6 @@ def reap() -> None:
 
 
 def send(pid: int, number: int) -> None:
-    """Where it is gone, or another user's: nothing."""
+    """Send a signal; nothing happens where the process has ended or is another user's."""
     with contextlib.suppress(OSError):
         os.kill(pid, number)

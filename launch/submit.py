@@ -85,14 +85,14 @@ def submit(cfg: SubmitConfig, overrides: list[str], argv: list[str]) -> int:
 
 def launcher_of(cluster: ClusterConfig) -> str:
     """Raises UserError where the cluster is started in no way, or in several."""
-    found = [name for name in LAUNCHERS if getattr(cluster, name) is not None]
-    if len(found) != 1:
-        how = " and ".join(f"cluster.{name}" for name in found) or "no way to start a run"
+    sections = [name for name in LAUNCHERS if getattr(cluster, name) is not None]
+    if len(sections) != 1:
+        how = " and ".join(f"cluster.{name}" for name in sections) or "no way to start a run"
         raise UserError(
             f"cluster={cluster.name} has {how}: "
             "give cluster=slurm, ssh or local, and the machine's own values one by one"
         )
-    return found[0]
+    return sections[0]
 
 
 def check_forward(cluster: ClusterConfig) -> None:
@@ -130,9 +130,9 @@ def write(cfg: SubmitConfig, run_dir: Path, runs: list[PretrainConfig], argv: li
     for name, text in zip(names, texts, strict=True):
         publish(folder / name, text)
     publish(folder / "submit.yaml", submitted)
-    told: dict[str, Any] = {"argv": redact_command(argv), "host": socket.gethostname(), "time": time.time(), **version}
-    told |= {"runs": [one.run.dir for one in runs]} if cfg.sweep else {}
-    publish_json(folder / "code.json", told)
+    code: dict[str, Any] = {"argv": redact_command(argv), "host": socket.gethostname(), "time": time.time(), **version}
+    code |= {"runs": [one.run.dir for one in runs]} if cfg.sweep else {}
+    publish_json(folder / "code.json", code)
     if patch:
         publish(folder / "code.patch", patch)
     return Job(
@@ -160,9 +160,9 @@ def elements_folders(job: Job) -> list[Path]:
 
 def record(folders: list[Path], commands: list[list[str]], jobs: list[str]) -> None:
     """That it was started: without this file a submission was a dry run. `jobs`: Slurm's ids."""
-    told = {"jobs": jobs, "commands": [redact_command(command) for command in commands], "time": time.time()}
+    body = {"jobs": jobs, "commands": [redact_command(command) for command in commands], "time": time.time()}
     for folder in folders:
-        publish_json(folder / SUBMITTED, told)
+        publish_json(folder / SUBMITTED, body)
 
 
 def foreground(commands: list[list[str]], cwd: Path) -> int:
@@ -172,11 +172,11 @@ def foreground(commands: list[list[str]], cwd: Path) -> int:
     (nohup); no other is started after it.
     """
     process: subprocess.Popen[bytes] | None = None
-    told: list[int] = []
+    received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         number = signal.SIGTERM if number == signal.SIGHUP else number
-        told.append(number)
+        received.append(number)
         if process is not None and process.returncode is None:
             process.send_signal(number)
 
@@ -185,11 +185,11 @@ def foreground(commands: list[list[str]], cwd: Path) -> int:
             signal.signal(number, forward)
     failed = 0
     for command in commands:
-        if told:
-            return failed or 128 + told[0]
+        if received:
+            return failed or 128 + received[0]
         process = subprocess.Popen(command, cwd=cwd, process_group=0)  # a terminal's ^C comes once, through us
-        if told:  # it came while there was nobody to tell
-            process.send_signal(told[-1])
+        if received:  # it came while there was nobody to tell
+            process.send_signal(received[-1])
         code = process.wait()
         failed = failed or (code if code >= 0 else 128 - code)
     return failed
@@ -197,11 +197,11 @@ def foreground(commands: list[list[str]], cwd: Path) -> int:
 
 def main() -> None:
     argv = list(sys.argv)
-    at = argv.index("--") if "--" in argv else len(argv)
-    sys.argv, overrides = argv[:at], argv[at + 1 :]
+    split = argv.index("--") if "--" in argv else len(argv)
+    sys.argv, overrides = argv[:split], argv[split + 1 :]
 
     def started(cfg: SubmitConfig) -> None:
-        if at == len(argv):
+        if split == len(argv):
             raise UserError("what to train is not given: end the line with -- and trainer.pretrain's own overrides")
         sys.exit(submit(cfg, overrides, argv))
 

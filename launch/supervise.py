@@ -42,7 +42,8 @@ class Supervisor:
     """Runs one command until it succeeds, is stopped, or fails without getting anywhere."""
 
     def __init__(self, cfg: SuperviseConfig, command: list[str]) -> None:
-        self.cfg, self.command = cfg, command
+        self.cfg = cfg
+        self.command = command
         self.root = Path(cfg.run.dir)
         self.folder = RunFolder(self.root)
         self.root.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ class Supervisor:
             end_descendants(self.cfg.grace_s)
             before, step = step, latest_step(self.root)
             why = None if code == 0 else hang(self.folder, generation) or cause(tail)
-            code, why = judged(told(code, tail), why, step, self._max_steps(generation))
+            code, why = judged(rank_exit_code(code, tail), why, step, self._max_steps(generation))
             self._log("exit", step=step, exit_code=code, cause=why)
             if code in (0, USER_ERROR, *CODES.values()) or self._asked:
                 return self._end(outcome(code, self._asked), at_first, step)
@@ -91,10 +92,10 @@ class Supervisor:
         if self.folder.newest_generation() <= generation:
             return None
         try:
-            found = peek(self.folder.config).get("max_steps")
+            max_steps = peek(self.folder.config).get("max_steps")
         except (UserError, OSError):
             return None
-        return found if isinstance(found, int) else None
+        return max_steps if isinstance(max_steps, int) else None
 
     def _end(self, code: int, at_first: int, step: int) -> int:
         """85 makes a job come back, which has no end where each time is too short for a checkpoint: 1 instead."""
@@ -168,7 +169,8 @@ class Tee(threading.Thread):
 
     def __init__(self, pipe: IO[bytes]) -> None:
         super().__init__(daemon=True)
-        self._pipe, self._tail = pipe, b""
+        self._pipe = pipe
+        self._tail = b""
         self.start()
 
     def run(self) -> None:
@@ -191,7 +193,7 @@ def latest_step(root: Path) -> int:
 
 
 def idle_stops(events: Path, step: int) -> int:
-    """How often in a row, up to now, the run was stopped by SIGUSR1 at `step` without a checkpoint in between."""
+    """The number of times in a row that SIGUSR1 stopped the run at `step` without a checkpoint in between."""
     idle = 0
     with events.open("rb") as f:
         for line in f:
@@ -216,7 +218,7 @@ def judged(code: int, why: str | None, step: int, max_steps: int | None) -> tupl
     return code, why
 
 
-def told(code: int, stderr: str) -> int:
+def rank_exit_code(code: int, stderr: str) -> int:
     """A rank's exit code that says what to do, also where the launcher turned it into another and tells of it.
 
     torchrun makes 1 of it. srun ends with the highest of all ranks' codes, and kills those that are left of a failed
@@ -226,13 +228,15 @@ def told(code: int, stderr: str) -> int:
     if code and ends:
         return int(ends[0] or code)
     root_cause = stderr.rpartition("Root Cause")[2] if code == 1 and "Root Cause" in stderr else ""
-    found = re.search(r"exitcode\s*:\s*(\d+)\b", root_cause)
-    return int(found[1]) if found and int(found[1]) in (USER_ERROR, HUNG, ALONE, *CODES.values()) else code
+    match = re.search(r"exitcode\s*:\s*(\d+)\b", root_cause)
+    return int(match[1]) if match and int(match[1]) in (USER_ERROR, HUNG, ALONE, *CODES.values()) else code
 
 
 def outcome(code: int, asked: list[int]) -> int:
-    """How this process ends. Asked with SIGUSR1, whatever failed meanwhile goes on later, from the last checkpoint;
-    asked with SIGTERM or SIGINT, a launcher's 1 is that signal's code, and so is the other's if it told that."""
+    """The exit code of this process.
+
+    After SIGUSR1 the run goes on later from the last checkpoint, whatever failed meanwhile. After SIGTERM or SIGINT a
+    launcher's 1, or the other signal's code, becomes the code of the signal that came."""
     number = next((n for n in reversed(CODES) if n in asked), None)
     if number is None or code in (0, USER_ERROR):
         return code
@@ -262,8 +266,8 @@ def cause(stderr: str) -> str:
 
 
 def main() -> None:
-    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    command, sys.argv = sys.argv[at + 1 :], sys.argv[:at]
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    command, sys.argv = sys.argv[split + 1 :], sys.argv[:split]
 
     def supervise(cfg: SuperviseConfig) -> None:
         if not command:

@@ -1,1 +1,4 @@
-"""What launch.doctor looks at; each function returns what it found."""
+"""The checks of launch.doctor. In: the settings. Out: results, each ok, warn or fail with what to do.
+
+Start with `runner.py`.
+"""

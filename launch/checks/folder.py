@@ -23,14 +23,14 @@ SLOW_MB_S = 50
 def run_folder(path: Path, needed: int | None, nodes: int) -> Iterator[Finding]:
     """`needed`: bytes of the run's checkpoints, None where no run is given; `nodes` are to share the folder."""
     above = next(p for p in (path, *path.parents) if p.exists())
-    where = f"{path}" if above == path else f"{path}, to be made in {above},"
+    text = f"{path}" if above == path else f"{path}, to be made in {above},"
     try:
         probe = Path(tempfile.mkdtemp(prefix=".doctor-", dir=above))
     except OSError as e:
-        yield fail("run.dir", f"{where} cannot be written: {e.strerror}", "give a run.dir that you may write")
+        yield fail("run.dir", f"{text} cannot be written: {e.strerror}", "give a run.dir that you may write")
         return
     try:
-        yield ok("run.dir", f"{where} can be written")
+        yield ok("run.dir", f"{text} can be written")
         yield space(above, needed)
         yield file_system(above, nodes)
         yield from semantics(probe)
@@ -42,39 +42,39 @@ def run_folder(path: Path, needed: int | None, nodes: int) -> Iterator[Finding]:
 def space(folder: Path, needed: int | None) -> Finding:
     room = os.statvfs(folder)
     free = room.f_bavail * room.f_frsize
-    found = f"{free / GIB:,.1f} GiB free"
+    text = f"{free / GIB:,.1f} GiB free"
     cure = "free some, give another run.dir, or keep fewer (checkpoint.keep)"
     if needed is None:
-        return ok("run.dir space", found) if free >= LITTLE_GIB * GIB else warn("run.dir space", found, cure)
-    found += f", the run's checkpoints take {needed / GIB:,.1f} GiB"
+        return ok("run.dir space", text) if free >= LITTLE_GIB * GIB else warn("run.dir space", text, cure)
+    text += f", the run's checkpoints take {needed / GIB:,.1f} GiB"
     if free < needed:
-        return fail("run.dir space", found, cure)
-    return ok("run.dir space", found) if free >= 2 * needed else warn("run.dir space", found, cure)
+        return fail("run.dir space", text, cure)
+    return ok("run.dir space", text) if free >= 2 * needed else warn("run.dir space", text, cure)
 
 
 def file_system(folder: Path, nodes: int, mounts: Path = Path("/proc/self/mounts")) -> Finding:
-    """Whether other nodes can see the folder, by its type; and whether it outlives the machine."""
-    kind, at = mounted(folder, mounts)
-    found = f"{kind}, mounted at {at}"
+    """Warns of a folder that other nodes cannot see, or that is lost with the machine, by its file system."""
+    kind, mount_point = mounted(folder, mounts)
+    text = f"{kind}, mounted at {mount_point}"
     if kind in MEMORY:
-        return warn("run.dir file system", f"{found}: in memory, lost with the machine", "give a run.dir on a disk")
+        return warn("run.dir file system", f"{text}: in memory, lost with the machine", "give a run.dir on a disk")
     if kind in LOCAL and nodes > 1:
         return warn(
             "run.dir file system",
-            f"{found}: a disk of this machine, and the run is for {nodes} nodes",
+            f"{text}: a disk of this machine, and the run is for {nodes} nodes",
             "give a run.dir that all nodes share; node=true sees whether they do",
         )
-    return ok("run.dir file system", found)
+    return ok("run.dir file system", text)
 
 
 def mounted(folder: Path, mounts: Path) -> tuple[str, str]:
     """(type, mount point) of the file system that holds `folder`."""
     real, best = folder.resolve(), ("unknown", "")
     for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
-        _, at, kind = line.split(" ")[:3]
-        at = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), at)
-        if real.is_relative_to(at) and len(at) >= len(best[1]):  # the later one lies over the earlier
-            best = (kind, at)
+        _, mount_point, kind = line.split(" ")[:3]
+        mount_point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), mount_point)
+        if real.is_relative_to(mount_point) and len(mount_point) >= len(best[1]):  # the later one lies over the earlier
+            best = (kind, mount_point)
     return best
 
 
@@ -88,13 +88,13 @@ def semantics(probe: Path) -> Iterator[Finding]:
         yield ok("run.dir operations", "exclusive create, rename and fsync work")
     try:
         locks = _flock(probe)
-        found = "two processes get the same lock"
+        text = "two processes get the same lock"
     except OSError as e:
-        locks, found = False, f"flock: {e.strerror}"
+        locks, text = False, f"flock: {e.strerror}"
     if locks:
         yield ok("run.dir locks", "flock works")
     else:
-        yield fail("run.dir locks", found, "mount it with locks (Lustre: -o flock; NFS: without nolock)")
+        yield fail("run.dir locks", text, "mount it with locks (Lustre: -o flock; NFS: without nolock)")
 
 
 def _exclusive(probe: Path) -> bool:
@@ -109,20 +109,22 @@ def _exclusive(probe: Path) -> bool:
 
 def _rename(probe: Path) -> bool:
     """A whole folder, and a file over another."""
-    aside, final = probe / ".aside", probe / "final"
-    aside.mkdir()
-    (aside / "new").write_text("new")
-    (aside / "old").write_text("old")
-    aside.rename(final)
+    staging, final = probe / ".aside", probe / "final"
+    staging.mkdir()
+    (staging / "new").write_text("new")
+    (staging / "old").write_text("old")
+    staging.rename(final)
     (final / "new").replace(final / "old")
     fd = os.open(final, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
-    return [p.name for p in final.iterdir()] == ["old"] and (final / "old").read_text() == "new" and not aside.exists()
+    return (
+        [p.name for p in final.iterdir()] == ["old"] and (final / "old").read_text() == "new" and not staging.exists()
+    )
 
 
 def _flock(probe: Path) -> bool:
-    """Whether a second open file is refused what the first has locked. Raises OSError where there are no locks."""
+    """True where a lock of one open file keeps out a second one. Raises OSError where there are no locks."""
     with (probe / "lock").open("w") as first, (probe / "lock").open("w") as second:
         fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
@@ -137,7 +139,7 @@ def speed(probe: Path) -> Finding:
         rate = write_speed(probe)
     except OSError as e:
         return fail("run.dir speed", f"cannot be written: {e.strerror}", "free some space, or give another run.dir")
-    found = f"{rate:,.0f} MB/s written and fsynced"
+    text = f"{rate:,.0f} MB/s written and fsynced"
     if rate >= SLOW_MB_S:
-        return ok("run.dir speed", found)
-    return warn("run.dir speed", found, "give a run.dir on a faster disk, or save less often (checkpoint.every_steps)")
+        return ok("run.dir speed", text)
+    return warn("run.dir speed", text, "give a run.dir on a faster disk, or save less often (checkpoint.every_steps)")

@@ -1,4 +1,4 @@
-"""Whether each host takes ssh without a question, and has the same Python, code and time as this one."""
+"""Checks of ssh hosts: each answers without a question and has the same Python, code and time as this one."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ def programs(names: Sequence[str]) -> Finding:
     return ok("programs", ", ".join(names))
 
 
-def host(name: str, root: Path) -> Finding:
+def reachable(name: str, root: Path) -> Finding:
     """One host, asked over ssh with the same Python and checkout paths as here."""
     what = f"host {name}"
     probe = [sys.executable, "-c", PROBE, str(root)]
-    here, _, _ = _ask(probe)
+    ours, _, _ = _ask(probe)
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}", "--", name, shlex.join(probe)]
-    there, skew, bound = _ask(ssh)
-    if "error" in there:
+    theirs, skew, bound = _ask(ssh)
+    if "error" in theirs:
         cure = f"ssh {name} must work without a question: ssh-copy-id, and its key in known_hosts"
-        if there["code"] in (126, 127):
+        if theirs["code"] in (126, 127):
             cure = f"install the same Python there: {sys.executable} must start on every host"
-        return fail(what, f"{there['error'] or 'no answer'}", cure)
+        return fail(what, f"{theirs['error'] or 'no answer'}", cure)
     differ = [
-        f"{key} {there.get(key)}, here {here.get(key)}"
+        f"{key} {theirs.get(key)}, here {ours.get(key)}"
         for key in ("python", "gradus", "commit")
-        if there.get(key) != here.get(key)
+        if theirs.get(key) != ours.get(key)
     ]
     if differ:
         return fail(what, "; ".join(differ), f"bring {root} and {sys.prefix} there to the same state")
-    found = f"answers, same Python and code, clock {skew:+.3f} s (error at most {bound:.3f} s)"
+    text = f"answers, same Python and code, clock {skew:+.3f} s (error at most {bound:.3f} s)"
     if abs(skew) > SKEW_S + bound:
         return warn(
-            what, found, "start NTP on all hosts (timedatectl set-ntp true): logs and heartbeats tell by the clock"
+            what, text, "start NTP on all hosts (timedatectl set-ntp true): logs and heartbeats tell by the clock"
         )
-    return ok(what, found)
+    return ok(what, text)
 
 
 def _ask(argv: list[str]) -> tuple[dict[str, Any], float, float]:

@@ -26,7 +26,7 @@ NAME = "nodes"
 
 
 def examine_nodes(cfg: DoctorConfig, root: Path) -> list[Finding]:
-    """What rank 0 of the check says; one failure, with the last of what its launcher said, where it says nothing."""
+    """The results that rank 0 of the check prints; where it prints none, one failure with the launcher's last words."""
     argv, limit_s = command(cfg), START_S + STAGES * cfg.timeout_s
     env = {**os.environ, **cfg.cluster.env, **({"DS_ACCELERATOR": CPU} if cfg.cluster.gpu == CPU else {})}
     with tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as out:
@@ -88,8 +88,8 @@ def gpus_of_a_node(env: Mapping[str, str], wanted: int) -> int:
         kinds = re.findall(r"(?:^|,)(?:[^:,]+:)*(\d+)(?=,|$)", asked)  # 8, h100:8, a:1,b:2
         return sum(map(int, kinds)) or wanted
     visible = env.get("CUDA_VISIBLE_DEVICES")
-    found = len(nvidia_smi("index"))
-    return found if visible is None else min(found, len([v for v in visible.split(",") if v not in ("", "-1")]))
+    count = len(nvidia_smi("index"))
+    return count if visible is None else min(count, len([v for v in visible.split(",") if v not in ("", "-1")]))
 
 
 def read(out: str) -> list[Finding] | None:

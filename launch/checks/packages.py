@@ -22,11 +22,11 @@ GIT_S = 10.0
 
 
 def python_version(root: Path) -> Finding:
-    needs = _project(root).get("requires-python", ">=3.11")
-    here = f"{platform.python_version()} at {sys.executable}"
-    if Version(platform.python_version()) in SpecifierSet(needs):
-        return ok("python", here)
-    return fail("python", f"{here}, the project needs {needs}", "make a virtual environment with such a Python")
+    required = _project(root).get("requires-python", ">=3.11")
+    ours = f"{platform.python_version()} at {sys.executable}"
+    if Version(platform.python_version()) in SpecifierSet(required):
+        return ok("python", ours)
+    return fail("python", f"{ours}, the project needs {required}", "make a virtual environment with such a Python")
 
 
 def packages(root: Path, extras: tuple[str, ...]) -> Iterator[Finding]:
@@ -47,9 +47,9 @@ def packages(root: Path, extras: tuple[str, ...]) -> Iterator[Finding]:
         yield ok("packages", ", ".join(f"{name} {installed[name]}" for name in SHOWN if name in installed))
     pins = _pins(root)
     others = [
-        f"{name} {there} (tested: {pins[name]})"
-        for name, there in installed.items()
-        if name in pins and there.partition("+")[0] != pins[name]
+        f"{name} {version_installed} (tested: {pins[name]})"
+        for name, version_installed in installed.items()
+        if name in pins and version_installed.partition("+")[0] != pins[name]
     ]
     if others:
         yield warn("tested versions", ", ".join(others), "pip install -c constraints.txt -e .")
@@ -58,7 +58,7 @@ def packages(root: Path, extras: tuple[str, ...]) -> Iterator[Finding]:
 
 
 def checkout(root: Path) -> Finding:
-    """Whether the code has a name: what a run froze can then be found again."""
+    """Warns of code without a commit: a run's frozen version could not be found again."""
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
     if commit is None:
         return ok("checkout", f"gradus {gradus_version()}, no git checkout at {root}")
@@ -98,10 +98,10 @@ def _needs(root: Path, extras: tuple[str, ...]) -> list[Requirement]:
     project = _project(root)
     if project:
         optional = project.get("optional-dependencies", {})
-        found = [Requirement(r) for r in (*project["dependencies"], *(r for e in extras for r in optional[e]))]
+        requirements = [Requirement(r) for r in (*project["dependencies"], *(r for e in extras for r in optional[e]))]
     else:
-        found = [Requirement(r) for r in requires("gradus") or ()]
-    return [r for r in found if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in ("", *extras))]
+        requirements = [Requirement(r) for r in requires("gradus") or ()]
+    return [r for r in requirements if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in ("", *extras))]
 
 
 def _pins(root: Path) -> dict[str, str]:

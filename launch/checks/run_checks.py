@@ -1,10 +1,12 @@
-"""Whether the run that is given may start, on as many ranks as the cluster has."""
+"""The check of a run: every refusal of its ranks, on as many of them as the cluster has."""
 
 from __future__ import annotations
 
 from conf.errors import UserError
 from launch.cluster_config import ClusterConfig
 from launch.preflight import preflight
+from trainer.config.checkpoint import CheckpointConfig
+from trainer.config.model import ModelConfig
 from trainer.config.pretrain import PretrainConfig
 from trainer.diagnostics.check_result import Finding, fail, ok
 from trainer.model.arithmetic import param_count
@@ -21,6 +23,6 @@ def trainable(cfg: PretrainConfig, cluster: ClusterConfig) -> Finding:
     return ok("run", "; ".join(line.strip() for line in lines))
 
 
-def checkpoint_bytes(cfg: PretrainConfig) -> int:
-    """Of all checkpoints that stand at once: those kept, the best, and the one that is being written."""
-    return CHECKPOINT_BYTES * param_count(cfg.model) * (cfg.checkpoint.keep + cfg.checkpoint.keep_best + 1)
+def checkpoint_bytes(model: ModelConfig, checkpoint: CheckpointConfig) -> int:
+    """Bytes of all checkpoints that exist at once: those kept, the best, and the one that is being written."""
+    return CHECKPOINT_BYTES * param_count(model) * (checkpoint.keep + checkpoint.keep_best + 1)

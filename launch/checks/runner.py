@@ -24,7 +24,7 @@ class Check(NamedTuple):
 
 
 def run_checks(checks: Sequence[Check]) -> list[Finding]:
-    """What each found, in their order; an exception, or no answer within its limit, fails that check alone."""
+    """The results of all checks, in order; an exception, or no answer within its limit, fails that check alone."""
     said = {i: bytearray() for i in range(len(checks))}
     started, late = time.monotonic(), set[int]()
     fds: dict[int, int] = {}
@@ -72,11 +72,11 @@ def _start(check: Check) -> tuple[int, int]:
         for fd in (0, 1, 2):
             os.dup2(quiet, fd)
         try:
-            findings = list(check.look())
+            results = list(check.look())
         except Exception as e:
-            findings = [fail(check.name, f"{type(e).__name__}: {e}", "mend what it names, or report it as a bug")]
+            results = [fail(check.name, f"{type(e).__name__}: {e}", "mend what it names, or report it as a bug")]
         with os.fdopen(write, "w", encoding="utf-8") as f:
-            json.dump([finding.as_json() for finding in findings], f)
+            json.dump([result.as_json() for result in results], f)
     finally:
         os._exit(0)
 

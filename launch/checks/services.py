@@ -1,4 +1,4 @@
-"""Whether the tracker answers, and whether the data can be read."""
+"""Checks of the tracking server and of the data."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def server(uri: str) -> Finding:
         ours = version("mlflow")
     except PackageNotFoundError:
         ours = "none"
-    found = f"{uri} answers, MLflow {theirs}, here {ours}"
+    text = f"{uri} answers, MLflow {theirs}, here {ours}"
     if theirs.split(".")[0] == ours.split(".")[0]:
-        return ok(NAME, found)
-    return warn(NAME, found, f"install the same major version on both: pip install 'mlflow=={theirs}'")
+        return ok(NAME, text)
+    return warn(NAME, text, f"install the same major version on both: pip install 'mlflow=={theirs}'")
 
 
 def _ask(url: str) -> str:

@@ -1,4 +1,4 @@
-"""Whether Slurm would take the job: its commands, its controller, the partition."""
+"""Checks of Slurm: its commands, its controller, the partition that a job asks for."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def controller() -> Finding:
 
 def partition(cluster: ClusterConfig, slurm: SlurmConfig) -> Iterator[Finding]:
     """That it exists, is up, lets a job run as long as asked, and has as many nodes and GPUs as asked."""
-    found = [row for line in _said(["sinfo", "-h", "-o", FIELDS]).splitlines() if len(row := line.split("|")) == 7]
-    names = sorted({row[0] for row in found})
-    wanted = slurm.partition.split(",") if slurm.partition else sorted({r[0] for r in found if r[1].endswith("*")})
-    if not found:
+    table = [row for line in _said(["sinfo", "-h", "-o", FIELDS]).splitlines() if len(row := line.split("|")) == 7]
+    names = sorted({row[0] for row in table})
+    wanted = slurm.partition.split(",") if slurm.partition else sorted({r[0] for r in table if r[1].endswith("*")})
+    if not table:
         yield fail("partition", "sinfo names none", "sinfo must answer here: see the controller's line")
     elif not wanted:
         yield fail("partition", f"none is the default of {', '.join(names)}", "give cluster.slurm.partition=NAME")
-    for name in wanted if found else ():
-        rows = [row for row in found if row[0] == name]
+    for name in wanted if table else ():
+        rows = [row for row in table if row[0] == name]
         if not rows:
             yield fail("partition", f"{name!r} is none of {', '.join(names)}", "give another cluster.slurm.partition")
         else:
@@ -55,20 +55,20 @@ def _partition(name: str, rows: Sequence[list[str]], cluster: ClusterConfig, slu
     usable = [row for row in rows if row[5].rstrip("*~#!%$@^-+") in USABLE and not row[5].endswith("*")]
     nodes = sum(int(row[4]) for row in usable)
     gpus = max((_gpus(row[6]) for row in usable), default=0)
-    found = f"{name} is {up}, {nodes} of {sum(int(row[4]) for row in rows)} nodes usable, limit {limit}"
+    text = f"{name} is {up}, {nodes} of {sum(int(row[4]) for row in rows)} nodes usable, limit {limit}"
     if up != "up":
-        return fail("partition", found, "give another cluster.slurm.partition, or wait until it is up")
+        return fail("partition", text, "give another cluster.slurm.partition, or wait until it is up")
     if nodes < cluster.nodes:
         return fail(
-            "partition", f"{found}; the run is for {cluster.nodes}", "give fewer cluster.nodes; sinfo -R says why"
+            "partition", f"{text}; the run is for {cluster.nodes}", "give fewer cluster.nodes; sinfo -R says why"
         )
     if cluster.gpu != CPU and gpus < cluster.gpus_per_node:
         asked = f"cluster.gpus_per_node={cluster.gpus_per_node}"
-        return fail("partition", f"{found}, {gpus} GPUs on a node; {asked}", "give fewer, or cluster.gpu=cpu")
+        return fail("partition", f"{text}, {gpus} GPUs on a node; {asked}", "give fewer, or cluster.gpu=cpu")
     if slurm.time is not None and seconds(slurm.time) > limit_of(limit):
         asked = f"cluster.slurm.time={slurm.time}"
-        return fail("partition", f"{found}; {asked}", "give less time, and cluster.slurm.chain=N jobs in a row")
-    return ok("partition", found)
+        return fail("partition", f"{text}; {asked}", "give less time, and cluster.slurm.chain=N jobs in a row")
+    return ok("partition", text)
 
 
 def limit_of(time: str) -> float:

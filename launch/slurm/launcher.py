@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from conf.errors import TransientError, UserError
 from data_pipeline.files import publish
 from launch.cluster_config import Chain, SlurmConfig
-from launch.job import Job, entry, supervised
+from launch.job import Job, rank_arguments, supervised
 from trainer.run.exit_codes import PREEMPTED
 
 TEMPLATE = "job.sbatch.jinja"
@@ -97,7 +97,7 @@ def environment(commands: list[list[str]]) -> dict[str, str]:
 def render(job: Job) -> str:
     """The script: of a sweep one for all its elements, each started by its SLURM_ARRAY_TASK_ID."""
     environment = Environment(
-        loader=PackageLoader("launch", ""),
+        loader=PackageLoader("launch.slurm", ""),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -133,17 +133,17 @@ def srun(job: Job, i: int) -> list[str]:
         container += [f"--container-workdir={job.cwd}"]
     cpus = [f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []
     step = ["srun", "--export=ALL", "--mpi=none", "--distribution=block", "--kill-on-bad-exit=0", f"--wait={WAIT_S}"]
-    return [*step, *cpus, *container, python, "-m", "launch.slurm.rendezvous", "--", python, *entry(job, i)]
+    return [*step, *cpus, *container, python, "-m", "launch.slurm.rendezvous", "--", python, *rank_arguments(job, i)]
 
 
 def lines(command: list[str]) -> list[list[str]]:
     """A command as lines to read: each ends where another program's words begin."""
-    found: list[list[str]] = [[]]
+    split: list[list[str]] = [[]]
     for word in command:
-        found[-1].append(word)
+        split[-1].append(word)
         if word == "--":
-            found.append([])
-    return found
+            split.append([])
+    return split
 
 
 def _after(slurm: SlurmConfig, link: int) -> list[str]:

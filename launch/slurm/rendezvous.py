@@ -32,7 +32,7 @@ PORTS = range(10240, 32768)  # below the ports that Linux gives out by itself
 
 
 def rendezvous(env: Mapping[str, str]) -> dict[str, str]:
-    """What COMMAND's environment gets, from Slurm's.
+    """COMMAND's variables of its rank and world, from Slurm's.
 
     Raises:
         UserError: not in a task of an srun, or Slurm's variables do not fit together.
@@ -46,7 +46,7 @@ def rendezvous(env: Mapping[str, str]) -> dict[str, str]:
     try:
         rank, local, node, job, step, size = (int(given[key]) for key in NEEDED[:6])
         local_size = tasks_on(given["SLURM_STEP_TASKS_PER_NODE"], node)
-        address = first_host(given["SLURM_STEP_NODELIST"])
+        main_host = first_host(given["SLURM_STEP_NODELIST"])
         if not 0 <= local < local_size <= size or not local <= rank < size:
             raise ValueError
     except ValueError:
@@ -60,7 +60,7 @@ def rendezvous(env: Mapping[str, str]) -> dict[str, str]:
             f"SLURM_PROCID={rank} is task {local} of node {node}, where rank {before + local} would be: the ranks go "
             "node by node; give srun --distribution=block"
         )
-    return environment(World(rank, size, local, local_size), address, port(job, step))
+    return environment(World(rank, size, local, local_size), main_host, port(job, step))
 
 
 def port(job: int, step: int) -> int:
@@ -79,27 +79,27 @@ def first_host(nodes: str) -> str:
 def tasks_on(counts: str, node: int) -> int:
     """Tasks on the `node`-th node of a step: 3 for node 2 of `4(x2),3`. Raises ValueError."""
     for part in counts.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part, re.ASCII)
-        if found is None:
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part, re.ASCII)
+        if match is None:
             break
-        node -= int(found[2] or 1)
+        node -= int(match[2] or 1)
         if node < 0:
-            return int(found[1])
+            return int(match[1])
     raise ValueError(counts)
 
 
 def main() -> None:
-    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    command = sys.argv[at + 1 :]
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    command = sys.argv[split + 1 :]
     try:
-        if at > 1 or not command:
+        if split > 1 or not command:
             raise UserError("write: srun ... python -m launch.slurm.rendezvous -- COMMAND ...")
         env = os.environ | rendezvous(os.environ)
-        told_here = env["SLURM_LOCALID"] == "0" and env.get("SLURM_STEP_NUM_NODES") != "1"  # once a node, of many
-        found = own_addresses() if told_here and "GLOO_SOCKET_IFNAME" not in env else []
-        if found and is_loopback(found):
+        speaks = env["SLURM_LOCALID"] == "0" and env.get("SLURM_STEP_NUM_NODES") != "1"  # once a node, of many
+        ips = own_addresses() if speaks and "GLOO_SOCKET_IFNAME" not in env else []
+        if ips and is_loopback(ips):
             print(
-                f"warning: {socket.gethostname()} stands for {found[0]} on this node, where the others cannot reach "
+                f"warning: {socket.gethostname()} stands for {ips[0]} on this node, where the others cannot reach "
                 "it: if ranks do not find one another, set cluster.env.GLOO_SOCKET_IFNAME to the network's interface",
                 file=sys.stderr,
                 flush=True,

@@ -81,7 +81,7 @@ class Host:
             self.process.stdin.close()
 
     def close(self) -> None:
-        """What has been said is shown; what still runs here of the connection is ended."""
+        """Show the last output, and end what still runs here of the connection."""
         if self.code() is None:
             self.process.kill()
         for show in self._shows:

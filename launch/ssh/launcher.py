@@ -15,7 +15,7 @@ from conf.errors import UserError
 from conf.schema import thaw
 from data_pipeline.files import publish, publish_json
 from launch.cluster_config import ClusterConfig, SshConfig, SshLauncher, Transport
-from launch.job import Job, entry, supervised
+from launch.job import Job, rank_arguments, supervised
 from trainer.config.pretrain import PretrainConfig
 from trainer.distributed.world import World
 from trainer.plan.auto import settle
@@ -71,11 +71,11 @@ def hosts_of(cluster: ClusterConfig) -> list[str]:
             "such as cluster.ssh.hosts=[h1,h2]"
         )
     hosts = ssh.hosts or read_hostfile(Path(ssh.hostfile or ""), cluster.gpus_per_node)
-    where = "cluster.ssh.hosts" if ssh.hosts else ssh.hostfile
-    for host in hosts:
-        if not HOST.fullmatch(host):
+    source = "cluster.ssh.hosts" if ssh.hosts else ssh.hostfile
+    for name in hosts:
+        if not HOST.fullmatch(name):
             raise UserError(
-                f"{where}: {host!r} is no host name: letters, digits, '.', '_' and '-'; a user or a port for it "
+                f"{source}: {name!r} is no host name: letters, digits, '.', '_' and '-'; a user or a port for it "
                 "stands in ~/.ssh/config"
             )
     twice = sorted({h for h in hosts if hosts.count(h) > 1})
@@ -112,9 +112,9 @@ def read_hostfile(path: Path, slots: int) -> list[str]:
 def check_elastic(cfg: PretrainConfig, cluster: ClusterConfig) -> None:
     """Raises UserError where a number of hosts from min_nodes to nodes cannot train the run, and names it."""
     assert cluster.ssh is not None
-    least = cluster.ssh.min_nodes or cluster.nodes
+    min_nodes = cluster.ssh.min_nodes or cluster.nodes
     refused = {}
-    for nodes in range(least, cluster.nodes + 1):
+    for nodes in range(min_nodes, cluster.nodes + 1):
         size = nodes * cluster.gpus_per_node
         try:
             check_layout(settle(cfg, World(0, size, 0, cluster.gpus_per_node))[0], size)
@@ -122,7 +122,7 @@ def check_elastic(cfg: PretrainConfig, cluster: ClusterConfig) -> None:
             refused[nodes] = str(e)
     if refused:
         raise UserError(
-            f"cluster.ssh.min_nodes={least}: a run on {', '.join(map(str, refused))} of the {cluster.nodes} hosts "
+            f"cluster.ssh.min_nodes={min_nodes}: a run on {', '.join(map(str, refused))} of the {cluster.nodes} hosts "
             f"cannot be ({next(iter(refused.values()))}): give another min_nodes, or a data.lanes that all of them "
             "divide"
         )
@@ -149,21 +149,21 @@ def _check(cluster: ClusterConfig, ssh: SshConfig) -> None:
 
 
 def needed_programs(ssh: SshConfig) -> list[str]:
-    """What must be in PATH where the run is submitted."""
+    """The programs that must be in PATH where the run is submitted."""
     return ["ssh", *([] if ssh.launcher is SshLauncher.torchrun else PROGRAMS[ssh.transport])]
 
 
 def _on_host(job: Job, ssh: SshConfig, launcher: list[str]) -> list[str]:
-    """What runs on a host: the launcher with its environment, for as long as the connection lasts."""
+    """The command on a host: the launcher with its environment, for as long as the connection lasts."""
     env = _env(job, ssh)
-    leash = [job.python, "-m", "launch.ssh.tether", f"--needs={','.join(job.cluster.forward)}"]
+    tether = [job.python, "-m", "launch.ssh.tether", f"--needs={','.join(job.cluster.forward)}"]
     if ssh.launcher is SshLauncher.deepspeed:  # which gives a rank 30 s to save; torchrun would start it again
-        leash.append(f"--ranks={job.run_dirs[0]}")
+        tether.append(f"--ranks={job.run_dirs[0]}")
     else:  # launch.ssh.fanout has a word for each connection from time to time; those of pdsh share one stdin
-        leash.append(f"--silence={SILENCE_S[ssh.launcher]}")
+        tether.append(f"--silence={SILENCE_S[ssh.launcher]}")
         # without it the ranks meet in torchrun's own store, where one that comes back finds the addresses of the dead
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    return ["env", "-C", str(job.cwd), *(f"{k}={v}" for k, v in env.items()), *leash, "--", *launcher]
+    return ["env", "-C", str(job.cwd), *(f"{k}={v}" for k, v in env.items()), *tether, "--", *launcher]
 
 
 def _pdsh(job: Job, ssh: SshConfig, hosts: list[str]) -> list[str]:
@@ -177,7 +177,7 @@ def _pdsh(job: Job, ssh: SshConfig, hosts: list[str]) -> list[str]:
         *(job.python, "-m", "deepspeed.launcher.runner", "--no_ssh", NODE_RANK),
         f"--hostfile={job.folder / 'hostfile'}",
         *(f"--master_addr={hosts[0]}", f"--master_port={ssh.master_port}"),
-        *("--no_local_rank", "--module", *entry(job, 0)[1:]),
+        *("--no_local_rank", "--module", *rank_arguments(job, 0)[1:]),
     ]
     line = [word if word == NODE_RANK else word.replace("%", "%%") for word in _on_host(job, ssh, launcher)]
     fan_out = ["-S", "-R", "exec", "-f", str(len(hosts)), "-w", ",".join(hosts)]
@@ -197,12 +197,12 @@ def _openmpi(job: Job, ssh: SshConfig, hosts: list[str]) -> list[str]:
     return [
         *(job.python, "-m", "deepspeed.launcher.runner", "--launcher=openmpi", f"--launcher_args={shlex.join(mpirun)}"),
         *(f"--hostfile={job.folder / 'hostfile'}", f"--master_addr={hosts[0]}", "--force_multi", "--no_python"),
-        *("env", "-C", str(job.cwd), *(f"{k}={v}" for k, v in env.items()), job.python, *entry(job, 0)),
+        *("env", "-C", str(job.cwd), *(f"{k}={v}" for k, v in env.items()), job.python, *rank_arguments(job, 0)),
     ]
 
 
 def _env(job: Job, ssh: SshConfig) -> dict[str, str]:
-    """What every rank finds in its environment."""
+    """The variables of every rank."""
     env = ({"DS_ACCELERATOR": CPU} if job.cluster.gpu == CPU else {}) | job.cluster.env
     if ssh.interface is not None:
         env |= {"GLOO_SOCKET_IFNAME": ssh.interface, "NCCL_SOCKET_IFNAME": ssh.interface}
@@ -210,7 +210,7 @@ def _env(job: Job, ssh: SshConfig) -> dict[str, str]:
 
 
 def _torchrun(job: Job, ssh: SshConfig, hosts: list[str], i: int) -> list[str]:
-    """What joins the i-th host to the others that are there; the first one keeps the list of them."""
+    """The torchrun command that joins the i-th host to the others; the first host keeps the list of them."""
     wait = f"last_call_timeout={LAST_CALL_S},read_timeout={SILENCE_S[ssh.launcher]}"  # a cut host's torchrun lives on
     wait += ",keep_alive_interval=5,keep_alive_max_attempt=3"
     return [
@@ -220,7 +220,7 @@ def _torchrun(job: Job, ssh: SshConfig, hosts: list[str], i: int) -> list[str]:
         f"--max-restarts={job.max_restarts}",  # when they are used up all hosts end, and supervise starts them anew
         *("--rdzv-backend=c10d", f"--rdzv-id={job.folder}", f"--rdzv-endpoint={hosts[0]}:{ssh.master_port}"),
         *(f"--rdzv-conf=is_host={i == 0},{wait}", f"--local-addr={hosts[i]}"),
-        *entry(job, 0),
+        *rank_arguments(job, 0),
     ]
 
 

@@ -36,7 +36,9 @@ class Tether:
     """Runs one command for as long as somebody holds the other end of stdin."""
 
     def __init__(self, command: list[str], silence_s: float | None = None, run_dir: Path | None = None) -> None:
-        self.command, self.silence_s, self.run_dir = command, silence_s, run_dir
+        self.command = command
+        self.silence_s = silence_s
+        self.run_dir = run_dir
         self.stopped = ""  # why
         self.lost = False
         self.heard = time.monotonic()
@@ -56,7 +58,7 @@ class Tether:
             self._listen(stdin)
         if self.stopped:
             with contextlib.suppress(OSError):  # nobody may hear it
-                print(f"leash: {self.stopped}: stopping", file=sys.stderr, flush=True)
+                print(f"tether: {self.stopped}: stopping", file=sys.stderr, flush=True)
             self._tell(process.pid)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_S)
@@ -92,12 +94,15 @@ class Tether:
 
 
 class Pump(threading.Thread):
-    """Copies a pipe to a file descriptor of ours, and goes on emptying it when nobody reads that any more: a rank that
-    saves would else die of its own words."""
+    """Copies a pipe to a file descriptor of ours.
+
+    It goes on emptying the pipe when nobody reads our output any more: a full pipe would stop a rank that saves.
+    """
 
     def __init__(self, pipe: IO[bytes], fd: int) -> None:
         super().__init__(daemon=True)
-        self._pipe, self._fd = pipe, fd
+        self._pipe = pipe
+        self._fd = fd
         self.start()
 
     def run(self) -> None:

@@ -1,7 +1,7 @@
-"""What the files of a run folder tell of the run, part by part. Reads bounded amounts and no network, imports no torch.
+"""Report of a run from the files of its folder, part by part. Reads bounded amounts and no network, imports no torch.
 
-Every part stands for itself: one that cannot be read is `{"unreadable": why}`, and the others are told all the same.
-Times are the clocks' of those who wrote; an age is this machine's clock less that, and negative where they disagree.
+A part that cannot be read is `{"unreadable": why}`; the others are reported all the same. A time is the clock of the
+machine that wrote it; an age is this machine's clock less that time, negative where the two clocks disagree.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def gather(root: Path, now: float) -> Report:
 
 
 def _whole(part: Callable[[], Any]) -> Any:
-    """What `part` finds, or why it cannot be read: whatever a damaged file holds, the other parts are shown."""
+    """The part, or the reason why it cannot be read: a damaged file hides no other part."""
     try:
         return part()
     except Exception as e:
@@ -90,12 +90,12 @@ def _config(root: Path) -> Report:
 
 def _starts(root: Path) -> list[Report]:
     """Each start that took a generation: number, and host, pid and time of its rank 0."""
-    found = []
+    starts = []
     for path in sorted(RunFolder(root).generations.glob("*")):
         if path.name.isdecimal():
             body = _whole(partial(read_json, path, DAMAGED))
-            found.append({"generation": int(path.name), **body})
-    return found
+            starts.append({"generation": int(path.name), **body})
+    return starts
 
 
 def _supervisor(root: Path) -> Report:
@@ -113,9 +113,9 @@ def _heartbeats(root: Path, now: float) -> list[Report]:
             raise UserError(f"{path}: no heartbeat: {DAMAGED}")
         return {**body, "age_s": now - body["time"]}
 
-    found = [_whole(partial(beat, path)) for path in sorted((root / "heartbeats").glob("rank-*.json"))]
-    newest = max((b["generation"] for b in found if "generation" in b), default=None)
-    return [b for b in found if b.get("generation", newest) == newest]
+    beats = [_whole(partial(beat, path)) for path in sorted((root / "heartbeats").glob("rank-*.json"))]
+    newest = max((b["generation"] for b in beats if "generation" in b), default=None)
+    return [b for b in beats if b.get("generation", newest) == newest]
 
 
 def _hangs(root: Path) -> list[Report]:
@@ -133,11 +133,11 @@ def _journal(root: Path) -> Report:
         if row.get("resumed_at") is not None:
             kept = [r for r in kept if r["step"] <= row["step"]]
         kept.append(row)
-    found: Report = {"bytes": path.stat().st_size if path.exists() else 0, "rows": len(rows) if whole else None}
+    report: Report = {"bytes": path.stat().st_size if path.exists() else 0, "rows": len(rows) if whole else None}
     for name, key in (("train", "train/loss"), ("val", "val/loss")):
-        found[name] = next((r for r in reversed(kept) if key in r["metrics"]), None)
-    found["last"] = rows[-1] if rows else None
-    return {**found, "damaged": damaged}
+        report[name] = next((r for r in reversed(kept) if key in r["metrics"]), None)
+    report["last"] = rows[-1] if rows else None
+    return {**report, "damaged": damaged}
 
 
 def _tracking(root: Path, journal: Report) -> Report:
@@ -156,10 +156,14 @@ def _tracking(root: Path, journal: Report) -> Report:
 def _checkpoints(root: Path, now: float) -> Report:
     """Those that stand, in the order that they were published, the best of them, and what is half written."""
     folder = RunFolder(root)
-    found = [_whole(partial(_checkpoint, path, now)) for path in folder.published()]
-    valued = [c for c in found if isinstance(c.get("val_loss"), float) and math.isfinite(c["val_loss"])]
+    checkpoints = [_whole(partial(_checkpoint, path, now)) for path in folder.published()]
+    valued = [c for c in checkpoints if isinstance(c.get("val_loss"), float) and math.isfinite(c["val_loss"])]
     best = min(valued, key=lambda c: c["val_loss"])["name"] if valued else None
-    return {"published": found, "best": best, "unpublished": sorted(p.name for p in folder.checkpoints.glob(".step-*"))}
+    return {
+        "published": checkpoints,
+        "best": best,
+        "unpublished": sorted(p.name for p in folder.checkpoints.glob(".step-*")),
+    }
 
 
 def _latest(root: Path) -> Report:
@@ -188,34 +192,34 @@ def _checkpoint(path: Path, now: float) -> Report:
 
 def _submissions(root: Path) -> list[Report]:
     """Each `launch.submit`, with the version of the code that it froze; `submitted`: None where it started nothing."""
-    found = []
+    submissions = []
     for folder in sorted(p for p in (root / "submit").glob("*") if p.name.isdecimal()):
         code = _whole(partial(read_json, folder / "code.json", DAMAGED))
         path = folder / SUBMITTED
         submitted = _whole(partial(read_json, path, DAMAGED)) if path.exists() else None
-        found.append({**code, "number": folder.name, "submitted": submitted})
-    return found
+        submissions.append({**code, "number": folder.name, "submitted": submitted})
+    return submissions
 
 
 def _progress(report: Report, now: float) -> Report:
-    """Where the run stands by its journal; without one, by its last checkpoint."""
+    """The run's step, loss and remaining time by its journal; without one, by its last checkpoint."""
     journal, latest, cfg = report["journal"], report["latest"], report["config"]
-    found: Report = {"step": latest.get("step"), "max_steps": cfg.get("max_steps")}
+    progress: Report = {"step": latest.get("step"), "max_steps": cfg.get("max_steps")}
     if row := journal.get("train"):
         metrics = {k: row["metrics"][k] for k in STEP_KEYS if k in row["metrics"]}
-        found |= {"step": row["step"], "age_s": now - row["time"], **metrics}
+        progress |= {"step": row["step"], "age_s": now - row["time"], **metrics}
     if row := journal.get("val"):
-        found |= {"val_step": row["step"], "val/loss": row["metrics"]["val/loss"]}
-    found["best_val_loss"] = latest.get("best_val_loss")
-    speed, step, last = found.get("speed/tokens_per_s"), found["step"], found["max_steps"]
+        progress |= {"val_step": row["step"], "val/loss": row["metrics"]["val/loss"]}
+    progress["best_val_loss"] = latest.get("best_val_loss")
+    speed, step, last = progress.get("speed/tokens_per_s"), progress["step"], progress["max_steps"]
     if speed and step is not None and last:
         if "ledger" in latest:
             ledger = Ledger.from_json(latest["ledger"])
             left = ledger.tokens(last) - ledger.tokens(step)
         else:
             left = (last - step) * cfg["tokens_per_step"]
-        found["eta_s"] = max(0, left) / speed
-    return found
+        progress["eta_s"] = max(0, left) / speed
+    return progress
 
 
 def _rows(path: Path, keys: Mapping[str, type]) -> tuple[list[Report], int, bool]:
@@ -236,12 +240,12 @@ def _object(line: str) -> Any:
 
 
 def _has(body: Any, keys: Mapping[str, type]) -> bool:
-    """Whether a JSON object has all `keys`, each with a value of its type; a whole number is a number, too."""
+    """True for a JSON object with all `keys`, each with a value of its type; an int counts as a float, too."""
     kinds = {k: (int, float) if kind is float else kind for k, kind in keys.items()}
     return isinstance(body, dict) and all(isinstance(body.get(k), kind) for k, kind in kinds.items())
 
 
-def _read(path: Path, most: int, offset: int = 0) -> tuple[bool, str]:
+def _read(path: Path, limit: int, offset: int = 0) -> tuple[bool, str]:
     """At most so many bytes of a regular file from `offset` on (less than 0: from the end); True where that is all."""
     with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:  # a fifo would wait
         status = os.fstat(f.fileno())
@@ -249,7 +253,7 @@ def _read(path: Path, most: int, offset: int = 0) -> tuple[bool, str]:
             raise UserError(f"{path}: not a regular file")
         start = offset if offset >= 0 else max(0, status.st_size + offset)
         f.seek(start)
-        return start == 0 and status.st_size <= most, f.read(most).decode(errors="replace")
+        return start == 0 and status.st_size <= limit, f.read(limit).decode(errors="replace")
 
 
 def _plain(value: Any) -> Any:

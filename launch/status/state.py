@@ -1,4 +1,4 @@
-"""What a run is doing, told from its files' report (launch/status/report.py), and what that is told from.
+"""The state of a run and the reason for it, judged from the report of its files (report.py).
 
 Heartbeats tell of a run that goes on, `launch.supervise` of one that ended; the newer of the two counts. A run that
 writes no heartbeats is judged by its journal.
@@ -70,10 +70,10 @@ def _judge(report: dict[str, Any], now: float) -> tuple[str, str]:
         b for b in beats if b["age_s"] > max(SILENT_S, SILENT_BEATS * (report["config"].get("watch.beat_s") or 0))
     ]
     if silent:
-        least = min(b["age_s"] for b in silent)
+        min_age_s = min(b["age_s"] for b in silent)
         who = "any rank" if len(silent) == len(beats) else ", ".join(map(_who, silent[:4]))
         more = f" and {len(silent) - 4} more" if len(silent) > 4 and len(silent) < len(beats) else ""
-        return f"no heartbeat for {least:.0f} s", f"from {who}{more}; nothing tells of an end"
+        return f"no heartbeat for {min_age_s:.0f} s", f"from {who}{more}; nothing tells of an end"
     late = [b for b in beats if _late(b, report["config"])]
     if late:
         worst = max(late, key=lambda b: b["time"] - b["since"])

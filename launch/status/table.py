@@ -54,8 +54,8 @@ def _state(report: Report) -> list[str]:
 
 
 def _progress(report: Report) -> list[str]:
-    at = report["progress"]
-    if "unreadable" in at or at["step"] is None:
+    progress = report["progress"]
+    if "unreadable" in progress or progress["step"] is None:
         return ["progress: no step yet"]
     forms = {
         "train/loss": lambda v: f"loss {_number(v, '.4f')}",
@@ -65,11 +65,16 @@ def _progress(report: Report) -> list[str]:
         "eta_s": lambda v: f"eta {span(v)}",
         "age_s": lambda v: f"logged {ago(v)}",
     }
-    words = [f"step {at['step']}/{at['max_steps'] or '?'}", *(f(at[k]) for k, f in forms.items() if k in at)]
+    words = [
+        f"step {progress['step']}/{progress['max_steps'] or '?'}",
+        *(f(progress[k]) for k, f in forms.items() if k in progress),
+    ]
     lines = ["progress: " + "  ".join(words)]
-    if "val/loss" in at:
-        best = f", best of a checkpoint {_number(at['best_val_loss'], '.4f')}" if at["best_val_loss"] else ""
-        lines.append(f"validation: loss {_number(at['val/loss'], '.4f')} at step {at['val_step']}{best}")
+    if "val/loss" in progress:
+        best = (
+            f", best of a checkpoint {_number(progress['best_val_loss'], '.4f')}" if progress["best_val_loss"] else ""
+        )
+        lines.append(f"validation: loss {_number(progress['val/loss'], '.4f')} at step {progress['val_step']}{best}")
     return lines
 
 
@@ -77,9 +82,9 @@ def _checkpoints(report: Report) -> list[str]:
     latest, checkpoints = report["latest"], report["checkpoints"]
     by_name = {c["name"]: c for c in checkpoints.get("published", []) if "name" in c}
     lines = []
-    if found := by_name.get(latest.get("name")):
-        size, count = found["bytes"] / 2**30, len(checkpoints["published"])
-        lines += [f"checkpoint: {found['name']}, {ago(found['age_s'])}, {size:.2f} GiB; {count} published"]
+    if resumed := by_name.get(latest.get("name")):
+        size, count = resumed["bytes"] / 2**30, len(checkpoints["published"])
+        lines += [f"checkpoint: {resumed['name']}, {ago(resumed['age_s'])}, {size:.2f} GiB; {count} published"]
     elif "unreadable" not in latest:
         lines += ["checkpoint: none published"]
     if best := by_name.get(checkpoints.get("best")):
@@ -95,11 +100,11 @@ def _starts(report: Report) -> list[str]:
     starts, supervisor = report["starts"], report["supervisor"]
     exits = [e for e in supervisor.get("events", []) if e.get("event") in ("exit", "give up")]
     restarts = sum(e.get("event") == "restart" for e in supervisor.get("events", []))
-    least = "" if supervisor.get("all", True) else "at least "
+    bound = "" if supervisor.get("all", True) else "at least "
     lines = []
     if isinstance(starts, list):
         last = f", the last on {starts[-1].get('host')} at {clock(starts[-1].get('time'))}" if starts else ""
-        lines.append(f"starts: {len(starts)}{last}; restarts by launch.supervise: {least}{restarts}")
+        lines.append(f"starts: {len(starts)}{last}; restarts by launch.supervise: {bound}{restarts}")
     lines += [f"  {len(exits) - SHOWN} earlier ends are in supervise.jsonl"] if len(exits) > SHOWN else []
     for e in exits[-SHOWN:]:
         cause = f": {e['cause']}" if e.get("cause") else ""
@@ -143,13 +148,13 @@ def _ranks(report: Report) -> list[str]:
     beats = report["heartbeats"]
     if not isinstance(beats, list) or not beats:
         return ["heartbeats: none"]
-    told = [b for b in beats if "unreadable" not in b]
-    lines = [f"heartbeats: {len(told)} ranks"]
-    for b in told:
+    readable = [b for b in beats if "unreadable" not in b]
+    lines = [f"heartbeats: {len(readable)} ranks"]
+    for b in readable:
         steps = f", step {_number(b.get('step_s'), '.3f')} s, own {_number(b.get('own_s'), '.3f')} s"
         when = ago(b["age_s"]) if "age_s" in b else "at no time"
         lines.append(f"  rank {b.get('rank')} on {b.get('host')}: {b.get('phase')} {b.get('step')}, {when}{steps}")
-    timed = [b for b in told if isinstance(b.get("own_s"), int | float)]
+    timed = [b for b in readable if isinstance(b.get("own_s"), int | float)]
     if len(timed) > 1:
         slowest = max(timed, key=lambda b: b["own_s"])
         who = f"rank {slowest.get('rank')} on {slowest.get('host')}"
@@ -163,11 +168,11 @@ def _hangs(report: Report) -> list[str]:
 
 
 def _submissions(report: Report) -> list[str]:
-    found = report["submissions"] if isinstance(report["submissions"], list) else []
-    told = [s for s in found if "unreadable" not in s]
+    submissions = report["submissions"] if isinstance(report["submissions"], list) else []
+    readable = [s for s in submissions if "unreadable" not in s]
     dirty = {True: ", with changes that are not committed", False: "", None: ""}
     lines = []
-    for s in told:
+    for s in readable:
         lines.append(f"submission {s['number']}: commit {s.get('commit')}{dirty[bool(s.get('dirty'))]}, {_started(s)}")
         lines += [f"  of a sweep: {s['folder']}"] if "folder" in s else []
         lines += [f"  a run of the sweep: {run}" for run in s.get("runs", ())]

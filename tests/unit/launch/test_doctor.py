@@ -341,7 +341,7 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Finding:
     program.write_text(f"#!/bin/sh\nfor last; do :; done\n{body}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    return hosts.host("h1", ROOT)
+    return hosts.reachable("h1", ROOT)
 
 
 def test_a_host_with_the_same_python_code_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

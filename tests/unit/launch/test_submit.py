@@ -20,7 +20,7 @@ from conf.errors import UserError
 from conf.schema import freeze, literal, load, thaw
 from data_pipeline.files import publish_json
 from launch.config import SubmitConfig, SuperviseConfig
-from launch.job import Job, entry, supervised
+from launch.job import Job, rank_arguments, supervised
 from launch.preflight import queued
 from launch.status.report import gather
 from launch.status.table import show
@@ -324,7 +324,7 @@ def test_a_job_is_started_under_the_restarter_by_its_frozen_config(tmp_path: Pat
     run_dir = tmp_path / "it's"
     configs, run_dirs = (tmp_path / "0", tmp_path / "1"), (run_dir, tmp_path / "'b'")
     job = Job("n", run_dir, tmp_path, configs, run_dirs, cluster, "python", tmp_path, 7)
-    assert entry(job, 1) == ["-m", "trainer.pretrain", f"frozen={tmp_path}/1"]
+    assert rank_arguments(job, 1) == ["-m", "trainer.pretrain", f"frozen={tmp_path}/1"]
     command = supervised(job, 0, ["L", "x"])
     assert command[:3] == ["python", "-m", "launch.supervise"] and command[-3:] == ["--", "L", "x"]
     cfg = load(SuperviseConfig, command[3:-3])

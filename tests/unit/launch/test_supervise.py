@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.supervise import cause, judged, outcome, told
+from launch.supervise import cause, judged, outcome, rank_exit_code
 from tests.helpers.ranks import ROOT
 
 PUBLISH = """
@@ -206,9 +206,14 @@ def test_a_ranks_exit_code_is_found_in_torchruns_report(code: int) -> None:
     report = (
         "Other Failures:\n  exitcode  : 3 (pid: 5)\nRoot Cause (first observed failure):\n  exitcode  : {} (pid: 4)\n"
     )
-    assert told(1, report.format(code)) == code
-    assert told(1, report.format(-9)) == told(1, report.format(1)) == told(1, f"exitcode : {code}") == 1
-    assert told(9, report.format(code)) == 9
+    assert rank_exit_code(1, report.format(code)) == code
+    assert (
+        rank_exit_code(1, report.format(-9))
+        == rank_exit_code(1, report.format(1))
+        == rank_exit_code(1, f"exitcode : {code}")
+        == 1
+    )
+    assert rank_exit_code(9, report.format(code)) == 9
 
 
 def test_who_asked_says_how_a_failed_command_ends() -> None:
@@ -312,5 +317,5 @@ def test_a_users_mistake_stays_one_and_what_trains_nothing_is_believed() -> None
 )
 def test_the_first_rank_that_srun_saw_end_says_why(code: int, ends: list[str], expected: int) -> None:
     said = "".join(f"srun: error: n[1-2]: {end}\n" for end in ends)
-    assert told(code, f"step 1\nsrun: Job step aborted: Waiting\n{said}") == expected
-    assert told(0, said) == 0
+    assert rank_exit_code(code, f"step 1\nsrun: Job step aborted: Waiting\n{said}") == expected
+    assert rank_exit_code(0, said) == 0

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from conf.errors import TransientError, UserError
 from launch.cluster_config import Chain, ClusterConfig, SlurmConfig, seconds
-from launch.job import Job, entry, supervised
+from launch.job import Job, rank_arguments, supervised
 from launch.slurm.launcher import PREVIOUS, prepare, render, srun, submit
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
@@ -80,7 +80,7 @@ def test_every_value_reaches_the_command_as_it_was_said(tmp_path: Path) -> None:
 def test_any_text_stays_data_for_bash(text: str, value: str, tmp_path: Path) -> None:
     made = replace(job(tmp_path, env={"ENV": value}), configs=(tmp_path / text.replace("/", "x"),))
     words, env = seen(made)
-    assert words[-1] == entry(made, 0)[-1] and env["ENV"] == value
+    assert words[-1] == rank_arguments(made, 0)[-1] and env["ENV"] == value
 
 
 FULL = {
@@ -163,7 +163,7 @@ def test_a_container_sees_the_checkout_the_run_and_what_is_mounted(tmp_path: Pat
     assert words[at + 1 :] == [
         f"--container-mounts=/checkout:/checkout,{tmp_path}:{tmp_path},{made.folder}:{made.folder},/data:/mnt:ro",
         "--container-workdir=/checkout",
-        *("/env/python", "-m", "launch.slurm.rendezvous", "--", "/env/python", *entry(made, 1)),
+        *("/env/python", "-m", "launch.slurm.rendezvous", "--", "/env/python", *rank_arguments(made, 1)),
     ]
     with pytest.raises(UserError, match="a container's mounts cannot hold , or :"):
         prepare(replace(made, run_dirs=(Path("/a,b"), Path("/c"))))

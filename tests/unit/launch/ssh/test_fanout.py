@@ -1,4 +1,4 @@
-"""A command on several hosts, and the leash that it runs on: real processes, with a shell in ssh's place."""
+"""A command on several hosts, and the tether that it runs on: real processes, with a shell in ssh's place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers.places import wait_for
 from tests.helpers.ranks import ROOT
 from trainer.run.heartbeat import Heartbeat, write_heartbeat
 
-LEASH = [sys.executable, "-m", "launch.ssh.tether"]
+TETHER = [sys.executable, "-m", "launch.ssh.tether"]
 SAVES = 'trap "echo saved; exit 9" TERM; echo up; while :; do sleep 0.05; done'
 TIMEOUT_S = 60
 
@@ -33,9 +33,9 @@ def sh(script: str) -> list[str]:
     return ["sh", "-c", script]
 
 
-def leash(*argv: str) -> subprocess.Popen[str]:
+def tether(*argv: str) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
-    return subprocess.Popen([*LEASH, *argv], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen([*TETHER, *argv], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 def is_running(pid: int) -> bool:
@@ -79,7 +79,7 @@ def test_a_host_that_failed_alone_is_taken_back_a_few_times(
 
 
 def test_a_stop_reaches_the_far_side_and_what_it_then_says_comes_back(tmp_path: Path) -> None:
-    process = everywhere(tmp_path, a=[*LEASH, "--", *sh(SAVES)], b=[*LEASH, "--", *sh(SAVES)])
+    process = everywhere(tmp_path, a=[*TETHER, "--", *sh(SAVES)], b=[*TETHER, "--", *sh(SAVES)])
     assert process.stdout is not None
     assert {process.stdout.readline(), process.stdout.readline()} == {"a: up\n", "b: up\n"}
     process.send_signal(signal.SIGTERM)
@@ -87,17 +87,17 @@ def test_a_stop_reaches_the_far_side_and_what_it_then_says_comes_back(tmp_path: 
     assert (process.returncode, sorted(out.splitlines())) == (9, ["a: saved", "b: saved"])
 
 
-def test_a_leash_passes_on_words_and_exit_code() -> None:
-    process = leash("--", *sh("echo out; echo err >&2; exit 5"))
+def test_a_tether_passes_on_words_and_exit_code() -> None:
+    process = tether("--", *sh("echo out; echo err >&2; exit 5"))
     assert process.stdout is not None and process.stderr is not None
     assert (process.wait(TIMEOUT_S), process.stdout.read(), process.stderr.read()) == (5, "out\n", "err\n")
-    assert leash("--", *sh("kill -9 $$")).wait(TIMEOUT_S) == 137
+    assert tether("--", *sh("kill -9 $$")).wait(TIMEOUT_S) == 137
 
 
-def test_a_leash_ends_its_command_and_orphans_with_the_connection_which_may_still_save(tmp_path: Path) -> None:
+def test_a_tether_ends_its_command_and_orphans_with_the_connection_which_may_still_save(tmp_path: Path) -> None:
     """Nobody reads any more: what the command says at its end goes nowhere, and does not end it before it has saved."""
     script = f'sleep 500 & echo $! > {tmp_path}/orphan; trap "echo {"x" * 99999}; touch {tmp_path}/saved; exit" TERM; '
-    process = leash("--", *sh(f"{script} echo up; while :; do sleep 0.05; done"))
+    process = tether("--", *sh(f"{script} echo up; while :; do sleep 0.05; done"))
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "up\n"
     orphan = int((tmp_path / "orphan").read_text())
@@ -107,13 +107,13 @@ def test_a_leash_ends_its_command_and_orphans_with_the_connection_which_may_stil
     assert (tmp_path / "saved").exists() and not is_running(orphan)
 
 
-def test_a_leash_tells_the_ranks_alone_which_then_end_their_launcher(tmp_path: Path) -> None:
+def test_a_tether_tells_the_ranks_alone_which_then_end_their_launcher(tmp_path: Path) -> None:
     """A launcher that is told, too, gives its ranks less time than they may need."""
     rank = "trap 'touch saved; exit 143' TERM; echo up; while :; do sleep 0.05; done"
     script = (
         f'trap "touch told" TERM; cd {tmp_path}; sh -c "$0" & echo $! > rank; wait $!; code=$?; wait $!; exit $code'
     )
-    process = leash(f"--ranks={tmp_path}", "--", "sh", "-c", script, rank)
+    process = tether(f"--ranks={tmp_path}", "--", "sh", "-c", script, rank)
     assert process.stdin is not None and process.stdout is not None and process.stdout.readline() == "up\n"
     wait_for(lambda: (tmp_path / "rank").exists() and (tmp_path / "rank").read_text().endswith("\n"), TIMEOUT_S)
     pid, now = int((tmp_path / "rank").read_text()), time.time()
@@ -125,10 +125,10 @@ def test_a_leash_tells_the_ranks_alone_which_then_end_their_launcher(tmp_path: P
     assert (tmp_path / "saved").exists() and not (tmp_path / "told").exists()
 
 
-def test_a_leash_takes_silence_for_a_lost_connection_and_a_word_for_a_living_one() -> None:
-    process = leash("--silence=1", "--", *sh("sleep 500"))
+def test_a_tether_takes_silence_for_a_lost_connection_and_a_word_for_a_living_one() -> None:
+    process = tether("--silence=1", "--", *sh("sleep 500"))
     assert process.wait(TIMEOUT_S) == 255
-    process = leash("--silence=20", "--", *sh("read nothing; sleep 1; exit 3"))
+    process = tether("--silence=20", "--", *sh("read nothing; sleep 1; exit 3"))
     assert process.stdin is not None
     process.stdin.write(".")
     process.stdin.flush()
@@ -136,15 +136,15 @@ def test_a_leash_takes_silence_for_a_lost_connection_and_a_word_for_a_living_one
 
 
 def test_a_variable_that_ssh_did_not_bring_is_refused() -> None:
-    process = leash("--needs=PATH,NOT_THERE_AT_ALL", "--", "true")
+    process = tether("--needs=PATH,NOT_THERE_AT_ALL", "--", "true")
     _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 2
     assert err.startswith("error: NOT_THERE_AT_ALL of cluster.forward did not come to ")
     assert "NOT_THERE_AT_ALL" not in os.environ
 
 
-def test_a_leash_ends_on_sigterm() -> None:
-    process = leash("--", *sh(SAVES))
+def test_a_tether_ends_on_sigterm() -> None:
+    process = tether("--", *sh(SAVES))
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
