@@ -80,9 +80,9 @@ def hosts_of(cluster: ClusterConfig) -> list[str]:
             )
     twice = sorted({h for h in hosts if hosts.count(h) > 1})
     if twice:
-        raise UserError(f"{where}: {', '.join(twice)} stands there twice: name each host once")
+        raise UserError(f"{source}: {', '.join(twice)} stands there twice: name each host once")
     if len(hosts) != cluster.nodes:
-        raise UserError(f"cluster.nodes={cluster.nodes}, but {where} names {len(hosts)} hosts: make them the same")
+        raise UserError(f"cluster.nodes={cluster.nodes}, but {source} names {len(hosts)} hosts: make them the same")
     return hosts
 
 
