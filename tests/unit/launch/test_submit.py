@@ -209,7 +209,7 @@ def test_each_submission_has_a_folder_of_its_own_and_a_run_at_work_is_told_of(
 
 
 def test_code_is_known_by_its_commit_and_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer/run").mkdir(parents=True)
     here = tmp_path / "trainer/run/code_version.py"
     here.write_text("one\n")
     monkeypatch.setattr(code_version, "ROOT", tmp_path)
