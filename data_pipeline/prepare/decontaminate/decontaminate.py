@@ -1,8 +1,8 @@
 """Decontamination as in GPT-3's appendix C (Brown et al. 2020): evaluation text is cut out, its examples are judged.
 
-First `Overlaps` counts, over all documents, in how many of them each n-gram of the sets (grams.py) occurs; counts of
-parts add up. Then `Decontaminate` cuts each 13-gram that is in no more than `max_documents` of them out of the
-documents, with 200 characters on each side; `report` says which examples the documents held before that.
+First `Overlaps` counts the documents that each n-gram of the sets (grams.py) occurs in; counts of parts add up. Then
+`Decontaminate` cuts each 13-gram that is in `max_documents` of them or fewer out of the documents, with 200 characters
+on each side; `report` says which examples the documents held before that.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from data_pipeline.prepare.decontaminate.grams import Grams
 from data_pipeline.prepare.recipe_config import DecontaminateConfig
 from data_pipeline.prepare.step import Step
 
-BATCH = 64  # documents that are looked at together
+BATCH = 64  # documents that are searched together
 SUFFIX = ".counts.safetensors"
 
 
 class Overlaps:
-    """In how many documents each n-gram occurs: `counts` [grams.size] int64, by id."""
+    """Numbers of documents that each n-gram occurs in: `counts` [grams.size] int64, by id."""
 
     def __init__(self, grams: Grams) -> None:
-        self.grams, self.counts = grams, np.zeros(grams.size, np.int64)
+        self.grams = grams
+        self.counts = np.zeros(grams.size, np.int64)
 
     def count(self, texts: Iterable[str]) -> None:
         following = iter(texts)
         while some := list(islice(following, BATCH)):
-            np.add.at(self.counts, self.grams.found(some), 1)
+            np.add.at(self.counts, self.grams.ids_in(some), 1)
 
     def save(self, path: Path) -> None:
         """Publish the counts, as PATH.counts.safetensors."""
@@ -69,9 +70,9 @@ class Overlaps:
 class Decontaminate(Step):
     """Cuts evaluation text out of documents; `overlaps` is the folder with the counts of all documents.
 
-    A document without a match stays as it is. What is left of another are its pieces between the cuts, stripped of
-    white space. A document in more than `max_pieces` of them is dropped, then pieces under `min_chars` characters are.
-    One piece that is left is the document, shorter; several are documents ID#1, ID#2, ... in its place.
+    A document without a match stays as it is. The pieces of another one between the cuts are stripped of white space.
+    A document of more than `max_pieces` pieces is dropped, then pieces of fewer than `min_chars` characters are.
+    One piece that is left is the document, shorter; several are documents ID#1, ID#2, ... instead of it.
 
     Raises:
         UserError: with the first document, as `Grams.load` and `Overlaps.load`.
@@ -81,8 +82,9 @@ class Decontaminate(Step):
 
     def __init__(self, cfg: DecontaminateConfig, overlaps: Path) -> None:
         super().__init__("decontaminate")
-        self.cfg, self.overlaps = cfg, overlaps
-        self._more: dict[int, list[Document]] = {}  # pieces behind the first one, by the id() of the document
+        self.cfg = cfg
+        self.overlaps = overlaps
+        self._more: dict[int, list[Document]] = {}  # pieces after the first one, by the id() of the document
 
     @cached_property
     def _grams(self) -> Grams:
@@ -93,7 +95,7 @@ class Decontaminate(Step):
         return Overlaps.load(self._grams, self.overlaps).counts > self.cfg.max_documents
 
     def apply(self, docs: Sequence[Document]) -> list[str | None]:
-        hits = self._grams.places([doc.text for doc in docs])
+        hits = self._grams.hits([doc.text for doc in docs], [self.cfg.ngram])
         rare = ~self._common[hits.ids]
         of, starts, ends = hits.of[rare], hits.starts[rare], hits.ends[rare]
         bounds = np.searchsorted(of, np.arange(len(docs) + 1)).tolist()
@@ -127,20 +129,22 @@ class Decontaminate(Step):
 
 
 def between(text: str, starts: np.ndarray, ends: np.ndarray, window: int) -> list[str]:
-    """What is left of a text without [start - window, end + window) of each match, in pieces that are not blank;
-    `starts` and `ends` [k] ascend."""
+    """Pieces of a text outside [start - window, end + window) of each match, without blank ones.
+
+    `starts` and `ends` [k] ascend.
+    """
     low, high = np.maximum(starts - window, 0), np.minimum(ends + window, len(text))
     apart = low[1:] > high[:-1]
     lows, highs = low[np.r_[True, apart]].tolist(), high[np.r_[apart, True]].tolist()
-    found = [text[a:b].strip() for a, b in zip([0, *highs], [*lows, len(text)], strict=True)]
-    return [piece for piece in found if piece]
+    pieces = [text[a:b].strip() for a, b in zip([0, *highs], [*lows, len(text)], strict=True)]
+    return [piece for piece in pieces if piece]
 
 
 def report(overlaps: Overlaps, max_documents: int) -> dict[str, Any]:
-    """What the documents held of the evaluation sets before anything was cut out.
+    """Counts of evaluation examples in the documents before anything was cut out.
 
-    `sets`: of each its n, and its examples: dirty where one of its n-grams is in a document, short where it has fewer
-    than n words, else clean; the first two by number, from 0. `too_short_to_cut`: those with fewer words than `ngram`.
+    `sets`: n of each set, and its examples: dirty if one of its n-grams is in a document, short if it has fewer than n
+    words, else clean; the first two by number, from 0. `too_short_to_cut`: those with fewer words than `ngram`.
     """
     grams = overlaps.grams
     sets = {}
@@ -163,9 +167,3 @@ def report(overlaps: Overlaps, max_documents: int) -> dict[str, Any]:
     common = int((cut > max_documents).sum())
     about = {"words": grams.ngram, "of_the_sets": len(cut), "in_documents": int((cut > 0).sum()), "common": common}
     return {"ngrams": about, "sets": sets}
-
-
-def clean_examples(body: dict[str, Any], name: str) -> list[int]:
-    """Numbers of the examples of a set that `report` shows to be clean."""
-    found = body["sets"][name]
-    return sorted({*range(found["examples"])} - {*found["dirty_examples"], *found["short_examples"]})

@@ -1,12 +1,12 @@
-"""The n-grams of evaluation sets: which of them are in a text, and where (Brown et al. 2020, appendix C).
+"""The n-grams of evaluation sets, and a search for them in texts (Brown et al. 2020, appendix C).
 
 An example is a line of JSON, its fields `text_keys` joined by a line break (a list of strings by spaces), or a
-paragraph of a .txt file, parted by blank lines. Words are `Reading.bare`'s: lower-cased, parted by whitespace, without
-punctuation.
+paragraph of a .txt file; blank lines part paragraphs. Words are in `WordForm.bare`: lower-cased, parted by whitespace,
+without punctuation.
 
-Two kinds of n-grams are looked for. Those of `cfg.ngram` words of all sets are cut out of documents (decontaminate.py).
+Two kinds of n-grams are searched. Those of `cfg.ngram` words of all sets are cut out of documents (decontaminate.py).
 Those of `EvaluationSet.n` words say which examples of that set are dirty: n is the 5th percentile of its examples'
-lengths in words, at least 8 and at most 13. An example with fewer words than n has no n-gram; nothing is said of it.
+lengths in words, between 8 and 13. An example with fewer words than n has no n-gram, and no verdict.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from data_pipeline.corpus.inputs import Input, files_at
 from data_pipeline.corpus.lines import chunks
 from data_pipeline.corpus.read import JSONL, MAX_FILE
 from data_pipeline.prepare.recipe_config import DecontaminateConfig
-from data_pipeline.prepare.text.hashing import Joined, Reading, Words, blocks, hashes, joined, ngrams
+from data_pipeline.prepare.text.hashing import Joined, WordForm, Words, blocks, hashes, joined, ngrams
 
-PERCENTILE, LEAST, MOST = 5, 8, 13  # of the examples' lengths; between which n lies
+PERCENTILE, MIN_N, MAX_N = 5, 8, 13  # of the examples' lengths; between which n lies
 _PARAGRAPHS = re.compile(r"\n[^\S\n]*\n")
 
 
@@ -44,13 +44,13 @@ class Table:
         self._seen = np.zeros(1 << bits, bool)
         self._seen[self.keys >> self._shift] = True
 
-    def find(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(which of `found` [n] uint64 are keys, and which keys those are), both [hits] int64."""
-        maybe = np.flatnonzero(self._seen[found >> self._shift])
-        at = np.searchsorted(self.keys, found[maybe])
-        hit = at < len(self.keys)
-        hit[hit] = self.keys[at[hit]] == found[maybe[hit]]
-        return maybe[hit], at[hit]
+    def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(indices of the `hashes` [n] uint64 that are keys, indices of those keys), both [hits] int64."""
+        maybe = np.flatnonzero(self._seen[hashes >> self._shift])
+        index = np.searchsorted(self.keys, hashes[maybe])
+        hit = index < len(self.keys)
+        hit[hit] = self.keys[index[hit]] == hashes[maybe[hit]]
+        return maybe[hit], index[hit]
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,11 @@ class Hits(NamedTuple):
 
 
 class Grams:
-    """All of them. An n-gram's id is its place in the tables, one behind the other, the shortest n-grams' first."""
+    """The n-grams of all sets. An n-gram's id is its index in the tables put in a row, the shortest n-grams' first."""
 
     def __init__(self, sets: list[EvaluationSet], ngram: int, removed: np.ndarray) -> None:
-        self.sets, self.ngram = sets, ngram
+        self.sets = sets
+        self.ngram = ngram
         parts = {n: [s.grams for s in sets if s.n == n] for n in {s.n for s in sets}}
         parts[ngram] = [*parts.get(ngram, []), removed]
         self.tables = {n: Table(np.concatenate(parts[n])) for n in sorted(parts)}
@@ -89,54 +90,55 @@ class Grams:
     @classmethod
     def load(cls, cfg: DecontaminateConfig) -> Grams:
         """Raises UserError: no such file, one that is no evaluation set, or one without any of `text_keys`."""
-        files = [file for where in cfg.sets for file in _files(where)]
+        files = [file for path in cfg.sets for file in _files(path)]
         sets, removed = [], [np.empty(0, np.uint64)]
         for file in files:
             texts = _examples(file, cfg)
-            words, of = hashes(texts, Reading.bare)
+            words, of = hashes(texts, WordForm.bare)
             lengths = np.bincount(of, minlength=len(texts))
             if not lengths.any():
                 raise UserError(f"decontaminate.sets: no word in {file.path}: leave it out")
-            n = int(np.clip(np.percentile(lengths[lengths > 0], PERCENTILE, method="lower"), LEAST, MOST))
+            n = int(np.clip(np.percentile(lengths[lengths > 0], PERCENTILE, method="lower"), MIN_N, MAX_N))
             sets.append(EvaluationSet(str(file.path), n, lengths, *_inside(words, of, n)))
             removed.append(_inside(words, of, cfg.ngram)[0])
         return cls(sets, cfg.ngram, np.concatenate(removed))
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the tables: what was counted with other ones does not fit."""
+        """sha256 of the tables: counts that were made with other tables do not fit."""
         digest = hashlib.sha256()
         for n, table in self.tables.items():
             digest.update(f"{n} {len(table.keys)} ".encode() + table.keys.astype("<u8").tobytes())
         return digest.hexdigest()
 
-    def found(self, texts: Sequence[str]) -> np.ndarray:
+    def ids_in(self, texts: Sequence[str]) -> np.ndarray:
         """Ids [k] of the n-grams that are in the texts: each once for each text that has it."""
-        hits = self._hits(texts, self.tables)
+        hits = self.hits(texts, self.tables)
         return np.unique(hits.of * self.size + hits.ids) % self.size
 
-    def places(self, texts: Sequence[str]) -> Hits:
-        """Where those of `ngram` words are in the texts, in order."""
-        return self._hits(texts, [self.ngram])
-
-    def _hits(self, texts: Sequence[str], lengths: Iterable[int]) -> Hits:
+    def hits(self, texts: Sequence[str], lengths: Iterable[int]) -> Hits:
+        """The n-grams of these lengths that are in the texts, in order."""
         hits = [Hits(*[np.empty(0, np.int64)] * 4)]
-        hits += [found for group in joined(texts) for found in self._hits_of(group, set(lengths))]
+        hits += [some for group in joined(texts) for some in self._hits_of(group, set(lengths))]
         return Hits(*map(np.concatenate, zip(*hits, strict=True)))
 
     def _hits_of(self, group: Joined, lengths: set[int]) -> Iterator[Hits]:
-        """Blocks share what a longest n-gram may lie across; one that lies across two texts is none."""
+        """The hits of each block, which begins with the last words of the block before: n-grams lie across blocks.
+
+        An n-gram that lies across two texts is none.
+        """
         words = Words(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
-        for block in blocks(group.text, Reading.bare):
+        for block in blocks(group.text, WordForm.bare):
             keep = max(0, len(words.hashes) - max(lengths) + 1)
             words = Words(*(np.concatenate((old[keep:], new)) for old, new in zip(words, block, strict=True)))
             for n, grams in ngrams(words.hashes, lengths):
-                where, at = self.tables[n].find(grams)
-                of = group.of(words.starts[where])
-                hits = Hits(group.first + of, self.first[n] + at, words.starts[where], words.ends[where + n - 1])
-                inside = hits.ends < group.begins[of + 1]
-                begins = group.begins[of[inside]]
-                yield Hits(hits.of[inside], hits.ids[inside], hits.starts[inside] - begins, hits.ends[inside] - begins)
+                first, index = self.tables[n].find(grams)
+                of, starts, ends = group.of(words.starts[first]), words.starts[first], words.ends[first + n - 1]
+                inside = ends < group.starts[of + 1]
+                of, offsets = of[inside], group.starts[of[inside]]
+                yield Hits(
+                    group.first + of, self.first[n] + index[inside], starts[inside] - offsets, ends[inside] - offsets
+                )
 
 
 def _inside(words: np.ndarray, of: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -146,27 +148,28 @@ def _inside(words: np.ndarray, of: np.ndarray, n: int) -> tuple[np.ndarray, np.n
     return grams[inside], firsts[inside]
 
 
-def _files(where: str) -> list[Input]:
-    found = files_at(where, "decontaminate.sets")
-    if not found:
-        raise UserError(f"decontaminate.sets={where}: no file there: name a file, a folder or a glob with files")
-    for file in found:
+def _files(path: str) -> list[Input]:
+    files = files_at(path, "decontaminate.sets")
+    if not files:
+        raise UserError(f"decontaminate.sets={path}: no file there: name a file, a folder or a glob with files")
+    for file in files:
         if not file.name.endswith((".txt", *JSONL)):
             kinds = ", ".join((".txt", *JSONL))
             raise UserError(f"decontaminate.sets: {file.path}: give {kinds} files; a glob chooses among others")
-    return found
+    return files
 
 
 def _examples(file: Input, cfg: DecontaminateConfig) -> list[str]:
-    """The texts of a set; "" where an example has none of `text_keys`."""
+    """The texts of a set; "" for an example that has none of `text_keys`."""
     try:
         text = _read(file.path)
         if file.name.endswith(".txt"):
             return [part for part in _PARAGRAPHS.split(text) if part.strip()]
         bodies = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
-        what = "give JSON lines or UTF-8 text"
-        raise UserError(f"decontaminate.sets: {file.path}: cannot be read ({e}): {what}") from None
+        raise UserError(
+            f"decontaminate.sets: {file.path}: cannot be read ({e}): give JSON lines or UTF-8 text"
+        ) from None
     texts = [_text(body, cfg.text_keys) for body in bodies]
     if not any(texts):
         seen = sorted(bodies[0]) if bodies and isinstance(bodies[0], dict) else "no JSON object"

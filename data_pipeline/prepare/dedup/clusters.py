@@ -1,11 +1,12 @@
-"""Which documents go because the same is there already: one decision over the keys of all parts.
+"""The decision which duplicates are dropped, over the keys of all parts.
 
-First those of one address, of what is left those of one text, of what is left those that are nearly the same: all that
-are linked, link by link, are one group. Of each group one stays: of the best quality score, then of the oldest date,
-then the first. Where a member is in another corpus, all of this one go, and the other corpus stays as it is.
+First documents of one URL, of what is left documents of one text, of what is left documents that are nearly the same:
+all that are linked, link by link, are one group. One document of each group stays: the one of the best quality score,
+then of the earliest date, then the first. If a member is in another corpus, all of this corpus are dropped, and the
+other corpus stays as it is.
 
-Memory: STAYING_BYTES a document all the time, and beside it MEMBER_BYTES for each that is sorted at once. Where
-`memory_gib` is too small for all at once, the keys are gone through in several rounds, each with a range of them.
+Memory: STAYING_BYTES a document all the time, and MEMBER_BYTES for each that is sorted at once. If `memory_gib` is too
+small for all at once, the keys are read in several rounds, a range of keys in each.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from data_pipeline.prepare.dedup.documents import Documents, Other, Reader
 from data_pipeline.prepare.dedup.groups import MEMBER_BYTES, Forest, Members, settle
 from data_pipeline.prepare.dedup.keys import KeysFile
 from data_pipeline.prepare.dedup.near import join_near
-from data_pipeline.prepare.dedup.words import U64, mix
 from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig
+from data_pipeline.prepare.text.hashing import U64, mix
 
 KINDS = {"the same URL": 1, "the same text": 2, "nearly the same text": 3}
 LARGEST = 10  # groups that are named
@@ -35,12 +36,12 @@ SUMMARY = "clusters.json"
 
 @dataclass
 class Groups:
-    """Groups of one kind; a size counts this corpus alone, and is 1 where the rest is in another corpus."""
+    """Groups of one kind; a size counts this corpus alone, and is 1 if the rest is in another corpus."""
 
     groups: int = 0
     documents: int = 0  # in them
-    sizes: dict[int, int] = field(default_factory=dict)  # how many groups have this size
-    largest: list[dict[str, Any]] = field(default_factory=list)  # {size, and of what stays: part and row, or corpus}
+    sizes: dict[int, int] = field(default_factory=dict)  # groups of each size
+    largest: list[dict[str, Any]] = field(default_factory=list)  # {size, and part and row, or corpus, of what stays}
 
 
 @dataclass
@@ -52,8 +53,8 @@ class Report:
 
 
 def reasons(others: Sequence[str] = ()) -> list[str | None]:
-    """What each code means, given the names of the other corpora in order; None, stays, is that of code 0."""
-    return [None, *(kind + place for place in ("", *(f" as in {name}" for name in others)) for kind in KINDS)]
+    """The reason of each code, given the names of the other corpora in order; that of code 0, which stays, is None."""
+    return [None, *(kind + corpus for corpus in ("", *(f" as in {name}" for name in others)) for kind in KINDS)]
 
 
 def find(keys: Path, others: Sequence[Other], cfg: DedupConfig, out: Path) -> Report:
@@ -68,9 +69,9 @@ def find(keys: Path, others: Sequence[Other], cfg: DedupConfig, out: Path) -> Re
     names = [other.name for other in others]
     report = Report(docs.total - docs.own)
     for kind, code in KINDS.items():
-        found = _decide(docs, code, cfg)
-        if found is not None:
-            report.groups[kind] = found
+        groups = _decide(docs, code, cfg)
+        if groups is not None:
+            report.groups[kind] = groups
     counts = np.zeros(256, np.int64)
     out.mkdir(parents=True, exist_ok=True)
     for name, codes in docs.parts():
@@ -85,7 +86,7 @@ def find(keys: Path, others: Sequence[Other], cfg: DedupConfig, out: Path) -> Re
 
 
 def _decide(docs: Documents, code: int, cfg: DedupConfig) -> Groups | None:
-    """Take out the doubles of one kind; None where the recipe doesn't ask."""
+    """Take out the duplicates of one kind; None if the recipe does not ask for it."""
     if code == 1:
         return _settle(docs, code, lambda _, file: file.column("url")) if cfg.url else None
     if code == 2:
@@ -106,20 +107,20 @@ def _settle(docs: Documents, code: int, read: Reader) -> Groups:
     sizes: Counter[int] = Counter()
     largest: list[tuple[int, int]] = []  # -size, index
     for rows in docs.rounds(read):
-        best = settle(docs.ranked(rows), docs.most, partial(docs.lose, kind=code))
+        best = settle(docs.ranked(rows), docs.limit, partial(docs.lose, kind=code))
         best = best.take((best.size > 1) | ((best.index < docs.own) & (best.size > 0)))
-        found, counts = np.unique(best.size, return_counts=True)
-        sizes.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+        values, counts = np.unique(best.size, return_counts=True)
+        sizes.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
         first = np.lexsort((best.index, -best.size))[:LARGEST]
         largest += zip((-best.size[first]).tolist(), best.index[first].tolist(), strict=True)
         largest = sorted(largest)[:LARGEST]
     documents = sum(size * count for size, count in sizes.items())
-    named = [{"size": -size, **docs.place(index)} for size, index in largest]
+    named = [{"size": -size, **docs.locate(index)} for size, index in largest]
     return Groups(sizes.total(), documents, dict(sorted(sizes.items())), named)
 
 
 def _linked(docs: Documents, minhash: MinHashConfig) -> Forest:
-    """All that are nearly the same, joined."""
+    """The documents that are nearly the same, joined."""
     forest = Forest(docs.total)
     for band in range(minhash.bands):
 
@@ -128,16 +129,16 @@ def _linked(docs: Documents, minhash: MinHashConfig) -> Forest:
 
         if minhash.min_jaccard is None:
             for rows in docs.rounds(read):
-                plain = (Members.plain(keys, start + at) for start, _, at, keys in rows)
-                settle(plain, docs.most, forest.join)
+                plain = (Members.plain(keys, start + index) for start, _, index, keys in rows)
+                settle(plain, docs.limit, forest.join)
         else:
-            cost = 24 * (minhash.bands + 4)  # what is read, and twice as much while it is put in order
+            cost = 24 * (minhash.bands + 4)  # bytes that are read, and twice as many while they are sorted
             for rows in docs.rounds(read, cost):
                 compared = (
-                    (start + at, file.column("bands")[:, at], file.set_sizes()[at])
-                    for start, file, at, _ in rows
-                    if len(at)
+                    (start + index, file.column("bands")[:, index], file.set_sizes()[index])
+                    for start, file, index, _ in rows
+                    if len(index)
                 )
-                join_near(compared, band, minhash, docs.most * MEMBER_BYTES // cost, docs.sets, forest)
+                join_near(compared, band, minhash, docs.limit * MEMBER_BYTES // cost, docs.sets, forest)
         forest.flatten()
     return forest

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.prepare.dedup.words import U64
+from data_pipeline.prepare.text.hashing import U64
 
 Indices = npt.NDArray[np.int64]
 MEMBER_BYTES = 160  # of memory that `settle` takes for each member that it holds: its columns, a copy, the sort
@@ -23,7 +23,7 @@ class Members:
     index: Indices
     score: npt.NDArray[np.float32]  # -inf = none
     date: Indices
-    size: Indices  # documents that it stands for: its own group's, as far as it is known
+    size: Indices  # documents in its own group, as far as they are known
 
     def __len__(self) -> int:
         return len(self.key)
@@ -33,49 +33,49 @@ class Members:
 
     @classmethod
     def plain(cls, key: U64, index: Indices) -> Members:
-        """All of one rank, so that the lowest index is the best."""
+        """Members of one rank, so that the lowest index is the best."""
         zeros = np.zeros(len(key), np.int64)
         return cls(key, index, zeros.astype(np.float32), zeros, zeros + 1)
 
     @classmethod
-    def joined(cls, members: Iterable[Members]) -> Members:
-        every = [cls.plain(np.empty(0, np.uint64), np.empty(0, np.int64)), *members]
+    def joined(cls, batches: Iterable[Members]) -> Members:
+        every = [cls.plain(np.empty(0, np.uint64), np.empty(0, np.int64)), *batches]
         return cls(*(np.concatenate([getattr(m, f.name) for m in every]) for f in fields(cls)))
 
 
-def settle(batches: Iterable[Members], most: int, lose: Callable[[Indices, Indices], None]) -> Members:
-    """Of each key the best member; `lose(losers, to)` is told the others' indices, and to whom each lost by then.
+def settle(batches: Iterable[Members], limit: int, lose: Callable[[Indices, Indices], None]) -> Members:
+    """The best member of each key; `lose(losers, winners)` gets the indices of the others and of whom each lost to.
 
-    No more than `most` members are held, or twice the keys where that is more, however many share one key.
+    It holds up to `limit` members, or twice the keys if that is more, however many share one key.
     """
     held, waiting, count = Members.joined([]), [], 0
     for batch in batches:
         waiting.append(batch)
         count += len(batch)
-        if len(held) + count > max(most, 2 * len(held)):
+        if len(held) + count > max(limit, 2 * len(held)):
             held, waiting, count = _best(Members.joined([held, *waiting]), lose), [], 0
     return _best(Members.joined([held, *waiting]), lose)
 
 
-def _best(members: Members, lose: Callable[[Indices, Indices], None]) -> Members:
-    order = np.argsort(members.key, kind="stable")
-    first = _starts(members.key[order])
+def _best(every: Members, lose: Callable[[Indices, Indices], None]) -> Members:
+    order = np.argsort(every.key, kind="stable")
+    first = _starts(every.key[order])
     alone = first & np.append(first[1:], True)
-    twice = members.take(order[~alone])
-    if not len(twice):
-        return members
-    ranked = twice.take(np.lexsort((twice.index, twice.date, -twice.score, twice.key)))
+    shared = every.take(order[~alone])
+    if not len(shared):
+        return every
+    ranked = shared.take(np.lexsort((shared.index, shared.date, -shared.score, shared.key)))
     starts = np.flatnonzero(_starts(ranked.key))
     best = ranked.take(starts)
     best.size = np.add.reduceat(ranked.size, starts)
     winners = np.repeat(best.index, np.diff(starts, append=len(ranked)))
     lost = ranked.index != winners
     lose(ranked.index[lost], winners[lost])
-    return Members.joined([members.take(order[alone]), best])
+    return Members.joined([every.take(order[alone]), best])
 
 
 def _starts(ordered: U64) -> npt.NDArray[np.bool_]:
-    """Where a new key begins, [n]."""
+    """Marks of the first row of each key, [n]."""
     return np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]
 
 
@@ -100,24 +100,24 @@ class Forest:
         apart = one != other
         if not apart.any():
             return
-        roots, at = np.unique(np.concatenate([one[apart], other[apart]]), return_inverse=True)
-        pairs = at.reshape(2, -1)
+        roots, numbers = np.unique(np.concatenate([one[apart], other[apart]]), return_inverse=True)
+        pairs = numbers.reshape(2, -1)
         graph = coo_array((np.ones(pairs.shape[1], np.bool_), (pairs[0], pairs[1])), shape=(len(roots),) * 2)
         _, component = connected_components(graph, directed=False)
         _, lowest = np.unique(component, return_index=True)  # roots are sorted
         self._parent[roots] = roots[lowest][component]
 
     def flatten(self) -> None:
-        """Shorten all ways to the root to one step."""
+        """Shorten each path to its root to one step."""
         for low in range(0, len(self._parent), _STRIDE):
             self._parent[low : low + _STRIDE] = self.root(self._parent[low : low + _STRIDE])
 
     def joined(self) -> npt.NDArray[np.bool_]:
-        """Which documents are in a set of two or more, [n]."""
-        found = np.zeros(len(self._parent), np.bool_)
+        """Marks of the documents that are in a set of two or more, [n]."""
+        marks = np.zeros(len(self._parent), np.bool_)
         for low in range(0, len(self._parent), _STRIDE):
             parents = self._parent[low : low + _STRIDE]
-            away = parents != np.arange(low, low + len(parents))
-            found[low : low + len(parents)] |= away
-            found[self.root(parents[away])] = True
-        return found
+            linked = parents != np.arange(low, low + len(parents))
+            marks[low : low + len(parents)] |= linked
+            marks[self.root(parents[linked])] = True
+        return marks

@@ -1,15 +1,15 @@
-"""What is kept of each document to tell whether it is there twice: a part's keys, in one file beside the part.
+"""Keys of a part's documents, by which duplicates are found, in one file beside the part.
 
 A keys file is safetensors of n rows, one for each document of the part, in order:
 
-    url, text   [n] uint64        of the address, of the text's plain form; 0 = it has none
-    bands       [bands, n] uint64 MinHash, where the recipe has it; 0 = none
+    url, text   [n] uint64        of the URL, of the text's plain form; 0 = it has none
+    bands       [bands, n] uint64 MinHash, if the recipe has it; 0 = none
     score       [n] float32       of the quality model; NaN = none
     date        [n] int64         seconds since 1970 (UTC); NO_DATE, which is later than any = none or not ISO 8601
-    grams       [any] uint32      where the recipe compares them: each row's set of n-grams, sorted
-    gram_ends   [n] int64         where each row's set ends
+    grams       [any] uint32      if the recipe compares them: each row's set of n-grams, sorted
+    gram_ends   [n] int64         the end of each row's set
 
-Keys are 64 bits: among a billion documents two that differ have the same key with a chance of 3%.
+Keys are 64 bits: among a billion documents the chance that two different ones share a key is 3%.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from datatrove.data import Document
 from conf.errors import UserError
 from data_pipeline.files import publish
 from data_pipeline.prepare.dedup.minhash import MinHash
-from data_pipeline.prepare.dedup.words import U64, pieces, plain
 from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig
+from data_pipeline.prepare.text.hashing import U64, pieces, plain_form
 
 FORMAT = 1
 ENDING = ".safetensors"
@@ -39,27 +39,32 @@ _PORTS = {"http": ":80", "https": ":443"}
 
 
 def url_key(url: str | None) -> int:
-    """64 bits of the address, 0 for none. http and https are one, and the host's letters have no case; the scheme's own
+    """64 bits of the URL, 0 for none. http and https are one, and the host's letters have no case; the scheme's own
     port, the fragment, and slashes at the end of the path count for nothing. The query stays as it is."""
-    if not url or not url.strip():
+    import xxhash
+
+    url = (url or "").strip()
+    if not url:
         return 0
     try:
-        parts = urlsplit(url.strip())
+        parts = urlsplit(url)
     except ValueError:  # brackets that hold no IPv6 address
-        return _key(url.strip().encode("utf-8", "surrogatepass"))
-    host = parts.netloc.lower().removesuffix(_PORTS.get(parts.scheme, "\0"))
-    scheme = "" if parts.scheme in _PORTS else parts.scheme + ":"
-    query = f"?{parts.query}" if parts.query else ""
-    return _key(f"{scheme}//{host}{parts.path.rstrip('/')}{query}".encode("utf-8", "surrogatepass"))
+        same = url
+    else:
+        netloc = parts.netloc.lower().removesuffix(_PORTS.get(parts.scheme, "\0"))
+        scheme = "" if parts.scheme in _PORTS else parts.scheme + ":"
+        query = f"?{parts.query}" if parts.query else ""
+        same = f"{scheme}//{netloc}{parts.path.rstrip('/')}{query}"
+    return max(1, xxhash.xxh3_64_intdigest(same.encode("utf-8", "surrogatepass")))
 
 
 def text_key(text: str) -> int:
-    """64 bits of the text but for case, punctuation and spaces; 0 where nothing else is in it."""
+    """64 bits of the text but for case, punctuation and spaces; 0 if it has nothing else."""
     import xxhash
 
     total, digest = 0, xxhash.xxh3_64()
-    for piece in pieces(text):
-        words = plain(piece)
+    for _, piece in pieces(text):
+        words = plain_form(piece)
         total += len(words)
         digest.update(words)
     return max(1, digest.intdigest()) if total else 0
@@ -86,12 +91,12 @@ def write_keys(path: Path, docs: Sequence[Document], cfg: DedupConfig) -> None:
 
 
 def settings_of(minhash: MinHashConfig) -> tuple[int, int, int, int]:
-    """What the bands depend on."""
+    """The settings on which the bands depend."""
     return minhash.bands, minhash.rows, minhash.ngram, minhash.seed
 
 
 class KeysFile:
-    """One part's keys, read column by column; open only while it is read, for there may be many.
+    """One part's keys, read column by column; the file is open only while it is read, for there may be many.
 
     Raises:
         UserError: not such a file, or made with other settings of `minhash` than these.
@@ -101,22 +106,20 @@ class KeysFile:
         self.path = path
         with self._open() as file:
             made = (file.metadata() or {}).get("made", "a program unknown")
-            found = {name: file.get_slice(name) for name in list(file.keys())}
-            columns = {name: (column.get_dtype(), column.get_shape()) for name, column in found.items()}
+            slices = {name: file.get_slice(name) for name in list(file.keys())}
+            columns = {name: (column.get_dtype(), column.get_shape()) for name, column in slices.items()}
         if minhash and made != _made(minhash):
             raise UserError(f"{path}: made with {made}, wanted is {_made(minhash)}: {_ANEW}")
         self.rows = columns["url"][1][0] if "url" in columns else 0
-        wanted = {"url": "U64", "text": "U64", "score": "F32", "date": "I64"}
-        if minhash and minhash.min_jaccard is not None:
-            wanted["gram_ends"] = "I64"
-        for name, dtype in wanted.items():
-            self._check(name, columns, dtype, [self.rows])
+        rows = [self.rows]
+        wanted = {"url": ("U64", rows), "text": ("U64", rows), "score": ("F32", rows), "date": ("I64", rows)}
         if minhash:
-            self._check("bands", columns, "U64", [minhash.bands, self.rows])
-
-    def _check(self, name: str, columns: dict[str, tuple[str, list[int]]], dtype: str, shape: list[int]) -> None:
-        if columns.get(name) != (dtype, shape):
-            raise UserError(f"{self.path}: damaged: {name} is {columns.get(name)}, not {(dtype, shape)}: {_ANEW}")
+            wanted["bands"] = ("U64", [minhash.bands, self.rows])
+            if minhash.min_jaccard is not None:
+                wanted["gram_ends"] = ("I64", rows)
+        for name, right in wanted.items():
+            if columns.get(name) != right:
+                raise UserError(f"{self.path}: damaged: {name} is {columns.get(name)}, not {right}: {_ANEW}")
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
@@ -134,21 +137,21 @@ class KeysFile:
             return file.get_tensor(name)
 
     def band(self, band: int) -> U64:
-        """[rows]"""
+        """The keys of one band, [rows]."""
         with self._open() as file:
             return file.get_slice("bands")[band]
 
     def set_sizes(self) -> npt.NDArray[np.int64]:
-        """How many n-grams each row has, [rows]."""
+        """The number of n-grams of each row, [rows]."""
         return np.diff(self.column("gram_ends"), prepend=0)
 
     def sets(self, rows: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.uint32]]:
-        """The n-grams of these rows."""
-        edges = np.concatenate([[0], self.column("gram_ends")])
+        """The n-gram set of each of these rows."""
+        bounds = np.concatenate([[0], self.column("gram_ends")])
         with self._open() as file:
             grams = file.get_slice("grams")
             for row in rows.tolist():
-                yield grams[int(edges[row]) : int(edges[row + 1])]
+                yield grams[int(bounds[row]) : int(bounds[row + 1])]
 
 
 _ANEW = "make the corpus anew with this recipe, data_pipeline.prepare.run"
@@ -167,15 +170,9 @@ def _minhash(bands: int, rows: int, ngram: int, seed: int) -> MinHash:
     return MinHash(MinHashConfig(bands, rows, ngram, seed=seed))
 
 
-def _key(data: bytes) -> int:
-    import xxhash
-
-    return max(1, xxhash.xxh3_64_intdigest(data))
-
-
 def _seconds(date: str | None) -> int:
     try:
-        when = datetime.fromisoformat(date or "")
+        time = datetime.fromisoformat(date or "")
     except ValueError:
         return int(NO_DATE)
-    return int((when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp())
+    return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp())

@@ -4,7 +4,7 @@ Two texts whose sets of word n-grams have the Jaccard similarity J agree in one 
 `rows` hashes with J^rows, and in one band at least with 1 - (1 - J^rows)^bands.
 
 The i-th hash of an n-gram x is a_i * x modulo 2^32, a_i odd and random. x itself is 31 well-mixed bits of a hash of the
-words, and odd, so that no x is the least of every order. Integer arithmetic alone: the same bytes on each machine.
+words, and odd, so that no x is the minimum of every order. Integer arithmetic alone: the same bytes on each machine.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.prepare.dedup.words import U64, batches, mix, ngram_hashes, powers
 from data_pipeline.prepare.recipe_config import MinHashConfig
+from data_pipeline.prepare.text.hashing import U64, batches, mix, powers, shingles
 
 _BLOCK = 2048  # n-grams whose hashes are held at a time: what the cache next to a core holds
 _BASE = 0xD6E8FEB86659FD93
-_MOST = np.uint32(0xFFFFFFFF)
+_MAX = np.uint32(0xFFFFFFFF)
 
 
 class MinHash:
@@ -32,44 +32,44 @@ class MinHash:
 
     def bands_of(self, texts: Sequence[str]) -> U64:
         """[n, bands] hashes of each band's rows; 0 = none, in all bands of a text without a word. Others are not 0."""
-        found = [self._bands(*self._shingles(batch)) for batch in batches(texts)]
-        return np.concatenate(found) if found else np.empty((0, self.config.bands), np.uint64)
+        bands = [self._bands(*self._shingles(batch)) for batch in batches(texts)]
+        return np.concatenate([np.empty((0, self.config.bands), np.uint64), *bands])
 
     def sets_of(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """The texts' n-grams as sorted sets, one behind the other, and where each set ends, [n].
+        """The texts' n-grams as sorted sets, one after the other, and the end of each set, [n].
 
         An n-gram is 31 bits of its hash: sets of a and b have a * b / 2^31 in common by chance.
         """
         sets = [np.empty(0, np.uint32)]
         for batch in batches(texts):
-            shingles, counts = self._shingles(batch)
-            sets += [np.unique(own) for own in np.split(shingles, np.cumsum(counts)[:-1])]
+            grams, counts = self._shingles(batch)
+            sets += [np.unique(own) for own in np.split(grams, np.cumsum(counts)[:-1])]
         return np.concatenate(sets), np.cumsum([len(own) for own in sets[1:]], dtype=np.int64)
 
     def _shingles(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        hashes, counts = ngram_hashes(texts, self.config.ngram)
+        hashes, counts = shingles(texts, self.config.ngram)
         return (hashes >> np.uint64(32)).astype(np.uint32) | np.uint32(1), counts
 
-    def _bands(self, shingles: npt.NDArray[np.uint32], counts: npt.NDArray[np.int64]) -> U64:
+    def _bands(self, grams: npt.NDArray[np.uint32], counts: npt.NDArray[np.int64]) -> U64:
         bands = np.zeros((len(counts), self.config.bands), np.uint64)
-        least = self._least(shingles, counts[counts > 0])
-        by_band = least.reshape(self.config.bands, self.config.rows, -1).astype(np.uint64)
+        minima = self._minima(grams, counts[counts > 0])
+        by_band = minima.reshape(self.config.bands, self.config.rows, -1).astype(np.uint64)
         weights = powers(_BASE, self.config.rows)
         keys = mix((by_band * weights[:, None]).sum(axis=1, dtype=np.uint64))
         bands[counts > 0] = np.maximum(keys, np.uint64(1)).T
         return bands
 
-    def _least(self, shingles: npt.NDArray[np.uint32], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
-        """Each hash's least value over each text's n-grams, [hashes, texts]; every text has one n-gram at least."""
-        least = np.full((len(self._factors), len(counts)), _MOST)
+    def _minima(self, grams: npt.NDArray[np.uint32], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+        """Each hash's minimum over each text's n-grams, [hashes, texts]; every text has one n-gram or more."""
+        minima = np.full((len(self._factors), len(counts)), _MAX)
         ends = np.cumsum(counts)
         starts = ends - counts
         products = np.empty((len(self._factors), _BLOCK), np.uint32)
-        for low in range(0, len(shingles), _BLOCK):
-            block = shingles[low : low + _BLOCK]
+        for low in range(0, len(grams), _BLOCK):
+            block = grams[low : low + _BLOCK]
             hashed = np.multiply(self._factors, block, out=products[:, : len(block)])
             first, last = np.searchsorted(ends, low, "right"), np.searchsorted(starts, low + len(block))
-            own = least[:, first:last]
+            own = minima[:, first:last]
             cuts = np.maximum(starts[first:last] - low, 0)
             np.minimum(own, np.minimum.reduceat(hashed, cuts, axis=1), out=own)
-        return least
+        return minima

@@ -13,10 +13,10 @@ import pytest
 from datatrove.data import Document
 
 from conf.errors import UserError
-from data_pipeline.prepare.decontaminate.decontaminate import Decontaminate, Overlaps, clean_examples, report
+from data_pipeline.prepare.decontaminate.decontaminate import Decontaminate, Overlaps, report
 from data_pipeline.prepare.decontaminate.grams import Grams
 from data_pipeline.prepare.recipe_config import DecontaminateConfig
-from data_pipeline.prepare.text import hashing as words
+from data_pipeline.prepare.text import hashing
 from tests.helpers.plain_words import plain_words, random_text
 from tests.helpers.seeds import seeded
 
@@ -122,12 +122,11 @@ def plain_cut(text: str, grams: set[tuple[str, ...]], cfg: DecontaminateConfig) 
 
 def test_random_texts_are_cut_as_by_a_loop_over_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of few different words, so that they overlap in all ways; whatever the size of a block."""
-    words._powers()
     outcomes: Counter[str] = Counter()
     for _ in range(100):  # each outcome comes in at least one of six
         seed = seeded()
         rng = random.Random(seed)
-        monkeypatch.setattr(words, "SIZE", rng.choice((20, 100, 1 << 18)))
+        monkeypatch.setattr(hashing, "SIZE", rng.choice((20, 100, 1 << 18)))
         examples = [random_text(rng, rng.randrange(1, 12)) for _ in range(6)] + ["the cat ab ß the"]
         cfg = config(
             tmp_path / "set.jsonl",
@@ -230,8 +229,7 @@ def test_the_report_tells_clean_dirty_and_short_examples_apart(tmp_path: Path) -
         assert (found["n"], found["dirty_examples"], found["short_examples"]) == (n, dirty, short), seed
         assert (found["examples"], found["dirty"], found["short"]) == (120, len(dirty), len(short))
         assert found["too_short_to_cut"] == sum(len(e) < 13 for e in examples)
-        clean = clean_examples(body, str(tmp_path / f"{name}.jsonl"))
-        assert clean == [i for i in range(120) if i not in dirty and i not in short] and found["clean"] == len(clean)
+        assert found["clean"] == len({*range(120)} - {*dirty, *short})
     all13 = set().union(*(all_grams(" ".join(e), 13) for examples in bodies.values() for e in examples))
     in_documents = Counter(g for text in texts for g in all_grams(text, 13) & all13)
     common = sum(count > 10 for count in in_documents.values())
@@ -288,7 +286,7 @@ def test_sets_are_json_lines_packed_or_not_and_paragraphs_of_text(tmp_path: Path
     (tmp_path / "b.txt").write_text("one two\nthree four\n \n\nfive\n\n")
     grams = Grams.load(DecontaminateConfig([f"{tmp_path}/[ab].*"], text_keys=["q", "a"], ngram=3))
     assert [s.lengths.tolist() for s in grams.sets] == [[4, 1, 0, 1], [4, 1]]
-    assert len(grams.found(["Two, three: FOUR"])) == 1 and len(grams.found(["two four three"])) == 0
+    assert len(grams.ids_in(["Two, three: FOUR"])) == 1 and len(grams.ids_in(["two four three"])) == 0
     assert len(grams.tables[3].keys) == 2  # the same two in both
 
 
@@ -324,5 +322,5 @@ def test_a_set_of_a_million_words_turns_other_texts_away(tmp_path: Path) -> None
     (tmp_path / "big.txt").write_text(" ".join(map(str, rng.integers(0, 1000, 300_000))))
     grams = Grams.load(DecontaminateConfig([str(tmp_path / "big.txt")]))
     text = (tmp_path / "big.txt").read_text()
-    assert len(grams.found([text])) == grams.size and len(grams.places([text]).ids) >= 300_000 - 12
-    assert len(grams.found([" ".join(map(str, rng.integers(1000, 2000, 300_000)))])) == 0
+    assert len(grams.ids_in([text])) == grams.size and len(grams.hits([text], [13]).ids) >= 300_000 - 12
+    assert len(grams.ids_in([" ".join(map(str, rng.integers(1000, 2000, 300_000)))])) == 0

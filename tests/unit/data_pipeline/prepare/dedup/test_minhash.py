@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.prepare.dedup import minhash as module
-from data_pipeline.prepare.dedup import words
 from data_pipeline.prepare.dedup.minhash import MinHash
 from data_pipeline.prepare.recipe_config import MinHashConfig
+from data_pipeline.prepare.text import hashing
+from data_pipeline.prepare.text.hashing import WordForm
 from tests.helpers.duplicates import (
     CHANCE,
     edited,
@@ -44,9 +45,9 @@ def strange_text(rng: random.Random) -> str:
 
 def test_words_are_those_of_regular_expressions_over_the_same_text(rng: random.Random) -> None:
     texts = [strange_text(rng) for _ in range(400)]
-    hashes, counts = words.word_hashes(texts)
+    hashes, numbers = hashing.hashes(texts, WordForm.loose)
     want = [loose_words(text) for text in texts]
-    assert counts.tolist() == [len(own) for own in want]
+    assert numbers.tolist() == [i for i, own in enumerate(want) for _ in own]
     seen: dict[str, int] = {}
     for word, found in zip((word for own in want for word in own), hashes.tolist(), strict=True):
         assert seen.setdefault(word, found) == found, word
@@ -57,7 +58,7 @@ def test_ngrams_are_those_of_a_plain_window_and_never_cross_texts(rng: random.Ra
     few = vocabulary(rng, 5)
     texts = [" ".join(rng.choices(few, k=rng.choice((0, 1, 2, 3, 4, 5, 6, 20)))) for _ in range(300)]
     for n in (1, 2, 5):
-        hashes, counts = words.ngram_hashes(texts, n)
+        hashes, counts = hashing.shingles(texts, n)
         own = [set(part.tolist()) for part in np.split(hashes, np.cumsum(counts)[:-1])]
         grams = [ngrams(text, n) for text in texts]
         for _ in range(2000):
@@ -69,15 +70,16 @@ def test_a_text_is_read_the_same_however_it_is_cut(rng: random.Random, monkeypat
     texts = [random_text(rng, vocabulary(rng, 50), rng.choice((0, 1, 3, 40, 400))) for _ in range(60)]
     texts += ["", " \n ", "x" * 300, "\ud800 lone"]
     minhash = MinHash(FINEWEB)
-    whole, plain = minhash.bands_of(texts), [words.plain(text) for text in texts]
+    whole, plain = minhash.bands_of(texts), [hashing.plain_form(text) for text in texts]
     one_by_one = np.concatenate([minhash.bands_of([text]) for text in texts])
     assert np.array_equal(whole, one_by_one)
-    monkeypatch.setattr(words, "BATCH", 350)
+    monkeypatch.setattr(hashing, "SIZE", 350)
     monkeypatch.setattr(module, "_BLOCK", 7)
-    assert max(len(text) for text in texts) > 2 * words.BATCH
+    assert max(len(text) for text in texts) > 2 * hashing.SIZE
     assert np.array_equal(minhash.bands_of(texts), whole)
-    assert [b"".join(map(words.plain, words.pieces(text))) for text in texts] == plain
-    assert ["".join(words.pieces(text)) for text in texts] == texts
+    cut = [[piece for _, piece in hashing.pieces(text)] for text in texts]
+    assert [b"".join(map(hashing.plain_form, own)) for own in cut] == plain
+    assert ["".join(own) for own in cut] == texts
 
 
 def test_a_band_is_the_hash_of_the_least_products_of_its_rows(rng: random.Random) -> None:
@@ -85,7 +87,7 @@ def test_a_band_is_the_hash_of_the_least_products_of_its_rows(rng: random.Random
     minhash = MinHash(config)
     texts = [random_text(rng, vocabulary(rng, 30), rng.choice((1, 2, 9, 3000))) for _ in range(12)]
     factors = [int(a) for a in minhash._factors[:, 0]]
-    hashes, counts = words.ngram_hashes(texts, 2)
+    hashes, counts = hashing.shingles(texts, 2)
     found = {}
     for own, bands in zip(np.split(hashes, np.cumsum(counts)[:-1]), minhash.bands_of(texts).tolist(), strict=True):
         least = [min(a * (int(x) >> 32 | 1) % 2**32 for x in own) for a in factors]

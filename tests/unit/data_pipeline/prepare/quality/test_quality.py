@@ -20,7 +20,7 @@ from data_pipeline import quality as entry
 from data_pipeline.prepare.quality.features import features, stacked
 from data_pipeline.prepare.quality.model import Model, Quality, auc, held_out, keeps, uniform
 from data_pipeline.prepare.recipe_config import QualityConfig
-from data_pipeline.prepare.text import hashing as words
+from data_pipeline.prepare.text import hashing
 from tests.helpers.plain_words import plain_words, random_text
 from tests.helpers.seeds import seeded
 
@@ -42,8 +42,7 @@ def test_features_are_the_counts_of_each_word_by_one_norm() -> None:
 def test_a_document_has_the_same_features_and_score_whatever_stands_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seed = seeded()
     rng = random.Random(seed)
-    words._powers()
-    monkeypatch.setattr(words, "SIZE", 300)
+    monkeypatch.setattr(hashing, "SIZE", 300)
     texts = [random_text(rng, rng.choice((0, 3, 40, 200))) for _ in range(50)]
     made = model(np.array([rng.gauss(0, 3) for _ in range(1000)]), 0.25)
     alone = [features([text], 1000) for text in texts]

@@ -24,7 +24,7 @@ from data_pipeline.prepare.rules.fineweb import FineWeb
 from data_pipeline.prepare.rules.gopher import GopherQuality, GopherRepetition
 from data_pipeline.prepare.rules.length import Length
 from data_pipeline.prepare.step import Step
-from data_pipeline.prepare.text.repetition import SPAN, Grams, powers
+from data_pipeline.prepare.text.repetition import Grams
 from data_pipeline.prepare.text.words import Text
 from tests.helpers.seeds import seeded
 from tests.helpers.texts import corpus, made_worse
@@ -181,13 +181,6 @@ def test_decisions_on_fresh_documents_are_datatroves() -> None:
         for name, (step, peer) in peers().items():
             if text.strip() or name != "fineweb":
                 assert outcome(step, text) == their_outcome(peer, text), f"seed {seed}, {name}: {text!r}"
-
-
-def test_powers_are_powers_beyond_what_is_kept() -> None:
-    base = secrets.randbits(64) | 1
-    found = powers(base, 2 * SPAN + 9)
-    for k in (0, 1, 2, SPAN - 1, SPAN, SPAN + 1, 2 * SPAN, 2 * SPAN + 8):
-        assert int(found[k]) == pow(base, k, 1 << 64), f"base {base}, k {k}"
 
 
 def test_counts_of_n_grams_are_those_of_a_loop() -> None:
