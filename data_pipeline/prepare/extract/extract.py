@@ -13,9 +13,9 @@ from data_pipeline.prepare.step import Step
 
 
 class Extract(Step):
-    """Makes text of metadata["html"] and takes it away; a document that has none is text, which is only repaired.
+    """Makes text of metadata["html"] and removes it; a document that has none is text, which is only repaired.
 
-    What drops a document: no text, a limit that it exceeds, an extractor that fails. It keeps its page then.
+    A document is dropped, with its page, for no text, for exceeding a limit, and if the extractor fails.
     """
 
     rewrites = True

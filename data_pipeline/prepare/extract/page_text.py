@@ -1,7 +1,7 @@
-"""The text of a page's bytes, without what stands around it, its encoding repaired.
+"""The text of a page's bytes, without navigation and the like, its encoding repaired.
 
-Each function here is a factory for sandbox.py: it loads what it needs and gives a function of the
-page's bytes and what the HTTP header says of their charset ("" = nothing). No document changes what another gives.
+`fast` and `best` are factories for sandbox.py: each loads what it needs and returns a function of the page's bytes and
+the charset of its HTTP header ("" = none). No document changes the text of another.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ SUSPECT = re.compile(
     )""",
     re.VERBOSE,
 )
-"""Found in every line that ftfy could change; a line without it is ftfy's already."""
+"""In every line that ftfy could change: a line without a match stays as it is."""
 
 
-PLAIN = "plain text"  # instead of a charset, which has no blank: text (UTF-8), which is only repaired
+PLAIN = "plain text"  # instead of a charset, which has no blank: the bytes are text (UTF-8), which is only repaired
 
 
 def fast() -> TextOf:
@@ -85,7 +85,7 @@ def best() -> TextOf:
 def repairer() -> Callable[[str], str]:
     """ftfy.fix_text with FineWeb's settings (datatrove's FTFYFormatter), and every line break made \\n.
 
-    ftfy looks at one line after the other; here it is asked only about the lines that it could change.
+    ftfy repairs one line after the other; here it gets only the lines that it could change.
     """
     from ftfy import TextFixerConfig, fix_text
 
@@ -95,12 +95,12 @@ def repairer() -> Callable[[str], str]:
     after_markup = config._replace(unescape_html=False)  # ftfy's rule: after the first < entities are meant
 
     def fixed(text: str) -> str:
-        done, at, markup = [], 0, text.find("<")
-        while found := SUSPECT.search(text, at):
-            begin = text.rfind("\n", at, found.start()) + 1 or at
-            end = text.find("\n", found.end()) + 1 or len(text)
-            done += [text[at:begin], fix_text(text[begin:end], after_markup if 0 <= markup < begin else config)]
-            at = end
-        return "".join([*done, text[at:]]).strip()
+        done, end, markup = [], 0, text.find("<")
+        while suspect := SUSPECT.search(text, end):
+            start = text.rfind("\n", end, suspect.start()) + 1 or end
+            done.append(text[end:start])
+            end = text.find("\n", suspect.end()) + 1 or len(text)
+            done.append(fix_text(text[start:end], after_markup if 0 <= markup < start else config))
+        return "".join([*done, text[end:]]).strip()
 
     return fixed

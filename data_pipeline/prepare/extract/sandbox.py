@@ -1,10 +1,10 @@
-"""Work on untrusted data in a process of its own: what a bad page costs, it costs itself alone.
+"""Work on untrusted data in a process of its own: a bad page costs only itself.
 
 The process limits itself, so that nobody has to watch it: each call gets CPU seconds (ITIMER_PROF), which do not depend
-on what else the machine does, and WAITING times as many by the clock, in case it hangs without working; all calls get
-memory (RLIMIT_DATA). Past a limit the kernel ends it, in the middle of C code too. A process that failed is not used
-again. Where one that had worked before failed, a fresh one decides, so that what a call gives does not depend on the
-calls before it. The process ends when its owner is gone, however that ended: when a call is running, after it.
+on the machine's load, and WAITING times as many by the clock, in case it hangs without working; all calls get memory
+(RLIMIT_DATA). Past a limit the kernel ends it, even in the middle of C code. A process that failed is not used again.
+If a process that had worked before failed, a fresh one decides, so that the result of a call does not depend on the
+calls before it. The process ends when its owner is gone, however that ended, after the call that is running.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import IO, cast
 from conf.errors import UserError
 
 WAITING = 30  # times the CPU seconds, by the clock
-READY = b""  # what the process says first, or else what it lacks
-LENGTH = struct.Struct("<Q")  # before every bytes that go over a pipe
+READY = b""  # the first message of the process; any other one says what it lacks
+LENGTH = struct.Struct("<Q")  # before each message on a pipe
 NO_MEMORY, NO_RESULT = 65, 66  # exit codes
 TOO_LONG = (-signal.SIGPROF, -signal.SIGALRM)
 REASONS = {
@@ -38,11 +38,11 @@ REASONS = {
 }
 
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
-"""glibc: what one page took is kept for the next, which would else be given back and fetched anew, page by page."""
+"""glibc: keep the memory of one page for the next, instead of giving it back and getting it anew for each page."""
 
 
 class Failed(Exception):
-    """Why a call gave nothing: one of REASONS, or that the process crashed."""
+    """A call that gave no text; the message is one of REASONS, or that the process crashed."""
 
 
 class Sandbox:
@@ -55,28 +55,30 @@ class Sandbox:
     """
 
     def __init__(self, target: str, seconds: float, memory_gib: float) -> None:
-        self.target, self.seconds, self.memory_gib = target, seconds, memory_gib
+        self.target = target
+        self.seconds = seconds
+        self.memory_gib = memory_gib
         self.child: subprocess.Popen[bytes] | None = None
 
     def __reduce__(self) -> tuple[type[Sandbox], tuple[str, float, float]]:
         return Sandbox, (self.target, self.seconds, self.memory_gib)  # a copy starts a process of its own
 
     def __call__(self, data: bytes, hint: str = "") -> str:
-        """What the function says of `data`.
+        """The function's text of `data`.
 
         Raises:
-            Failed: it says nothing, for the same reason whichever calls came before.
+            Failed: it gives none, for the same reason whichever calls came before.
             UserError: the process does not start.
         """
         used = self.child is not None
-        reply, code = self._ask(data, hint)
+        reply, code = self._call(data, hint)
         if reply is None and code not in TOO_LONG and (used or code == -signal.SIGKILL):
-            reply, code = self._ask(data, hint)  # it may have failed by what others did: a fresh process decides
+            reply, code = self._call(data, hint)  # an earlier call may be the cause: a fresh process decides
         if reply is None:
             raise Failed(REASONS.get(code, "the extractor crashed"))
         return reply.decode()
 
-    def _ask(self, data: bytes, hint: str) -> tuple[bytes | None, int]:
+    def _call(self, data: bytes, hint: str) -> tuple[bytes | None, int]:
         """The reply, or None and the exit code of the process."""
         child, reply = self.child or self._start(), None
         try:
@@ -85,7 +87,7 @@ class Sandbox:
                 reply = read(child.stdout)
             return reply, 0 if reply is not None else child.wait()
         finally:
-            if reply is None:  # also where this was interrupted: what it says later is no reply to the next call
+            if reply is None:  # or this was interrupted: a late reply is none to the next call
                 self.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -98,10 +100,10 @@ class Sandbox:
         }
         self.child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
         self._finalizer = weakref.finalize(self, end, self.child)
-        if (said := read(self.child.stdout)) != READY:
+        if (message := read(self.child.stdout)) != READY:
             self.close()
             raise UserError(
-                f"the extractor does not start: {(said or b'it ended').decode()}: pip install 'gradus[corpus]', "
+                f"the extractor does not start: {(message or b'it ended').decode()}: pip install 'gradus[corpus]', "
                 f"or give it more than limits.memory_gib={self.memory_gib:g}"
             )
         return self.child
@@ -127,7 +129,7 @@ def write(pipe: IO[bytes] | None, *parts: bytes) -> None:
 
 
 def read(pipe: IO[bytes] | None) -> bytes | None:
-    """The next part; None where the other end closed before it was whole."""
+    """The next message; None if the other end closed before it was whole."""
     pipe = cast(IO[bytes], pipe)
     if len(length := pipe.read(LENGTH.size)) < LENGTH.size:
         return None
@@ -136,7 +138,7 @@ def read(pipe: IO[bytes] | None) -> bytes | None:
 
 
 def serve(target: str, seconds: float, memory: int) -> int:
-    """Answer one call after the other; gives the exit code: 0 when there are no more."""
+    """Answer one call after the other; returns the exit code, 0 when there are no more."""
     for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_DATA, memory)):
         resource.setrlimit(limit, (value, value))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner
@@ -152,7 +154,7 @@ def serve(target: str, seconds: float, memory: int) -> int:
         write(replies, " ".join(str(e).split()).encode() or b"out of memory")
         return NO_RESULT
     write(replies, READY)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nor is it news what a library makes of a bad page
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nor are the complaints of a library about a bad page
     os.dup2(2, 1)
     try:
         while (data := read(calls)) is not None and (hint := read(calls)) is not None:
@@ -173,7 +175,5 @@ def limited(function: Callable[[bytes, str], str], data: bytes, hint: str, secon
     return text
 
 
-if __name__ == "__main__":
-    os._exit(
-        serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
-    )  # nothing is kept that an orderly exit would save
+if __name__ == "__main__":  # _exit: an orderly exit would save nothing
+    os._exit(serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[3])))

@@ -1,4 +1,4 @@
-"""What a user may say about the quality model, which tells good documents from raw ones. Standard library only."""
+"""Options of the quality model, which tells good documents from raw ones. Standard library only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class QualityTrainConfig:
 
 @dataclass
 class QualityEvaluateConfig:
-    """`python -m data_pipeline.quality evaluate`: how well a model tells them apart, and what the Pareto rule keeps."""
+    """`python -m data_pipeline.quality evaluate`: measure a model, and the shares that the Pareto rule keeps."""
 
     classifier: str = MISSING  # what `python -m data_pipeline.quality train` made
     positives: list[str] = MISSING  # as in `train`; the same may be given again

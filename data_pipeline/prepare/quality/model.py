@@ -1,10 +1,10 @@
 """GPT-3's quality model: logistic regression on hashed words, and the Pareto rule (Brown et al. 2020, appendix A).
 
-A document of score s stays where a draw of numpy's `pareto(alpha)` is above 1 - s, so with probability (2 - s)^-alpha:
+A document of score s stays if a draw of numpy's `pareto(alpha)` is above 1 - s, so with probability (2 - s)^-alpha:
 at alpha = 9 each with score 1, 42% at 0.9, 0.2% at 0. The draw is a function of the seed and the document's id alone.
 
-A model is one .safetensors file: `coefficients` [n_features] and `bias` [1], float32, and a JSON of how it was made.
-Scores are those of balanced classes: documents as often of one kind as of the other. sklearn's door.
+A model is one .safetensors file: `coefficients` [n_features] and `bias` [1], float32, and a JSON of its training.
+Scores are those of balanced classes: documents as often of one kind as of the other. sklearn is used here alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from data_pipeline.prepare.step import Step
 
 FORMAT = 1
 DIGITS = 6  # of a score; the rule is applied to what is written down
-MOST = 1 << 30  # bytes of a model
+MAX_BYTES = 1 << 30  # of a model file
 _CURE = "give a model that `python -m data_pipeline.quality train` made"
 
 
@@ -56,30 +56,30 @@ class Quality(Step):
 
 
 def keeps(cfg: QualityConfig, name: str, score: float) -> bool:
-    """Whether the document called `name` stays.
+    """True if the document with the id `name` stays.
 
-    Of its own random number u the inverse of the Lomax distribution's CDF makes the draw (1 - u)^(-1/alpha) - 1; both
+    The inverse of the Lomax distribution's CDF makes the draw (1 - u)^(-1/alpha) - 1 of its random number u; both
     sides of draw > 1 - score are compared by their logarithms, which cannot overflow.
     """
     return -math.log1p(-uniform(name, cfg.seed, "pareto")) > cfg.alpha * math.log1p(1 - score)
 
 
 def uniform(name: str, seed: int, purpose: str) -> float:
-    """A number in (0, 1) that looks random: always the same for these three."""
+    """A pseudo-random number in (0, 1), a function of these three."""
     digest = blake2b(f"{purpose} {seed} {name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return ((int.from_bytes(digest, "little") >> 11) + 0.5) * 2.0**-53
 
 
 @dataclass(frozen=True)
 class Model:
-    """`about` says how it was made: the values of the training, documents, versions, AUC on held-out documents."""
+    """`about` describes the training: its values, documents, versions, AUC on held-out documents."""
 
     coefficients: np.ndarray  # [n_features] float32
     bias: float
     about: dict[str, Any]
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """How likely each text is one of the good ones, in 0..1, whatever stands beside it."""
+        """The probability that each text is good, in 0..1, whatever texts are beside it."""
         return self.score_rows(features(texts, len(self.coefficients)))
 
     def score_rows(self, rows: Features) -> list[float]:
@@ -98,12 +98,12 @@ class Model:
 
     @classmethod
     def load(cls, path: Path) -> Model:
-        """Raises UserError where there is no model at `path`, or something else."""
+        """The model at `path`; raises UserError if there is none."""
         from safetensors import SafetensorError, safe_open
 
         try:
-            if path.stat().st_size > MOST:
-                raise ValueError(f"{path.stat().st_size} bytes, at most {MOST} are read")
+            if path.stat().st_size > MAX_BYTES:
+                raise ValueError(f"{path.stat().st_size} bytes, at most {MAX_BYTES} are read")
             with safe_open(path, framework="np") as file:
                 about = json.loads((file.metadata() or {})["quality"])
                 if about.pop("format") != FORMAT:
@@ -138,7 +138,7 @@ def fit(rows: Features, good: np.ndarray, n_features: int, inverse_penalty: floa
 
 
 def auc(good: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve: how often a good document scores above another; `good` [n] bool, `scores` [n]."""
+    """Area under the ROC curve: the chance that a good document scores above a raw one; `good` and `scores` are [n]."""
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(good, scores))
@@ -153,5 +153,5 @@ def roc(good: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def held_out(name: str, fraction: float, seed: int) -> bool:
-    """Whether a model is not trained on the document called `name`."""
+    """True if models are not trained on the document with the id `name`."""
     return uniform(name, seed, "held out") < fraction

@@ -1,4 +1,4 @@
-"""Pictures of a quality model: its ROC curve, and how good and raw documents score."""
+"""Plots of a quality model: its ROC curve, and the scores of good and raw documents."""
 
 from __future__ import annotations
 

@@ -57,12 +57,12 @@ def evaluate(cfg: QualityEvaluateConfig) -> None:
 
     model = Model.load(Path(cfg.classifier))
     split = _split_of(model, cfg)
-    names, found, good = _both(
+    names, values, good = _both(
         cfg, lambda text: model.score([text])[0], lambda name: not cfg.held_out or held_out(name, *split)
     )
-    scores = np.array(found)
+    scores = np.array(values)
     rule = QualityConfig(cfg.classifier, cfg.alpha, cfg.seed)
-    kept = np.array([keeps(rule, name, score) for name, score in zip(names, found, strict=True)])
+    kept = np.array([keeps(rule, name, score) for name, score in zip(names, values, strict=True)])
     edges = np.linspace(0, 1, BINS + 1)
     kinds = {"positives": good, "negatives": ~good}
     body: dict[str, Any] = {
@@ -90,10 +90,10 @@ def evaluate(cfg: QualityEvaluateConfig) -> None:
 
 
 def _summary(scores: np.ndarray, kept: np.ndarray, edges: np.ndarray, alpha: float) -> dict[str, Any]:
-    """Documents by score, and the shares that the rule keeps of them and is expected to, over all and by score."""
+    """Documents by score, and the shares of them that the rule keeps and is expected to keep, over all and by score."""
     expected = (2 - scores) ** -alpha
-    at = np.minimum(np.searchsorted(edges, scores, side="right"), len(edges) - 1) - 1
-    documents, held, hoped = (np.bincount(at, w, len(edges) - 1) for w in (np.ones_like(scores), kept, expected))
+    bins = np.minimum(np.searchsorted(edges, scores, side="right"), len(edges) - 1) - 1
+    documents, held, hoped = (np.bincount(bins, w, len(edges) - 1) for w in (np.ones_like(scores), kept, expected))
     return {
         "documents": len(scores),
         "kept": round(float(kept.mean()), 6),
@@ -107,31 +107,31 @@ def _summary(scores: np.ndarray, kept: np.ndarray, edges: np.ndarray, alpha: flo
 def _both(
     cfg: QualityTrainConfig | QualityEvaluateConfig, make: Callable[[str], T], wanted: Callable[[str], bool]
 ) -> tuple[list[str], list[T], np.ndarray]:
-    """Ids of the documents of both kinds, what `make` makes of their texts, and whether each is good, [n] bool."""
+    """Ids of the documents of both kinds, the values of `make` for their texts, and marks of the good ones, [n]."""
     names: list[str] = []
     made: list[T] = []
     counts = []
     for key in ("positives", "negatives"):
-        found = _lowest(_documents(getattr(cfg, key), key), cfg.max_documents, cfg.seed, make, wanted)
-        if not found:
+        chosen = lowest(_documents(getattr(cfg, key), key), cfg.max_documents, cfg.seed, make, wanted)
+        if not chosen:
             raise UserError(f"{key}={getattr(cfg, key)}: none of the documents there is to be looked at: give more")
-        names += [name for name, _ in found]
-        made += [value for _, value in found]
-        counts.append(len(found))
+        names += [name for name, _ in chosen]
+        made += [value for _, value in chosen]
+        counts.append(len(chosen))
     return names, made, np.repeat([True, False], counts)
 
 
-def _lowest(
-    documents: Iterator[Document], most: int, seed: int, make: Callable[[str], T], wanted: Callable[[str], bool]
+def lowest(
+    documents: Iterator[Document], limit: int, seed: int, make: Callable[[str], T], wanted: Callable[[str], bool]
 ) -> list[tuple[str, T]]:
-    """(id, what is made of the text) of the wanted documents whose ids have the lowest hashes: a fair choice, and the
-    same whatever the order of the files; only what is chosen is held."""
+    """(id, value of `make`) of the `limit` wanted documents whose ids have the lowest hashes: a fair choice, the same
+    for any order of the files; only the chosen ones are held."""
     from data_pipeline.prepare.quality.model import uniform
 
-    heap: list[tuple[float, int, str, T]] = []  # the highest hash first; the second number parts equal ids
+    heap: list[tuple[float, int, str, T]] = []  # the highest hash first; the second number orders equal ids
     for number, doc in enumerate(doc for doc in documents if wanted(doc.id)):
         rank = -uniform(doc.id, seed, "sample")
-        if len(heap) < most:
+        if len(heap) < limit:
             heapq.heappush(heap, (rank, -number, doc.id, make(doc.text)))
         elif (rank, -number) > heap[0][:2]:
             heapq.heapreplace(heap, (rank, -number, doc.id, make(doc.text)))
@@ -139,7 +139,7 @@ def _lowest(
 
 
 def _documents(paths: Sequence[str], key: str) -> Iterator[Document]:
-    """Of JSON lines; what was dropped is told at the end."""
+    """The documents of JSON lines; prints at the end what was dropped."""
     from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
     from data_pipeline.corpus.read import files_at, parse, records
     from data_pipeline.corpus.report import Dropped, Report

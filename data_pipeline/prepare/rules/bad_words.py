@@ -16,9 +16,9 @@ WORD = re.compile(r"\w+")
 
 
 class BadWords(Step):
-    """Drops a document that has an entry of the list between characters that are no part of a word, in any case: the
-    decision of datatrove's C4BadWordsFilter in English. Of those that have one the share `keep` stays, chosen by a hash
-    of the document's id.
+    """Drops a document that has a phrase of the list between characters that are no part of a word, in any case: the
+    decision of datatrove's C4BadWordsFilter in English. The share `keep` of them stays, chosen by a hash of the
+    document's id.
 
     Raises:
         UserError: the file cannot be read, or has no word.
@@ -27,13 +27,13 @@ class BadWords(Step):
     def __init__(self, config: BadWordsConfig) -> None:
         super().__init__("bad_words")
         self.keep = config.keep
-        entries = sorted(lists.words(config.file, "bad_words.file"))
-        self.words = frozenset(entry for entry in entries if WORD.fullmatch(entry))
-        self.phrases: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # by their first word; "" where that is a mark
-        for entry in sorted(set(entries) - self.words):
-            first = WORD.match(entry)
-            pattern = re.compile(rf"(?:\W|^){re.escape(entry)}(?:\W|$)")
-            self.phrases.setdefault(first.group() if first else "", []).append((entry, pattern))
+        every = sorted(lists.words(config.file, "bad_words.file"))
+        self.words = frozenset(phrase for phrase in every if WORD.fullmatch(phrase))
+        self.phrases: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # by their first word; "" if that is a mark
+        for phrase in sorted(set(every) - self.words):
+            first = WORD.match(phrase)
+            pattern = re.compile(rf"(?:\W|^){re.escape(phrase)}(?:\W|$)")
+            self.phrases.setdefault(first.group() if first else "", []).append((phrase, pattern))
 
     def apply(self, docs: Sequence[Document]) -> list[str | None]:
         return [
@@ -46,7 +46,7 @@ class BadWords(Step):
         if not self.words.isdisjoint(words):
             return True
         near = (pair for first in self.phrases.keys() & words for pair in self.phrases[first])
-        return any(entry in small and pattern.search(small) for entry, pattern in near)
+        return any(phrase in small and pattern.search(small) for phrase, pattern in near)
 
     def stays(self, doc: Document) -> bool:
         return xxh3_64_intdigest(f"bad words {doc.id}".encode("utf-8", "surrogatepass")) < self.keep * 2**64

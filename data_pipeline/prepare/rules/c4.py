@@ -1,4 +1,4 @@
-"""The rules of C4 (Raffel et al. 2020, section 2.2), as datatrove takes them: its decisions, its names, its text."""
+"""The rules of C4 (Raffel et al. 2020, section 2.2), with datatrove's decisions, names and text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "us
 
 
 class C4(Step):
-    """Drops lines that are no sentences, and documents of which too few are left; the text is the lines that stay."""
+    """Drops lines that are no sentences, and documents with too few left; the text is the lines that stay."""
 
     rewrites = True
 

@@ -1,4 +1,4 @@
-"""FineWeb's own rules (Penedo et al. 2024, section 3.6), as datatrove takes them: its decisions, its names."""
+"""FineWeb's own rules (Penedo et al. 2024, section 3.6), with datatrove's decisions and names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_pipeline.prepare.text.words import STOPS, read
 
 
 class FineWeb(Step):
-    """Drops lists: lines without a stop at their end, short lines, lines said twice, few words to a line."""
+    """Drops lists: lines without a stop at their end, short lines, repeated lines, few words to a line."""
 
     def __init__(self, config: FineWebConfig) -> None:
         super().__init__("fineweb")
@@ -35,7 +35,7 @@ class FineWeb(Step):
         breaks = len(all_lines) - 1
         if repeated(lines)[1] / (len(text) - breaks) > c.char_duplicates_ratio:
             return "char_dup_ratio"
-        most = c.new_line_ratio * len(text.split())  # there are at least as many words, and they cost more to find
-        if breaks > most and breaks / len(read(text).kinds) > c.new_line_ratio:
+        limit = c.new_line_ratio * len(text.split())  # there are at least as many words, and they cost more to find
+        if breaks > limit and breaks / len(read(text).kinds) > c.new_line_ratio:
             return "list_ratio"
         return None

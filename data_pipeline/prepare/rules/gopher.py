@@ -1,5 +1,5 @@
-"""The rules of Gopher's MassiveText (Rae et al. 2021, section A.1), as FineWeb takes them: datatrove's decisions and
-datatrove's names for them."""
+"""The rules of Gopher's MassiveText (Rae et al. 2021, section A.1), with FineWeb's values and datatrove's decisions and
+names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_pipeline.prepare.text.words import Text, read
 
 
 class GopherRepetition(Step):
-    """Drops what repeats its own lines, paragraphs or n-grams."""
+    """Drops documents that repeat their own lines, paragraphs or n-grams."""
 
     def __init__(self, config: GopherRepetitionConfig) -> None:
         super().__init__("gopher_repetition")
@@ -35,7 +35,7 @@ class GopherRepetition(Step):
         if characters / len(text) > c.dup_para_char_frac:
             return "dup_para_char_frac"
         lines = [line for line in text.split("\n") if line]
-        lines += [""] * (text.startswith("\n") + text.endswith("\n"))  # datatrove's, which count as one said twice
+        lines += [""] * (text.startswith("\n") + text.endswith("\n"))  # datatrove's, which count as a repeated one
         count, characters = repeated(lines)
         if count / len(lines) > c.dup_line_frac:
             return "dup_line_frac"
@@ -48,9 +48,9 @@ class GopherRepetition(Step):
             if grams.most_frequent(n, share * size) / size > share:
                 return f"top_{n}_gram"
         enough = min(self.config.dup_n_grams.values(), default=0.0) * size
-        bounds: list[tuple[int, int]] = []  # an n-gram that is there again is made of shorter ones that are
+        bounds: list[tuple[int, int]] = []  # a repeated n-gram is made of shorter repeated ones
         for n, share in self.config.dup_n_grams.items():
-            if any(m <= n and most / size <= share for m, most in bounds):
+            if any(m <= n and bound / size <= share for m, bound in bounds):
                 continue
             bounds.append((n, grams.covered(n, enough)))
             if bounds[-1][1] / size > share and grams.duplicated(n) / size > share:
@@ -59,7 +59,7 @@ class GopherRepetition(Step):
 
 
 class GopherQuality(Step):
-    """Drops what does not look like prose: by number and length of words, symbols, bullets and stop words."""
+    """Drops documents that do not look like prose: by number and length of words, symbols, bullets, stop words."""
 
     def __init__(self, config: GopherQualityConfig) -> None:
         super().__init__("gopher_quality")

@@ -19,11 +19,11 @@ NO, YES = 0.05, 0.9  # a score between them at a glance asks for a look
 
 
 class Language(Step):
-    """Drops what none of the languages to keep has a score above `min_score` for, as datatrove's LanguageFilter does.
+    """Drops a document if no language to keep scores above `min_score`, as datatrove's LanguageFilter does.
 
-    A long text is judged by some passages, few where they leave no doubt, for the model reads 3 MB/s: of texts in
-    several languages fewer than 1 in 200 are judged otherwise than by their whole (test_language.py).
-    Where the passages lie is no secret: a text can be made to show another language there than it has.
+    A long text is judged by some passages, and by few if they leave no doubt, because the model reads 3 MB/s: of texts
+    in several languages fewer than 1 in 200 are judged otherwise than as a whole (test_language.py).
+    The passages are at known places: a text can be made to show another language there than it has.
 
     Sets metadata["language"] (ISO 639, the best of all) and metadata["language_score"], its probability.
 
@@ -38,7 +38,7 @@ class Language(Step):
         from fasttext import load_model
 
         self.config = config
-        self.model = load_model(str(model_path())).f  # its own function, for the wrapper makes arrays of the scores
+        self.model = load_model(str(model_path())).f  # its own function: the wrapper makes arrays of the scores
         known = {label.removeprefix(PREFIX) for _, label in self.model.predict("\n", -1, -1.0, "strict")}
         if unknown := sorted(set(config.keep) - known):
             raise UserError(
@@ -65,14 +65,14 @@ class Language(Step):
         """The best language, and the score of each."""
         line = text.replace("\n", " ") + "\n"
         try:
-            found = self.model.predict(line, -1, 0.0, "strict")  # all languages, the best first
+            labels = self.model.predict(line, -1, 0.0, "strict")  # all languages, the best first
         except TypeError:  # half a surrogate pair, which UTF-8 cannot say
-            found = self.model.predict(line.encode("utf-8", "replace").decode(), -1, 0.0, "strict")
-        return found[0][1].removeprefix(PREFIX), {label.removeprefix(PREFIX): score for score, label in found}
+            labels = self.model.predict(line.encode("utf-8", "replace").decode(), -1, 0.0, "strict")
+        return labels[0][1].removeprefix(PREFIX), {label.removeprefix(PREFIX): score for score, label in labels}
 
 
 def passages(text: str, count: int, size: int) -> str:
-    """As many from a text's beginning to its end; the whole of a short one."""
+    """`count` passages of `size` characters from a text's start to its end; the whole of a short text."""
     if len(text) <= count * size:
         return text
     starts = ((len(text) - size) * i // (count - 1) for i in range(count))

@@ -1,4 +1,4 @@
-"""How long a document may be."""
+"""The length of documents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_pipeline.prepare.step import Step
 
 
 class Length(Step):
-    """Drops what has too few or too many characters, or too few tokens (metadata["tokens"], counted before)."""
+    """Drops documents of too few or too many characters, or too few tokens (metadata["tokens"], counted before)."""
 
     def __init__(self, config: LengthConfig) -> None:
         super().__init__("length")

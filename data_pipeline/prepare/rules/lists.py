@@ -14,7 +14,7 @@ from conf.errors import UserError
 
 
 def lines(path: str, knob: str) -> Iterator[bytes]:
-    """The lines of a file, lower case, without blanks at their ends, empty ones and those that begin with #.
+    """The lines of a file in lower case, without blanks at their ends, empty lines and lines that begin with #.
 
     Raises:
         UserError: the file cannot be read; `knob` is the key that names it.
@@ -29,25 +29,25 @@ def lines(path: str, knob: str) -> Iterator[bytes]:
 
 
 def words(path: str, knob: str) -> frozenset[str]:
-    found = frozenset(line.decode("utf-8", "replace") for line in lines(path, knob))
-    if not found:
+    listed = frozenset(line.decode("utf-8", "replace") for line in lines(path, knob))
+    if not listed:
         raise UserError(f"{knob}={path}: no word in it; give a file with one on each line, or leave the rule out")
-    return found
+    return listed
 
 
 def named(domain: str) -> bytes:
-    """A domain of the config as hosts have it: lower case, ASCII.
+    """A domain of the config as it stands in hosts: lower case, ASCII.
 
     Raises:
-        UserError: it is none.
+        UserError: it is no domain.
     """
     try:
-        host = domain.strip().lower().strip(".").encode("idna")
+        name = domain.strip().lower().strip(".").encode("idna")
     except UnicodeError:
-        host = b""
-    if not re.fullmatch(rb"[a-z0-9_-]+(\.[a-z0-9_-]+)*", host):
+        name = b""
+    if not re.fullmatch(rb"[a-z0-9_-]+(\.[a-z0-9_-]+)*", name):
         raise UserError(f"url.domains: {domain!r} is no domain: give one such as example.org")
-    return host
+    return name
 
 
 class Domains:
@@ -60,14 +60,14 @@ class Domains:
 
     @classmethod
     def of(cls, own: Iterable[str], files: Iterable[str], knob: str) -> Domains:
-        """Those that the config names, and those of files."""
+        """The domains that the config names, and those of files."""
         return cls(chain(map(named, own), chain.from_iterable(lines(path, knob) for path in files)))
 
     def cover(self, host: str) -> bool:
-        """Whether the host, or a domain that it lies below, is in the set: for a.b.c that is a.b.c, b.c and c."""
+        """True if the host, or a domain that it lies below, is in the set: for a.b.c that is a.b.c, b.c or c."""
         if not len(self.hashes):
             return False
         labels = host.encode().split(b".")
-        asked = [xxh3_64_intdigest(b".".join(labels[i:])) for i in range(len(labels))]
-        at = np.searchsorted(self.hashes, np.array(asked, np.uint64))
-        return any(i < len(self.hashes) and int(self.hashes[i]) == want for i, want in zip(at, asked, strict=True))
+        asked = np.array([xxh3_64_intdigest(b".".join(labels[i:])) for i in range(len(labels))], np.uint64)
+        index = np.minimum(np.searchsorted(self.hashes, asked), len(self.hashes) - 1)
+        return bool((self.hashes[index] == asked).any())

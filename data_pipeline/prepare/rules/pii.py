@@ -1,4 +1,4 @@
-"""Personal data in a text: e-mail addresses, IP addresses and telephone numbers give way to ones that are nobody's."""
+"""Masks of personal data: e-mail addresses, IP addresses and telephone numbers become ones that are nobody's."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ FICTION = tuple(f"202-555-01{n}" for n in (17, 34, 52, 69, 81, 96))  # numbers k
 
 class Pii(Step):
     """Masks what datatrove's PIIFormatter masks in FineWeb's recipe, with the same replacements: e-mail addresses, and
-    IP addresses that are public. Which replacement is taken depends on the document's id and the position alone, where
-    datatrove goes round with a counter.
+    IP addresses that are public. The document's id and the position alone choose the replacement; datatrove takes one
+    after the other.
 
-    Telephone numbers, which FineWeb leaves, are masked where they are written as such: international ones that begin
+    Telephone numbers, which FineWeb leaves, are masked if they are written as such: international ones that begin
     with + and have 8 to 15 digits, and North American ones in groups of 3, 3 and 4 (212-555-1234, (212) 555-1234).
     """
 
@@ -69,29 +69,29 @@ def masked(text: str, spans: Iterator[Span], others: tuple[str, ...], name: str)
 
 
 def emails_in(text: str) -> Iterator[Span]:
-    """From each @ to both sides: datatrove's expression, from the left, takes quadratic time on a long word."""
-    at, end = text.find("@"), 0
-    while at >= 0:
-        domain = DOMAIN.match(text, at)
-        local = LOCAL.search(text, max(end, at - LONGEST_LOCAL), at) if domain else None
+    """Spans around each @: datatrove's expression, from the left, takes quadratic time on a long word."""
+    sign, end = text.find("@"), 0
+    while sign >= 0:
+        domain = DOMAIN.match(text, sign)
+        local = LOCAL.search(text, max(end, sign - LONGEST_LOCAL), sign) if domain else None
         if domain and local:
             end = domain.end()
             yield local.start(), end
-        at = text.find("@", max(at + 1, end))
+        sign = text.find("@", max(sign + 1, end))
 
 
 def ips_in(text: str) -> Iterator[Span]:
-    return (found.span() for found in IPV4.finditer(text) if is_public(found.group()))
+    return (match.span() for match in IPV4.finditer(text) if is_public(match.group()))
 
 
-def is_public(address: str) -> bool:
+def is_public(ip: str) -> bool:
     try:
-        return ip_address(address).is_global
+        return ip_address(ip).is_global
     except ValueError:  # 01.2.3.4
         return False
 
 
 def phones_in(text: str) -> Iterator[Span]:
-    for found in PHONE.finditer(text):
-        if not found.group().startswith("+") or 8 <= sum(map(str.isdigit, found.group())) <= 15:
-            yield found.span()
+    for match in PHONE.finditer(text):
+        if not match.group().startswith("+") or 8 <= sum(map(str.isdigit, match.group())) <= 15:
+            yield match.span()

@@ -1,4 +1,4 @@
-"""Which addresses are refused: by their domain, or by a word in them."""
+"""Refused URLs: by their domain, or by a word in them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LONGEST_HOST = 253  # characters, of DNS
 
 
 class Urls(Step):
-    """Drops a document whose address is no web address, lies on a blocked domain or below it, or has a blocked word.
-    A document without an address stays."""
+    """Drops a document whose URL is no web address, lies on a blocked domain or below it, or has a blocked word.
+    A document without a URL stays."""
 
     def __init__(self, config: UrlConfig) -> None:
         super().__init__("url")

@@ -1,4 +1,5 @@
-"""Words, their hashes and their repetition: what rules, deduplication and decontamination measure texts by.
+"""Words, their hashes and their repetition: by these, rules, deduplication and decontamination measure texts.
 
-In: a text. Out: words, n-gram hashes, shares. Start with `words.py`.
+In: texts. Out: words, hashes of words and n-grams, counts of repetition. Start with `hashing.py`; words as datatrove's
+rules count them are in `words.py`.
 """

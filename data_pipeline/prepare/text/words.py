@@ -1,7 +1,7 @@
-"""The words of a document, found once for all the rules that count them.
+"""The words of a document, cut once for all the rules that count them.
 
 They are the words that datatrove's rules count (spaCy's English ones, see `english`), but a run of non-blanks is cut
-only once: text repeats its words, so that nearly all of them are found in a table.
+only once: texts repeat their words, so that a table has nearly all of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Table(dict[str, tuple[tuple[str, ...], bytes]]):
 
 
 def kind(word: str) -> int:
-    """4 * its length + 2, if it has a letter, + 1, if it is more than punctuation."""
+    """4 * its length, + 2 if it has a letter, + 1 if it is more than punctuation."""
     if word.isalpha():
         return len(word) * 4 + 3
     return len(word) * 4 + any(map(str.isalpha, word)) * 2 + (not PUNCTUATION_SET.issuperset(word))
@@ -51,16 +51,16 @@ class Text:
     def __init__(self, text: str) -> None:
         self.text = text
         self.runs = text.split()
-        self._found = list(map(_table.__getitem__, self.runs))
+        self._cut = list(map(_table.__getitem__, self.runs))
 
     @cached_property
     def words(self) -> list[str]:
-        """As datatrove's `split_into_words` finds them in English."""
-        return list(chain.from_iterable([words for words, _ in self._found]))
+        """The words of datatrove's `split_into_words` in English."""
+        return list(chain.from_iterable([words for words, _ in self._cut]))
 
     @cached_property
     def kinds(self) -> np.ndarray:
-        return np.frombuffer(b"".join([kinds for _, kinds in self._found]), np.uintc).astype(np.int64)
+        return np.frombuffer(b"".join([kinds for _, kinds in self._cut]), np.uintc).astype(np.int64)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -73,7 +73,7 @@ class Text:
 
     @cached_property
     def is_word(self) -> np.ndarray:
-        """Whether it is more than punctuation."""
+        """Marks of words that are more than punctuation, [words]."""
         return self.kinds & 1 != 0
 
 
@@ -83,8 +83,8 @@ def read(text: str) -> Text:
 
 
 def count_sentences(text: str) -> int:
-    """How many sentences datatrove's `split_into_sentences` finds: one ends where a word that is no punctuation follows
-    one that is a stop."""
+    """The number of sentences by datatrove's `split_into_sentences`: one ends after a stop, before the next word that
+    is no punctuation."""
     words = Text(text).words
     blanks = text[len(text.rstrip()) :]
     if words and blanks not in ("", " "):

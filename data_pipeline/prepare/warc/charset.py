@@ -1,4 +1,4 @@
-"""Bytes of a page to text, as a browser would, but for pages that are wrong about themselves."""
+"""Bytes of a page to text, as a browser decodes them, but also for pages that declare a wrong charset."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LOST = "\N{REPLACEMENT CHARACTER}"
 
 
 def decode(html: bytes, charset: str | None) -> str:
-    """The text of `html`; `charset` is what the HTTP header says. Bytes that stand for nothing become U+FFFD.
+    """The text of `html`; `charset` is that of the HTTP header. Bytes that stand for nothing become U+FFFD.
 
-    A byte order mark decides, or the zeros of UTF-16; then bytes that are UTF-8 are that, whatever is declared; then
-    what the HTTP header says, the page's own meta tag, and what the bytes look like: the first that fits all bytes, or
-    else loses the fewest.
+    A byte order mark decides, or the zeros of UTF-16; then UTF-8, if the bytes are that, whatever is declared; then the
+    charset of the HTTP header, of the page's own meta tag, and a guess from the bytes: the first that fits all bytes,
+    or else the one that loses the fewest.
     """
     for bom, name in BOMS:
         if html.startswith(bom):
@@ -42,7 +42,7 @@ def decode(html: bytes, charset: str | None) -> str:
 
 
 def _utf8(html: bytes) -> str | None:
-    """The text if it is UTF-8: most of what is not ASCII is well formed, which in another charset is no accident."""
+    """The text if it is UTF-8: most of what is not ASCII is well formed, which no other charset has by accident."""
     if html.isascii():  # ISO-2022-JP, UTF-16 of English?
         return html.decode("ascii") if b"\x1b" not in html and b"\0" not in html else None
     try:
@@ -55,7 +55,7 @@ def _utf8(html: bytes) -> str | None:
 
 
 def _guesses(html: bytes, charset: str | None) -> Iterator[str]:
-    """Python's names of what the page may be written in; each only made where the one before did not fit."""
+    """Python's names of charsets that may be the page's; each is only made if the one before did not fit."""
     from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
 
     zeros = b"\0" in html
@@ -63,7 +63,7 @@ def _guesses(html: bytes, charset: str | None) -> Iterator[str]:
     if declared and zeros >= declared.startswith("utf-16"):  # markup in UTF-16 has zeros: without them it is wrong
         yield WIDER.get(declared, declared)
     for from_meta in (True, False):
-        found = detect_encoding(html, from_html_meta=from_meta)
-        if found and zeros >= found.startswith("utf-16"):
-            yield WIDER.get(found, found)
+        name = detect_encoding(html, from_html_meta=from_meta)
+        if name and zeros >= name.startswith("utf-16"):
+            yield WIDER.get(name, name)
     yield "cp1252"

@@ -1,8 +1,8 @@
-"""A web archive's bytes, decompressed a few at a time: members (gzip) or frames (zstd), and what is damaged.
+"""A web archive's bytes, decompressed a few at a time: members (gzip) or frames (zstd), and gaps for what is damaged.
 
-An archive is a row of members; each holds a record, as a rule, but may hold many, or a piece of one. `pieces(at)` tells
-of them in order: a `Member` before its first bytes, a `Gap` where bytes are lost. The same `at` gives the same pieces.
-After a gap it goes on at the next member in which a record begins.
+An archive is a row of members; as a rule each holds a record, but it may hold many, or a part of one. `pieces(start)`
+gives them in order: a `Member` before its first bytes, a `Gap` for lost bytes. The same `start` gives the same pieces.
+After a gap it goes on at the next member that begins with a record.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO, Protocol
+from typing import IO, Any
 
 START_OF_RECORD = (
     rb"WARC/\d\.\d+[ \t]*\r?\n"  # ISO 28500
-    # ARC: URL, address, date, type, ..., length; bounded, so that no line is looked at again and again
+    # ARC: URL, address, date, type, ..., length; bounded, so that no line is searched again and again
     rb"|[a-z][a-z0-9+.-]*:[^\r\n]{0,2100} [0-9a-f.:]{1,45} \d{14} [^\r\n]{0,1024}\d\r?\n"
 )
 START = re.compile(START_OF_RECORD, re.IGNORECASE)
@@ -26,6 +26,7 @@ LOOKBACK = 1 << 17  # bytes of the file: damaged gzip may have been read past it
 BLOCK = 1 << 18  # deflate's and zstd's blocks are shorter
 GZIP, ZSTD, SKIPPABLE = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18"
 DICTIONARY = b"\x5d" + SKIPPABLE  # in a frame before all others (IIPC's WARC/zstd)
+MAX_DICTIONARY = 1 << 24  # bytes
 CUT_OFF, BROKEN = "the archive is cut off", "its compression is broken"
 
 
@@ -43,45 +44,39 @@ class Gap:
 @dataclass(frozen=True, slots=True)
 class Piece:
     data: bytes
-    spent: int  # the file has been used up to here
-
-
-class Inflater(Protocol):
-    """As zlib.decompressobj."""
-
-    @property
-    def eof(self) -> bool: ...
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    @property
-    def unconsumed_tail(self) -> bytes: ...
-
-    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+    spent: int  # the file has been used up to this byte
 
 
 class Plain:
-    """An archive that is not compressed: one member, of which any byte can be reached."""
+    """An archive that is not compressed: one member, which can be read from any byte."""
 
     zipped = False
 
     def __init__(self, raw: IO[bytes], size: int) -> None:
-        self.raw, self.size = raw, size
+        self.raw = raw
+        self.size = size
 
-    def pieces(self, at: int) -> Iterator[Member | Gap | Piece]:
-        self.raw.seek(at)
-        yield Member(at, False)
+    def pieces(self, start: int) -> Iterator[Member | Gap | Piece]:
+        self.raw.seek(start)
+        yield Member(start, False)
         while data := self.raw.read(PIECE):
-            at += len(data)
-            yield Piece(data, at)
+            start += len(data)
+            yield Piece(data, start)
 
-    def find(self, at: int) -> int:
-        return at
+    def find(self, start: int) -> int:
+        return start
 
 
 class Zipped:
-    """Members (gzip) or frames (zstd); `step` bytes of the file are inflated at a time."""
+    """Members (gzip) or frames (zstd).
+
+    Args:
+        magic: the first bytes of a member.
+        inflater: makes a zlib.decompressobj, or zstandard's.
+        limit: the arguments of its `decompress` after the data: zlib's max_length.
+        damage: what it raises for broken data.
+        step: bytes of the file that are inflated at a time.
+    """
 
     zipped = True
 
@@ -90,23 +85,30 @@ class Zipped:
         raw: IO[bytes],
         size: int,
         magic: bytes,
-        inflater: Callable[[], Inflater],
+        inflater: Callable[[], Any],
+        limit: tuple[int, ...],
         damage: type[Exception],
         step: int,
     ) -> None:
-        self.raw, self.size, self.magic = raw, size, magic
-        self.inflater, self.damage, self.step = inflater, damage, step
-        self.spent = self.end = 0
+        self.raw = raw
+        self.size = size
+        self.magic = magic
+        self.inflater = inflater
+        self.limit = limit
+        self.damage = damage
+        self.step = step
+        self.spent = 0
+        self.end = 0  # of the member that was inflated last
 
-    def pieces(self, at: int) -> Iterator[Member | Gap | Piece]:
-        while at < self.size:
+    def pieces(self, start: int) -> Iterator[Member | Gap | Piece]:
+        while start < self.size:
             head, opened, fault = b"", False, None
             try:
-                for data in self._inflate(at):
+                for data in self.inflate(start):
                     if opened:
                         yield Piece(data, self.spent)
                     elif len(head := head + data) >= LINE:
-                        yield Member(at, bool(START.match(head)))
+                        yield Member(start, bool(START.match(head)))
                         yield Piece(head, self.spent)
                         opened = True
             except EOFError:
@@ -114,114 +116,94 @@ class Zipped:
             except self.damage:
                 fault = BROKEN
             if not opened and (head or fault):  # an empty one is nothing to remember
-                yield Member(at, bool(START.match(head)))
+                yield Member(start, bool(START.match(head)))
                 yield Piece(head, self.spent)
             if fault:
                 yield Gap(fault)
-            at = self.find(max(at + 1, self.spent - LOOKBACK)) if fault else self._past_zeros(self.end)
+            start = self.find(max(start + 1, self.spent - LOOKBACK)) if fault else self._past_zeros(self.end)
         yield Member(self.size, False)
 
-    def _inflate(self, at: int) -> Iterator[bytes]:
-        """The bytes of the member at `at`; leaves where it ends.
+    def inflate(self, start: int) -> Iterator[bytes]:
+        """The bytes of the member at `start`; sets `end`.
 
         Raises:
             EOFError: the file ends before it.
             self.damage: it is broken.
         """
-        inflater, fed, self.spent = self.inflater(), at, at
+        inflater, fed, self.spent = self.inflater(), start, start
         while not inflater.eof:
             data = inflater.unconsumed_tail
             if not data:
                 data = self._read(fed, self.step)
                 fed += len(data)
-            found = inflater.decompress(data, PIECE)
+            piece = inflater.decompress(data, *self.limit)
             self.spent = fed - len(inflater.unconsumed_tail) - len(inflater.unused_data)
-            if found:
-                yield found
+            if piece:
+                yield piece
             elif not data and not inflater.eof:
                 raise EOFError
         self.end = fed - len(inflater.unused_data)
 
-    def find(self, at: int) -> int:
-        """Where, from `at` on, a member begins that begins with a record; or the end of the file."""
-        while block := self._read(at, BLOCK):
+    def find(self, start: int) -> int:
+        """The offset, from `start` on, of a member that begins with a record; or the end of the file."""
+        while block := self._read(start, BLOCK):
             hit = block.find(self.magic)
             while hit >= 0:
-                if self._opens(at + hit):
-                    return at + hit
+                if self._opens(start + hit):
+                    return start + hit
                 hit = block.find(self.magic, hit + 1)
-            at += max(len(block) - len(self.magic) + 1, 1)
+            start += max(len(block) - len(self.magic) + 1, 1)
         return self.size
 
-    def _opens(self, at: int) -> bool:
+    def _opens(self, start: int) -> bool:
         head = b""
-        try:
-            for data in self._inflate(at):
+        with suppress(EOFError, self.damage):
+            for data in self.inflate(start):
                 head += data
-                if len(head) >= LINE or self.spent - at > BLOCK:
+                if len(head) >= LINE or self.spent - start > BLOCK:
                     break
-        except (EOFError, self.damage):
-            pass
         return bool(START.match(head))
 
-    def _past_zeros(self, at: int) -> int:
-        """Tapes are filled up with them."""
-        while (block := self._read(at, BLOCK)).startswith(b"\0"):
-            at += len(block) - len(block.lstrip(b"\0"))
-        return at
+    def _past_zeros(self, start: int) -> int:
+        """The first byte that is not 0: tapes are filled up with zeros."""
+        while (block := self._read(start, BLOCK)).startswith(b"\0"):
+            start += len(block) - len(block.lstrip(b"\0"))
+        return start
 
-    def _read(self, at: int, size: int) -> bytes:
-        self.raw.seek(at)
+    def _read(self, start: int, size: int) -> bytes:
+        self.raw.seek(start)
         return self.raw.read(size)
 
 
-def members(raw: IO[bytes], name: str, size: int) -> Plain | Zipped:
-    """By its first bytes; where these say nothing, by its name."""
+def open_members(raw: IO[bytes], name: str, size: int) -> Plain | Zipped:
+    """The reader that fits the first bytes; if they say nothing, the name."""
     head = raw.read(LINE)
     magic = head[:4]
     if magic.startswith(GZIP[:2]):
-        return _gzip(raw, size)
+        return gzip_members(raw, size)
     if magic == ZSTD or magic[1:] == SKIPPABLE:
-        return _zstd(raw, size)
-    kinds: dict[str, Callable[[IO[bytes], int], Plain | Zipped]] = {"gz": _gzip, "zst": _zstd}
+        return zstd_members(raw, size)
+    kinds: dict[str, Callable[[IO[bytes], int], Plain | Zipped]] = {"gz": gzip_members, "zst": zstd_members}
     return Plain(raw, size) if START.match(head) else kinds.get(name.rpartition(".")[2], Plain)(raw, size)
 
 
-def _gzip(raw: IO[bytes], size: int) -> Zipped:
-    return Zipped(raw, size, GZIP, lambda: zlib.decompressobj(31), zlib.error, 1 << 14)
+def gzip_members(raw: IO[bytes], size: int) -> Zipped:
+    return Zipped(raw, size, GZIP, lambda: zlib.decompressobj(31), (PIECE,), zlib.error, 1 << 14)
 
 
-class _Frame:
-    """zstandard's decompressobj as zlib's. It has no max_length: what it gives for `step` bytes is bounded by these."""
-
-    unconsumed_tail = b""
-
-    def __init__(self, unzip: object) -> None:
-        self.unzip = unzip.decompressobj()  # type: ignore[attr-defined]
-
-    @property
-    def eof(self) -> bool:
-        return self.unzip.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self.unzip.unused_data
-
-    def decompress(self, data: bytes, max_length: int, /) -> bytes:
-        return self.unzip.decompress(data)
-
-
-def _zstd(raw: IO[bytes], size: int) -> Zipped:
+def zstd_members(raw: IO[bytes], size: int) -> Zipped:
+    """zstandard has no max_length: what it gives for `step` bytes is bounded by these."""
     import zstandard
 
     raw.seek(0)
-    known, most = None, 1 << 24
+    dictionary = None
     if raw.read(4) == DICTIONARY:
-        words = raw.read(min(int.from_bytes(raw.read(4), "little"), most))
+        words = raw.read(min(int.from_bytes(raw.read(4), "little"), MAX_DICTIONARY))
         with suppress(zstandard.ZstdError):  # frames that need it will say so
             if words.startswith(ZSTD):
-                words = zstandard.ZstdDecompressor(max_window_size=most).stream_reader(words).read(most)
-            known = zstandard.ZstdCompressionDict(words)
-    unzip = zstandard.ZstdDecompressor(dict_data=known, max_window_size=1 << 27)  # as the zstd program's own limit
+                unzip = zstandard.ZstdDecompressor(max_window_size=MAX_DICTIONARY)
+                words = unzip.stream_reader(words).read(MAX_DICTIONARY)
+            dictionary = zstandard.ZstdCompressionDict(words)
+    unzip = zstandard.ZstdDecompressor(dict_data=dictionary, max_window_size=1 << 27)  # as the zstd program's own limit
     step = 1 << 9  # 4 bytes can hold a block of 128 KiB: no piece is more than 16 MiB
-    return Zipped(raw, size, ZSTD, lambda: _Frame(unzip), zstandard.ZstdError, step)
+    return Zipped(raw, size, ZSTD, unzip.decompressobj, (), zstandard.ZstdError, step)

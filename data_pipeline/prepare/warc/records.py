@@ -1,4 +1,4 @@
-"""One record of a web archive, header and content apart, to a document."""
+"""One record of a web archive to a document."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ class Header:
     unix: bool = False  # its lines end with LF, not CRLF
 
 
-def parse_header(held: bytearray, begin: int, end: int) -> tuple[Header | None, int]:
-    """The header of the record that starts at held[begin], and its bytes; None (of 1 byte) if it does not end."""
-    if held[begin : begin + 5].upper() != b"WARC/":
-        line = held.index(b"\n", begin) + 1
-        return _arc(held[begin:line].decode("utf-8", "replace")), line - begin
-    blank = END_OF_HEADER.search(held, begin, end)
+def parse_header(held: bytearray, start: int, end: int) -> tuple[Header | None, int]:
+    """The header of the record that starts at held[start], and its bytes; None (of 1 byte) if it does not end."""
+    if held[start : start + 5].upper() != b"WARC/":
+        line = held.index(b"\n", start) + 1
+        return _arc(held[start:line].decode("utf-8", "replace")), line - start
+    blank = END_OF_HEADER.search(held, start, end)
     if blank is None:
         return None, 1
-    _, fields = _fields(held[begin : blank.start()].decode("utf-8", "replace"))
+    _, fields = _fields(held[start : blank.start()].decode("utf-8", "replace"))
     length, date = fields.get("content-length", ""), fields.get("warc-date", "")
     header = Header(
         type=fields.get("warc-type", "").lower(),
@@ -63,22 +63,22 @@ def parse_header(held: bytearray, begin: int, end: int) -> tuple[Header | None, 
         mime=_mime(fields),
         unix=b"\r" not in blank[0],
     )
-    return header, blank.end() - begin
+    return header, blank.end() - start
 
 
 def _arc(line: str) -> Header:
-    """URL, address, date, type and length; version 2 has more before the length."""
-    found = ARC.fullmatch(line)
-    if not found:
+    """Header of a line of URL, IP address, date, type and length; version 2 has more before the length."""
+    parts = ARC.fullmatch(line)
+    if not parts:
         return Header("", None)
-    url, day, mime, length = found.groups()
+    url, day, mime, length = parts.groups()
     date = f"{day[:4]}-{day[4:6]}-{day[6:8]}T{day[8:10]}:{day[10:12]}:{day[12:]}Z"
     kind = "warcinfo" if url.startswith("filedesc:") else "response"
     return Header(kind, int(length), url, date, mime=mime.lower())
 
 
 def _fields(text: str) -> tuple[str, dict[str, str]]:
-    """The first line, and the fields by their names in lower case; of one that is repeated, all values."""
+    """The first line, and the fields by their names in lower case; a repeated field has all its values."""
     first, *lines = text.split("\n")
     fields: dict[str, str] = {}
     for line in lines:
@@ -93,8 +93,11 @@ def _mime(fields: dict[str, str]) -> str:
     return re.split("[;,]", fields.get("content-type", ""), maxsplit=1)[0].strip().lower()
 
 
-def document(header: Header, content: bytes, most: int, ratio: float, source: str, path: str) -> Document | Dropped:
-    """`most` bytes may come out of a Content-Encoding, `ratio` times what went in (of more than 1 MiB)."""
+def document(header: Header, content: bytes, limit: int, ratio: float, source: str, path: str) -> Document | Dropped:
+    """The document of a record, or why it is none.
+
+    `limit` bytes may come out of a Content-Encoding, and `ratio` times its input if that is more than 1 MiB.
+    """
     mime, charset = header.mime, None
     if header.type == "response":
         http = END_OF_HEADER.search(content, 0, 1 << 16)
@@ -107,10 +110,10 @@ def document(header: Header, content: bytes, most: int, ratio: float, source: st
         charset = CHARSET.search(fields.get("content-type", ""))
         if mime and mime not in PAGES and mime != "text/plain":
             return Dropped(NOT_TEXT, path)
-        found = decoded(content, fields, most, ratio)
-        if isinstance(found, str):
-            return Dropped(found, path)
-        content = found
+        body = decoded(content, fields, limit, ratio)
+        if isinstance(body, str):
+            return Dropped(body, path)
+        content = body
     elif header.type == "resource" and not (header.url or "").startswith(("http:", "https:")):
         return Dropped(NOT_WEB, path)  # as the logs that wget keeps
     elif header.type not in ("resource", "conversion"):
@@ -143,60 +146,60 @@ def _utf16(content: bytes) -> bool:
     return content[:2] in (b"\xff\xfe", b"\xfe\xff") or content[:4] in (b"<\0!\0", b"<\0h\0", b"\0<\0!", b"\0<\0h")
 
 
-def decoded(payload: bytes, fields: dict[str, str], most: int, ratio: float) -> bytes | str:
-    """What the server meant: Transfer-Encoding and Content-Encoding undone, or why they cannot be.
+def decoded(payload: bytes, fields: dict[str, str], limit: int, ratio: float) -> bytes | str:
+    """The payload with Transfer-Encoding and Content-Encoding undone, or why they cannot be.
 
-    Archives may keep the header of an encoding that they have undone: then bytes that are none are left as they are.
+    Archives may keep the header of an encoding that they have undone: bytes that are not of that encoding are left.
     """
     if "chunked" in fields.get("transfer-encoding", "").lower():
         payload = _unchunked(payload)
     codings = [name.strip().lower() for name in fields.get("content-encoding", "").split(",")]
     for coding in reversed(codings[:4]):
-        found = _expanded(payload, coding, most)
-        if found is None:
+        data = _expanded(payload, coding, limit)
+        if data is None:
             return BAD_ENCODING
-        if len(found) > MIB and len(found) > ratio * len(payload):
+        if len(data) > MIB and len(data) > ratio * len(payload):
             return BOMB
-        if len(found) > most:
+        if len(data) > limit:
             return TOO_LARGE
-        payload = found
+        payload = data
     return payload
 
 
 def _unchunked(payload: bytes) -> bytes:
     parts: list[bytes] = []
-    at = 0
-    while chunk := CHUNK.match(payload, at):
+    start = 0
+    while chunk := CHUNK.match(payload, start):
         size = int(chunk[1], 16)
         if not size:
             return b"".join(parts)
         parts.append(payload[chunk.end() : chunk.end() + size])
-        at = chunk.end() + size
-        at += 2 if payload[at : at + 2] == b"\r\n" else payload[at : at + 1] == b"\n"
-    return b"".join(parts) if parts and at >= len(payload) else payload
+        start = chunk.end() + size
+        start += 2 if payload[start : start + 2] == b"\r\n" else payload[start : start + 1] == b"\n"
+    return b"".join(parts) if parts and start >= len(payload) else payload
 
 
-def _expanded(payload: bytes, coding: str, most: int) -> bytes | None:
-    """At most a byte more than `most`, or a little; None if it is not of that coding, or broken."""
+def _expanded(payload: bytes, coding: str, limit: int) -> bytes | None:
+    """A byte more than `limit` at most, or a little; None if the payload is not of that coding, or broken."""
     import brotli
     import zstandard
 
-    found = None
+    data = None
     with suppress(zlib.error, brotli.error, zstandard.ZstdError):
         if coding in ("gzip", "x-gzip"):
-            found = _inflated(payload, 31, most)
+            data = _inflated(payload, 31, limit)
         elif coding == "deflate":
             wrapped = payload[:1] and payload[0] & 15 == 8 and int.from_bytes(payload[:2], "big") % 31 == 0
-            found = _inflated(payload, 15 if wrapped else -15, most)
+            data = _inflated(payload, 15 if wrapped else -15, limit)
         elif coding == "br":
             unzip = brotli.Decompressor()
-            found = unzip.process(payload, output_buffer_limit=most + 1)
-            found = found if unzip.is_finished() or len(found) > most else None
+            data = unzip.process(payload, output_buffer_limit=limit + 1)
+            data = data if unzip.is_finished() or len(data) > limit else None
         elif coding == "zstd":
-            found = zstandard.ZstdDecompressor(max_window_size=1 << 23).stream_reader(payload).read(most + 1)
-    if found is None and (coding in ("", "identity") or not payload or _is_html(payload)):
+            data = zstandard.ZstdDecompressor(max_window_size=1 << 23).stream_reader(payload).read(limit + 1)
+    if data is None and (coding in ("", "identity") or not payload or _is_html(payload)):
         return payload
-    return found
+    return data
 
 
 def _is_html(payload: bytes) -> bool:
@@ -204,7 +207,7 @@ def _is_html(payload: bytes) -> bool:
     return head.lstrip()[:1] == b"<" and TAG.search(head) is not None
 
 
-def _inflated(payload: bytes, bits: int, most: int) -> bytes | None:
+def _inflated(payload: bytes, bits: int, limit: int) -> bytes | None:
     unzip = zlib.decompressobj(bits)
-    found = unzip.decompress(payload, most + 1)
-    return found if unzip.eof or len(found) > most else None
+    data = unzip.decompress(payload, limit + 1)
+    return data if unzip.eof or len(data) > limit else None

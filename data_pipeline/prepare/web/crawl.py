@@ -1,5 +1,5 @@
-"""Pages asked for as a guest asks: of a host one thing at a time, with a pause after each, and only what its robots.txt
-allows; so with the hosts that redirects lead to. Each link gets a verdict, and each page is asked for once.
+"""A polite crawl: one request at a time to a host, a pause after each, and only what the host's robots.txt allows; the
+same for the hosts that redirects lead to. Each link gets a verdict, and each page is fetched once.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin
 
+from datatrove.data import Document
+
 from data_pipeline.prepare.recipe_config import FetchPagesConfig
-from data_pipeline.prepare.step import SAMPLES, Passage, Tally
+from data_pipeline.prepare.step import Passage, Tally
 from data_pipeline.prepare.web import robots
-from data_pipeline.prepare.web.host_queue import Host, HostQueue, Job
+from data_pipeline.prepare.web.host_queue import Host, HostQueue, Request
 from data_pipeline.prepare.web.http import NO_HOST, NOT_PUBLIC, Answer, HttpClient, Unanswered
 from data_pipeline.prepare.web.links import key_of
 from data_pipeline.prepare.web.page_archive import PageArchive
 from data_pipeline.prepare.web.robots import Rules
-from data_pipeline.prepare.web.urls import Address, normal
+from data_pipeline.prepare.web.urls import Url, normalize
 
 FETCHED = "fetched"
 REDIRECTS = 5
@@ -35,54 +37,51 @@ _PAGES = ("text/html", "application/xhtml+xml")
 
 
 class Crawl:
-    """Threads that each take the host whose turn it is and ask it one thing."""
+    """Threads that each take the next host that is ready and send it one request."""
 
     def __init__(self, cfg: FetchPagesConfig, archive: PageArchive) -> None:
-        self.cfg, self.archive, self.passage = cfg, archive, Passage()
-        self.guest = HttpClient(cfg.agent, cfg.timeout_s, cfg.private)
-        self.turns = HostQueue(cfg.connections)
+        self.cfg = cfg
+        self.archive = archive
+        self.passage = Passage()
+        self.client = HttpClient(cfg.agent, cfg.timeout_s, cfg.private)
+        self.queue = HostQueue(cfg.connections)
         self.left = 0
-        self._here: set[int] = set()  # keys of the pages in the archive
+        self._limit = int(cfg.page_mib * (1 << 20))
+        self._archived: set[int] = set()  # keys of the pages in the archive
         self._rules: OrderedDict[str, Rules] = OrderedDict()
         self._error: BaseException | None = None
 
     def add(self, link: str, host: str) -> None:
-        self.turns.add(link, host)
+        self.queue.add(link, host)
         self.left += 1
 
     def count(self, verdict: dict[str, Any]) -> None:
-        """A link's verdict, this run's or an earlier one's."""
-        outcome, size = verdict["outcome"], verdict.get("bytes", 0)
-        tallies = [self.passage.taken]
-        if outcome == FETCHED:
-            self._here.add(key_of(verdict["url"]))
-            tallies.append(self.passage.given)
+        """Count a link's verdict, of this run or an earlier one."""
+        tally = Tally(documents=1, bytes=verdict.get("bytes", 0))
+        self.passage.taken.add(tally)
+        if verdict["outcome"] == FETCHED:
+            self._archived.add(key_of(verdict["url"]))
+            self.passage.given.add(tally)
         else:
-            tallies.append(self.passage.dropped.setdefault(outcome, Tally()))
-            samples = self.passage.samples.setdefault(outcome, [])
-            if len(samples) < SAMPLES:
-                samples.append({"id": verdict["link"], "url": verdict["url"], "text": ""})
-        for tally in tallies:
-            tally.documents += 1
-            tally.bytes += size
+            self.passage.drop(verdict["outcome"], Document("", verdict["link"], metadata={"url": verdict["url"]}))
 
     def run(self, name: str) -> None:
-        """Until every link has its verdict. Whatever ends it early leaves the archive as it should be."""
+        """Work until every link has its verdict. Whatever ends it early leaves the archive as it should be."""
         from tqdm import tqdm
 
-        self.turns.begin()
+        self.queue.start()
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.cfg.connections)]
         every = 0.5 if sys.stderr.isatty() else 30.0
         with tqdm(total=self.left, unit="link", desc=name, mininterval=every) as bar:
             try:
                 for thread in threads:
                     thread.start()
-                while not self.turns.stopped.wait(0.1):
-                    self.guest.cut_late()
+                while not self.queue.stopped.wait(0.1):
+                    self.client.cut_late()
                     bar.update(bar.total - self.left - bar.n)
             finally:
-                self.turns.stop()
-                self.guest.cut_late(float("inf"))
+                self.queue.stop()
+                self.client.cut_late(float("inf"))
                 end = time.monotonic() + self.cfg.timeout_s
                 for thread in threads:
                     thread.join(max(0.0, end - time.monotonic()))
@@ -92,135 +91,132 @@ class Crawl:
 
     def _work(self) -> None:
         try:
-            for name in iter(self.turns.next, None):
-                self._ask(self.turns.hosts[name])
-                self.turns.put_back(name)
+            for name in iter(self.queue.next, None):
+                self._send(self.queue.hosts[name])
+                self.queue.put_back(name)
         except BaseException as e:
             self._error = self._error or e
-            self.turns.stop()
+            self.queue.stop()
 
-    def _ask(self, host: Host) -> None:
-        """One request to the host, for its next link or, before that, its robots.txt."""
-        job = self.turns.job(host)
-        assert job is not None
-        rules = self._rules_of(job.at.origin)
+    def _send(self, host: Host) -> None:
+        """Send one request to the host, for its next link or, before that, its robots.txt."""
+        request = self.queue.request(host)
+        assert request is not None
+        rules = self._rules_of(request.url.origin)
         if rules is None:
-            self._ask_robots(host, job.at)
-        elif reason := rules.refusal(job.at.url):
-            self._end(host, job, reason)
-        elif job.at.key in self._here:
-            self._end(host, job, "leads to a page that is here already")
+            self._get_robots(host, request.url)
+        elif reason := rules.refusal(str(request.url)):
+            self._finish(host, request, reason)
+        elif request.url.key in self._archived:
+            self._finish(host, request, "leads to a page that is here already")
         else:
-            pause = max(self.cfg.per_host_s, rules.delay or 0.0)
             try:
-                answer = self.guest.ask(job.at, int(self.cfg.page_mib * (1 << 20)), _is_page)
-                wait = self._take(host, job, answer)
+                answer = self.client.get(request.url, self._limit, _is_page)
+                wait = self._handle(host, request, answer)
             except Unanswered as e:
-                if self.turns.stopped.is_set():
+                if self.queue.stopped.is_set():
                     return
-                wait = self._again(host, job, str(e), e.again, None)
-                host.silent += job not in host.jobs
+                wait = self._retry(host, request, str(e)) if e.retry else self._finish(host, request, str(e))
+                host.silent += request not in host.requests
                 if host.silent >= SILENT:
-                    self._give_up(host)
-            self.turns.pause(host, max(pause, wait))
+                    while (rest := self.queue.request(host)) is not None:
+                        self._finish(host, rest, "the host no longer answers")
+            self.queue.pause(host, max(rules.pause(self.cfg.per_host_s), wait))
 
-    def _take(self, host: Host, job: Job, answer: Answer) -> float:
-        """What to do with an answer; how long the host must be left alone because of it, in seconds."""
+    def _handle(self, host: Host, request: Request, answer: Answer) -> float:
+        """Act on an answer; returns the seconds for which the host must be left alone because of it."""
         host.silent = 0
         if answer.status in MOVED:
-            self._redirect(host, job, answer)
-        elif answer.status == 429 or answer.status >= 500:
-            return self._again(host, job, "the server fails or refuses for now", True, _retry_after(answer))
-        elif answer.status != 200:
-            self._end(host, job, "no such page" if answer.status in (404, 410) else "refused by the server", answer)
+            return self._redirect(host, request, answer)
+        if _is_busy(answer):
+            return self._retry(host, request, "the server fails or refuses for now", answer)
+        if answer.status != 200:
+            outcome = "no such page" if answer.status in (404, 410) else "refused by the server"
         elif not _is_page(answer):
-            self._end(host, job, "not a page of text", answer)
-        elif len(answer.body) > self.cfg.page_mib * (1 << 20):
-            self._end(host, job, "a page larger than fetch.page_mib", answer)
+            outcome = "not a page of text"
         else:
-            self._end(host, job, FETCHED, answer)
+            outcome = "a page larger than fetch.page_mib" if len(answer.body) > self._limit else FETCHED
+        return self._finish(host, request, outcome, answer)
+
+    def _redirect(self, host: Host, request: Request, answer: Answer) -> float:
+        url = _target(request.url, answer)
+        if url is None:
+            return self._finish(host, request, "a redirect to no web address", answer)
+        if request.hops == REDIRECTS:
+            return self._finish(host, request, "more than 5 redirects", answer)
+        self.queue.redirect(host, request, url)
         return 0.0
 
-    def _redirect(self, host: Host, job: Job, answer: Answer) -> None:
-        to = _target(job.at, answer)
-        if to is None:
-            self._end(host, job, "a redirect to no web address", answer)
-        elif job.hops == REDIRECTS:
-            self._end(host, job, "more than 5 redirects", answer)
-        else:
-            self.turns.move(host, job, to)
-
-    def _again(self, host: Host, job: Job, reason: str, again: bool, wait: float | None) -> float:
-        if not again or job.tries >= self.cfg.retries:
-            self._end(host, job, reason)
-            return 0.0
-        job.tries += 1
-        wait = self.cfg.per_host_s * 2**job.tries if wait is None else wait
+    def _retry(self, host: Host, request: Request, reason: str, answer: Answer | None = None) -> float:
+        """Leave the request for another try; returns the seconds until then, 0 if there is none."""
+        if request.tries >= self.cfg.retries:
+            return self._finish(host, request, reason)
+        request.tries += 1
+        wait = self._backoff(request.tries, answer)
         if wait > LONGEST_WAIT:
-            self._end(host, job, "a Retry-After too long to wait for")
-            return 0.0
+            return self._finish(host, request, "a Retry-After too long to wait for")
         return wait
 
-    def _end(self, host: Host, job: Job, outcome: str, answer: Answer | None = None) -> None:
-        verdict: dict[str, Any] = {"link": job.link, "outcome": outcome, "url": job.at.url}
+    def _backoff(self, tries: int, answer: Answer | None) -> float:
+        """Seconds until the next try: the answer's Retry-After, or twice as many as before."""
+        wait = _retry_after(answer) if answer else None
+        return self.cfg.per_host_s * 2**tries if wait is None else wait
+
+    def _finish(self, host: Host, request: Request, outcome: str, answer: Answer | None = None) -> float:
+        """Give a link its verdict; returns 0, for a host that need not be left alone because of it."""
+        verdict: dict[str, Any] = {"link": request.link, "outcome": outcome, "url": str(request.url)}
         if answer is not None:
             verdict |= {"status": answer.status, "bytes": len(answer.body) if outcome == FETCHED else 0}
         self.archive.add(verdict, answer if outcome == FETCHED else None)
-        with self.turns.lock:
+        with self.queue.lock:
             self.count(verdict)
-            host.jobs.remove(job)
+            host.requests.remove(request)
             self.left -= 1
-
-    def _give_up(self, host: Host) -> None:
-        while (job := self.turns.job(host)) is not None:
-            self._end(host, job, "the host no longer answers")
+        return 0.0
 
     def _rules_of(self, origin: str) -> Rules | None:
-        with self.turns.lock:
-            found = self._rules.get(origin)
-            if found is None or found.until <= time.monotonic():
+        with self.queue.lock:
+            rules = self._rules.get(origin)
+            if rules is None or rules.until <= time.monotonic():
                 return None
             self._rules.move_to_end(origin)
-            return found
+            return rules
 
-    def _ask_robots(self, host: Host, at: Address) -> None:
-        """One try to have the rules of an origin; where it fails for good, they forbid everything."""
-        url: Address | None = at._replace(path="/robots.txt", query="")
-        answer, why, again = None, robots.UNREACHABLE, False
-        for hop in range(REDIRECTS + 1):
-            if url is None:
-                break
-            if hop:
-                self.turns.wait_for(url.host, self.cfg.per_host_s)
-            try:
-                answer = self.guest.ask(url, robots.MAX_BYTES, lambda answer: answer.status == 200)
-            except Unanswered as e:
-                answer, why, again = None, str(e), e.again
-                break
-            again = answer.status == 429 or answer.status >= 500
-            if answer.status not in MOVED:
-                break
-            url = _target(url, answer)
-        if self.turns.stopped.is_set():
+    def _get_robots(self, host: Host, page: Url) -> None:
+        """Try once to get the rules of a page's origin; if the last try fails, they forbid everything."""
+        url: Url | None = page._replace(path="/robots.txt", query="")
+        answer, reason, retry = None, robots.UNREACHABLE, False
+        try:
+            for hop in range(REDIRECTS + 1):
+                if url is None:
+                    break
+                if hop:
+                    self.queue.wait_for(url.host, self.cfg.per_host_s)
+                answer = self.client.get(url, robots.MAX_BYTES, lambda answer: answer.status == 200)
+                retry = _is_busy(answer)
+                if answer.status not in MOVED:
+                    break
+                url = _target(url, answer)
+        except Unanswered as e:
+            answer, reason, retry = None, str(e), e.retry
+        if self.queue.stopped.is_set():
             return
-        now = time.monotonic()
-        if again and host.tries < self.cfg.retries:
+        if retry and host.tries < self.cfg.retries:
             host.tries += 1
-            wait = _retry_after(answer) if answer else None
-            wait = self.cfg.per_host_s * 2**host.tries if wait is None else wait
-            self.turns.pause(host, min(LONGEST_WAIT, wait))
+            self.queue.pause(host, min(LONGEST_WAIT, self._backoff(host.tries, answer)))
             return
         host.tries = 0
         status, body = (answer.status, answer.body) if answer else (None, b"")
-        rules = robots.rules(status, body, self.cfg.agent, now + DAY)
-        if why in (NO_HOST, NOT_PUBLIC):
-            rules = replace(rules, all_forbidden=why)
-        self.archive.add({"robots": at.origin, "status": status, "forbids": rules.all_forbidden, "delay": rules.delay})
-        with self.turns.lock:
-            self._rules[at.origin] = rules
+        rules = robots.rules(status, body, self.cfg.agent, time.monotonic() + DAY)
+        if reason in (NO_HOST, NOT_PUBLIC):
+            rules = replace(rules, all_forbidden=reason)
+        verdict = {"robots": page.origin, "status": status, "forbids": rules.all_forbidden, "delay": rules.delay}
+        self.archive.add(verdict)
+        with self.queue.lock:
+            self._rules[page.origin] = rules
             if len(self._rules) > RULES:
                 self._rules.popitem(last=False)
-        self.turns.pause(host, max(self.cfg.per_host_s, rules.delay or 0.0))
+        self.queue.pause(host, rules.pause(self.cfg.per_host_s))
 
 
 def _is_page(answer: Answer) -> bool:
@@ -228,21 +224,25 @@ def _is_page(answer: Answer) -> bool:
     return answer.status == 200 and kind in ("", *_PAGES)
 
 
-def _target(at: Address, answer: Answer) -> Address | None:
-    """Where a redirect leads; None = to no web address."""
+def _is_busy(answer: Answer) -> bool:
+    return answer.status == 429 or answer.status >= 500
+
+
+def _target(url: Url, answer: Answer) -> Url | None:
+    """The URL that a redirect leads to; None for no web address."""
     location = answer.header("location")
     try:
-        return normal(urljoin(at.url, location)) if location else None
+        return normalize(urljoin(str(url), location)) if location else None
     except ValueError:
         return None
 
 
 def _retry_after(answer: Answer) -> float | None:
-    """Seconds (RFC 9110, section 10.2.3), or None where it says nothing that can be read."""
-    said = answer.header("retry-after").strip()
-    if said.isascii() and said.isdigit():
-        return float(said[:9])
+    """Seconds (RFC 9110, section 10.2.3), or None if the header says nothing that can be read."""
+    value = answer.header("retry-after").strip()
+    if value.isascii() and value.isdigit():
+        return float(value[:9])
     try:
-        return max(0.0, (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds())
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
     except (ValueError, TypeError):
         return None

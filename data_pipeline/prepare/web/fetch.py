@@ -1,8 +1,8 @@
-"""Links -> the pages they lead to, in WARC files, asked for as a guest asks (data_pipeline/prepare/web/crawl.py).
+"""Links -> the pages they lead to, in WARC files, fetched politely (crawl.py).
 
-Hosts are divided among the tasks by their registrable domain, so that no two tasks ask the same one, but for redirects,
-which are followed by the task that meets them. State: about 150 bytes for each link of the task, and for each
-connection a few times fetch.page_mib.
+Hosts are divided among the tasks by their registrable domain, so that no two tasks send requests to the same one, but
+for redirects, which the task follows that meets them. State: about 150 bytes for each link of the task, and a few times
+fetch.page_mib for each connection.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from data_pipeline.prepare.step import Passage
 from data_pipeline.prepare.web import robots
 from data_pipeline.prepare.web.crawl import Crawl
 from data_pipeline.prepare.web.links import key_of, read_links
-from data_pipeline.prepare.web.page_archive import opened
-from data_pipeline.prepare.web.urls import normal
+from data_pipeline.prepare.web.page_archive import open_archive
+from data_pipeline.prepare.web.urls import normalize
 
 
 def fetch(links: Path, out: Path, task: int, tasks: int, cfg: FetchPagesConfig) -> Passage:
-    """Fetch this task's share of the links (weblinks.write_links) into the WARC file of the task, or go on with it.
+    """Fetch this task's share of the links (links.write_links) into the WARC file of the task, or go on with it.
 
     Returns:
-        What became of each link; `given` are the pages with their bytes.
+        The outcomes of all links; `given` are the pages with their bytes.
 
     Raises:
         UserError: the agent has no name, `out` is of another number of tasks, or its file is held, damaged or cannot
@@ -40,7 +40,7 @@ def fetch(links: Path, out: Path, task: int, tasks: int, cfg: FetchPagesConfig) 
         raise UserError(f"{out}: holds {other[0]}, but fetch.files={tasks}: give the number that it was begun with")
     about = {"software": "gradus", "http-header-user-agent": cfg.agent, "task": task, "tasks": tasks}
     try:
-        with opened(path, about, int(cfg.page_mib * (1 << 20)) + (8 << 20)) as (archive, verdicts):
+        with open_archive(path, about, int(cfg.page_mib * (1 << 20)) + (8 << 20)) as (archive, verdicts):
             crawl = Crawl(cfg, archive)
             done = set()
             for verdict in verdicts:
@@ -48,9 +48,9 @@ def fetch(links: Path, out: Path, task: int, tasks: int, cfg: FetchPagesConfig) 
                     crawl.count(verdict)
                     done.add(key_of(verdict["link"]))
             for link in read_links(links):
-                address = normal(link.url)
-                if address and _task_of(address.host, tasks) == task and address.key not in done:
-                    crawl.add(link.url, address.host)
+                url = normalize(link.url)
+                if url and task_of(url.host, tasks) == task and url.key not in done:
+                    crawl.add(link.url, url.host)
             crawl.run(f"pages {task}")
             return crawl.passage
     except OSError as e:
@@ -58,10 +58,10 @@ def fetch(links: Path, out: Path, task: int, tasks: int, cfg: FetchPagesConfig) 
 
 
 @lru_cache(1 << 16)
-def _task_of(host: str, tasks: int) -> int:
-    """The same for all hosts of a registrable domain, after the list that tldextract carries: none is downloaded."""
-    found = _suffixes()(host)
-    domain = f"{found.domain}.{found.suffix}" if found.suffix else host
+def task_of(host: str, tasks: int) -> int:
+    """One task for all hosts of a registrable domain, by the list that tldextract carries: none is downloaded."""
+    parts = _suffixes()(host)
+    domain = f"{parts.domain}.{parts.suffix}" if parts.suffix else host
     return int.from_bytes(hashlib.blake2b(domain.encode(), digest_size=8).digest(), "little") % tasks
 
 

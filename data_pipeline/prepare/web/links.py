@@ -1,6 +1,6 @@
-"""Reddit's submissions -> links that people voted for, WebText's way to its pages (Radford et al. 2019, section 2.1).
+"""Reddit's submissions -> links that people voted for, as WebText chose its pages (Radford et al. 2019, section 2.1).
 
-The input are Pushshift's dumps, RS_*: lines of JSON, plain or .gz, .bz2, .xz, .zst. Of the links to one page the one of
+The input is Pushshift's dumps, RS_*: lines of JSON, plain or .gz, .bz2, .xz, .zst. Of the links to one page the one of
 the best score stays; of those the oldest, of those the first. State: 16 bytes for each link that passes the rules, 45
 while they are compared; the links themselves wait in a file.
 """
@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from datatrove.data import Document
@@ -26,11 +28,11 @@ from data_pipeline.corpus.lines import lines
 from data_pipeline.corpus.report import Dropped
 from data_pipeline.files import publish_json, rename
 from data_pipeline.prepare.recipe_config import LinksConfig
-from data_pipeline.prepare.step import SAMPLES, Passage, Step, Tally
-from data_pipeline.prepare.web.urls import Address, below, normal
+from data_pipeline.prepare.step import Passage, Step
+from data_pipeline.prepare.web.urls import Url, below, normalize
 
 LINKS, KEYS, REPORT = "links.jsonl.zst", "keys.npy", "links.json"
-WINDOW = 1 << 31  # bytes of memory that a .zst may ask for: Pushshift's do
+WINDOW = 1 << 31  # bytes of memory that a .zst may take: Pushshift's do
 MAX_LINE = 1 << 24  # bytes of a submission
 REDDIT = ("reddit.com", "redd.it", "redditmedia.com", "redditstatic.com")
 DUPLICATE = "another link to the same page"
@@ -38,7 +40,7 @@ DUPLICATE = "another link to the same page"
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """`score` is the submission's, `date` its day and second (ISO 8601, UTC)."""
+    """`score` and `date` (ISO 8601, UTC, to the second) are the submission's."""
 
     url: str
     score: int
@@ -47,7 +49,7 @@ class Link:
 
 
 def links(files: Sequence[Input], cfg: LinksConfig, folder: Path | None = None) -> Iterator[Link | Dropped]:
-    """Every line of the dumps as a link or as a reason: first what the rules drop, then the links in their order.
+    """Every line of the dumps as a link or as a reason: first the lines that the rules drop, then the links in order.
 
     Args:
         folder: of the file in which links wait, about 100 bytes for each before compression; None = the system's.
@@ -59,33 +61,31 @@ def links(files: Sequence[Input], cfg: LinksConfig, folder: Path | None = None) 
     import zstandard
 
     rules = _Rules(cfg)
-    keys, scores, dates = _Column("<u8"), _Column("<i4"), _Column("<u4")
+    keys, scores, dates = array("Q"), array("i"), array("I")
     with tempfile.TemporaryFile(dir=folder) as waiting:
         packed = zstandard.ZstdCompressor(level=3).stream_writer(waiting, closefd=False)
         for file in files:
             for number, (line, _) in enumerate(lines(file, MAX_LINE, WINDOW), 1):
-                found = rules.link(line) if isinstance(line, bytes) else line.reason
-                if isinstance(found, str):
-                    yield Dropped(found, f"{file.name}:{number}")
+                item, label = rules.link(line) if isinstance(line, bytes) else line.reason, f"{file.name}:{number}"
+                if isinstance(item, str):
+                    yield Dropped(item, label)
                     continue
-                link, key, seconds = found
-                keys.add(key)
-                scores.add(link.score)
-                dates.add(seconds)
-                packed.write(
-                    orjson.dumps((link.url, link.score, link.date, link.subreddit, f"{file.name}:{number}")) + b"\n"
-                )
+                link, key, seconds = item
+                keys.append(key)
+                scores.append(link.score)
+                dates.append(seconds)
+                packed.write(orjson.dumps((link.url, link.score, link.date, link.subreddit, label)) + b"\n")
         packed.close()
-        kept = _best(keys.array(), scores.array(), dates.array())
+        kept = _best(np.asarray(keys), np.asarray(scores), np.asarray(dates))
         waiting.seek(0)
         reader = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(waiting))
         for i, line in enumerate(reader):
-            *values, where = orjson.loads(line)
-            yield Link(*values) if kept[i] else Dropped(DUPLICATE, where)
+            *values, label = orjson.loads(line)
+            yield Link(*values) if kept[i] else Dropped(DUPLICATE, label)
 
 
 def _best(keys: np.ndarray, scores: np.ndarray, dates: np.ndarray) -> np.ndarray:
-    """Which of the links [n] stay, bool [n]: of each key the best score, then the oldest, then the first."""
+    """Marks of the links [n] that stay, bool [n]: of each key the best score, then the oldest, then the first."""
     order = np.lexsort((dates, -scores, keys))  # stable
     first = np.ones(len(keys), bool)
     np.not_equal(keys[order[1:]], keys[order[:-1]], out=first[1:])
@@ -94,34 +94,16 @@ def _best(keys: np.ndarray, scores: np.ndarray, dates: np.ndarray) -> np.ndarray
     return kept
 
 
-class _Column:
-    """Numbers as they come, at their own width."""
-
-    def __init__(self, dtype: str) -> None:
-        self.dtype = dtype
-        self.full: list[np.ndarray] = []
-        self.last: list[int] = []
-
-    def add(self, value: int) -> None:
-        self.last.append(value)
-        if len(self.last) == 1 << 16:
-            self.full.append(np.array(self.last, self.dtype))
-            self.last = []
-
-    def array(self) -> np.ndarray:
-        found = np.concatenate([*self.full, np.array(self.last, self.dtype)])
-        self.full, self.last = [], []
-        return found
-
-
 class _Rules:
     def __init__(self, cfg: LinksConfig) -> None:
-        self.cfg, self.until = cfg, end_of(cfg.until)
-        self.hosts, self.reddit = frozenset(h.lower() for h in cfg.skip_hosts), frozenset(REDDIT)
+        self.cfg = cfg
+        self.until = end_of(cfg.until)
+        self.hosts = frozenset(h.lower() for h in cfg.skip_hosts)
+        self.reddit = frozenset(REDDIT)
         self.endings = tuple(e.lower() for e in cfg.skip_endings)
 
     def link(self, line: bytes) -> tuple[Link, int, int] | str:
-        """(the link, its key, its second), or why it is none."""
+        """(the link, its key, its second), or the reason why the line is none."""
         import orjson
 
         try:
@@ -140,21 +122,22 @@ class _Rules:
             return "for adults"
         if post.get("is_self"):
             return "a text of its own, no link"
-        found = normal(url.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))  # Reddit escapes them
-        reason = "not a web address" if found is None else self.refused(found)
-        if found is None or reason:
-            return reason or ""
+        target = normalize(url.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))  # Reddit escapes them
+        if target is None:
+            return "not a web address"
+        if reason := self.refusal(target):
+            return reason
         subreddit = post.get("subreddit")
         date = datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
-        link = Link(found.url, score, date, subreddit if isinstance(subreddit, str) else None)
-        return link, found.key, seconds
+        link = Link(str(target), score, date, subreddit if isinstance(subreddit, str) else None)
+        return link, target.key, seconds
 
-    def refused(self, found: Address) -> str | None:
-        if below(found.host, self.reddit):
+    def refusal(self, url: Url) -> str | None:
+        if below(url.host, self.reddit):
             return "a link within Reddit"
-        if below(found.host, self.hosts):
+        if below(url.host, self.hosts):
             return "a host of links.skip_hosts"
-        if self.endings and found.path.lower().endswith(self.endings):
+        if self.endings and url.path.lower().endswith(self.endings):
             return "an ending of links.skip_endings"
         return None
 
@@ -173,7 +156,7 @@ def _fields(post: Any) -> tuple[str, int, int] | None:
 
 
 def end_of(day: str | None) -> float | None:
-    """The second after a day, YYYY-MM-DD in UTC, or None without one; raises UserError where it is none."""
+    """The second after a day, YYYY-MM-DD in UTC, or None without one; raises UserError for a text that is no day."""
     if day is None:
         return None
     try:
@@ -188,36 +171,35 @@ def write_links(files: Sequence[Input], cfg: LinksConfig, out: Path) -> Passage:
     import zstandard
 
     out.mkdir(parents=True, exist_ok=True)
-    passage, aside, keys = Passage(), out / f".{LINKS}.tmp", _Column("<u8")
-    with aside.open("wb") as raw:
-        with zstandard.ZstdCompressor(level=10).stream_writer(raw, closefd=False) as packed:
-            for item in links(files, cfg, out):
-                passage.taken.documents += 1
-                if isinstance(item, Link):
-                    passage.given.documents += 1
-                    keys.add(key_of(item.url))
-                    packed.write(orjson.dumps(item) + b"\n")
-                else:
-                    passage.dropped.setdefault(item.reason, Tally()).documents += 1
-                    samples = passage.samples.setdefault(item.reason, [])
-                    if len(samples) < SAMPLES:
-                        samples.append({"id": item.where, "url": None, "text": ""})
-        raw.flush()
-        os.fsync(raw.fileno())
-    rename(aside, out / LINKS)
-    found, aside = keys.array(), out / f".{KEYS}.tmp"
-    found.sort()
-    with aside.open("wb") as raw:
-        np.save(raw, found)
-        raw.flush()
-        os.fsync(raw.fileno())
-    rename(aside, out / KEYS)
+    passage, keys = Passage(), array("Q")
+    with _staged(out / LINKS) as raw, zstandard.ZstdCompressor(level=10).stream_writer(raw, closefd=False) as packed:
+        for item in links(files, cfg, out):
+            passage.taken.documents += 1
+            if isinstance(item, Link):
+                passage.given.documents += 1
+                keys.append(key_of(item.url))
+                packed.write(orjson.dumps(item) + b"\n")
+            else:
+                passage.drop(item.reason, Document("", item.where))
+    with _staged(out / KEYS) as raw:
+        np.save(raw, np.sort(np.asarray(keys)))
     publish_json(out / REPORT, passage.to_json())
     return passage
 
 
+@contextmanager
+def _staged(path: Path) -> Iterator[IO[bytes]]:
+    """A file that gets its name when it is whole and on the disk."""
+    staging = path.with_name(f".{path.name}.tmp")
+    with staging.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    rename(staging, path)
+
+
 def read_links(path: Path) -> Iterator[Link]:
-    """Raises UserError where the file is damaged."""
+    """The links of a file; raises UserError if it is damaged."""
     import orjson
 
     info = Input(path, path.name, path.stat().st_size, 0)
@@ -229,7 +211,7 @@ def read_links(path: Path) -> Iterator[Link]:
 
 
 class Linked(Step):
-    """Keeps the pages that a link leads to; whether by http or https, and by www. or not, is the same."""
+    """Keeps the pages that a link leads to; http and https are the same, and so are URLs with and without www."""
 
     batch = 1024
 
@@ -245,11 +227,11 @@ class Linked(Step):
         wanted = np.array([key_of(doc.metadata.get("url") or "") for doc in docs], "<u8")
         if not len(self.keys):
             return ["not linked"] * len(docs)
-        at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
-        return [None if there else "not linked" for there in self.keys[at] == wanted]
+        index = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        return [None if linked else "not linked" for linked in self.keys[index] == wanted]
 
 
 def key_of(url: str) -> int:
-    """Of the page that a URL leads to; 0 where it is no web address."""
-    found = normal(url)
-    return found.key if found else 0
+    """The key of the page that a URL leads to; 0 for what is no web address."""
+    normal = normalize(url)
+    return normal.key if normal else 0

@@ -1,4 +1,4 @@
-"""What a robots.txt asks of us (RFC 9309), read by Protego."""
+"""The rules of a robots.txt (RFC 9309), read by Protego."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from conf.errors import UserError
 
 MAX_BYTES = 512 << 10  # of a robots.txt are read; RFC 9309 asks for 500 KiB
-MAX_DELAY = 300.0  # seconds; a host that asks for more is left alone
+MAX_DELAY = 300.0  # seconds; pages of a host that asks for more are not fetched
 FORBIDDEN = "forbidden by robots.txt"
 UNREACHABLE = "robots.txt cannot be had"  # then nothing is allowed (RFC 9309, 2.3.1.4)
 TOO_SLOW = "a Crawl-delay too long to wait for"
@@ -17,46 +17,53 @@ TOO_SLOW = "a Crawl-delay too long to wait for"
 
 @dataclass(frozen=True)
 class Rules:
-    """Of one origin, for one agent: `delay` in seconds, None where none is asked for; `until` is a monotonic time."""
+    """Rules of one origin for one agent: `delay` in seconds, None if none is asked for; `until` is a monotonic time.
 
-    parsed: Any
+    `all_forbidden` is the reason why no page may be fetched, or None; `parsed` is Protego's, None if all is allowed.
+    """
+
     agent: str
-    delay: float | None
-    all_forbidden: str | None
     until: float
+    all_forbidden: str | None = None
+    parsed: Any = None
+    delay: float | None = None
 
     def refusal(self, url: str) -> str | None:
-        """Why `url` may not be asked for, or None."""
-        if self.all_forbidden:
+        """The reason why `url` may not be fetched, or None."""
+        if self.all_forbidden or self.parsed is None:
             return self.all_forbidden
-        return None if self.parsed is None or self.parsed.can_fetch(url, self.agent) else FORBIDDEN
+        return None if self.parsed.can_fetch(url, self.agent) else FORBIDDEN
+
+    def pause(self, shortest: float) -> float:
+        """Seconds between two requests."""
+        return max(shortest, self.delay or 0.0)
 
 
 def token(agent: str) -> str:
-    """The name in an agent, which robots.txt calls it by: letters, - and _, at its beginning.
+    """The name in an agent, by which robots.txt calls it: letters, - and _, at its start.
 
     Raises:
-        UserError: it begins with none.
+        UserError: the agent does not start with one.
     """
-    found = re.fullmatch(r"([A-Za-z_-]+)(?![A-Za-z_-])[ -~]*", agent)
-    if not found:
+    name = re.fullmatch(r"([A-Za-z_-]+)(?![A-Za-z_-])[ -~]*", agent)
+    if not name:
         raise UserError(f"fetch.agent={agent}: begin with a name of letters, as in Name/1.0 (+https://where.to/ask)")
-    return found[1]
+    return name[1]
 
 
 def rules(status: int | None, body: bytes, agent: str, until: float) -> Rules:
-    """Of what came for robots.txt; status None where nothing came. 4xx but 429 allows everything."""
+    """The rules of an answer to a request for robots.txt; status None = no answer. 4xx but 429 allows everything."""
     from protego import Protego
 
     name = token(agent)
     if status is not None and 400 <= status < 500 and status != 429:
-        return Rules(None, name, None, None, until)
+        return Rules(name, until)
     if status != 200:
-        return Rules(None, name, None, UNREACHABLE, until)
+        return Rules(name, until, UNREACHABLE)
     parsed = Protego.parse(body[:MAX_BYTES].decode("utf-8-sig", "replace"))
     delay, rate = parsed.crawl_delay(name), parsed.request_rate(name)
     if rate is not None:
         delay = max(delay or 0.0, rate.seconds / max(1, rate.requests))
     if delay is not None and not delay <= MAX_DELAY:
-        return Rules(None, name, None, TOO_SLOW, until)
-    return Rules(parsed, name, delay, None, until)
+        return Rules(name, until, TOO_SLOW)
+    return Rules(name, until, None, parsed, delay)

@@ -1,4 +1,4 @@
-"""Web addresses, written in one way, so that what is the same can be told (RFC 3986, section 6.2.2)."""
+"""URLs in one normal form, so that equal ones compare equal (RFC 3986, section 6.2.2)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Collection
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
-LONGEST = 2048  # characters of an address
+LONGEST = 2048  # characters of a URL
 PORTS = {"http": 80, "https": 443}
 _UNRESERVED = re.compile("%(2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff]|7[Ee])")  # RFC 3986: need no escape
 _HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]")
-_KEPT = "%/:=&?~+!$,;'@()*"  # of a path or query: reserved, or escaped already
+_SAFE = "%/:=&?~+!$,;'@()*"  # in a path or query: reserved, or escaped already
 
 
-class Address(NamedTuple):
-    """Parts of a normal address; `port` is None where it is the scheme's own."""
+class Url(NamedTuple):
+    """Parts of a normal URL; `port` is None if it is the scheme's own."""
 
     scheme: str
     host: str
@@ -32,8 +32,7 @@ class Address(NamedTuple):
     def target(self) -> str:
         return self.path + (f"?{self.query}" if self.query else "")
 
-    @property
-    def url(self) -> str:
+    def __str__(self) -> str:
         return self.origin + self.target
 
     @property
@@ -43,39 +42,34 @@ class Address(NamedTuple):
         return int.from_bytes(hashlib.blake2b(same.encode(), digest_size=8).digest(), "little")
 
 
-def normal(url: str) -> Address | None:
-    """The address without user, fragment and its scheme's own port, in lower case where case says nothing, escaped
-    where it must be; None for one that is no http or https address."""
+def normalize(url: str) -> Url | None:
+    """The URL without user, fragment and its scheme's own port, in lower case if case says nothing, escaped if it must
+    be; None for one that is no http or https URL."""
     import idna
 
     try:
         parts = urlsplit(url.strip())
         host, port = (parts.hostname or "").rstrip("."), parts.port
-    except ValueError:
-        return None
-    if parts.scheme not in PORTS or len(url) > LONGEST:
-        return None
-    if not host.isascii():
-        try:
+        if not host.isascii():
             host = idna.encode(host, uts46=True).decode()
-        except idna.IDNAError:
-            return None
-    elif ":" in host:
-        host = f"[{host}]"
-    if not _HOST.fullmatch(host):
+    except ValueError:  # idna.IDNAError is one
         return None
-    path, query = _escaped(_resolved(_UNRESERVED.sub(lambda m: chr(int(m[1], 16)), parts.path))), _escaped(parts.query)
-    found = Address(parts.scheme, host, None if port == PORTS[parts.scheme] else port, path, query)
-    return found if len(found.url) <= LONGEST else None
+    if ":" in host:
+        host = f"[{host}]"
+    if parts.scheme not in PORTS or len(url) > LONGEST or not _HOST.fullmatch(host):
+        return None
+    path = _escaped(_resolved(_UNRESERVED.sub(lambda m: chr(int(m[1], 16)), parts.path)))
+    normal = Url(parts.scheme, host, None if port == PORTS[parts.scheme] else port, path, _escaped(parts.query))
+    return normal if len(str(normal)) <= LONGEST else None
 
 
 def _escaped(part: str) -> str:
     part = re.sub("%(?![0-9A-Fa-f]{2})", "%25", part)
-    return re.sub("%..", lambda found: found[0].upper(), quote(part.encode(errors="surrogatepass"), safe=_KEPT))
+    return re.sub("%..", lambda escape: escape[0].upper(), quote(part.encode(errors="surrogatepass"), safe=_SAFE))
 
 
 def _resolved(path: str) -> str:
-    """Without the steps . and .., which would lead around a robots.txt."""
+    """The path without its steps . and .., which would lead around a robots.txt."""
     steps: list[str] = []
     for step in path.split("/")[1:]:
         if step == "..":
@@ -85,9 +79,9 @@ def _resolved(path: str) -> str:
     return "/" + "/".join(steps) + ("/" if steps and path.endswith(("/.", "/..")) else "")
 
 
-def below(host: str, hosts: Collection[str]) -> bool:
-    """Whether the host, or one that it lies below, is among `hosts`."""
-    while host not in hosts:
+def below(host: str, domains: Collection[str]) -> bool:
+    """True if the host, or a domain that it lies below, is among `domains`."""
+    while host not in domains:
         host = host.partition(".")[2]
         if not host:
             return False

@@ -16,7 +16,8 @@ from sklearn.feature_extraction.text import HashingVectorizer
 
 from conf.errors import UserError
 from conf.schema import load
-from data_pipeline import quality as entry
+from data_pipeline.prepare.quality import train as training
+from data_pipeline.prepare.quality.config import QualityEvaluateConfig, QualityTrainConfig
 from data_pipeline.prepare.quality.features import features, stacked
 from data_pipeline.prepare.quality.model import Model, Quality, auc, held_out, keeps, uniform
 from data_pipeline.prepare.recipe_config import QualityConfig
@@ -158,9 +159,12 @@ def corpus(folder: Path, seed: int, n: int = 300) -> dict[str, list[str]]:
     return ids
 
 
-def command(folder: Path, root: str, *more: str) -> None:
-    argv = [f"{kind}=[{folder / kind}]" for kind in ("positives", "negatives")]
-    getattr(entry, root)(load(f"quality_{root}", [*argv, *more]))
+def command(folder: Path, name: str, *more: str) -> None:
+    argv = [*(f"{kind}=[{folder / kind}]" for kind in ("positives", "negatives")), *more]
+    if name == "train":
+        training.train(load(QualityTrainConfig, argv))
+    else:
+        training.evaluate(load(QualityEvaluateConfig, argv))
 
 
 def test_a_model_tells_topics_apart_on_documents_that_it_never_saw(
@@ -208,7 +212,7 @@ def test_a_sample_is_of_the_lowest_hashes() -> None:
     seed = seeded()
     rng = random.Random(seed)
     docs = [Document(str(i), f"{rng.randrange(150)}") for i in range(300)]  # ids come twice, and more often
-    found = entry._lowest(iter(docs), 70, seed, str.upper, lambda name: name != "7")
+    found = training.lowest(iter(docs), 70, seed, str.upper, lambda name: name != "7")
     ranked = sorted((doc for doc in docs if doc.id != "7"), key=lambda doc: uniform(doc.id, seed, "sample"))
     assert found == [(doc.id, doc.text) for doc in ranked[:70]], seed
 

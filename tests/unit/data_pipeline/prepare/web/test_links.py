@@ -23,7 +23,7 @@ from data_pipeline.corpus.lines import lines
 from data_pipeline.corpus.report import Dropped
 from data_pipeline.prepare.recipe_config import LinksConfig
 from data_pipeline.prepare.web.links import DUPLICATE, Link, Linked, links, read_links, write_links
-from data_pipeline.prepare.web.urls import normal
+from data_pipeline.prepare.web.urls import normalize
 from tests.helpers.seeds import seeded
 
 
@@ -183,10 +183,10 @@ def test_written_links_are_whole_the_same_each_time_and_choose_pages(tmp_path: P
     ],
 )
 def test_an_address_has_one_normal_form(url: str, expected: str | None) -> None:
-    address = normal(url)
-    assert (address and address.url) == expected
-    if address:
-        assert normal(address.url) == address
+    normal = normalize(url)
+    assert (normal and str(normal)) == expected
+    if normal:
+        assert normalize(str(normal)) == normal
 
 
 def test_a_real_dump_gives_what_a_plain_reading_of_it_gives(shared_data: Path) -> None:
@@ -196,4 +196,4 @@ def test_a_real_dump_gives_what_a_plain_reading_of_it_gives(shared_data: Path) -
     got = found(path, until="2017-12-31", skip_hosts=["wikipedia.org"])
     assert len(got) == len(posts) == 103
     kept = [x for x in got if isinstance(x, Link)]
-    assert {normal(x.url) for x in kept} == {normal(url) for url in plain} and len(kept) == len(plain) > 80
+    assert {normalize(x.url) for x in kept} == {normalize(url) for url in plain} and len(kept) == len(plain) > 80
