@@ -78,7 +78,7 @@ def test_ngrams_have_equal_hashes_where_their_words_are_equal_in_order_and_else_
 
 
 def test_powers_are_powers_beyond_what_is_kept() -> None:
-    base = seeded().getrandbits(64) | 1
+    base = random.Random(seeded()).getrandbits(64) | 1
     found = powers(base, 2 * SPAN + 9)
     for k in (0, 1, 2, SPAN - 1, SPAN, SPAN + 1, 2 * SPAN, 2 * SPAN + 8):
         assert int(found[k]) == pow(base, k, 1 << 64), f"base {base}, k {k}"
