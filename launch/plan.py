@@ -19,17 +19,17 @@ from launch.config import PlanConfig
 from trainer.config.parallel import Offload
 from trainer.model.arithmetic import padded_n_head, param_count
 from trainer.plan.choose import Row, rows, way_out
-from trainer.plan.course import Part, course, seconds
+from trainer.plan.course import Part, course, curves, seconds
 from trainer.plan.hardware import gpu_named
 from trainer.plan.network import Cluster
-from trainer.plan.scaling import curves
+from trainer.plan.workload import Workload
 
 SHOWN, REFUSED = 10, 4  # rows of the choices, and of those that do not fit
 
 
 def plan(cfg: PlanConfig) -> None:
     cluster, price = cluster_of(cfg.cluster)
-    run = Run(cfg, cluster, price, course(cfg, cfg.data.tokens))
+    run = Run(cfg, cluster, price, parts_of(cfg))
     choices = rows(cfg, cluster)
     scaling = None
     if cfg.plot is not None:
@@ -51,6 +51,18 @@ def plan(cfg: PlanConfig) -> None:
             print(f"drawn: {cfg.plot}")
     if not choices[0].fits:
         raise UserError(way_out(choices[0], cfg, cluster))
+
+
+def parts_of(cfg: PlanConfig) -> list[Part]:
+    """The parts of the planned run: to `data.tokens`, or to `max_steps` without them."""
+    return course(
+        cfg.data,
+        n_ctx=cfg.model.n_ctx,
+        tokens_per_step=cfg.tokens_per_step,
+        ramp=cfg.batch_ramp,
+        max_steps=cfg.max_steps,
+        tokens=cfg.data.tokens,
+    )
 
 
 def cluster_of(cfg: ClusterConfig) -> tuple[Cluster, float]:
@@ -80,7 +92,7 @@ class Run:
         return sum(part.steps for part in self.parts)
 
     def days(self, row: Row) -> float:
-        return seconds(self.cfg, row.layout, self.cluster, self.parts) / 86400
+        return seconds(Workload.of(self.cfg), row.layout, self.cluster, self.parts) / 86400
 
     def cost(self, row: Row) -> float:
         """USD."""

@@ -20,6 +20,7 @@ from trainer.distributed.world import World
 from trainer.plan.choose import rows, way_out
 from trainer.plan.course import course, seconds
 from trainer.plan.hardware import CPU
+from trainer.plan.workload import Workload
 from trainer.run.folder import RunFolder
 from trainer.run.heartbeat import read_heartbeats
 
@@ -47,7 +48,14 @@ def preflight(cfg: PretrainConfig, cluster: ClusterConfig) -> tuple[PretrainConf
     (row,) = rows(checked.cfg, machines)  # with what the ranks will choose, nothing is open
     if not row.fits:
         raise UserError(way_out(row, checked.cfg, machines))
-    left_s = seconds(checked.cfg, row.layout, machines, course(checked.cfg, None)) * (1 - step / cfg.max_steps)
+    parts = course(
+        cfg.data,
+        n_ctx=cfg.model.n_ctx,
+        tokens_per_step=cfg.tokens_per_step,
+        ramp=cfg.batch_ramp,
+        max_steps=cfg.max_steps,
+    )
+    left_s = seconds(Workload.of(checked.cfg), row.layout, machines, parts) * (1 - step / cfg.max_steps)
     stated = "" if cluster.price_per_gpu_hour is not None else ", at a price that is assumed"
     guess = " (links simulated)" if simulated(machines) else ""
     lines.append(

@@ -35,8 +35,7 @@ from trainer.config.pretrain import PretrainConfig
 from trainer.distributed.world import World
 from trainer.engine.schedule import lr_at
 from trainer.model.arithmetic import param_count
-from trainer.plan.auto import settle
-from trainer.plan.choose import rows
+from trainer.plan.choose import rows, settle
 from trainer.plan.layout_rules import check_layout
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from trainer.data.sources import Sources, check_cache, check_past, check_sources
 from trainer.distributed.world import World
 from trainer.engine.schedule import lr_at
 from trainer.init_from import check_init_from
-from trainer.plan.auto import resumed, settle
+from trainer.plan.choose import resumed, settle
 from trainer.plan.layout_rules import check_layout
 from trainer.run.folder import RunFolder
 from trainer.run.redact import refuse_secrets

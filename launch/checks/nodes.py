@@ -16,8 +16,8 @@ from pathlib import Path
 from conf.schema import literal
 from launch.config import DoctorConfig
 from trainer.diagnostics.check_result import Finding, fail, from_json
-from trainer.diagnostics.machine import nvidia_smi
 from trainer.plan.hardware import CPU
+from trainer.run.nvidia_smi import nvidia_smi
 
 CPU_RANKS = 2  # of a node without GPUs
 STAGES = 9  # of trainer.diagnostics.node_check, each with its own time limit

@@ -18,7 +18,7 @@ from launch.cluster_config import ClusterConfig, SshConfig, SshLauncher, Transpo
 from launch.job import Job, rank_arguments, supervised
 from trainer.config.pretrain import PretrainConfig
 from trainer.distributed.world import World
-from trainer.plan.auto import settle
+from trainer.plan.choose import settle
 from trainer.plan.hardware import CPU
 from trainer.plan.layout_rules import check_layout
 

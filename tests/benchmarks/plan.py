@@ -30,6 +30,7 @@ from trainer.plan.hardware import GPUS
 from trainer.plan.layout import Layout
 from trainer.plan.memory import tensor_memory
 from trainer.plan.network import Cluster
+from trainer.plan.workload import Workload
 
 # model, micro batch, tokens/s through DeepSpeed (stage 1, fp32 accumulation) and in a plain compiled loop; all cuDNN
 MEASURED = [
@@ -50,7 +51,7 @@ def speed_rows() -> list[dict[str, Any]]:
         words = [f"model={name}", "data.tokens=1_000_000_000", f"tokens_per_step={micro * 1024}", "data.lanes=1"]
         cfg = load(PlanConfig, words)
         layout = Layout(1, 1, False, 1, Recompute.none, Offload.none, micro)
-        row = reckon(cfg, layout, Cluster(1, 1, gpu, 400))
+        row = reckon(Workload.of(cfg), layout, Cluster(1, 1, gpu, 400))
         p = row.memory.weights / 2
         rate = speed.HBM_SHARE * gpu.hbm_gb_s * 1e9
         loop = replace(row.step, host=0.0, optimizer=PLAIN_UPDATE * p / rate).total
@@ -79,12 +80,12 @@ def memory_rows() -> list[dict[str, Any]]:
     for ranks, cases in ((1, [*FEW, *MANY]), (2, [*FEW, *MANY, {"zero": 1, "tp": 2, "micro": 16}])):
         measured = run_ranks(ranks, RUN, timeout_s=900, cases=[{**case, "model": MODEL} for case in cases])[0]
         for case, bytes_ in zip(cases, measured, strict=True):
-            cfg, layout = planned(case, ranks)
-            peak, total = max(bytes_[k] for k in ("forward", "backward", "step")), tensor_memory(cfg, layout).total
+            work, layout = planned(case, ranks)
+            peak, total = max(bytes_[k] for k in ("forward", "backward", "step")), tensor_memory(work, layout).total
             found.append(
                 {
                     "layout": str(layout),
-                    "precision": cfg.precision.value,
+                    "precision": work.precision.value,
                     "measured_mib": round(peak / 2**20, 2),
                     "predicted_mib": round(total / 2**20, 2),
                     "ratio": round(total / peak, 3),
@@ -99,10 +100,10 @@ def xl_at_8() -> dict[str, float]:
     stream in fp32, logits 6 bytes in the loss."""
     cfg = load(PlanConfig, ["model=gpt2_xl", "data.tokens=1_000_000_000", "tokens_per_step=8192", "data.lanes=1"])
     layout = Layout(1, 1, False, 1, Recompute.none, Offload.none, 8)
-    ours = tensor_memory(cfg, layout)
+    ours = tensor_memory(Workload.of(cfg), layout)
     stream = 2 * 2 * 8192 * 1600 * 48  # two of a layer's tensors, 2 bytes more each
     peer = 14 * ours.weights / 2 + ours.activations + stream + 6 * 8192 * 50304
-    full = {r.value: tensor_memory(cfg, replace(layout, recompute=r)).total / GIB for r in Recompute}
+    full = {r.value: tensor_memory(Workload.of(cfg), replace(layout, recompute=r)).total / GIB for r in Recompute}
     return {"nanogpt": round(peer / GIB, 1), **{f"ours_{name}": round(size, 1) for name, size in full.items()}}
 
 

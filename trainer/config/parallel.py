@@ -14,7 +14,7 @@ AUTO = "auto"
 T = TypeVar("T")
 
 
-if TYPE_CHECKING:  # `trainer.plan.auto.settle` fills what is open before anything else reads it
+if TYPE_CHECKING:  # `trainer.plan.choose.settle` fills what is open before anything else reads it
     Open = Annotated[T, "null: chosen by the plan"]
     IntOrAuto = int
 else:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import ipaddress
 import os
 import resource
 import secrets
 import socket
-import subprocess
 import time
 from pathlib import Path
 
@@ -79,17 +77,6 @@ def own_addresses() -> list[str]:
 def is_loopback(addresses: list[str]) -> bool:
     """Whether no other host can reach any of them; gloo would give them out."""
     return all(ipaddress.ip_address(a.partition("%")[0]).is_loopback for a in addresses)
-
-
-def nvidia_smi(*fields: str, query: str = "gpu") -> list[dict[str, str]]:
-    """A row for each GPU, or each process (query="compute-apps"); [] where nvidia-smi is absent or says nothing."""
-    argv = ["nvidia-smi", f"--query-{query}={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        said = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    rows = csv.reader(said.stdout.splitlines() if said.returncode == 0 else [], skipinitialspace=True)
-    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
 
 
 def write_speed(folder: Path, most: int = 256 * MIB, limit_s: float = 5.0) -> float:

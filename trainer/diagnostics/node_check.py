@@ -24,6 +24,7 @@ from trainer.diagnostics.check_result import Finding, State, fail
 from trainer.diagnostics.node_findings import came_findings, group_finding, measured_findings
 from trainer.distributed.world import World, read_world
 from trainer.run.code_version import code_version
+from trainer.run.nvidia_smi import nvidia_smi
 
 if TYPE_CHECKING:
     from trainer.diagnostics.node_store import Meeting
@@ -102,7 +103,7 @@ def own_facts(world: World) -> dict[str, Any]:
         "loopback": machine.is_loopback(addresses),
         "interface": os.environ.get("GLOO_SOCKET_IFNAME", ""),
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
-        "smi": machine.nvidia_smi(*SMI) if first else [],
+        "smi": nvidia_smi(*SMI) if first else [],
         "versions": {"python": python_version(), **{name: _version(name) for name in PACKAGES}, **git},
         "machine": [finding.as_json() for finding in checks],
     }

@@ -37,7 +37,7 @@ def prepare(model: GPT, cfg: PretrainConfig, mesh: Mesh) -> None:
 def is_compiled(cfg: PretrainConfig, mesh: Mesh) -> bool:
     """What `compile=auto` comes to: on where there is a GPU, and nothing stands against it."""
     if cfg.compile is Compile.auto:
-        return mesh.device.type == "cuda" and compile_refusal(cfg) is None
+        return mesh.device.type == "cuda" and compile_refusal(cfg.parallel) is None
     return cfg.compile is Compile.on
 
 
@@ -47,7 +47,7 @@ def describe_compile(cfg: PretrainConfig, mesh: Mesh) -> str:
         return "compiled: each kind of block and the loss, at the first step and for each new shape of a micro batch"
     if cfg.compile is Compile.off:
         return "not compiled: compile=off"
-    return f"not compiled: {compile_refusal(cfg) or 'on a CPU only where compile=on asks for it'}"
+    return f"not compiled: {compile_refusal(cfg.parallel) or 'on a CPU only where compile=on asks for it'}"
 
 
 def compile_model(model: GPT, backend: str | Callable[..., Any] = "inductor") -> None:

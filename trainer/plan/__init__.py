@@ -1,1 +1,5 @@
-"""What a run will need and how fast it will be, reckoned from its config. Standard library only."""
+"""Predicted memory, speed and cost of a run, before a GPU is taken. Standard library only.
+
+In: a config and a cluster. Out: layouts, the fastest that fits first; what a run leaves open is settled by it.
+Start with `choose.py`.
+"""

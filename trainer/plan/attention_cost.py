@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 from trainer.config.model import ModelConfig
-from trainer.config.pretrain import PretrainConfig
 from trainer.model.arithmetic import FLEX_BLOCK as BLOCK
 from trainer.model.arithmetic import flex_attention
 
@@ -15,13 +14,12 @@ def visited(model: ModelConfig, layer: int) -> float:
     return _visited(model.kind(layer), model.n_ctx, model.band, model.stride, model.summary)
 
 
-def biased(cfg: PretrainConfig, on_gpu: bool) -> set[str]:
-    """The letters of which attention takes a bias, as trainer/model/attention.py does: all scores are computed then."""
-    model = cfg.model
+def biased(model: ModelConfig, document_mask: bool, on_gpu: bool) -> set[str]:
+    """The letters whose attention takes a bias and computes all scores, as trainer/model/attention.py decides."""
     if on_gpu and flex_attention(model.n_ctx, model.n_ctx, model.head_dim, model.dropout):
         return set()
     letters = {model.kind(layer) for layer in range(model.n_layer)}
-    return {kind for kind in letters if cfg.data.document_mask or not model.sees_all(kind, model.n_ctx)}
+    return {kind for kind in letters if document_mask or not model.sees_all(kind, model.n_ctx)}
 
 
 @lru_cache

@@ -1,24 +1,26 @@
-"""The devices that a plan knows, from their makers' data sheets, and how well they are used. Standard library only."""
+"""The devices that the plan knows, from their makers' data sheets. Standard library only."""
 
 from __future__ import annotations
 
-import csv
 import os
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import UserError
 from trainer.config.parallel import Precision
+from trainer.run.nvidia_smi import nvidia_smi
 
 CPU = "cpu"
-DRIVER = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia"))  # one is there where a GPU is, nvidia-smi or not
+DRIVER = (
+    Path("/dev/nvidia0"),
+    Path("/proc/driver/nvidia"),
+)  # one exists if there is a GPU
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device. `memory_gib`: what the driver shows, less than the name's GB where ECC or the firmware takes some."""
+    """One device. `memory_gib`: as the driver shows it, less than the name's GB if ECC or the firmware takes some."""
 
     name: str
     pattern: str  # of the name that nvidia-smi and torch give, with its memory beside
@@ -32,8 +34,8 @@ class Gpu:
 
 
 # Memory: `nvidia-smi --query-gpu=memory.total`. TFLOP/s, GB/s: NVIDIA's data sheets, without sparsity; a link's GB/s
-# there counts both directions, here one. Prices are this project's round assumption (November 2026, on demand), and
-# nobody's offer: give cluster.price_per_gpu_hour.
+# there counts both directions, here one. Prices are this project's round assumption (November 2026, on demand), not an
+# offer: give cluster.price_per_gpu_hour.
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
@@ -56,38 +58,31 @@ GPUS: dict[str, Gpu] = {
 
 
 def gpu_named(name: str, key: str = "cluster.gpu") -> Gpu:
-    """Raises UserError where no row has that name."""
+    """The row of that name. Raises UserError if there is none; `key` is the setting that gave the name."""
     if name not in GPUS:
         raise UserError(f"{key}={name}: give one of {', '.join(GPUS)}")
     return GPUS[name]
 
 
 def installed_gpu() -> Gpu | None:
-    """This machine's GPU by what nvidia-smi says; None where torch would find none.
+    """This machine's GPU as nvidia-smi names it; None if torch would find none.
 
     Raises:
         UserError: a GPU that no row describes, or that nvidia-smi does not name.
     """
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("DS_ACCELERATOR") == CPU
-    if hidden:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("DS_ACCELERATOR") == CPU:
         return None
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-        lines = said.stdout.splitlines() if said.returncode == 0 else []
-    except (OSError, subprocess.TimeoutExpired):
-        lines = []
-    rows = [row for row in csv.reader(lines, skipinitialspace=True) if len(row) == 2]
+    rows = nvidia_smi("name", "memory.total")
     if not rows and any(path.exists() for path in DRIVER):
         raise UserError(
             "there is NVIDIA's driver here, but nvidia-smi names no GPU: give gpu= one of "
             f"{', '.join(GPUS)}, or name parallel and micro_batch_size"
         )
-    return recognise(*rows[0]) if rows else None
+    return recognise(*rows[0].values()) if rows else None
 
 
 def check_precision(precision: Precision, gpu: Gpu) -> None:
-    """Raises UserError where the GPU has no products of that precision."""
+    """Raise UserError if the GPU has no products of that precision."""
     if precision is Precision.fp8 and gpu.fp8_tflops is None:
         able = [name for name, row in GPUS.items() if row.fp8_tflops is not None]
         raise UserError(
@@ -96,7 +91,7 @@ def check_precision(precision: Precision, gpu: Gpu) -> None:
 
 
 def recognise(name: str, mib: str) -> Gpu:
-    """The row of a GPU by the name and the MiB that nvidia-smi gives. Raises UserError where there is none."""
+    """The row of a GPU by the name and the MiB that nvidia-smi gives. Raises UserError if there is none."""
     gib = round(int(mib) / 1024) if mib.isdecimal() else 0
     for gpu in GPUS.values():
         if re.search(rf"\b{gpu.pattern}", f"{name} {gib}GB", re.IGNORECASE):

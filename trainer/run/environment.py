@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import socket
-import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from data_pipeline.files import publish_json, read_json
 from trainer.run.code_version import code_version, packages
 from trainer.run.folder import RunFolder
+from trainer.run.nvidia_smi import nvidia_smi
 from trainer.run.redact import redact_command, redact_tree
 
 STEERING = re.compile(
@@ -27,7 +27,6 @@ STEERING = re.compile(
 )
 VERSION = ("commit", "dirty", "untracked")  # what two versions of the code are told apart by, beside the patch
 GPUS = ("index", "name", "memory.total", "driver_version")
-PATIENCE_S = 30.0  # for nvidia-smi
 
 
 def gather(folder: RunFolder) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def gather(folder: RunFolder) -> dict[str, Any]:
         "system": platform.platform(),
         "cpus": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": [dict(zip(GPUS, row, strict=False)) for row in nvidia_smi(GPUS)],
+        "gpus": nvidia_smi(*GPUS),
         "python": sys.version,
         "packages": packages(),
         "code": code_of(folder),
@@ -67,16 +66,3 @@ def code_of(folder: RunFolder) -> dict[str, Any]:
     differ = {key: value for key, value in theirs.items() if value != ours.get(key)}
     differ |= {"changes": None} if "changes" in ours and "changes" not in theirs else {}
     return {**here, "submitted": {"number": frozen[-1].parent.name, **differ}} if differ else here
-
-
-def nvidia_smi(fields: tuple[str, ...]) -> list[list[str]]:
-    """One row for each GPU of this node, as the driver's own program tells; none where there is no such program."""
-    argv = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(
-            argv, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S, stdin=subprocess.DEVNULL
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    lines = done.stdout.splitlines() if done.returncode == 0 else []
-    return [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]

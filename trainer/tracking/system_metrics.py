@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from trainer.run.environment import nvidia_smi
+from trainer.run.nvidia_smi import nvidia_smi
 
 GPU = {
     "utilization.gpu": "util_percent",
@@ -85,10 +85,10 @@ class Counters:
 def gpus() -> dict[str, float]:
     """system/gpu0/util_percent, memory_mib, power_w and temperature_c, as far as each GPU tells."""
     found: dict[str, float] = {}
-    for index, *cells in nvidia_smi(("index", *GPU)):
-        for name, cell in zip(GPU.values(), cells, strict=False):
+    for row in nvidia_smi("index", *GPU):
+        for field, name in GPU.items():
             try:
-                found[f"system/gpu{int(index)}/{name}"] = float(cell)
+                found[f"system/gpu{int(row['index'])}/{name}"] = float(row[field])
             except ValueError:  # [N/A], in a MIG slice
                 continue
     return found

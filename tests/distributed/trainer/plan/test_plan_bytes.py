@@ -9,9 +9,9 @@ import pytest
 from tests.distributed.tiny_run import config
 from tests.helpers.ranks import run_ranks
 from trainer.config.parallel import Offload, Recompute
-from trainer.config.pretrain import PretrainConfig
 from trainer.plan.layout import Layout
-from trainer.plan.memory import activations, element_bytes, tensor_memory, zero_states
+from trainer.plan.memory import activations, tensor_memory, zero_states
+from trainer.plan.workload import Workload
 
 MODEL = {"n_layer": 2, "n_head": 3, "n_embd": 192, "n_ctx": 128, "vocab_size": 2000}
 RUN = "tests.distributed.allocations:measure"
@@ -26,7 +26,7 @@ MANY = [
 ]
 
 
-def planned(case: dict[str, Any], ranks: int) -> tuple[PretrainConfig, Layout]:
+def planned(case: dict[str, Any], ranks: int) -> tuple[Workload, Layout]:
     tp = case.get("tp", 1)
     cfg = config(precision=case.get("precision", "bf16"), model=MODEL)
     layout = Layout(
@@ -39,22 +39,22 @@ def planned(case: dict[str, Any], ranks: int) -> tuple[PretrainConfig, Layout]:
         micro_batch_size=case["micro"],
     )
     cfg.tokens_per_step = layout.dp * layout.micro_batch_size * cfg.model.n_ctx
-    return cfg, layout
+    return Workload.of(cfg), layout
 
 
 def check(ranks: int, cases: list[dict[str, Any]]) -> None:
     measured = run_ranks(ranks, RUN, timeout_s=600, cases=[{**case, "model": MODEL} for case in cases])
     for rank in measured:
         for case, found in zip(cases, rank, strict=True):
-            cfg, layout = planned(case, ranks)
+            work, layout = planned(case, ranks)
             peak = max(found["forward"], found["backward"], found["step"])
-            total = tensor_memory(cfg, layout).total
+            total = tensor_memory(work, layout).total
             assert total == pytest.approx(peak, rel=0.10), f"{case} on {ranks} ranks: {total / peak:.3f} of {found}"
-            tokens = layout.micro_batch_size * cfg.model.n_ctx
+            tokens = layout.micro_batch_size * work.model.n_ctx
             each = (
-                element_bytes(cfg) if layout.tp == 1 else 4
+                work.element_bytes if layout.tp == 1 else 4
             )  # what the loss keeps: logits, or megatron-core's softmax
-            kept = activations(cfg, layout) + each * tokens * (2048 // layout.tp)  # of the padded vocabulary
+            kept = activations(work, layout) + each * tokens * (2048 // layout.tp)  # of the padded vocabulary
             if layout.recompute is Recompute.none and layout.zero_stage < 3:  # 3: gathered weights are saved too
                 assert kept == pytest.approx(found["saved"], rel=0.05), (
                     f"{case}: {kept / found['saved']:.3f} of {found}"
@@ -78,6 +78,6 @@ def test_every_layout_of_two_ranks_holds_the_planned_bytes() -> None:
 
 
 def test_between_steps_bf16_takes_16_bytes_a_parameter_and_the_weights() -> None:
-    cfg, layout = planned({"zero": 1, "micro": 2}, 1)
-    states = zero_states(1000, layout, element_bytes(cfg), False)
+    work, layout = planned({"zero": 1, "micro": 2}, 1)
+    states = zero_states(1000, layout, work.element_bytes, False)
     assert (states.weights, states.gradients, states.optimizer) == (2000, 4000, 12000)

@@ -18,7 +18,7 @@ from conf.schema import freeze, load, options
 from data_pipeline.files import GIB
 from data_pipeline.order.stages import plan_ledger
 from launch.config import PlanConfig
-from launch.plan import Run, as_json, cluster_of, plan
+from launch.plan import Run, as_json, cluster_of, parts_of, plan
 from tests.benchmarks.plan import speed_rows
 from tests.helpers.seeds import seeded
 from trainer.config.model import ModelConfig
@@ -28,15 +28,14 @@ from trainer.distributed.world import World
 from trainer.model.arithmetic import flops_per_token, param_count
 from trainer.plan import hardware
 from trainer.plan.attention_cost import visited
-from trainer.plan.auto import is_open, resumed, settle
-from trainer.plan.choose import rows, way_out
-from trainer.plan.course import course
+from trainer.plan.choose import is_open, resumed, rows, settle, way_out
+from trainer.plan.course import curves, gpu_counts
 from trainer.plan.hardware import GPUS, installed_gpu, recognise
 from trainer.plan.layout import Layout, local_params
 from trainer.plan.memory import activations, bias_bytes, logit_bytes, memory, tensor_memory, zero_states
 from trainer.plan.network import Cluster, all_reduce, gather, tp_rate, tp_seconds
-from trainer.plan.scaling import curves, sizes
 from trainer.plan.speed import step_seconds
+from trainer.plan.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[4]
 H100 = GPUS["h100_80gb"]
@@ -85,13 +84,13 @@ def test_zero_3_splits_weights_too_and_holds_a_billion_gathered() -> None:
 
 
 def test_activations_of_xl_are_16_elements_of_the_width_for_each_token_and_layer() -> None:
-    cfg = config()
+    work = Workload.of(config())
     tokens, c = 8 * 1024, 1600
     expected = tokens * (48 * (16 * c * 2 + 4 * 25) + 2 * c * 2)
-    assert activations(cfg, layout()) == expected
-    assert logit_bytes(cfg, layout()) == tokens * 50_304 * 2 + 3 * 64 * 2**20
+    assert activations(work, layout()) == expected
+    assert logit_bytes(work, layout()) == tokens * 50_304 * 2 + 3 * 64 * 2**20
     full = tokens * (48 * c * 2 + 2 * c * 2)
-    assert activations(cfg, layout(recompute=Recompute.full)) == full
+    assert activations(work, layout(recompute=Recompute.full)) == full
 
 
 def random_layout(rng: random.Random) -> Layout:
@@ -110,26 +109,26 @@ def random_layout(rng: random.Random) -> Layout:
 def test_what_must_not_grow_does_not() -> None:
     """More dp, more recompute, more tp, sequence parallelism, a smaller micro batch: never more of what they split."""
     seed = seeded()
-    rng, cfg = random.Random(seed), config()
+    rng, work = random.Random(seed), Workload.of(config())
     for _ in range(100):
         here = random_layout(rng)
         said = f"seed {seed}: {here}"
-        base = tensor_memory(cfg, here)
-        wider = tensor_memory(cfg, replace(here, dp=2 * here.dp))
+        base = tensor_memory(work, here)
+        wider = tensor_memory(work, replace(here, dp=2 * here.dp))
         for part in ("weights", "gradients", "optimizer"):
             if not (part == "weights" and here.dp == 1 and here.zero_stage == 3):  # from here on weights are gathered
                 assert getattr(wider, part) <= getattr(base, part), said
-        kept = [activations(cfg, replace(here, recompute=r)) for r in Recompute]
+        kept = [activations(work, replace(here, recompute=r)) for r in Recompute]
         assert kept == sorted(kept, reverse=True), said
         if here.tp < 8:
             split = replace(here, tp=2 * here.tp)
-            less, more = activations(cfg, split), activations(cfg, here)
+            less, more = activations(work, split), activations(work, here)
             assert less < more or (less == more and here.recompute is Recompute.full), said  # a block's input is whole
-            assert local_params(cfg.model, split.tp) < local_params(cfg.model, here.tp), said
+            assert local_params(work.model, split.tp) < local_params(work.model, here.tp), said
         if here.tp > 1:
-            whole, split = (activations(cfg, replace(here, sequence_parallel=s)) for s in (False, True))
+            whole, split = (activations(work, replace(here, sequence_parallel=s)) for s in (False, True))
             assert split < whole, said
-        assert tensor_memory(cfg, replace(here, micro_batch_size=2 * here.micro_batch_size)).total >= base.total, said
+        assert tensor_memory(work, replace(here, micro_batch_size=2 * here.micro_batch_size)).total >= base.total, said
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 64])
@@ -144,7 +143,7 @@ def test_the_best_of_xl_on_h100s_fits_and_adds_up(gpus: int) -> None:
     assert best.fits and 0.3 < best.mfu < 0.7 and best.layout.world_size == gpus
     assert best.memory.total < 80 * 2**30
     assert all(row.tokens_per_s <= best.tokens_per_s for row in found if row.fits)
-    run = Run(cfg, cluster, price, course(cfg, cfg.data.tokens))
+    run = Run(cfg, cluster, price, parts_of(cfg))
     row = as_json(best, run)
     assert run.steps == -(-9_000_000_000 // cfg.tokens_per_step)
     assert row["days"] == pytest.approx(run.steps * best.step.total / 86400)
@@ -181,58 +180,59 @@ def test_an_update_moves_the_bytes_of_its_engine() -> None:
         (4, 8, "fp32", 4 * 18 + 50 / 8),
     ):
         cfg = config(f"precision={precision}", f"tokens_per_step={micro_steps * dp * 8192}", "data.lanes=8")
-        step = step_seconds(cfg, layout(dp=dp), Cluster(1, dp, H100, 400))
+        step = step_seconds(Workload.of(cfg), layout(dp=dp), Cluster(1, dp, H100, 400))
         assert step.optimizer == pytest.approx(expected * XL_PADDED / rate), (micro_steps, precision)
 
 
 def test_full_recompute_runs_the_collectives_of_forward_again() -> None:
-    cfg, cluster = config(), Cluster(1, 2, H100, 400)
+    work, cluster = Workload.of(config()), Cluster(1, 2, H100, 400)
     for split in (False, True):
         here = layout(tp=2, sequence_parallel=split)
         one = all_reduce(8 * 1024 * 1600 * 2, 2, tp_rate(cluster))
-        more = tp_seconds(cfg, replace(here, recompute=Recompute.full), cluster) - tp_seconds(cfg, here, cluster)
+        more = tp_seconds(work, replace(here, recompute=Recompute.full), cluster) - tp_seconds(work, here, cluster)
         assert more == pytest.approx(48 * 2 * one)
 
 
 def test_a_copy_for_checkpoints_lies_in_the_hosts_memory() -> None:
     here = layout(dp=4)
     for cfg, each in ((config(), 12), (config("checkpoint.background=false"), 0)):
-        assert memory(cfg, here, H100).host == pytest.approx(each * XL_PADDED / 4)
-        on_cpu = memory(cfg, here, GPUS["cpu"])  # its memory is the device's
+        work = Workload.of(cfg)
+        assert memory(work, here, H100).host == pytest.approx(each * XL_PADDED / 4)
+        on_cpu = memory(work, here, GPUS["cpu"])  # its memory is the device's
         assert on_cpu.host == 0
-        assert on_cpu.total == pytest.approx(tensor_memory(cfg, here).total + 0.7 * GIB + each * XL_PADDED / 4)
+        assert on_cpu.total == pytest.approx(tensor_memory(work, here).total + 0.7 * GIB + each * XL_PADDED / 4)
 
 
 def test_muon_has_one_moment_of_the_blocks_matrices() -> None:
-    cfg, here = config("optim=muon"), layout(dp=4)
+    work, here = Workload.of(config("optim=muon")), layout(dp=4)
     expected = 12 * XL_PADDED - 4 * 48 * 12 * 1600**2
-    assert tensor_memory(cfg, here).optimizer == pytest.approx(expected / 4)
-    assert memory(cfg, here, H100).host == pytest.approx(expected / 4)
+    assert tensor_memory(work, here).optimizer == pytest.approx(expected / 4)
+    assert memory(work, here, H100).host == pytest.approx(expected / 4)
 
 
 def test_fp8_is_faster_keeps_less_and_needs_its_gpu() -> None:
-    bf16, fp8 = config(), config("precision=fp8")
+    bf16, fp8 = Workload.of(config()), Workload.of(config("precision=fp8"))
     tokens = 8 * 1024
     assert activations(fp8, layout()) == 48 * (tokens * (27 * 1600 + 4 * 25) + 12 * 1600**2) + tokens * 2 * 1600 * 2
     cluster = Cluster(1, 1, H100, 400)
     gain = step_seconds(bf16, layout(), cluster).matmul / step_seconds(fp8, layout(), cluster).matmul
     assert 1.5 < gain < 1.92  # of the blocks' products alone 1.78, the head is bf16
     with pytest.raises(UserError, match=r"^precision=fp8: a100_80gb has no fp8 products: .*h100_80gb"):
-        rows(fp8, Cluster(1, 1, GPUS["a100_80gb"], 400))
+        rows(config("precision=fp8"), Cluster(1, 1, GPUS["a100_80gb"], 400))
 
 
 def test_a_sparse_pattern_is_dense_where_flex_attention_is_not() -> None:
     """Dropout or a small head: all of the square is computed, and one bias [T, T] is there."""
-    banded, dropped = config("model=gpt3_xl"), config("model=gpt3_xl", "model.dropout=0.1")
+    banded, dropped = (Workload.of(config("model=gpt3_xl", f"model.dropout={p}")) for p in (0, 0.1))
     assert "B" in banded.model.attention
     cluster, here, n = Cluster(1, 1, H100, 400), layout(micro_batch_size=2), 2048
     assert bias_bytes(banded, here, on_gpu=True) == 0
     assert bias_bytes(dropped, here, on_gpu=True) == bias_bytes(banded, here, on_gpu=False) == 2 * n * n
-    fast, slow = (step_seconds(cfg, here, cluster).attention for cfg in (banded, dropped))
+    fast, slow = (step_seconds(work, here, cluster).attention for work in (banded, dropped))
     shares = [visited(banded.model, i) for i in range(24)]
     dense = max(shares)
     assert slow / fast == pytest.approx((12 * dense + 12) / sum(shares))
-    documents = config("model=gpt2_xl", "data.document_mask=true", "model.dropout=0.1")
+    documents = Workload.of(config("model=gpt2_xl", "data.document_mask=true", "model.dropout=0.1"))
     assert bias_bytes(documents, layout(), on_gpu=True) == 8 * 1024**2 * 2
 
 
@@ -255,7 +255,7 @@ def test_a_course_with_stages_and_a_ramp_is_the_ledgers() -> None:
     cfg = config(stages, "batch_ramp.start=131072", "batch_ramp.over=100_000_000")
     ledger = plan_ledger(cfg.data, n_ctx=1024, tokens_per_step=524288, ramp=cfg.batch_ramp)
     for tokens in (1, 40_000_000, 99_999_999, 400_000_000):
-        parts = course(cfg, tokens)
+        parts = parts_of(replace(cfg, data=replace(cfg.data, tokens=tokens)))
         steps, done = sum(p.steps for p in parts), sum(p.tokens for p in parts)
         assert done == ledger.tokens(steps) and ledger.tokens(steps - 1) < tokens <= done
     assert len({p.windows * p.n_ctx for p in parts}) > 5 and {p.n_ctx for p in parts} == {512, 1024}
@@ -279,7 +279,7 @@ def test_a_pattern_visits_the_blocks_that_its_mask_touches() -> None:
 def test_scaling_goes_to_512_gpus_and_loses_something() -> None:
     cfg = config("model=gpt2_small", "cluster=ethernet")
     found = curves(cfg, cluster_of(cfg.cluster)[0])
-    assert [p["gpus"] for p in found["weak"]] == sizes(8) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert [p["gpus"] for p in found["weak"]] == gpu_counts(8) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
     for points in found.values():
         each = [p["tokens_per_s"] / p["gpus"] for p in points]
         assert all(b <= 1.02 * a for a, b in pairwise(each)), points
@@ -366,9 +366,9 @@ AUTO = ("parallel=auto", "micro_batch_size=auto")
 
 def test_auto_is_settled_for_a_given_gpu_as_the_plan_says() -> None:
     open_cfg = pretrain("model=gpt2_xl", "gpu=h100_80gb", *AUTO)
-    assert is_open(open_cfg)
+    assert is_open(open_cfg.parallel, open_cfg.micro_batch_size)
     cfg, said = settle(open_cfg, World(3, 8, 3, 8))
-    assert not is_open(cfg) and cfg.tokens_per_step == open_cfg.tokens_per_step
+    assert not is_open(cfg.parallel, cfg.micro_batch_size) and cfg.tokens_per_step == open_cfg.tokens_per_step
     best = rows(config(), Cluster(1, 8, H100, 400))[0].layout
     found = cfg.parallel
     assert (found.tp, found.zero_stage, found.recompute, cfg.micro_batch_size) == (
