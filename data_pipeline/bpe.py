@@ -16,7 +16,7 @@ from pathlib import Path
 
 from conf.errors import UserError
 from data_pipeline.manifest import TOKENIZER
-from data_pipeline.shards.config import BpeCodeConfig, BpeTrainConfig
+from data_pipeline.shards.shards_config import BpeCodeConfig, BpeTrainConfig
 from data_pipeline.tokenizer.tokenizer import Tokenizer, train_bpe
 
 

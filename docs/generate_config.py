@@ -16,9 +16,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 from conf.hints import inner
 from conf.schema import CONF, defaults, groups, opening_comment, options, root_of
 from data_pipeline.config import OrderConfig
-from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.prepare_config import PrepareConfig
 from data_pipeline.prepare.quality.config import QualityEvaluateConfig, QualityTrainConfig
-from data_pipeline.shards.config import (
+from data_pipeline.shards.shards_config import (
     BpeCodeConfig,
     BpeTrainConfig,
     ExportConfig,

@@ -15,7 +15,7 @@ import pytest
 from conf.errors import UserError
 from conf.schema import CONF, explain, freeze, groups, load, options, thaw
 from data_pipeline.order.mixture import quantise
-from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.prepare_config import PrepareConfig
 from docs.generate_config import ROOTS
 from trainer.config.generate import GenerateConfig
 from trainer.config.model import ModelConfig
@@ -212,7 +212,7 @@ def test_a_frozen_config_thaws_as_it_was(tmp_path: Path) -> None:
 
 IMPORTS = (
     "from conf.schema import run, run_one_of; from trainer.config.pretrain import PretrainConfig; "
-    "from data_pipeline.shards.config import VerifyConfig"
+    "from data_pipeline.shards.shards_config import VerifyConfig"
 )
 
 

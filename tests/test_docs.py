@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 from conf.schema import freeze, load, options, thaw
 from data_pipeline.order.stages import plan_ledger
-from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.prepare_config import PrepareConfig
 from data_pipeline.prepare.recipe_config import MinHashConfig, QualityConfig
 from docs import generate_architecture, generate_config
 from docs.generate_config import ROOTS

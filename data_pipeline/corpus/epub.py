@@ -1,7 +1,7 @@
 """EPUB -> text: the XHTML files of the spine, in its order, a blank line between paragraphs (EPUB 3.3).
 
-A book is a ZIP that anyone may have made: it is read, never extracted, nothing outside of it is followed, entities are
-not resolved, and what it may unpack to is bounded.
+A book is a ZIP from an unknown author: it is read, never extracted; no link out of it is followed; entities are not
+resolved; and the size that it may unpack to is bounded.
 """
 
 from __future__ import annotations
@@ -44,35 +44,37 @@ _SKIPPED = (
 
 
 class BadBook(Exception):
-    """The message is the reason, the same for all books that it fits."""
+    """A book that gives no text. Its message is the reason, without numbers: equal reasons are counted together."""
 
 
 def text_of(path: Path) -> str:
-    """
+    """The text of a book, its chapters separated by blank lines.
+
     Raises:
         BadBook: it is no EPUB, is encrypted, damaged, or unpacks to too much.
         OSError: it cannot be read.
     """
     try:
         _check_directory(path)
-        with zipfile.ZipFile(path) as book:
-            return "\n\n".join(filter(None, (_text(member) for member in _Members(book).spine())))
+        with zipfile.ZipFile(path) as archive:
+            return "\n\n".join(filter(None, (_text(chapter) for chapter in _Book(archive).spine())))
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error, ValueError):
         raise BadBook("a damaged EPUB") from None
     except OSError as e:
-        if e.errno != errno.EINVAL:  # of a place before the file's beginning
+        if e.errno != errno.EINVAL:  # a seek to before the start of the file
             raise
         raise BadBook("a damaged EPUB") from None
 
 
-class _Members:
-    """The files of a book; `left` is what they may still unpack to, in bytes."""
+class _Book:
+    """The files of a book; `left` is the number of bytes that they may still unpack to."""
 
-    def __init__(self, book: zipfile.ZipFile) -> None:
-        self.book, self.left = book, MAX_TEXT
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self.archive = archive
+        self.left = MAX_TEXT
 
     def spine(self) -> list[bytes]:
-        if "META-INF/encryption.xml" in self.book.namelist():
+        if "META-INF/encryption.xml" in self.archive.namelist():
             methods = _xml(self.read("META-INF/encryption.xml")).iterfind(".//{*}EncryptionMethod")
             if any(method.get("Algorithm") not in _OBFUSCATION for method in methods):
                 raise BadBook("an encrypted EPUB")
@@ -80,19 +82,19 @@ class _Members:
         package = _inside("", "" if root is None else root.get("full-path", ""))
         opf = _xml(self.read(package))
         hrefs = {item.get("id"): item for item in opf.iterfind("{*}manifest/{*}item")}
-        found = []
+        chapters = []
         for ref in opf.iterfind("{*}spine/{*}itemref"):
             item = hrefs.get(ref.get("idref"))
             kind = "" if item is None else item.get("media-type", "")
             if item is not None and ref.get("linear") != "no" and kind in ("application/xhtml+xml", "text/html"):
-                found.append(self.read(_inside(package, item.get("href", ""))))
-        if not found:
+                chapters.append(self.read(_inside(package, item.get("href", ""))))
+        if not chapters:
             raise BadBook("an EPUB without text in its spine")
-        return found
+        return chapters
 
     def read(self, name: str) -> bytes:
         try:
-            info = self.book.getinfo(name)
+            info = self.archive.getinfo(name)
         except KeyError:
             raise BadBook("an EPUB that lacks a file which it names") from None
         if info.flag_bits & 1:
@@ -101,8 +103,8 @@ class _Members:
             raise BadBook("an EPUB with a link in place of a file")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise BadBook("an EPUB packed in a way that EPUB does not know")
-        with self.book.open(info) as member:
-            body = member.read(self.left + 1)  # no more, whatever the directory says
+        with self.archive.open(info) as stream:
+            body = stream.read(self.left + 1)  # no more, whatever the directory says
         self.left -= len(body)
         if self.left < 0 or body.count(b"<") > MAX_TAGS or len(body) > max(1 << 20, MAX_RATIO * info.compress_size):
             raise BadBook("an EPUB that unpacks to too much")
@@ -110,19 +112,22 @@ class _Members:
 
 
 def _check_directory(path: Path) -> None:
-    """Before zipfile holds all of it."""
+    """Check the size of the ZIP's directory before zipfile reads all of it into memory."""
     with path.open("rb") as f:
         f.seek(max(0, path.stat().st_size - (1 << 16) - 42))
         tail = f.read()
-    at = len(tail) - 22 if tail[-22:-18] == b"PK\5\6" and tail[-2:] == b"\0\0" else tail.rfind(b"PK\5\6")
-    if at < 0:
+    end = len(tail) - 22 if tail[-22:-18] == b"PK\5\6" and tail[-2:] == b"\0\0" else tail.rfind(b"PK\5\6")
+    if end < 0:
         raise BadBook("not an EPUB")
-    if tail[max(0, at - 20) : at].startswith(b"PK\6\7") or struct.unpack_from("<I", tail, at + 12)[0] > MAX_DIRECTORY:
+    if (
+        tail[max(0, end - 20) : end].startswith(b"PK\6\7")
+        or struct.unpack_from("<I", tail, end + 12)[0] > MAX_DIRECTORY
+    ):
         raise BadBook("an EPUB of too many files")
 
 
 def _inside(package: str, href: str) -> str:
-    """The name of a member that `package` calls `href`."""
+    """The name in the ZIP of the file that `package` refers to as `href`."""
     parts: list[str] = [*PurePosixPath(package).parent.parts]
     if not href or urlsplit(href).scheme or href.startswith("/"):
         raise BadBook("an EPUB that names a file outside of it")
@@ -146,7 +151,7 @@ def _xml(body: bytes) -> Any:
 
 
 def _text(body: bytes) -> str:
-    """Of one XHTML file. One that is no XML is read as HTML, which would take `<title/>` for an open tag."""
+    """The text of one XHTML file. A file that is no XML is read as HTML (which reads `<title/>` as an open tag)."""
     from lxml import etree
 
     try:
@@ -169,10 +174,10 @@ def _text(body: bytes) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
-def _number(found: re.Match[bytes]) -> bytes:
-    """&nbsp; as &#160;: XML knows five names without a DTD, which is not read."""
-    name = found[1].decode()
+def _number(entity: re.Match[bytes]) -> bytes:
+    """&nbsp; as &#160;: without a DTD, which is not read, XML has five named entities."""
+    name = entity[1].decode()
     if name in ("amp", "lt", "gt", "quot", "apos"):
-        return found[0]
+        return entity[0]
     known = html.unescape(f"&{name};")
-    return found[0] if known.startswith("&") else "".join(f"&#{ord(c)};" for c in known).encode()
+    return entity[0] if known.startswith("&") else "".join(f"&#{ord(c)};" for c in known).encode()

@@ -1,4 +1,4 @@
-"""The files that a path of a config stands for (a file, a folder searched through, a glob), and what comes of them."""
+"""The input files that a path of a config names: a file, a folder searched through, or a glob."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from conf.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One file of the corpus; `name` is its path relative to the corpus. One with a `url` must be fetched before it is
-    read (data_pipeline/corpus/remote_inputs.py), and its size is 0 where the place does not list it."""
+    """One file of the corpus; `name` is its path relative to the corpus.
+
+    A file with a `url` must be fetched before it is read (data_pipeline/corpus/remote_inputs.py); its size is 0 if the
+    listing does not give it.
+    """
 
     path: Path
     name: str
@@ -23,49 +26,38 @@ class Input:
     url: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """`id`, `path` and `source` (the corpus) say where `text` came from; paths are relative to the corpus."""
-
-    id: str
-    text: str
-    source: str
-    path: str
-    url: str | None = None
-    date: str | None = None  # as the input spells it
-
-
-def files_at(where: str, key: str = "corpus.path") -> list[Input]:
-    """The regular files at `where`, sorted by name; hidden ones and hidden folders are left alone. Perhaps none.
+def files_at(path: str, key: str = "corpus.path") -> list[Input]:
+    """The regular files at `path`, sorted by name, perhaps none; hidden files and folders are left out.
 
     Raises:
         UserError: no such path, or a folder that cannot be read; names the config's `key`.
     """
-    return listed(*_find(where, key))
+    return listed(*_find(path, key))
 
 
 def listed(root: Path, paths: Iterable[Path]) -> list[Input]:
+    """The files `paths` below `root` as inputs, sorted by name; a name that is no Unicode is escaped."""
     stats = [(path, path.stat()) for path in paths]
-    names = [os.fsencode(p.relative_to(root)).decode(errors="backslashreplace") for p, _ in stats]  # may be no Unicode
-    found = [Input(p, name, s.st_size, s.st_mtime_ns) for name, (p, s) in zip(names, stats, strict=True)]
-    return sorted(found, key=lambda i: i.name)
+    names = [os.fsencode(p.relative_to(root)).decode(errors="backslashreplace") for p, _ in stats]
+    inputs = [Input(p, name, s.st_size, s.st_mtime_ns) for name, (p, s) in zip(names, stats, strict=True)]
+    return sorted(inputs, key=lambda i: i.name)
 
 
-def _find(where: str, key: str) -> tuple[Path, list[Path]]:
-    path = Path(where)
+def _find(pattern: str, key: str) -> tuple[Path, list[Path]]:
+    path = Path(pattern)
     if path.is_dir():
         return path, [p for p in _walk(path, key) if p.is_file()]
     if path.is_file():
         return path.parent, [path]
-    if not glob.has_magic(where):
-        raise UserError(f"{key}={where}: no such file or folder")
+    if not glob.has_magic(pattern):
+        raise UserError(f"{key}={pattern}: no such file or folder")
     fixed = next(p for p in path.parents if not glob.has_magic(str(p)))
-    found = fixed.glob(str(path.relative_to(fixed)))
-    return fixed, [p for p in found if p.is_file() and not any(_hidden(part) for part in p.relative_to(fixed).parts)]
+    paths = fixed.glob(str(path.relative_to(fixed)))
+    return fixed, [p for p in paths if p.is_file() and not any(_hidden(part) for part in p.relative_to(fixed).parts)]
 
 
 def _walk(top: Path, key: str) -> Iterator[Path]:
-    """What is in a folder and below, links to folders followed; each folder is entered once, whatever leads there.
+    """The files in a folder and below it. Links to folders are followed, and each folder is read once.
 
     Raises:
         UserError: a folder that cannot be read.

@@ -1,4 +1,4 @@
-"""The bytes of a file, decompressed, and its lines: bounded, whatever the file holds."""
+"""The decompressed bytes of a file, and its lines, in bounded memory whatever the file holds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import IO, Any, cast
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import Dropped
 from data_pipeline.corpus.inputs import Input
-from data_pipeline.corpus.report import Dropped
 
 ZSTD_WINDOW = 1 << 27  # bytes of memory that a .zst file may ask for: the zstd program's own limit
 XZ_MEMORY = 1 << 30  # the same of a .xz file
@@ -20,7 +20,7 @@ _ZSTD_STEP = 1 << 9  # 4 bytes can hold a block of 128 KiB: no chunk is more tha
 
 
 def lines(file: Input, longest: int, window: int = ZSTD_WINDOW) -> Iterator[tuple[bytes | Dropped, int]]:
-    """Each line without its end, and how far into the file on disk it was read; a damaged file ends in a `Dropped`."""
+    """Each line without its end, and the position in the file on disk; a damaged file ends in a `Dropped`."""
     try:
         with file.path.open("rb") as raw:
             for line in _split(chunks(raw, file.name, window), longest):
@@ -30,7 +30,7 @@ def lines(file: Input, longest: int, window: int = ZSTD_WINDOW) -> Iterator[tupl
 
 
 def _split(chunks: Iterator[bytes], longest: int) -> Iterator[bytes | None]:
-    """Lines, or None for one that is longer than that: a bomb is read through, never held."""
+    """Lines, or None for one longer than `longest`, which is read but never held."""
     held, too_long = bytearray(), False
     for chunk in chunks:
         piece, *rest = chunk.split(b"\n")
@@ -45,7 +45,7 @@ def _split(chunks: Iterator[bytes], longest: int) -> Iterator[bytes | None]:
 
 
 def chunks(raw: IO[bytes], name: str, window: int = ZSTD_WINDOW) -> Iterator[bytes]:
-    """The bytes of a file, decompressed as the end of its name says, a few at a time.
+    """The bytes of a file in small pieces, decompressed as the ending of its name says.
 
     Raises:
         OSError, EOFError, zlib.error: it is damaged, cut off, or asks for too much memory.
@@ -65,7 +65,7 @@ def chunks(raw: IO[bytes], name: str, window: int = ZSTD_WINDOW) -> Iterator[byt
 
 
 def _zstd_chunks(raw: IO[bytes], window: int) -> Iterator[bytes]:
-    """Frame by frame: zstandard's own stream_reader takes a file that is cut off for one that ended."""
+    """Decompress frame by frame: zstandard's own stream_reader reads a truncated file as a complete one."""
     try:
         import zstandard
     except ImportError:
@@ -85,7 +85,7 @@ def _zstd_chunks(raw: IO[bytes], window: int) -> Iterator[bytes]:
 
 
 def _xz_chunks(raw: IO[bytes]) -> Iterator[bytes]:
-    """Stream by stream: lzma's own LZMAFile takes no limit of memory."""
+    """Decompress stream by stream: lzma's own LZMAFile has no limit of memory."""
     chunk = raw.read(_STEP)
     try:
         while chunk:

@@ -1,4 +1,4 @@
-"""Parquet tables of documents, as FineWeb's: columns text, id and perhaps url and date; the row number is the place.
+"""Parquet tables of documents in FineWeb's form: columns text, id and perhaps url and date; a position is a row number.
 
 Strings are read as indices into a dictionary, which costs time (200 instead of 1,000 MB/s) and bounds the memory: a
 megabyte that a small file repeats a thousand times is held once.
@@ -9,32 +9,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from data_pipeline.corpus.inputs import Document, Input
-from data_pipeline.corpus.report import Dropped
+from data_pipeline.corpus.document import Document, Dropped, read_document
+from data_pipeline.corpus.inputs import Input
 
 ROWS = 256  # that are decoded at a time
 
 
 def groups(file: Input) -> Iterator[tuple[range, int]]:
-    """(its rows, their share of the file's bytes) for each row group; nothing for a file that is no table."""
+    """(rows, number of bytes on the disk) of each row group; nothing for a file that is no table."""
     try:
         with _opened(file, ()) as table:
             sizes = [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
     except _errors():
         return
-    at, total = 0, max(1, sum(sizes))
+    start, total = 0, max(1, sum(sizes))
     for rows in sizes:
-        yield range(at, at + rows), file.size * (at + rows) // total - file.size * at // total
-        at += rows
+        end = start + rows
+        yield range(start, end), file.size * end // total - file.size * start // total
+        start = end
 
 
 def read(
     file: Input, source: str, text_key: str, id_key: str, longest: int, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[Document | Dropped, int]]:
-    """The documents of the rows from `start` to `stop`, each with the number of the row to go on at.
+    """The documents of the rows from `start` to `stop`, each with the number of the next row.
 
-    A text of more than `longest` bytes is dropped. A row group that is damaged gives what can be read of it, then a
-    `Dropped` for its rest.
+    A text of more than `longest` bytes is dropped. A damaged row group gives its readable rows, then a `Dropped` for
+    the rest of it.
     """
     keys = (text_key, id_key, "url", "date")
     try:
@@ -45,24 +46,24 @@ def read(
                 return
             end = 0
             for number in range(table.metadata.num_row_groups):
-                at, end = end, end + table.metadata.row_group(number).num_rows
-                wanted = range(max(at, start), end if stop is None else min(end, stop))
+                first, end = end, end + table.metadata.row_group(number).num_rows  # row of the next batch, of the end
+                wanted = range(max(first, start), end if stop is None else min(end, stop))
                 if not wanted:
                     continue
                 try:
                     for batch in table.iter_batches(ROWS, [number], sorted(names & {*keys}), use_threads=False):
-                        for row in range(max(at, wanted.start), min(at + len(batch), wanted.stop)):
-                            where = f"{file.name}:{row + 1}"
-                            yield _document(batch, row - at, where, source, text_key, id_key, longest), row + 1
-                        at += len(batch)
+                        for row in range(max(first, wanted.start), min(first + len(batch), wanted.stop)):
+                            path = f"{file.name}:{row + 1}"
+                            yield _document(batch, row - first, path, source, text_key, id_key, longest), row + 1
+                        first += len(batch)
                 except _errors():
-                    yield Dropped("the rest of the row group cannot be read", f"{file.name}:{at + 1}"), wanted.stop
+                    yield Dropped("the rest of the row group cannot be read", f"{file.name}:{first + 1}"), wanted.stop
     except _errors():
         yield Dropped("not a Parquet table that can be read", file.name), start
 
 
 def _document(
-    batch: Any, i: int, where: str, source: str, text_key: str, id_key: str, longest: int
+    batch: Any, i: int, path: str, source: str, text_key: str, id_key: str, longest: int
 ) -> Document | Dropped:
     def of(key: str) -> Any:
         return batch.column(key)[i] if key in batch.schema.names else None
@@ -71,24 +72,18 @@ def _document(
     value = getattr(scalar, "value", scalar)  # of a dictionary
     held = value.as_buffer() if value is not None and value.is_valid else None
     if held is not None and held.size > longest:
-        return Dropped(f"a text longer than {longest:,} bytes", where)
+        return Dropped(f"a text longer than {longest:,} bytes", path)
     if held is None:
-        return Dropped(f"no text in the column {text_key!r}", where)
+        return Dropped(f"no text in the column {text_key!r}", path)
     try:
         text = held.to_pybytes().decode()
         name, url, date = (None if of(key) is None else of(key).as_py() for key in (id_key, "url", "date"))
     except UnicodeDecodeError:
-        return Dropped("not UTF-8", where)
+        return Dropped("not UTF-8", path)
     if not text.strip():
-        return Dropped("empty", where)
-    return Document(
-        id=str(name) if isinstance(name, str | int) else where,
-        text=text,
-        source=source,
-        path=where,
-        url=url if isinstance(url, str) else None,
-        date=None if date is None else date if isinstance(date, str) else getattr(date, "isoformat", lambda: None)(),
-    )
+        return Dropped("empty", path)
+    day = date if isinstance(date, str) else getattr(date, "isoformat", lambda: None)()
+    return read_document(text, name, source, path, url, day)
 
 
 def _opened(file: Input, strings: tuple[str, ...]) -> Any:
@@ -96,8 +91,8 @@ def _opened(file: Input, strings: tuple[str, ...]) -> Any:
 
     about = read_metadata(file.path)
     kinds = {field.name: field.type for field in about.schema.to_arrow_schema()}
-    there = [key for key in dict.fromkeys(strings) if key in kinds and _is_text(kinds[key])]
-    return ParquetFile(file.path, metadata=about, read_dictionary=there)
+    columns = [key for key in dict.fromkeys(strings) if key in kinds and _is_text(kinds[key])]
+    return ParquetFile(file.path, metadata=about, read_dictionary=columns)
 
 
 def _errors() -> tuple[type[BaseException], ...]:

@@ -1,7 +1,7 @@
-"""The embedded corpus: the English prose that every Python carries.
+"""The built-in corpus: the English prose in every Python installation.
 
 The language reference in `pydoc_data` (one document a topic) and the docstrings of the standard library (one document
-a module): about 2.2 MB in 700 documents. Sources are parsed, never imported: nothing in them runs.
+a module): about 2.2 MB in 700 documents. Sources are parsed, never imported: none of their code runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def root() -> Path:
 
 
 def files() -> list[Path]:
-    """The standard library's sources, sorted; tests and whatever was installed beside it left out."""
+    """The standard library's sources, sorted, without its tests and installed packages."""
     top = root()
     return sorted(p for p in top.rglob("*.py") if not SKIP & set(p.relative_to(top).parts))
 

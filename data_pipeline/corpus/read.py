@@ -1,10 +1,11 @@
-"""Raw files -> documents. Reads in two stages, so that one process can walk the input and many can parse it:
+"""Raw files -> documents, for recipes and for shards. Reading has two stages, so that one process can walk the input
+and many can parse it:
 
-    records(corpus)        walks the files in sorted order and cuts the input in pieces that are cheap to hand over
-    parse(record, corpus)  makes documents of a piece: decodes, parses, checks
+    records(corpus, files)  walks the files in sorted order and cuts the input in pieces that are cheap to hand over
+    parse(record, corpus)   makes documents of a piece: decodes, parses, checks
 
-Whatever becomes no document comes out as a `Dropped` with a reason, in its place. Memory is bounded: a whole text file,
-a book, a line of JSON or a row of a table is the most that is held at once, and each has a limit.
+A record that becomes no document comes out as a `Dropped` with a reason, in its order. Memory is bounded: at most one
+text file, book, line of JSON or row of a table is held at once, and each of these has a limit.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import cast
 
 from conf.errors import UserError
 from data_pipeline.corpus import epub, parquet, pydocs
-from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
-from data_pipeline.corpus.inputs import Document, Input, files_at, listed
+from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
+from data_pipeline.corpus.document import Document, Dropped, read_document
+from data_pipeline.corpus.inputs import Input, files_at, listed
 from data_pipeline.corpus.lines import lines
-from data_pipeline.corpus.report import Dropped, Report
+from data_pipeline.corpus.report import Report
 
 MAX_FILE = 1 << 30  # bytes of a text file, which is one document
 MAX_LINE = 1 << 26  # bytes of a JSON line, which is one document
@@ -29,8 +31,10 @@ JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A piece of one file: the whole file, or some whole lines (jsonl) or rows (parquet) of it. `size` is its share on
-    the disk."""
+    """A piece of one file: the whole file, or some whole lines (jsonl) or rows (parquet) of it.
+
+    `size` is its number of bytes on the disk.
+    """
 
     file: Input
     size: int
@@ -40,19 +44,13 @@ class Record:
 
 
 def documents(corpus: CorpusConfig, report: Report) -> Iterator[Document]:
-    """Every document of the corpus, in order; `report` counts them and whatever was dropped.
+    """Every document of the corpus, in order; `report` counts them and the dropped records.
 
     Raises:
         UserError: there is nothing at `corpus.path`, or no document in it.
     """
-    for record in records(corpus, inputs(corpus)):
-        for item in parse(record, corpus):
-            if isinstance(item, Dropped):
-                report.drop(item)
-            else:
-                report.kept += 1
-                yield item
-    if not report.kept:
+    yield from report.kept(items(corpus, inputs(corpus)))
+    if not report.given.documents:
         raise empty(corpus, report)
 
 
@@ -64,7 +62,7 @@ def empty(corpus: CorpusConfig, report: Report) -> UserError:
 
 
 def inputs(corpus: CorpusConfig) -> list[Input]:
-    """The regular files of the corpus, sorted by name; hidden ones and hidden folders are left alone.
+    """The regular files of the corpus, sorted by name; hidden files and folders are left out.
 
     Raises:
         UserError: no such path, or no file there.
@@ -75,18 +73,43 @@ def inputs(corpus: CorpusConfig) -> list[Input]:
             f"then read its output with corpus=jsonl"
         )
     if corpus.format is CorpusFormat.pydocs:
-        found = listed(pydocs.root(), pydocs.files())
-    else:
-        found = files_at(cast(str, corpus.path))
-    if not found:
+        return listed(pydocs.root(), pydocs.files())
+    if not (files := files_at(cast(str, corpus.path))):
         raise UserError(
             f"corpus={corpus.name}: no file in corpus.path={corpus.path}: name a file, a folder or a glob with files"
         )
-    return found
+    return files
+
+
+def items(corpus: CorpusConfig, files: list[Input]) -> Iterator[Document | Dropped]:
+    """Every document of the files and every dropped record, in order."""
+    for record in records(corpus, files):
+        yield from parse(record, corpus)
+
+
+def items_from(corpus: CorpusConfig, file: Input, start: int) -> Iterator[tuple[Document | Dropped, int]]:
+    """The items of one file from a position on, each with the position behind it.
+
+    A position is a number of items, of a table a number of rows. Lines before `start` are not parsed.
+    """
+    if corpus.format is CorpusFormat.parquet:
+        yield from parquet.read(file, corpus.name, corpus.text_key, corpus.id_key, MAX_LINE, start)
+        return
+    position = 0
+    for record in records(corpus, [file]):
+        if isinstance(record, Record) and record.lines is not None:
+            count = record.lines.count(b"\n") + 1
+            if position + count <= start:
+                position += count
+                continue
+        for item in parse(record, corpus):
+            position += 1
+            if position > start:
+                yield item, position
 
 
 def records(corpus: CorpusConfig, files: list[Input]) -> Iterator[Record | Dropped]:
-    """Cut the input in pieces; the same pieces each time."""
+    """The pieces of the input; the same pieces each time."""
     for file in files:
         if corpus.format is CorpusFormat.parquet:
             pieces = [Record(file, size, rows=rows) for rows, size in parquet.groups(file)]
@@ -100,11 +123,11 @@ def records(corpus: CorpusConfig, files: list[Input]) -> Iterator[Record | Dropp
 
 
 def parse(record: Record | Dropped, corpus: CorpusConfig) -> Iterator[Document | Dropped]:
-    """Documents of a piece, and what became none."""
+    """The documents of a piece, and a `Dropped` for each record that became none."""
     if isinstance(record, Dropped):
         yield record
-    elif corpus.format is CorpusFormat.jsonl:
-        for number, line in enumerate(cast(bytes, record.lines).split(b"\n"), record.first_line):
+    elif record.lines is not None:
+        for number, line in enumerate(record.lines.split(b"\n"), record.first_line):
             yield _parse_line(line, f"{record.file.name}:{number}", corpus)
     elif corpus.format is CorpusFormat.parquet:
         yield from _parse_rows(record, corpus)
@@ -114,8 +137,8 @@ def parse(record: Record | Dropped, corpus: CorpusConfig) -> Iterator[Document |
 
 def _parse_rows(record: Record, corpus: CorpusConfig) -> Iterator[Document | Dropped]:
     rows, held = record.rows or range(1), 0
-    found = parquet.read(record.file, corpus.name, corpus.text_key, corpus.id_key, MAX_LINE, rows.start, rows.stop)
-    for item, _ in found:
+    table = parquet.read(record.file, corpus.name, corpus.text_key, corpus.id_key, MAX_LINE, rows.start, rows.stop)
+    for item, _ in table:
         held += len(item.text) if isinstance(item, Document) else 0
         if held > MAX_FILE:
             yield Dropped(f"the rest of a row group of more than {MAX_FILE:,} characters", record.file.name)
@@ -129,11 +152,11 @@ def _parse_file(file: Input, corpus: CorpusConfig) -> Iterator[Document | Droppe
         return
     try:
         if corpus.format is CorpusFormat.pydocs:
-            found = list(pydocs.texts(file.path))
+            texts = list(pydocs.texts(file.path))
         elif corpus.format is CorpusFormat.books and file.name.lower().endswith(".epub"):
-            found = [(file.name, epub.text_of(file.path))]
+            texts = [(file.name, epub.text_of(file.path))]
         else:
-            found = [(file.name, file.path.read_bytes().decode("utf-8"))]
+            texts = [(file.name, file.path.read_bytes().decode("utf-8"))]
     except epub.BadBook as e:
         yield Dropped(str(e), file.name)
     except UnicodeDecodeError:
@@ -143,52 +166,44 @@ def _parse_file(file: Input, corpus: CorpusConfig) -> Iterator[Document | Droppe
     except (SyntaxError, ValueError):
         yield Dropped("not a source that this Python parses", file.name)
     else:
-        for name, text in found:
-            yield Document(name, text, corpus.name, file.name) if text.strip() else Dropped("empty", name)
+        for name, text in texts:
+            yield read_document(text, name, corpus.name, file.name) if text.strip() else Dropped("empty", name)
 
 
-def _parse_line(line: bytes, where: str, corpus: CorpusConfig) -> Document | Dropped:
+def _parse_line(line: bytes, path: str, corpus: CorpusConfig) -> Document | Dropped:
     try:
         body = json.loads(line.decode("utf-8-sig")) if line.strip() else None
     except UnicodeDecodeError:
-        return Dropped("not UTF-8", where)
+        return Dropped("not UTF-8", path)
     except (ValueError, RecursionError):
-        return Dropped("not JSON", where)
+        return Dropped("not JSON", path)
     if body is None:
-        return Dropped("empty", where)
+        return Dropped("empty", path)
     text = body.get(corpus.text_key) if isinstance(body, dict) else None
     if not isinstance(text, str):
-        return Dropped(f"no text in the field {corpus.text_key!r}", where)
-    name, url, date = body.get(corpus.id_key), body.get("url"), body.get("date")
-    doc = Document(
-        id=str(name) if isinstance(name, str | int) else where,
-        text=text,
-        source=corpus.name,
-        path=where,
-        url=url if isinstance(url, str) else None,
-        date=date if isinstance(date, str) else None,
-    )
+        return Dropped(f"no text in the field {corpus.text_key!r}", path)
+    doc = read_document(text, body.get(corpus.id_key), corpus.name, path, body.get("url"), body.get("date"))
     try:
-        (doc.text + doc.id + (doc.url or "") + (doc.date or "")).encode()
+        "".join((text, doc.id, doc.metadata.get("url", ""), doc.metadata.get("date", ""))).encode()
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no encoding of Unicode holds
-        return Dropped("not Unicode (a lone surrogate)", where)
-    return doc if text.strip() else Dropped("empty", where)
+        return Dropped("not Unicode (a lone surrogate)", path)
+    return doc if text.strip() else Dropped("empty", path)
 
 
 def _line_blocks(file: Input) -> Iterator[Record | Dropped]:
-    """Whole lines by the megabyte. A damaged archive gives what can be read of it, then a `Dropped`."""
+    """Whole lines by the megabyte. A damaged archive gives its readable lines, then a `Dropped`."""
     block: list[bytes] = []
-    held, first, at = 0, 1, 0
-    for number, (line, here) in enumerate(lines(file, MAX_LINE), 1):
+    held, first, start = 0, 1, 0
+    for number, (line, end) in enumerate(lines(file, MAX_LINE), 1):
         if isinstance(line, bytes):
             block.append(line)
             held += len(line)
         if block and (held >= BLOCK or isinstance(line, Dropped)):
-            yield Record(file, here - at, b"\n".join(block), first)
-            block, held, at = [], 0, here
+            yield Record(file, end - start, b"\n".join(block), first)
+            block, held, start = [], 0, end
         if isinstance(line, Dropped):
             yield Dropped(line.reason, f"{file.name}:{number}")
         if not block:
             first = number + 1
     if block:
-        yield Record(file, file.size - at, b"\n".join(block), first)
+        yield Record(file, file.size - start, b"\n".join(block), first)

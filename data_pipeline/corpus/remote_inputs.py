@@ -1,5 +1,5 @@
-"""Inputs that lie elsewhere, by http(s)://, s3://, gs:// and what else fsspec knows: each is fetched whole, once, and
-before it is read, so that what is cut or lost is known before its first document.
+"""Inputs at http(s)://, s3://, gs:// and the other protocols of fsspec: each is fetched whole, once, and before it is
+read, so that a truncated or missing file is detected before its first document.
 """
 
 from __future__ import annotations
@@ -29,47 +29,46 @@ from data_pipeline.remote.backends import (
 )
 from data_pipeline.remote.fetch import Reader, retried
 
-PIECE = 64 << 20  # bytes that are asked for at a time
-ENDING = 100  # characters of a name that its copy keeps, the last ones: they say the format
+PIECE = 64 << 20  # bytes of one request
+ENDING = 100  # last characters of a name, which its copy keeps: they give the format
 
 
-def inputs_at(where: str, key: str = "input") -> list[Input]:
+def inputs_at(url: str, key: str = "input") -> list[Input]:
     """files_at for a path or a URL: of http(s) one file, of the others also a folder or a glob. Perhaps none.
 
     Raises:
-        UserError, TransientError: the place is of no known kind, is not there, or does not answer.
+        UserError, TransientError: an unknown protocol, nothing at that address, or a server that does not answer.
     """
-    if not is_remote(where):
-        return files_at(where, key)
-    if where.startswith("pipe:"):
-        raise UserError(f"{key}={shown(where)}: give a path or a URL: a command does not say which files it has")
-    refuse_password(where)
-    if where.startswith(("http://", "https://")):
-        name = PurePosixPath(unquote(where.partition("?")[0].rpartition("/")[2])).name
+    if not is_remote(url):
+        return files_at(url, key)
+    if url.startswith("pipe:"):
+        raise UserError(f"{key}={shown(url)}: give a path or a URL: a command does not say which files it has")
+    refuse_password(url)
+    if url.startswith(("http://", "https://")):
+        name = PurePosixPath(unquote(url.partition("?")[0].rpartition("/")[2])).name
         if not name:
-            raise UserError(f"{key}={shown(where)}: names no file: of http(s) give the URL of one file")
-        return [Input(Path(name), name, 0, 0, where)]
+            raise UserError(f"{key}={shown(url)}: names no file: of http(s) give the URL of one file")
+        return [Input(Path(name), name, 0, 0, url)]
     try:
-        found = listing(where)
+        files = listing(url)
     except Unreachable as e:
-        raise TransientError(f"{key}={shown(where)}: {e}") from None
-    folders = [url.split("/")[:-1] for url, _ in found]
-    same = 0  # folders that all lie in, which their names leave out
+        raise TransientError(f"{key}={shown(url)}: {e}") from None
+    folders = [url.split("/")[:-1] for url, _ in files]
+    same = 0  # leading folders that all files share, which their names leave out
     while folders and all(len(f) > same and f[same] == folders[0][same] for f in folders):
         same += 1
-    names = ["/".join(url.split("/")[same:]) for url, _ in found]
-    return [Input(Path(name), name, size, 0, url) for name, (url, size) in zip(names, found, strict=True)]
+    names = ["/".join(url.split("/")[same:]) for url, _ in files]
+    return [Input(Path(name), name, size, 0, url) for name, (url, size) in zip(names, files, strict=True)]
 
 
 def fetched(file: Input, folder: Path, fetch: FetchConfig | None = None) -> Input:
-    """The file on this machine: itself, or its copy in `folder`, whole, named by a hash of its URL and its own ending.
+    """The file on this machine: itself, or its whole copy in `folder`, named by a hash of its URL and its own ending.
 
-    What a killed fetch left is fetched anew: the file may be another one by now.
+    A copy that a killed fetch left unfinished is fetched again: the file may have changed since.
 
     Raises:
-        UserError, TransientError: it is not there, its size is not what the place says, it changed meanwhile, or the
-            place
-            does not answer.
+        UserError, TransientError: it is missing, its size differs from the listed one, it changed during the fetch, or
+            the server does not answer.
     """
     if file.url is None:
         return file
@@ -96,8 +95,8 @@ def fetched(file: Input, folder: Path, fetch: FetchConfig | None = None) -> Inpu
     return Input(target, file.name, about.st_size, file.mtime_ns)
 
 
-def _pull(there: Place, name: str, size: int | None, out: IO[bytes], fetch: FetchConfig) -> None:
-    """The file into `out`, all of one version: of a known size in one stream, else (http) in pieces, compared."""
+def _pull(source: Place, name: str, size: int | None, out: IO[bytes], fetch: FetchConfig) -> None:
+    """Fetch one version of the file into `out`: of a known size in one stream, else (http) in pieces, compared."""
     first: tuple[int | None, str] | None = None
 
     def piece() -> int | None:
@@ -105,12 +104,12 @@ def _pull(there: Place, name: str, size: int | None, out: IO[bytes], fetch: Fetc
         if first is None or size is not None:
             out.seek(0)
             out.truncate()
-        at, length = out.tell(), PIECE if size is None else None
-        with Reader(there, name, at, length, fetch.timeout_s, plain=False) as reader:
+        start, length = out.tell(), PIECE if size is None else None
+        with Reader(source, name, start, length, fetch.timeout_s, plain=False) as reader:
             if first not in (None, (reader.total, reader.version)):
                 raise Wrong("it changed while it was fetched: run the same command again")
             first = reader.total, reader.version
-            reader.skip(at - reader.start)
+            reader.skip(start - reader.start)
             while (chunk := reader.take(1 << 20)) and (size is None or out.tell() <= size):
                 out.write(chunk)
             return reader.total if size is None else size

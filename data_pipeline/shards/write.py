@@ -1,13 +1,12 @@
-"""Entry: documents -> tar shards with manifests (write), and the proof that they are whole (verify); from and to other
-programs' token files (import, export: data_pipeline/shards/convert.py).
+"""Documents -> tar shards with manifests: `python -m data_pipeline.shards write`, and the last stage of a recipe.
 
     python -m data_pipeline.shards write corpus=text corpus.path=FOLDER tokenizer=gpt2 output=DIR
     python -m data_pipeline.shards verify path=DIR
     python -m data_pipeline.shards import format=nanogpt input=train.bin tokenizer=gpt2 output=DIR
     python -m data_pipeline.shards export path=DIR/train output=FILE.bin
 
-DIR/train and DIR/val are sources (data_pipeline/manifest.py says what is in one); DIR/report.json counts what was kept
-and dropped. The same input gives the same bytes, on any number of workers, after any number of kills.
+DIR/train and DIR/val are sources (data_pipeline/manifest.py describes their files); DIR/report.json counts the kept and
+the dropped documents. The same input gives the same bytes, on any number of workers and after any number of kills.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import os
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,10 @@ import numpy as np
 
 from conf.errors import UserError
 from data_pipeline.corpus import read
+from data_pipeline.corpus.document import Dropped
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.corpus.read import empty, inputs, records
-from data_pipeline.corpus.report import Dropped, Report
+from data_pipeline.corpus.report import Report
 from data_pipeline.files import rename
 from data_pipeline.manifest import (
     FORMAT,
@@ -41,28 +40,26 @@ from data_pipeline.manifest import (
     write_index,
 )
 from data_pipeline.shards import encode
-from data_pipeline.shards.config import ImportConfig, ShardsConfig
-from data_pipeline.shards.encode import Encoded, Job, Task, encode_all, tasks
-from data_pipeline.shards.output import begun, dtype_of, finish, listing
-from data_pipeline.shards.progress import Finished, Progress
+from data_pipeline.shards.encode import Encoded, Encoding, Work, encode_all, tasks
+from data_pipeline.shards.output import Finished, Position, Progress, dtype_of, finish, listing, open_output
+from data_pipeline.shards.shards_config import ImportConfig, ShardsConfig
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from data_pipeline.tokenizer.vocabularies import EOT
 
-Work = Iterator[tuple[Task, list[Encoded | Dropped]]]
-WORTH_A_WORKER = 16 << 20  # bytes of input; below it, starting a process costs more than it saves
+MIN_WORKER_BYTES = 16 << 20  # of input; for less, starting a process costs more than it saves
 
 
 class ShardWriter:
-    """One shard: written aside as documents come, then published whole with its index."""
+    """One shard: written to a staging file document by document, then published whole with its index."""
 
-    def __init__(self, folder: Path, number: int, cfg: ShardsConfig | ImportConfig) -> None:
+    def __init__(self, folder: Path, number: int, block_tokens: int) -> None:
         import webdataset as wds  # brings torch
 
         folder.mkdir(exist_ok=True)
         self.path = folder / f"{number:05d}.tar"
-        self.block_tokens = cfg.block_tokens
-        self.aside = self.path.with_name(f".{self.path.name}.tmp")
-        self.file = self.aside.open("wb")
+        self.block_tokens = block_tokens
+        self.staging = self.path.with_name(f".{self.path.name}.tmp")
+        self.file = self.staging.open("wb")
         self.tar = wds.TarWriter(self.file, encoder=False, mtime=0)
         self.blocks: list[Block] = []
         self.documents: list[tuple[str, int]] = []
@@ -79,20 +76,20 @@ class ShardWriter:
         self.unknown += doc.unknown
         self.documents.append((doc.origin["id"], len(ids)))
 
-    def publish(self) -> ShardInfo:
+    def publish(self, end: Position) -> Finished:
         self._write_block()
         self.tar.close()
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        with self.aside.open("rb") as f:
+        with self.staging.open("rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        info = ShardInfo(self.path.name, self.aside.stat().st_size, sha256, len(self.documents), self.tokens)
+        info = ShardInfo(self.path.name, self.staging.stat().st_size, sha256, len(self.documents), self.tokens)
         ids, counts = zip(*self.documents, strict=True)
         index = ShardIndex(tuple(self.blocks), ids, counts, sha256)
         write_index(self.path.with_name(index_name(self.path.name)), index)
-        rename(self.aside, self.path)
-        return info
+        rename(self.staging, self.path)
+        return Finished(info, end, self.unknown)
 
     def _write_block(self) -> None:
         key = f"{len(self.blocks):06d}"
@@ -107,14 +104,14 @@ class ShardWriter:
 
 
 def write(cfg: ShardsConfig) -> None:
-    """Write, or go on writing, or find that all is written.
+    """Write the shards, continue an interrupted write, or report that all are written.
 
     Raises:
-        UserError: nothing to write, nowhere to write it, or the output holds other work.
+        UserError: no input, an output that cannot be written, or one that holds other work.
     """
     tokenizer = Tokenizer.load(cfg.tokenizer)
     files = inputs(cfg.corpus)
-    with begun(Path(cfg.output), _plan(cfg, tokenizer, files)) as progress:
+    with open_output(Path(cfg.output), _plan(cfg, tokenizer, files)) as progress:
         if progress.done:
             return
         if tokenizer.engine == "tokenizers" and tokenizer.byte_level:
@@ -123,17 +120,18 @@ def write(cfg: ShardsConfig) -> None:
             print(f"tokenizer={cfg.tokenizer} has no {EOT}: documents are packed without a separator", file=sys.stderr)
         report = pack(cfg, _encoded(cfg, tokenizer, files, progress), progress, cfg.corpus.name, files)
         report.print()
-        if not report.kept:
+        kept = report.given.documents
+        if not kept:
             raise empty(cfg.corpus, report)
         if not progress.shards["train"]:
             raise UserError(
-                f"val_fraction={cfg.val_fraction}: all {report.kept} documents fell into validation, none is left to "
+                f"val_fraction={cfg.val_fraction}: all {kept} documents fell into validation, none is left to "
                 f"train on: give a smaller val_fraction, or a corpus of more documents"
             )
-        finish(cfg.corpus.name, tokenizer, progress, report.to_json())
+        finish(cfg.corpus.name, tokenizer, progress, report.totals())
         if not progress.shards["val"]:
             print(
-                f"val_fraction={cfg.val_fraction}: none of the {report.kept} documents fell into validation, there is "
+                f"val_fraction={cfg.val_fraction}: none of the {kept} documents fell into validation, there is "
                 f"no {progress.folder / 'val'}, which trainer.pretrain needs: give a larger val_fraction and another "
                 f"output=",
                 file=sys.stderr,
@@ -141,7 +139,7 @@ def write(cfg: ShardsConfig) -> None:
 
 
 def _plan(cfg: ShardsConfig, tokenizer: Tokenizer, files: list[Input]) -> dict[str, Any]:
-    """All that the bytes of the output depend on."""
+    """Everything that the bytes of the output depend on."""
     return {
         "format": FORMAT,
         "corpus": cfg.corpus.name,
@@ -160,14 +158,14 @@ def _plan(cfg: ShardsConfig, tokenizer: Tokenizer, files: list[Input]) -> dict[s
 
 def _encoded(cfg: ShardsConfig, tokenizer: Tokenizer, files: list[Input], progress: Progress) -> Work:
     cores = len(os.sched_getaffinity(0))
-    workers = cfg.workers or min(cores, 1 + sum(f.size for f in files) // WORTH_A_WORKER)
+    workers = cfg.workers or min(cores, 1 + sum(f.size for f in files) // MIN_WORKER_BYTES)
     finished = {split: progress.end(split) for split in SPLITS}
-    job = Job(cfg.corpus, tokenizer.raw, dtype_of(tokenizer), cfg.val_fraction, finished)
-    return encode_all(job, tasks(records(cfg.corpus, files)), workers)
+    encoding = Encoding(cfg.corpus, tokenizer.raw, dtype_of(tokenizer), cfg.val_fraction, finished)
+    return encode_all(encoding, tasks(records(cfg.corpus, files)), workers)
 
 
 def pack(cfg: ShardsConfig | ImportConfig, work: Work, progress: Progress, name: str, files: list[Input]) -> Report:
-    """Documents into shards, each published and noted in `progress` once it is full; those without ids are counted."""
+    """Put documents into shards and add each full one to `progress`; documents without ids are only counted."""
     from tqdm import tqdm
 
     report = Report()
@@ -178,18 +176,20 @@ def pack(cfg: ShardsConfig | ImportConfig, work: Work, progress: Progress, name:
         for task, items in work:
             for item in items:
                 if isinstance(item, Dropped):
-                    report.drop(item)
+                    report.drop_record(item)
                     continue
-                report.kept += 1
+                report.count_documents(1)
                 if item.ids is None:
                     continue
                 split = item.split
                 if split not in shards:
-                    shards[split] = ShardWriter(progress.folder / split, len(progress.shards[split]), cfg)
+                    number = len(progress.shards[split])
+                    shards[split] = ShardWriter(progress.folder / split, number, cfg.block_tokens)
                 shards[split].add(item, item.ids)
                 documents, tokens = documents + 1, tokens + len(item.ids)
                 if shards[split].tokens >= cfg.shard_tokens:
-                    _publish(shards.pop(split), split, (item.place[0], item.place[1] + 1), progress)
+                    end = (item.position[0], item.position[1] + 1)
+                    progress.add(split, shards.pop(split).publish(end))
             seconds = max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(
                 f"{documents / seconds:,.0f} documents/s, {tokens / seconds:,.0f} tokens/s", refresh=False
@@ -197,9 +197,5 @@ def pack(cfg: ShardsConfig | ImportConfig, work: Work, progress: Progress, name:
             bar.update(task.size)
             last = task.number
     for split, shard in shards.items():
-        _publish(shard, split, (last + 1, 0), progress)
+        progress.add(split, shard.publish((last + 1, 0)))
     return report
-
-
-def _publish(shard: ShardWriter, split: str, end: tuple[int, int], progress: Progress) -> None:
-    progress.add(split, Finished(shard.publish(), end, shard.unknown))

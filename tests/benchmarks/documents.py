@@ -90,22 +90,22 @@ def write_flat(folder: Path, tokens: int, seed: int) -> None:
 def write_shards(folder: Path, flat: Path) -> None:
     """Through the writer that `data_pipeline.shards write` uses; origins as of JSON lines without ids."""
     from data_pipeline.manifest import TOKENIZER, Manifest, write_manifest
-    from data_pipeline.shards.config import ShardsConfig
     from data_pipeline.shards.encode import Encoded
+    from data_pipeline.shards.shards_config import ShardsConfig
     from data_pipeline.shards.write import ShardWriter
 
     cfg = ShardsConfig(tokenizer="gpt2", output=str(folder))
     shards, writer = [], None
     for number, ids in enumerate(documents(flat)):
-        writer = writer or ShardWriter(folder, len(shards), cfg)
+        writer = writer or ShardWriter(folder, len(shards), cfg.block_tokens)
         where = f"part.jsonl:{number}"
         origin = {"id": where, "source": "benchmark", "path": where}
         writer.add(Encoded("train", (0, number), origin, ids), ids)
         if writer.tokens >= cfg.shard_tokens:
-            shards.append(writer.publish())
+            shards.append(writer.publish((0, number + 1)).info)
             writer = None
     if writer is not None:
-        shards.append(writer.publish())
+        shards.append(writer.publish((0, number + 1)).info)
     (folder / TOKENIZER).write_text("{}")  # no token of a random corpus is ever decoded
     write_manifest(Manifest(folder, "benchmark", "train", "uint16", VOCAB, EOT, "0" * 64, tuple(shards)))
 

@@ -18,18 +18,19 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from conf.schema import load
+from data_pipeline.corpus.document import Dropped
 from data_pipeline.corpus.inputs import files_at
 from data_pipeline.corpus.read import documents
-from data_pipeline.corpus.report import Dropped, Report
-from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.corpus.report import Report
 from data_pipeline.prepare.dedup.clusters import find
 from data_pipeline.prepare.dedup.keys import write_keys
 from data_pipeline.prepare.dedup.minhash import MinHash
 from data_pipeline.prepare.extract.extract import Extract
+from data_pipeline.prepare.prepare_config import PrepareConfig
 from data_pipeline.prepare.recipe_config import DedupConfig, Extractor, RecipeConfig
 from data_pipeline.prepare.recipes import filters
 from data_pipeline.prepare.warc.archive import read
-from data_pipeline.shards.config import BpeTrainConfig
+from data_pipeline.shards.shards_config import BpeTrainConfig
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from data_pipeline.tokenizer.vocabularies import find_gpt2_file
 

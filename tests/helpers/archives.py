@@ -11,10 +11,9 @@ from pathlib import Path
 from random import Random
 
 import zstandard
-from datatrove.data import Document
 
+from data_pipeline.corpus.document import Document, Dropped
 from data_pipeline.corpus.read import Input
-from data_pipeline.corpus.report import Dropped
 from data_pipeline.prepare.recipe_config import LimitsConfig
 from data_pipeline.prepare.warc.archive import read
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import regex
-from datatrove.data import Document
 
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.dedup.keys import write_keys
 from data_pipeline.prepare.recipe_config import DedupConfig
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.corpus.inputs import Input
-from data_pipeline.prepare.readers import ReadAgain
+from data_pipeline.prepare.readers import read_published
 from tests.helpers import slurm
 from tests.helpers.crawls import SMALL, STEPS, command, crawl, drops, made_by, pages, report, result, run
 from tests.helpers.places import wait_for
@@ -45,7 +45,8 @@ def test_a_crawl_becomes_shards_and_every_record_is_accounted_for(tmp_path: Path
     expected = sum(made.type == "request" for i in range(3) for made in pages(random.Random(f"{seed} {i}"), 60))
     assert drops(out)["a request record"] == expected, f"seed {seed}"
     assert drops(out)["nearly the same text"] > 0 < drops(out)["the same text"], (seed, drops(out))
-    docs = [d for p in sorted((out / "documents").iterdir()) for d, _ in ReadAgain(None)(Input(p, p.name, 0, 0), 0)]
+    paths = sorted((out / "documents").iterdir())
+    docs = [d for p in paths for d, _ in read_published(None, Input(p, p.name, 0, 0), 0)]
     assert len(docs) == funnel[-1]["given"]["documents"] == len({d.id for d in docs}) > 20, f"seed {seed}"
     words = ["write", "corpus=jsonl", f"corpus.path={out / 'documents'}", "tokenizer=gpt2", f"output={tmp_path / 's'}"]
     shards = subprocess.run([sys.executable, "-m", "data_pipeline.shards", *words], cwd=ROOT, capture_output=True)

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from data_pipeline.corpus.inputs import Input
-from data_pipeline.prepare.readers import ReadAgain
+from data_pipeline.prepare.readers import read_published
 from tests.helpers.archives import Made, squeeze
 from tests.helpers.crawls import SMALL, STEPS, drops, html, made_by, prose, report, result
 from tests.helpers.ranks import ROOT
@@ -47,7 +47,7 @@ def accounted(out: Path) -> list[dict[str, Any]]:
 def kept(out: Path) -> list[dict[str, Any]]:
     """The documents, as anyone who reads JSON lines gets them."""
     folder = out / "documents"
-    docs = [d for p in sorted(folder.iterdir()) for d, _ in ReadAgain(None)(Input(p, p.name, 0, 0), 0)]
+    docs = [d for p in sorted(folder.iterdir()) for d, _ in read_published(None, Input(p, p.name, 0, 0), 0)]
     assert len({d.id for d in docs}) == len(docs) == report(out)["funnel"][-1]["given"]["documents"]
     return [{"id": d.id, "text": d.text, **d.metadata} for d in docs]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datatrove.data import Document
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import Document
 from data_pipeline.files import publish
 from data_pipeline.prepare.decontaminate.grams import Grams
 from data_pipeline.prepare.recipe_config import DecontaminateConfig
@@ -106,8 +106,8 @@ class Decontaminate(Step):
             more = self._more.pop(id(doc), [])
             yield doc
             for piece in more:
-                self.passage.given.count(piece)
-                self.passage.split += 1
+                self.report.given.count(piece)
+                self.report.split += 1
                 yield piece
 
     def _cut(self, doc: Document, starts: np.ndarray, ends: np.ndarray) -> str | None:

@@ -24,9 +24,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
-from datatrove.data import Document
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import Document
 from data_pipeline.files import publish
 from data_pipeline.prepare.dedup.minhash import MinHash
 from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig

@@ -1,4 +1,4 @@
-"""Where the tasks of a recipe run: this machine, Slurm or Ray.
+"""Executors run the tasks of a recipe: on this machine, over Slurm or over Ray.
 
 In: stages and their tasks. Out: finished tasks. Start with `executors.py`.
 """

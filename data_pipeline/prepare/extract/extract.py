@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from datatrove.data import Document
-
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.extract.page_text import PLAIN
 from data_pipeline.prepare.extract.sandbox import Failed, Sandbox
 from data_pipeline.prepare.recipe_config import Extractor, LimitsConfig

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datatrove.data import Document
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.quality.features import Features, features
 from data_pipeline.prepare.recipe_config import QualityConfig
 from data_pipeline.prepare.step import Step

@@ -17,7 +17,7 @@ from data_pipeline.prepare.quality.config import QualityEvaluateConfig, QualityT
 from data_pipeline.prepare.recipe_config import QualityConfig
 
 if TYPE_CHECKING:
-    from data_pipeline.corpus.read import Document
+    from data_pipeline.corpus.document import Document
     from data_pipeline.prepare.quality.model import Model
 
 
@@ -140,21 +140,16 @@ def lowest(
 
 def _documents(paths: Sequence[str], key: str) -> Iterator[Document]:
     """The documents of JSON lines; prints at the end what was dropped."""
-    from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
-    from data_pipeline.corpus.read import files_at, parse, records
-    from data_pipeline.corpus.report import Dropped, Report
+    from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
+    from data_pipeline.corpus.inputs import files_at
+    from data_pipeline.corpus.read import items
+    from data_pipeline.corpus.report import Report
 
     report = Report()
     for path in paths:
         corpus = CorpusConfig(name=key, format=CorpusFormat.jsonl, path=path)
-        for record in records(corpus, files_at(path, key)):
-            for item in parse(record, corpus):
-                if isinstance(item, Dropped):
-                    report.drop(item)
-                else:
-                    report.kept += 1
-                    yield item
-    if not report.kept:
+        yield from report.kept(items(corpus, files_at(path, key)))
+    if not report.given.documents:
         raise UserError(f"{key}={list(paths)}: no document there ({report.summary()}): give JSON lines with text")
     report.print()
 

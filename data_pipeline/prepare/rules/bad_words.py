@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from datatrove.data import Document
 from xxhash import xxh3_64_intdigest
 
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.recipe_config import BadWordsConfig
 from data_pipeline.prepare.rules import lists
 from data_pipeline.prepare.step import Step

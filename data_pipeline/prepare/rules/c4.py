@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from datatrove.data import Document
-
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.recipe_config import C4Config
 from data_pipeline.prepare.step import Step
 from data_pipeline.prepare.text.words import count_sentences

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from datatrove.data import Document
-
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.recipe_config import FineWebConfig
 from data_pipeline.prepare.step import Step
 from data_pipeline.prepare.text.repetition import repeated

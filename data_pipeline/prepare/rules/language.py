@@ -7,9 +7,8 @@ from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
-from datatrove.data import Document
-
 from conf.errors import UserError
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.recipe_config import LanguageConfig
 from data_pipeline.prepare.step import Step
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address
 
-from datatrove.data import Document
 from datatrove.pipeline.formatters.pii import PIIFormatter
 from xxhash import xxh3_64_intdigest
 
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.recipe_config import PiiConfig
 from data_pipeline.prepare.step import Step
 

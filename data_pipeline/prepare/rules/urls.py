@@ -6,8 +6,7 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from datatrove.data import Document
-
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.recipe_config import UrlConfig
 from data_pipeline.prepare.rules import lists
 from data_pipeline.prepare.step import Step

@@ -10,10 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from datatrove.data import Document
-
+from data_pipeline.corpus.document import Document, Dropped
 from data_pipeline.corpus.read import Input
-from data_pipeline.corpus.report import Dropped
 from data_pipeline.prepare.recipe_config import LimitsConfig
 from data_pipeline.prepare.warc.byte_stream import BOMB, INSIDE, MIB, NEXT_RECORD, ByteStream
 from data_pipeline.prepare.warc.compression import CUT_OFF, LINE, START, open_members

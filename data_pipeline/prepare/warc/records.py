@@ -8,9 +8,7 @@ from codecs import BOM_UTF8
 from contextlib import suppress
 from dataclasses import dataclass
 
-from datatrove.data import Document
-
-from data_pipeline.corpus.report import Dropped
+from data_pipeline.corpus.document import Document, Dropped
 from data_pipeline.prepare.warc.byte_stream import BOMB, MIB
 from data_pipeline.prepare.warc.charset import decode
 

@@ -14,10 +14,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin
 
-from datatrove.data import Document
-
+from data_pipeline.corpus.document import Document
+from data_pipeline.corpus.report import Report, Tally
 from data_pipeline.prepare.recipe_config import FetchPagesConfig
-from data_pipeline.prepare.step import Passage, Tally
 from data_pipeline.prepare.web import robots
 from data_pipeline.prepare.web.host_queue import Host, HostQueue, Request
 from data_pipeline.prepare.web.http import NO_HOST, NOT_PUBLIC, Answer, HttpClient, Unanswered
@@ -42,7 +41,7 @@ class Crawl:
     def __init__(self, cfg: FetchPagesConfig, archive: PageArchive) -> None:
         self.cfg = cfg
         self.archive = archive
-        self.passage = Passage()
+        self.report = Report()
         self.client = HttpClient(cfg.agent, cfg.timeout_s, cfg.private)
         self.queue = HostQueue(cfg.connections)
         self.left = 0
@@ -58,12 +57,12 @@ class Crawl:
     def count(self, verdict: dict[str, Any]) -> None:
         """Count a link's verdict, of this run or an earlier one."""
         tally = Tally(documents=1, bytes=verdict.get("bytes", 0))
-        self.passage.taken.add(tally)
+        self.report.taken.add(tally)
         if verdict["outcome"] == FETCHED:
             self._archived.add(key_of(verdict["url"]))
-            self.passage.given.add(tally)
+            self.report.given.add(tally)
         else:
-            self.passage.drop(verdict["outcome"], Document("", verdict["link"], metadata={"url": verdict["url"]}))
+            self.report.drop(verdict["outcome"], Document("", verdict["link"], metadata={"url": verdict["url"]}))
 
     def run(self, name: str) -> None:
         """Work until every link has its verdict. Whatever ends it early leaves the archive as it should be."""

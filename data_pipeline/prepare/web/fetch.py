@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from data_pipeline.corpus.report import Report
 from data_pipeline.prepare.recipe_config import FetchPagesConfig
-from data_pipeline.prepare.step import Passage
 from data_pipeline.prepare.web import robots
 from data_pipeline.prepare.web.crawl import Crawl
 from data_pipeline.prepare.web.links import key_of, read_links
@@ -23,7 +23,7 @@ from data_pipeline.prepare.web.page_archive import open_archive
 from data_pipeline.prepare.web.urls import normalize
 
 
-def fetch(links: Path, out: Path, task: int, tasks: int, cfg: FetchPagesConfig) -> Passage:
+def fetch(links: Path, out: Path, task: int, tasks: int, cfg: FetchPagesConfig) -> Report:
     """Fetch this task's share of the links (links.write_links) into the WARC file of the task, or go on with it.
 
     Returns:
@@ -52,7 +52,7 @@ def fetch(links: Path, out: Path, task: int, tasks: int, cfg: FetchPagesConfig) 
                 if url and task_of(url.host, tasks) == task and url.key not in done:
                     crawl.add(link.url, url.host)
             crawl.run(f"pages {task}")
-            return crawl.passage
+            return crawl.report
     except OSError as e:
         raise UserError(f"{path}: {e.strerror or e}: mend it and run the same command again, no page is lost") from None
 

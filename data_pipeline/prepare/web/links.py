@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from datatrove.data import Document
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import Document, Dropped
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.corpus.lines import lines
-from data_pipeline.corpus.report import Dropped
+from data_pipeline.corpus.report import Report
 from data_pipeline.files import publish_json, rename
 from data_pipeline.prepare.recipe_config import LinksConfig
-from data_pipeline.prepare.step import Passage, Step
+from data_pipeline.prepare.step import Step
 from data_pipeline.prepare.web.urls import Url, below, normalize
 
 LINKS, KEYS, REPORT = "links.jsonl.zst", "keys.npy", "links.json"
@@ -165,13 +165,13 @@ def end_of(day: str | None) -> float | None:
         raise UserError(f"links.until={day}: give a day as YYYY-MM-DD") from None
 
 
-def write_links(files: Sequence[Input], cfg: LinksConfig, out: Path) -> Passage:
+def write_links(files: Sequence[Input], cfg: LinksConfig, out: Path) -> Report:
     """Write the links, their keys (sorted, uint64 [n]) and last the counts into the folder `out`, each whole or not."""
     import orjson
     import zstandard
 
     out.mkdir(parents=True, exist_ok=True)
-    passage, keys = Passage(), array("Q")
+    passage, keys = Report(), array("Q")
     with _staged(out / LINKS) as raw, zstandard.ZstdCompressor(level=10).stream_writer(raw, closefd=False) as packed:
         for item in links(files, cfg, out):
             passage.taken.documents += 1
@@ -180,7 +180,7 @@ def write_links(files: Sequence[Input], cfg: LinksConfig, out: Path) -> Passage:
                 keys.append(key_of(item.url))
                 packed.write(orjson.dumps(item) + b"\n")
             else:
-                passage.drop(item.reason, Document("", item.where))
+                passage.drop(item.reason, Document("", item.path))
     with _staged(out / KEYS) as raw:
         np.save(raw, np.sort(np.asarray(keys)))
     publish_json(out / REPORT, passage.to_json())

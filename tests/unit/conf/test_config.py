@@ -11,7 +11,7 @@ from conf.errors import UserError
 from data_pipeline.config import CacheConfig, DataConfig, SourceConfig
 from data_pipeline.order.geometry import batch_geometry
 from data_pipeline.prepare.recipe_config import BadWordsConfig, DedupConfig, LanguageConfig, LengthConfig
-from data_pipeline.shards.config import BpeTrainConfig, ShardsConfig
+from data_pipeline.shards.shards_config import BpeTrainConfig, ShardsConfig
 from launch.config import SuperviseConfig
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.generate import GenerateConfig

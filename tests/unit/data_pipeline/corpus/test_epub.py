@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.corpus import epub
-from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
+from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
 from data_pipeline.corpus.epub import BadBook, text_of
 from data_pipeline.corpus.read import documents
 from data_pipeline.corpus.report import Report
 from tests.helpers.seeds import seeded
+from tests.unit.data_pipeline.corpus.test_read import counts
 
 CONTAINER = (
     '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'
@@ -152,7 +153,7 @@ def test_books_are_a_corpus_and_a_bad_one_costs_only_itself(tmp_path: Path) -> N
     report = Report()
     found = list(documents(CorpusConfig(name="books", format=CorpusFormat.books, path=str(tmp_path)), report))
     assert [(d.id, d.text) for d in found] == [("b.epub", "Call me Ishmael.")]
-    assert report.dropped == {"not an EPUB": 1}
+    assert counts(report) == {"not an EPUB": 1}
 
 
 def test_a_file_of_nothing_but_tags_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.corpus import parquet
-from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
-from data_pipeline.corpus.inputs import Document, Input, files_at
+from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
+from data_pipeline.corpus.document import Document, Dropped, read_document
+from data_pipeline.corpus.inputs import Input, files_at
 from data_pipeline.corpus.read import documents
-from data_pipeline.corpus.report import Dropped, Report
+from data_pipeline.corpus.report import Report
 from tests.helpers.seeds import seeded
+from tests.unit.data_pipeline.corpus.test_read import counts
 
 
 def write(path: Path, columns: dict[str, Any], **options: Any) -> Input:
@@ -43,11 +45,11 @@ def test_rows_are_documents_with_their_address_and_date_or_have_a_reason(tmp_pat
         },
     )
     assert read(file) == [
-        (Document("7", "one", "web", "a.parquet:1", "http://x/1", "2020-01-02T00:00:00+00:00"), 1),
+        (read_document("one", 7, "web", "a.parquet:1", "http://x/1", "2020-01-02T00:00:00+00:00"), 1),
         (Dropped("no text in the column 'text'", "a.parquet:2"), 2),
         (Dropped("empty", "a.parquet:3"), 3),
         (Dropped("a text longer than 1,000 bytes", "a.parquet:4"), 4),
-        (Document("a.parquet:5", "two", "web", "a.parquet:5", None, "2020-01-02T00:00:00+00:00"), 5),
+        (read_document("two", None, "web", "a.parquet:5", None, "2020-01-02T00:00:00+00:00"), 5),
     ]
 
 
@@ -77,7 +79,7 @@ def test_a_damaged_row_group_costs_only_itself(tmp_path: Path) -> None:
     file.path.write_bytes(raw)
     found = read(file)
     assert [d.text for d, _ in found if isinstance(d, Document)] == texts[:30] + texts[60:]
-    assert [(d.reason, d.where, n) for d, n in found if isinstance(d, Dropped)] == [
+    assert [(d.reason, d.path, n) for d, n in found if isinstance(d, Dropped)] == [
         ("the rest of the row group cannot be read", "a.parquet:31", 60)
     ]
     for damaged in (raw[:-100], b"PAR1", b""):
@@ -105,7 +107,7 @@ def test_tables_are_a_corpus(tmp_path: Path) -> None:
     report = Report()
     corpus = CorpusConfig(name="t", format=CorpusFormat.parquet, path=str(tmp_path), text_key="content")
     assert [(d.id, d.text) for d in documents(corpus, report)] == [("1", "one"), ("2", "two")]
-    assert report.dropped == {
+    assert counts(report) == {
         "not a Parquet table that can be read": 1,
         "empty": 1,
         "no column of text 'content'": 1,

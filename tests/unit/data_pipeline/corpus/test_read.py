@@ -13,8 +13,9 @@ import zstandard
 
 from conf.errors import UserError
 from data_pipeline.corpus import pydocs, read
-from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
-from data_pipeline.corpus.read import Document, documents, inputs
+from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
+from data_pipeline.corpus.document import Document
+from data_pipeline.corpus.read import documents, inputs
 from data_pipeline.corpus.report import Report
 
 
@@ -22,10 +23,14 @@ def corpus(path: Path | str, kind: str = "text") -> CorpusConfig:
     return CorpusConfig(name=kind, format=CorpusFormat(kind), path=str(path))
 
 
+def counts(report: Report) -> dict[str, int]:
+    return {reason: tally.documents for reason, tally in report.dropped.items()}
+
+
 def read_all(cfg: CorpusConfig) -> tuple[list[Document], Report]:
     report = Report()
     found = list(documents(cfg, report))
-    assert report.kept == len(found)
+    assert report.given.documents == len(found)
     return found, report
 
 
@@ -41,7 +46,7 @@ def test_a_folder_gives_one_document_a_file_in_sorted_order_byte_for_byte(tmp_pa
     for name, text in {"b/2.md": "zwei\r\n", "a.txt": "\ufeffeins", "c": "drei"}.items():
         (tmp_path / name).write_bytes(text.encode())
     found, report = read_all(corpus(tmp_path))
-    assert [(d.id, d.text, d.path, d.source) for d in found] == [
+    assert [(d.id, d.text, d.metadata["path"], d.metadata["source"]) for d in found] == [
         ("a.txt", "\ufeffeins", "a.txt", "text"),
         ("b/2.md", "zwei\r\n", "b/2.md", "text"),
         ("c", "drei", "c", "text"),
@@ -56,7 +61,7 @@ def test_a_file_that_is_not_utf8_and_an_empty_one_are_counted_and_skipped_with_a
     (tmp_path / ".hidden").write_text("not read")
     found, report = read_all(corpus(tmp_path))
     assert [d.id for d in found] == ["good.txt"]
-    assert report.to_json() == {
+    assert report.totals() == {
         "kept": 1,
         "dropped": {
             "empty": {"count": 1, "examples": ["blank.txt"]},
@@ -120,7 +125,7 @@ def test_a_file_above_the_limit_is_dropped_unread(tmp_path: Path, monkeypatch: p
     (tmp_path / "short").write_text("x" * 10)
     found, report = read_all(corpus(tmp_path))
     assert [d.id for d in found] == ["short"]
-    assert report.dropped == {"a file larger than 10 bytes": 1}
+    assert counts(report) == {"a file larger than 10 bytes": 1}
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
@@ -141,13 +146,13 @@ def test_jsonl_counts_each_kind_of_bad_line(tmp_path: Path, suffix: str) -> None
     )
     (tmp_path / "readme.txt").write_text("not jsonl")
     found, report = read_all(corpus(tmp_path, "jsonl"))
-    assert [(d.id, d.text, d.url) for d in found] == [
+    assert [(d.id, d.text, d.metadata.get("url")) for d in found] == [
         ("first", "one", "http://x/1"),
         (f"a{suffix}:3", "two", None),
         ("7", "three", None),
     ]
-    assert found[2].path == f"a{suffix}:11"
-    assert report.dropped == {
+    assert found[2].metadata["path"] == f"a{suffix}:11"
+    assert counts(report) == {
         "not JSON": 2,
         "no text in the field 'text'": 2,
         "empty": 2,
@@ -166,7 +171,7 @@ def test_a_truncated_archive_gives_what_is_whole_and_says_so(tmp_path: Path, suf
     assert 100 < len(found) < 2000
     assert [d.text for d in found] == [n["text"] for n in noise[: len(found)]]
     (reason,) = (r for r in report.dropped if r.startswith("the rest of the file cannot be read"))
-    assert report.examples[reason] == [f"a.jsonl{suffix}:{len(found) + 1}"]
+    assert [s["id"] for s in report.samples[reason]] == [f"a.jsonl{suffix}:{len(found) + 1}"]
 
 
 def test_several_zstd_frames_and_gzip_members_in_one_file_are_all_read(tmp_path: Path) -> None:
@@ -188,7 +193,7 @@ def test_a_decompression_bomb_is_read_in_bounded_memory(
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [d.id for d in found] == [f"a.jsonl{suffix}:1", f"a.jsonl{suffix}:3"]
-    assert report.dropped == {"a line longer than 1,048,576 bytes": 1}
+    assert counts(report) == {"a line longer than 1,048,576 bytes": 1}
     assert peak < 80 << 20
 
 
@@ -225,7 +230,7 @@ def test_pydocs_text_is_what_the_modules_carry(monkeypatch: pytest.MonkeyPatch, 
     assert {f"topics/{k}": v for k, v in topics.items()} == {k: v for k, v in texts.items() if k.startswith("topics/")}
     for thing in (textwrap, textwrap.TextWrapper, textwrap.dedent, textwrap.TextWrapper.fill):
         assert inspect.getdoc(thing) in texts["textwrap.py"]
-    assert report.dropped == {"empty": 1}  # this.py has a poem, but no docstring
+    assert counts(report) == {"empty": 1}  # this.py has a poem, but no docstring
 
 
 def test_pydocs_runs_nothing_it_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

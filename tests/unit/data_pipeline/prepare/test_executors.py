@@ -11,8 +11,8 @@ import pytest
 from datatrove.pipeline.base import PipelineStep
 
 from conf.errors import TransientError, UserError
-from data_pipeline.prepare.config import Executor, ExecutorConfig
 from data_pipeline.prepare.executors.executors import After, execute
+from data_pipeline.prepare.prepare_config import Executor, ExecutorConfig
 from data_pipeline.prepare.stages import Stage
 
 WORDS = r"^'?the words of task 1'?$"

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datatrove.data import Document
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import Document, Dropped
 from data_pipeline.corpus.inputs import Input
-from data_pipeline.corpus.report import Dropped
+from data_pipeline.corpus.report import SAMPLES, Report
 from data_pipeline.prepare import parts
-from data_pipeline.prepare.funnel import check, funnel, page, shown
-from data_pipeline.prepare.parts import Mark, Parts, Reading, marks_of
-from data_pipeline.prepare.readers import ReadAgain
+from data_pipeline.prepare.funnel import check, funnel, page, row_of
+from data_pipeline.prepare.parts import Mark, PartReader, Parts, Read, marks_of
+from data_pipeline.prepare.readers import read_published
 from data_pipeline.prepare.run import summary
-from data_pipeline.prepare.step import SAMPLES, Passage, Step
+from data_pipeline.prepare.step import Step
 from tests.helpers.seeds import seeded
 
 
@@ -57,9 +57,9 @@ def files(tmp_path: Path) -> list[Input]:
     return found
 
 
-def stage(folder: Path, files: list[Input]) -> Parts:
+def stage(folder: Path, files: list[Input], read: Read = read_lines) -> Parts:
     steps = [Odd("odd"), Short("short")]
-    return Parts(lambda task: files, read_lines, steps, folder / "d", folder / "m", part_bytes=10 * parts.LEAST)
+    return Parts(lambda task: files, read, steps, folder / "d", folder / "m", part_bytes=10 * parts.MIN_RECORD)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -78,7 +78,7 @@ def test_every_record_comes_out_or_is_counted_with_a_reason(files: list[Input], 
     lines = [line for file in files for line in file.path.read_text().splitlines()]
     numbers = [int(line) for line in lines if not line.startswith("!")]
     kept = [str(2 * n) for n in numbers if n % 3 and n % 5 and len(str(2 * n)) <= 3]
-    docs = [d for p in sorted((tmp_path / "d").iterdir()) for d, _ in ReadAgain(None)(Input(p, p.name, 0, 0), 0)]
+    docs = [d for p in sorted((tmp_path / "d").iterdir()) for d, _ in read_published(None, Input(p, p.name, 0, 0), 0)]
     assert [doc.text for doc in docs] == kept
     rows = funnel("filter", tmp_path / "m")
     check(rows)
@@ -96,25 +96,24 @@ def test_every_record_comes_out_or_is_counted_with_a_reason(files: list[Input], 
     assert [s["text"] for s in odd.samples["by 3"]] == [str(2 * n) for n in numbers if n % 3 == 0][:SAMPLES]
 
 
-def test_a_stage_stopped_at_any_record_goes_on_to_the_same_bytes(
-    files: list[Input], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_stopped_at_any_record_goes_on_to_the_same_bytes(files: list[Input], tmp_path: Path) -> None:
     stage(tmp_path / "whole", files).run()
     expected = content(tmp_path / "whole")
     assert len(marks_of(tmp_path / "whole" / "m", 0)) > 10
-    give, count = Reading._give, [0]
+    count = 0
 
-    def dying(self: Reading, doc: Document) -> Document:
-        count[0] += 1
-        if count[0] % 23 == 0:
-            raise KeyboardInterrupt
-        return give(self, doc)
+    def dying(file: Input, start: int) -> Iterator[tuple[Document | Dropped, int]]:
+        nonlocal count
+        for item in read_lines(file, start):
+            count += 1
+            if count % 23 == 0:
+                raise KeyboardInterrupt
+            yield item
 
-    monkeypatch.setattr(Reading, "_give", dying)
     stops = 0
     while True:
         try:
-            stage(tmp_path / "stopped", files).run()
+            stage(tmp_path / "stopped", files, dying).run()
             break
         except KeyboardInterrupt:
             stops += 1
@@ -145,7 +144,7 @@ def test_a_stage_killed_between_two_publications_goes_on_to_the_same_bytes(
 
 
 def test_documents_that_went_missing_are_told() -> None:
-    one, two = Passage(), Passage()
+    one, two = Report(), Report()
     one.taken.documents = one.given.documents = two.taken.documents = 3
     two.given.documents = 2
     with pytest.raises(RuntimeError, match=r"filter, b: 3 documents came .* 3 went in .* 2 came out and 0 were"):
@@ -158,12 +157,12 @@ def test_documents_that_went_missing_are_told() -> None:
 @pytest.mark.parametrize("damage", ["cut off", "damaged"])
 def test_documents_of_an_earlier_stage_that_are_damaged_are_told(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "00000-00000.jsonl.zst"
-    data = bytearray(parts.packed([Document(f"text {i}", str(i)) for i in range(100)]))
+    data = bytearray(parts.to_jsonl_zst([Document(f"text {i}", str(i)) for i in range(100)]))
     if damage == "damaged":
         data[len(data) // 2] ^= 255
     path.write_bytes(data if damage == "damaged" else data[:-9])
     with pytest.raises(UserError, match=rf"{path}: {damage}"):
-        list(ReadAgain(None)(Input(path, path.name, 0, 0), 0))
+        list(read_published(None, Input(path, path.name, 0, 0), 0))
 
 
 def test_tokens_that_an_earlier_stage_counted_are_not_counted_again(tmp_path: Path) -> None:
@@ -182,14 +181,14 @@ def test_tokens_that_an_earlier_stage_counted_are_not_counted_again(tmp_path: Pa
         yield from ((doc, n) for n, doc in enumerate(docs[start:], start + 1))
 
     file = Input(tmp_path, "a", 0, 0)
-    given = list(Reading(read, [file], Mark(), 1e9, tokens))  # type: ignore[arg-type]
+    given = list(PartReader(read, [file], Mark(), 1e9, tokens))  # type: ignore[arg-type]
     assert [doc.metadata.get("tokens") for doc in given] == [2, 7, None] and asked == ["a b"]
 
 
 def test_a_bar_of_links_is_as_wide_as_the_most_documents_and_the_summary_names_submissions(tmp_path: Path) -> None:
-    links, pages = Passage(), Passage()
+    links, pages = Report(), Report()
     links.taken.documents, pages.taken.documents, pages.given.documents = 4, 1000, 500
-    body = {"corpus": "w", "funnel": [shown("links", "links", links), shown("filter", "read", pages)]}
+    body = {"corpus": "w", "funnel": [row_of("links", "links", links), row_of("filter", "read", pages)]}
     assert sorted(map(float, re.findall(r"width: ([0-9.]+)%\"", page(body)))) == [0, 50]
     (tmp_path / "report.json").write_text(json.dumps(body))
     assert "500 documents, 0 bytes, 0 tokens, of 4 submissions;" in summary(tmp_path)

@@ -11,8 +11,8 @@ import pytest
 
 from conf.errors import UserError
 from conf.schema import load
-from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.preconditions import check
+from data_pipeline.prepare.prepare_config import PrepareConfig
 from data_pipeline.prepare.run import prepare
 from tests.helpers.crawls import drops, kept_ids, report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -11,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.corpus import read
-from data_pipeline.corpus.config import CorpusFormat
+from data_pipeline.corpus.corpus_config import CorpusFormat
+from data_pipeline.corpus.document import Dropped
 from data_pipeline.corpus.inputs import Input
-from data_pipeline.corpus.report import Dropped
-from data_pipeline.prepare.config import RawConfig
-from data_pipeline.prepare.readers import ReadText
+from data_pipeline.prepare.prepare_config import RawConfig
+from data_pipeline.prepare.readers import read_text
 from data_pipeline.prepare.recipe_config import LimitsConfig, LinksConfig, RecipeConfig
 from data_pipeline.prepare.recipes import filters
 from tests.helpers.seeds import seeded
@@ -40,7 +41,7 @@ def made(folder: Path, kind: CorpusFormat, rng: Random) -> Input:
 def test_each_position_gives_the_rest(kind: CorpusFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = Random(seed := seeded())
     monkeypatch.setattr(read, "BLOCK", 20_000)
-    reader, file = ReadText(corpus(kind)), made(tmp_path, kind, rng)
+    reader, file = partial(read_text, corpus(kind)), made(tmp_path, kind, rng)
     whole = list(reader(file, 0))
     assert len(whole) == 300 and any(isinstance(item, Dropped) for item, _ in whole), f"seed {seed}"
     for at in rng.sample(range(300), 20):
@@ -52,7 +53,7 @@ def test_lines_that_were_read_before_are_not_parsed_again(tmp_path: Path, monkey
     file, parsed = made(tmp_path, CorpusFormat.jsonl, Random(0)), []
     real = read._parse_line
     monkeypatch.setattr(read, "_parse_line", lambda *args: parsed.append(1) or real(*args))
-    assert len(list(ReadText(corpus(CorpusFormat.jsonl))(file, 290))) == 10
+    assert len(list(read_text(corpus(CorpusFormat.jsonl), file, 290))) == 10
     assert len(parsed) < 40
 
 
@@ -60,7 +61,7 @@ def test_a_text_beyond_the_limit_is_dropped_with_its_knob(tmp_path: Path) -> Non
     path = tmp_path / "long.txt"
     path.write_text("word " * 300_000)
     found = list(
-        ReadText(corpus(CorpusFormat.text, LimitsConfig(page_mib=1.0)))(Input(path, path.name, 1_500_000, 0), 0)
+        read_text(corpus(CorpusFormat.text, LimitsConfig(page_mib=1.0)), Input(path, path.name, 1_500_000, 0), 0)
     )
     assert found == [(Dropped("it is larger than limits.page_mib", "long.txt"), 1)]
 

@@ -15,13 +15,13 @@ import pytest
 import zstandard
 
 from conf.errors import UserError
-from data_pipeline import manifest
-from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
+from data_pipeline import files
+from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
 from data_pipeline.manifest import index_path, read_index, read_manifest
 from data_pipeline.shards import convert
 from data_pipeline.shards import token_files as tokens
 from data_pipeline.shards import write as shards
-from data_pipeline.shards.config import (
+from data_pipeline.shards.shards_config import (
     ExportConfig,
     ExportFormat,
     ImportConfig,
@@ -31,6 +31,7 @@ from data_pipeline.shards.config import (
     VerifyConfig,
     Width,
 )
+from data_pipeline.shards.verify import verify
 from data_pipeline.stream.windows import read_shard
 from data_pipeline.tokenizer.tokenizer import train_bpe
 from tests.helpers.fixtures import forestalled
@@ -73,7 +74,7 @@ def random_documents(seed: int, vocab: int = 60_000, n: int = 80) -> Documents:
 
 def documents_of(source: Path) -> dict[str, list[int]]:
     """{id: tokens} of a source that verify finds whole."""
-    shards.verify(VerifyConfig(str(source)))
+    verify(VerifyConfig(str(source)))
     found, out = read_manifest(source), {}
     for shard in found.shards:
         index = read_index(index_path(found, shard))
@@ -136,19 +137,19 @@ def test_a_nanogpt_file_becomes_documents_and_the_same_file_again(
     documents = random_documents(seed, vocab)
     np.concatenate(documents).astype(dtype).tofile(tmp_path / "train.bin")
     cfg = config(home, tmp_path / "train.bin", tmp_path / "out", "nanogpt", vocab, dtype=Width(dtype))
-    shards.import_(cfg)
+    convert.import_(cfg)
     assert documents_of(tmp_path / "out/train") == numbered("train.bin", documents), f"seed {seed}"
     assert len(read_manifest(tmp_path / "out/train").shards) > 2
     before = tree(tmp_path / "out")
-    shards.import_(cfg)
+    convert.import_(cfg)
     assert "already complete (train " in capsys.readouterr().out and tree(tmp_path / "out") == before
-    shards.export(ExportConfig(str(tmp_path / "out/train"), str(tmp_path / "new/back.bin")))
+    convert.export(ExportConfig(str(tmp_path / "out/train"), str(tmp_path / "new/back.bin")))
     assert (dtype == "uint16") == ("uint16, as nanoGPT reads" in capsys.readouterr().out)
     read_as_nanogpt_does = np.memmap(tmp_path / "new/back.bin", dtype=dtype, mode="r")
     assert np.array_equal(read_as_nanogpt_does, np.concatenate(documents)), f"seed {seed}"
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["back.bin"]
     with pytest.raises(UserError, match=r"back.bin is there already: give another name"):
-        shards.export(ExportConfig(str(tmp_path / "out/train"), str(tmp_path / "new/back.bin")))
+        convert.export(ExportConfig(str(tmp_path / "out/train"), str(tmp_path / "new/back.bin")))
 
 
 @pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
@@ -163,7 +164,7 @@ def test_a_file_with_llm_cs_header_says_its_width_itself(
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.bin").write_bytes(header.tobytes() + ids.tobytes())
     (tmp_path / "in/meta.pkl").write_bytes(b"cos\nsystem\n")
-    shards.import_(config(home, tmp_path / "in", tmp_path / "out", "nanogpt", split=Split.val))
+    convert.import_(config(home, tmp_path / "in", tmp_path / "out", "nanogpt", split=Split.val))
     assert documents_of(tmp_path / "out/val") == numbered("a.bin", documents), f"seed {seed}"
     report = json.loads((tmp_path / "out/val/report.json").read_text())
     assert report["dropped"] == {"not a .bin file": {"count": 1, "examples": ["meta.pkl"]}}
@@ -181,9 +182,9 @@ def test_megatrons_own_files_come_in_and_what_goes_out_megatron_reads(
     write_megatron(tmp_path / "in/text_document", documents, dtype, np.random.default_rng(seed))
     expected = numbered("text_document.bin", documents)
     for i, given in enumerate(["in", "in/text_document", "in/text_document.bin", "in/text_document.idx"]):
-        shards.import_(config(home, tmp_path / given, tmp_path / f"out{i}", "megatron", vocab))
+        convert.import_(config(home, tmp_path / given, tmp_path / f"out{i}", "megatron", vocab))
         assert documents_of(tmp_path / f"out{i}/train") == expected, f"seed {seed}, {given}"
-    shards.export(ExportConfig(str(tmp_path / "out0/train"), str(tmp_path / "back.bin"), ExportFormat.megatron))
+    convert.export(ExportConfig(str(tmp_path / "out0/train"), str(tmp_path / "back.bin"), ExportFormat.megatron))
     peer = IndexedDataset(str(tmp_path / "back"))
     assert peer.index.dtype is dtype and len(peer) == len(documents)
     assert peer.document_indices.tolist() == list(range(len(documents) + 1))
@@ -217,7 +218,7 @@ def test_each_encoding_and_compression_of_mds_gives_the_samples_as_documents(
         documents = np.split(np.random.default_rng(seed).integers(257, 60_000, 40 * 200), 40)
     write_mds(tmp_path / "in", [MDS[encoding](ids) for ids in documents], encoding, compression)
     dtype = Width.int64 if encoding == "bytes" else None
-    shards.import_(config(home, tmp_path / "in", tmp_path / "out", "mds", dtype=dtype))
+    convert.import_(config(home, tmp_path / "in", tmp_path / "out", "mds", dtype=dtype))
     expected = {f"shard.{i // 30:05d}.mds:{i % 30}": ids.tolist() for i, ids in enumerate(documents)}
     if encoding.endswith(":200"):  # pieces of a fixed length seldom end with end-of-text
         expected = {name: [*ids, EOT] for name, ids in expected.items()}
@@ -244,7 +245,7 @@ def test_what_mosaicmls_writer_wrote_comes_in(
             value = ids.astype(cast)
             writer.write({"tokens": value.tobytes() if encoding == "bytes" else value, "name": f"n{i}", "weight": 0.5})
     dtype = Width.int64 if encoding == "bytes" else None
-    shards.import_(config(home, tmp_path / "in", tmp_path / "out", "mds", dtype=dtype))
+    convert.import_(config(home, tmp_path / "in", tmp_path / "out", "mds", dtype=dtype))
     found = documents_of(tmp_path / "out/train")
     assert list(found.values()) == [ids.tolist() for ids in documents], f"seed {seed}"
     assert len({name.split(":")[0] for name in found}) > 2
@@ -265,7 +266,7 @@ def test_pieces_of_a_packed_stream_are_cut_at_end_of_text(home: Path, tmp_path: 
         write_megatron(tmp_path / "in/x", pieces, np.int64, rng)
     if kind == "jsonl":
         (tmp_path / "in/x.jsonl").write_text("".join(json.dumps({"tokens": p.tolist()}) + "\n" for p in pieces))
-    shards.import_(config(home, tmp_path / "in", tmp_path / "out", kind, packed=True))
+    convert.import_(config(home, tmp_path / "in", tmp_path / "out", kind, packed=True))
     found = documents_of(tmp_path / "out/train")
     assert list(found.values()) == [ids.tolist() for ids in documents], f"seed {seed}"
     report = json.loads((tmp_path / "out/train/report.json").read_text())
@@ -285,7 +286,7 @@ def test_lines_of_ids_are_documents_and_what_is_none_is_counted(
         '{"ids": [7]}',
     ]
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    shards.import_(config(home, tmp_path / "a.jsonl.gz", tmp_path / "out", "jsonl", tokens_key="ids"))
+    convert.import_(config(home, tmp_path / "a.jsonl.gz", tmp_path / "out", "jsonl", tokens_key="ids"))
     assert documents_of(tmp_path / "out/train") == {
         "a.jsonl.gz:1": [1, 2, 256],
         "x": [3, 256, 4, 256],
@@ -306,7 +307,7 @@ def test_lines_of_ids_are_documents_and_what_is_none_is_counted(
 
 def test_a_vocabulary_without_end_of_text_cuts_nothing_and_adds_nothing(home: Path, tmp_path: Path) -> None:
     np.arange(256, dtype=np.uint16).tofile(tmp_path / "a.bin")
-    shards.import_(config(home, tmp_path / "a.bin", tmp_path / "out", "nanogpt", 256))
+    convert.import_(config(home, tmp_path / "a.bin", tmp_path / "out", "nanogpt", 256))
     assert documents_of(tmp_path / "out/train") == {"a.bin:0": list(range(256))}
 
 
@@ -320,7 +321,7 @@ def test_a_document_that_is_too_long_is_counted_and_the_others_stay(
     monkeypatch.setattr(tokens, "MAX_TOKENS", 100)
     monkeypatch.setattr(tokens, "CHUNK", 64)
     for kind, source in (("megatron", "in/x"), ("nanogpt", "x.bin")):
-        shards.import_(config(home, tmp_path / source, tmp_path / kind, kind))
+        convert.import_(config(home, tmp_path / source, tmp_path / kind, kind))
         expected = {name: ids for name, ids in numbered("x.bin", documents).items() if len(ids) < 100}
         assert documents_of(tmp_path / kind / "train") == expected
         report = json.loads((tmp_path / kind / "train/report.json").read_text())
@@ -334,21 +335,21 @@ def test_an_import_that_stops_before_any_publication_goes_on_and_ends_with_the_s
     np.concatenate(random_documents(seed)).astype(np.uint16).tofile(tmp_path / "a.bin")
     monkeypatch.setattr(convert, "TASK", 500)
     monkeypatch.setattr(tokens, "CHUNK", 100)
-    shards.import_(config(home, tmp_path / "a.bin", tmp_path / "whole", "nanogpt"))
-    expected, stop_after = tree(tmp_path / "whole"), forestalled(monkeypatch, shards, manifest)
+    convert.import_(config(home, tmp_path / "a.bin", tmp_path / "whole", "nanogpt"))
+    expected, stop_after = tree(tmp_path / "whole"), forestalled(monkeypatch, shards, files)
     for published in itertools.count():
         out = tmp_path / str(published)
         stop_after(published)
         try:
-            shards.import_(config(home, tmp_path / "a.bin", out, "nanogpt"))
+            convert.import_(config(home, tmp_path / "a.bin", out, "nanogpt"))
             break
         except KeyboardInterrupt:
             stop_after(-1)
-        shards.import_(config(home, tmp_path / "a.bin", out, "nanogpt"))
+        convert.import_(config(home, tmp_path / "a.bin", out, "nanogpt"))
         assert tree(out) == expected, f"seed {seed}, stopped before publication {published}"
     assert published > 10
     with pytest.raises(UserError, match=r"begun with block_tokens=700, now block_tokens=600: give another output="):
-        shards.import_(config(home, tmp_path / "a.bin", out, "nanogpt", block_tokens=600))
+        convert.import_(config(home, tmp_path / "a.bin", out, "nanogpt", block_tokens=600))
     corpus = CorpusConfig(name="text", format=CorpusFormat.text, path=str(home))
     with pytest.raises(UserError, match=r"train was begun with .*: give another output="):
         shards.write(ShardsConfig(corpus, str(home / "60000.json"), str(out / "train")))
@@ -358,7 +359,7 @@ def test_an_export_that_stops_leaves_nothing_and_a_damaged_source_is_not_exporte
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.concatenate(random_documents(0)).astype(np.uint16).tofile(tmp_path / "a.bin")
-    shards.import_(config(home, tmp_path / "a.bin", tmp_path / "out", "nanogpt"))
+    convert.import_(config(home, tmp_path / "a.bin", tmp_path / "out", "nanogpt"))
     cfg = ExportConfig(str(tmp_path / "out/train"), str(tmp_path / "new/b.bin"), ExportFormat.megatron)
 
     def full(aside: Path, path: Path) -> None:
@@ -367,14 +368,14 @@ def test_an_export_that_stops_leaves_nothing_and_a_damaged_source_is_not_exporte
     with monkeypatch.context() as disk:
         disk.setattr(convert, "rename", full)
         with pytest.raises(UserError, match=r"output=.*b.bin: No space left on device: make room"):
-            shards.export(cfg)
+            convert.export(cfg)
     assert not list((tmp_path / "new").iterdir())
     tar = tmp_path / "out/train/00001.tar"
     data = bytearray(tar.read_bytes())
     data[2000] ^= 1
     tar.write_bytes(data)
     with pytest.raises(UserError, match=r"00001.tar: sample 000000.npy: checksum"):
-        shards.export(cfg)
+        convert.export(cfg)
     assert not list((tmp_path / "new").iterdir())
 
 
@@ -383,7 +384,7 @@ def test_a_thousand_tokens_a_document_cost_at_most_two_bytes_and_a_tenth_each(ho
     ids[999::1000] = EOT
     ids.tofile(tmp_path / "openwebtext.bin")
     sizes = {"shard_tokens": 5_000_000, "block_tokens": 65_536}
-    shards.import_(config(home, tmp_path / "openwebtext.bin", tmp_path / "out", "nanogpt", **sizes))
+    convert.import_(config(home, tmp_path / "openwebtext.bin", tmp_path / "out", "nanogpt", **sizes))
     found = read_manifest(tmp_path / "out/train")
     disk = sum(path.stat().st_size for path in (tmp_path / "out/train").glob("00000.*"))
     assert (found.tokens, found.documents) == (1_000_000, 1000) and disk <= 2.1 * found.tokens
@@ -401,7 +402,7 @@ def test_the_memory_of_an_import_does_not_grow_with_the_file(
         ids[399::400] = EOT
         ids.tofile(tmp_path / f"{n}.bin")
         tracemalloc.start()
-        shards.import_(config(home, tmp_path / f"{n}.bin", tmp_path / str(n), "nanogpt", **sizes))
+        convert.import_(config(home, tmp_path / f"{n}.bin", tmp_path / str(n), "nanogpt", **sizes))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0] < 6_000_000, peaks

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from conf.errors import UserError
-from data_pipeline.shards import write as shards
-from data_pipeline.shards.config import ExportConfig, Width
+from data_pipeline.shards import convert
+from data_pipeline.shards.shards_config import ExportConfig, Width
 from tests.unit.data_pipeline.shards.test_convert import EOT, as_ndarray, config, documents_of, write_mds
 from tests.unit.data_pipeline.shards.test_convert import home as home
 
@@ -212,7 +212,7 @@ def healthy(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, compression in (("mds", None), ("mds_gz", "gz")):
         write_mds(root / name, [as_ndarray(d, "<u2") for d in documents], "ndarray:uint16", compression)
     for kind, name in KINDS.items():
-        shards.import_(config(home, root / kind, root / "out" / kind, name))
+        convert.import_(config(home, root / kind, root / "out" / kind, name))
         found = documents_of(root / "out" / kind / "train")
         assert list(found.values()) == [d.tolist() for d in documents]
     return root
@@ -231,7 +231,7 @@ def test_a_damaged_or_crafted_file_is_one_line_and_takes_no_memory(
     tracemalloc.start()
     try:
         with pytest.raises(UserError, match=message) as error:
-            shards.import_(config(home, tmp_path / kind, tmp_path / "out", KINDS[kind]))
+            convert.import_(config(home, tmp_path / kind, tmp_path / "out", KINDS[kind]))
         assert tracemalloc.get_traced_memory()[1] < 20_000_000
     finally:
         tracemalloc.stop()
@@ -247,4 +247,4 @@ def test_values_that_cannot_be_meant_are_refused(home: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"output=x.npy: give the name of a file that ends in .bin"):
         ExportConfig("data/train", "x.npy")
     with pytest.raises(UserError, match=r"input=.*gone: no such file or folder"):
-        shards.import_(config(home, tmp_path / "gone", tmp_path, "mds"))
+        convert.import_(config(home, tmp_path / "gone", tmp_path, "mds"))

@@ -23,14 +23,16 @@ import pytest
 import webdataset as wds
 
 from conf.errors import UserError
-from data_pipeline import manifest
+from data_pipeline import files
 from data_pipeline.corpus import read
-from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
+from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
 from data_pipeline.manifest import index_path, read_index, read_manifest, write_index
 from data_pipeline.order.plan import Windows
-from data_pipeline.shards import encode, progress
+from data_pipeline.shards import encode
 from data_pipeline.shards import write as shards
-from data_pipeline.shards.config import ShardsConfig, VerifyConfig
+from data_pipeline.shards.output import claimed
+from data_pipeline.shards.shards_config import ShardsConfig, VerifyConfig
+from data_pipeline.shards.verify import verify
 from data_pipeline.stream.windows import ShardStream, read_shard
 from data_pipeline.tokenizer.tokenizer import Tokenizer, train_bpe
 from tests.helpers.fixtures import forestalled
@@ -142,7 +144,7 @@ def test_a_write_that_stops_before_any_publication_goes_on_and_ends_with_the_sam
     """Every rename in turn is the one that a kill forestalls; shards that were finished are not touched again."""
     sizes = {"shard_tokens": 6000, "val_fraction": 0.2}
     shards.write(config(home, tmp_path / "whole", **sizes))
-    expected, stop_after = tree(tmp_path / "whole"), forestalled(monkeypatch, shards, manifest)
+    expected, stop_after = tree(tmp_path / "whole"), forestalled(monkeypatch, shards, files)
     for published in itertools.count():
         out = tmp_path / str(published)
         stop_after(published)
@@ -252,7 +254,7 @@ def test_a_second_write_finds_all_done_and_other_work_is_refused(
         other_version.setattr(encode, "TASK", encode.TASK + 1)
         with pytest.raises(UserError, match=r"begun with task, block, line, file bytes of this version=\[1048576, "):
             shards.write(config(home, written))
-    with progress.claimed(tmp_path / "busy"), pytest.raises(UserError, match="another write is at work there"):
+    with claimed(tmp_path / "busy"), pytest.raises(UserError, match="another write is at work there"):
         shards.write(config(home, tmp_path / "busy"))
     assert tree(written) == before
 
@@ -308,7 +310,7 @@ def test_ids_take_two_bytes_as_long_as_all_fit_and_a_vocabulary_without_separato
     source = read_manifest(tmp_path / "out" / "train")
     assert (source.dtype, source.vocab_size, source.eot_id) == (dtype, vocab_size, None)
     assert source.tokens == 20
-    shards.verify(VerifyConfig(str(tmp_path / "out")))
+    verify(VerifyConfig(str(tmp_path / "out")))
 
 
 def rewrite(path: Path, change: Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]) -> None:
@@ -425,11 +427,11 @@ def tokens_at(path: Path) -> int:
 def test_verify_finds(defect: str, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage, expected = DEFECTS[defect]
     shutil.copytree(written, tmp_path / "out")
-    shards.verify(VerifyConfig(str(tmp_path / "out")))
+    verify(VerifyConfig(str(tmp_path / "out")))
     assert f"{tmp_path / 'out'}: ok, 2 sources, " in capsys.readouterr().out
     damage(tmp_path / "out")
     with pytest.raises(UserError, match=r"\d+ defects in [12] sources, listed above"):
-        shards.verify(VerifyConfig(str(tmp_path / "out")))
+        verify(VerifyConfig(str(tmp_path / "out")))
     out = capsys.readouterr().out
     for line in expected:
         assert line in out
@@ -437,4 +439,4 @@ def test_verify_finds(defect: str, written: Path, tmp_path: Path, capsys: pytest
 
 def test_verify_needs_a_source(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no manifest.json there or one folder below"):
-        shards.verify(VerifyConfig(str(tmp_path)))
+        verify(VerifyConfig(str(tmp_path)))

@@ -19,8 +19,8 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from conf.errors import UserError
 from data_pipeline import bpe
-from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
-from data_pipeline.shards.config import BpeCodeConfig, BpeTrainConfig
+from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
+from data_pipeline.shards.shards_config import BpeCodeConfig, BpeTrainConfig
 from data_pipeline.tokenizer import vocabularies
 from data_pipeline.tokenizer.tokenizer import Tokenizer, train_bpe
 from data_pipeline.tokenizer.vocabularies import EOT

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datatrove.data import Document
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.decontaminate.decontaminate import Decontaminate, Overlaps, report
 from data_pipeline.prepare.decontaminate.grams import Grams
 from data_pipeline.prepare.recipe_config import DecontaminateConfig
@@ -63,8 +63,8 @@ def test_each_of_200_planted_overlaps_is_removed_with_its_window_and_nothing_els
         right += [(f"d{number}#{k}", piece) for k, piece in enumerate(pieces, 1)]
     step, found = cleaned(config(tmp_path / "set.jsonl", examples), docs, tmp_path)
     assert [(doc.id, doc.text) for doc in found] == right, seed
-    assert (step.passage.taken.documents, step.passage.given.documents, step.passage.split) == (200, 400, 200)
-    assert step.passage.given.tokens == 2800  # nobody counts tokens here: each piece says what its document said
+    assert (step.report.taken.documents, step.report.given.documents, step.report.split) == (200, 400, 200)
+    assert step.report.given.tokens == 2800  # nobody counts tokens here: each piece says what its document said
 
 
 def test_none_of_200_near_misses_is_removed(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_none_of_200_near_misses_is_removed(tmp_path: Path) -> None:
     docs = [Document(text, str(i)) for i, text in enumerate(texts)]
     step, found = cleaned(config(tmp_path / "set.jsonl", examples), docs, tmp_path)
     assert [doc.text for doc in found] == texts, seed
-    assert (step.passage.split, step.passage.dropped) == (0, {})
+    assert (step.report.split, step.report.dropped) == (0, {})
 
 
 def plain_cut(text: str, grams: set[tuple[str, ...]], cfg: DecontaminateConfig) -> str | list[str]:
@@ -148,8 +148,8 @@ def test_random_texts_are_cut_as_by_a_loop_over_characters(tmp_path: Path, monke
                 expected += [(f"{i}#{k}" if len(outcome) > 1 else f"{i}", t) for k, t in enumerate(outcome, 1)]
         assert [(doc.id, doc.text) for doc in found] == expected, seed
         dropped = Counter(outcome for outcome in right if isinstance(outcome, str))
-        assert {reason: tally.documents for reason, tally in step.passage.dropped.items()} == dropped, seed
-        passage = step.passage
+        assert {reason: tally.documents for reason, tally in step.report.dropped.items()} == dropped, seed
+        passage = step.report
         assert passage.given.documents == passage.taken.documents - dropped.total() + passage.split == len(expected)
         outcomes.update(r if isinstance(r, str) else f"{min(len(r), 2)}" for r in right)
     assert set(outcomes) == {"1", "2", "in too many pieces", "nothing left"}, outcomes
@@ -174,7 +174,7 @@ def test_a_phrase_in_more_than_max_documents_is_left_alone(tmp_path: Path) -> No
         docs = [Document(f"{GRAM} and {GRAM}", str(i)) for i in range(copies)]  # twice in one is one document
         step, found = cleaned(cfg, docs, tmp_path / "c")
         assert [doc.id for doc in found] == kept
-        assert sum(tally.documents for tally in step.passage.dropped.values()) == copies - len(kept)
+        assert sum(tally.documents for tally in step.report.dropped.values()) == copies - len(kept)
 
 
 def test_more_than_max_pieces_and_none_that_is_long_enough_are_two_reasons(tmp_path: Path) -> None:
@@ -183,12 +183,12 @@ def test_more_than_max_pieces_and_none_that_is_long_enough_are_two_reasons(tmp_p
     for cuts, outcome in ((9, 10), (10, "in too many pieces")):
         step, found = cleaned(cfg, [Document(filler + f"{GRAM} {filler}" * cuts, "a")], tmp_path / "c")
         assert len(found) == (outcome if isinstance(outcome, int) else 0)
-        assert list(step.passage.dropped) == ([outcome] if isinstance(outcome, str) else [])
+        assert list(step.report.dropped) == ([outcome] if isinstance(outcome, str) else [])
     for length, left in ((398, []), (399, ["a"])):  # and a space; 200 of them are the window
         text = "x" * length + " " + GRAM
         step, found = cleaned(cfg, [Document(text, "a")], tmp_path / "c")
         assert [doc.id for doc in found] == left and [doc.text for doc in found] == [text[:200]] * len(left)
-        assert list(step.passage.dropped) == ([] if left else ["nothing left"])
+        assert list(step.report.dropped) == ([] if left else ["nothing left"])
 
 
 def test_pieces_keep_what_is_known_of_the_document_and_their_tokens_are_counted(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_pieces_keep_what_is_known_of_the_document_and_their_tokens_are_counted(
     step.tokens = lambda texts: [len(text.split()) for text in texts]
     found = list(step.run([Document(filler + GRAM + " " + filler, "a", metadata={"url": "u", "tokens": 413})]))
     assert [doc.metadata for doc in found] == [{"url": "u", "tokens": len(doc.text.split())} for doc in found]
-    assert found[0].metadata is not found[1].metadata and step.passage.given.tokens == 320
+    assert found[0].metadata is not found[1].metadata and step.report.given.tokens == 320
 
 
 def test_the_report_tells_clean_dirty_and_short_examples_apart(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datatrove.data import Document
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.dedup import keys as keys_module
 from data_pipeline.prepare.dedup import near
 from data_pipeline.prepare.dedup.clusters import KINDS, LARGEST, SUMMARY, find, reasons

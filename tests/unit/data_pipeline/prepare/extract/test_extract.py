@@ -14,9 +14,9 @@ pytest.importorskip("ftfy")
 pytest.importorskip("datatrove")
 
 import ftfy
-from datatrove.data import Document
 from ftfy.badness import MOJIBAKE_CATEGORIES, is_bad
 
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.extract.extract import Extract
 from data_pipeline.prepare.extract.page_text import SUSPECT, repairer
 from data_pipeline.prepare.recipe_config import Extractor, LimitsConfig
@@ -105,9 +105,9 @@ def test_a_page_without_text_is_dropped_and_counted_with_its_bytes(
     pages = [b"", b" ", b"<html></html>", PAGE.encode(), b"<script>var x</script>", b"\x00"]
     kept = list(step.run(page(html) for html in pages))
     assert [PROSE.strip() in doc.text for doc in kept] == [True]
-    assert (step.passage.taken.documents, step.passage.given.documents) == (6, 1)
-    assert {why: tally.documents for why, tally in step.passage.dropped.items()} == {"no text": 5}
-    assert step.passage.dropped["no text"].bytes == sum(map(len, pages)) - len(PAGE.encode())
+    assert (step.report.taken.documents, step.report.given.documents) == (6, 1)
+    assert {why: tally.documents for why, tally in step.report.dropped.items()} == {"no text": 5}
+    assert step.report.dropped["no text"].bytes == sum(map(len, pages)) - len(PAGE.encode())
 
 
 TEXT, NONE, LIMITS = {None}, {"no text"}, {"took too long", "took too much memory"}

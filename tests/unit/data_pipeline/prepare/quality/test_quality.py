@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datatrove.data import Document
 from scipy.stats import binomtest, chi2, lomax
 from sklearn.feature_extraction.text import HashingVectorizer
 
 from conf.errors import UserError
 from conf.schema import load
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.quality import train as training
 from data_pipeline.prepare.quality.config import QualityEvaluateConfig, QualityTrainConfig
 from data_pipeline.prepare.quality.features import features, stacked
@@ -108,7 +108,7 @@ def test_a_document_has_its_own_luck_whatever_comes_before_it(tmp_path: Path) ->
     def kept(ids: list[str], seed: int) -> set[str]:
         step = Quality(QualityConfig(str(tmp_path / "m.safetensors"), 9.0, seed))
         found = {doc.id for doc in step.run([Document("some text", name) for name in ids])}
-        passage = step.passage
+        passage = step.report
         assert passage.taken.documents == len(ids) == passage.given.documents + passage.dropped["quality"].documents
         return found
 
@@ -130,7 +130,7 @@ def test_the_step_writes_the_score_of_the_logistic_function(tmp_path: Path) -> N
         norm = sum(count**2 for count in counts.values()) ** 0.5 or 1
         logit = 0.25 + sum(float(made.coefficients[i]) * count / norm for i, count in counts.items())
         assert abs(doc.metadata["score"] - 1 / (1 + np.exp(-logit))) < 2e-6, seed
-    assert step.passage.given.documents == 4
+    assert step.report.given.documents == 4
 
 
 def model(coefficients: np.ndarray, bias: float) -> Model:

@@ -7,9 +7,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from datatrove.data import Document
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.recipe_config import BadWordsConfig
 from data_pipeline.prepare.rules.bad_words import BadWords
 from tests.helpers.seeds import seeded

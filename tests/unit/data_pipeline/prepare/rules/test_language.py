@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from datatrove.data import Document
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.recipe_config import LanguageConfig
 from data_pipeline.prepare.rules.language import Language, model_path
 from tests.helpers.seeds import seeded

@@ -5,9 +5,9 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from datatrove.data import Document
 from datatrove.pipeline.formatters.pii import PIIFormatter
 
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.recipe_config import PiiConfig
 from data_pipeline.prepare.rules.pii import FICTION, LONGEST_LOCAL, Pii
 from tests.helpers.seeds import seeded

@@ -8,7 +8,6 @@ from random import Random
 from typing import Any
 
 import pytest
-from datatrove.data import Document
 from datatrove.pipeline.filters import (
     C4QualityFilter,
     FineWebQualityFilter,
@@ -17,6 +16,7 @@ from datatrove.pipeline.filters import (
 )
 
 from conf.schema import CONF, thaw
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare import recipe_config
 from data_pipeline.prepare.rules.c4 import C4
 from data_pipeline.prepare.rules.fineweb import FineWeb

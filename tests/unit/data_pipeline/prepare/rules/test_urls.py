@@ -6,9 +6,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from datatrove.data import Document
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.recipe_config import UrlConfig
 from data_pipeline.prepare.rules.lists import Domains
 from data_pipeline.prepare.rules.urls import Urls, host_of

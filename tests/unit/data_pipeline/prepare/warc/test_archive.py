@@ -11,10 +11,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from datatrove.data import Document
 
+from data_pipeline.corpus.document import Document, Dropped
 from data_pipeline.corpus.read import Input
-from data_pipeline.corpus.report import Dropped
 from data_pipeline.prepare.recipe_config import LimitsConfig
 from data_pipeline.prepare.warc.charset import decode
 from tests.helpers.archives import (
@@ -53,7 +52,7 @@ def test_every_record_comes_in_order_with_what_is_known_of_it(kind: str, tmp_pat
     found = plain_items(archive(tmp_path, kind, made))
     assert len(found) == 30, seed
     assert all(same(item, m, kind) for item, m in zip(found, made, strict=True)), seed
-    paths = [item.metadata["path"] if isinstance(item, Document) else item.where for item in found]
+    paths = [item.metadata["path"] if isinstance(item, Document) else item.path for item in found]
     assert len(set(paths)) == 30 and all(path.startswith("a.") for path in paths)
     for item, m in zip(found, made, strict=True):
         if isinstance(item, Document):

@@ -12,9 +12,8 @@ from pathlib import Path
 import brotli
 import pytest
 import zstandard
-from datatrove.data import Document
 
-from data_pipeline.corpus.report import Dropped
+from data_pipeline.corpus.document import Document, Dropped
 from data_pipeline.prepare.recipe_config import LimitsConfig
 from data_pipeline.prepare.warc.compression import START
 from tests.helpers.archives import Made, frame, plain_items, put, read_all, squeeze

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from datatrove.data import Document
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import Document, Dropped
 from data_pipeline.corpus.inputs import files_at
 from data_pipeline.corpus.lines import lines
-from data_pipeline.corpus.report import Dropped
 from data_pipeline.prepare.recipe_config import LinksConfig
 from data_pipeline.prepare.web.links import DUPLICATE, Link, Linked, links, read_links, write_links
 from data_pipeline.prepare.web.urls import normalize
@@ -80,7 +79,7 @@ def test_each_rule_has_its_reason_and_every_line_is_accounted_for(tmp_path: Path
         Link("http://notwikipedia.org/wiki/A", 5, "2017-07-14T02:40:00Z"),
     ]
     assert len(got) == 17
-    assert [(d.reason, d.where.rpartition(":")[2]) for d in got if isinstance(d, Dropped)] == [
+    assert [(d.reason, d.path.rpartition(":")[2]) for d in got if isinstance(d, Dropped)] == [
         ("a score below min_score", "2"),
         ("submitted after links.until", "3"),
         ("for adults", "5"),

@@ -25,8 +25,8 @@ import zstandard
 from fastwarc.warc import ArchiveIterator, WarcRecordType
 
 from conf.errors import UserError
+from data_pipeline.corpus.report import Report
 from data_pipeline.prepare.recipe_config import FetchPagesConfig
-from data_pipeline.prepare.step import Passage
 from data_pipeline.prepare.web import crawl, host_queue, http, robots
 from data_pipeline.prepare.web.fetch import fetch, task_of
 from data_pipeline.prepare.web.http import Answer
@@ -57,11 +57,11 @@ def listed(path: Path, *urls: str) -> Path:
     return path
 
 
-def fetched(folder: Path, *urls: str, task: int = 0, tasks: int = 1, **given: Any) -> Passage:
+def fetched(folder: Path, *urls: str, task: int = 0, tasks: int = 1, **given: Any) -> Report:
     return fetch(listed(folder / "links.jsonl.zst", *urls), folder / "out", task, tasks, config(**given))
 
 
-def outcomes(passage: Passage) -> dict[str, int]:
+def outcomes(passage: Report) -> dict[str, int]:
     assert passage.taken.documents == passage.given.documents + sum(t.documents for t in passage.dropped.values())
     return {reason: tally.documents for reason, tally in passage.dropped.items()}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from conf.errors import MISSING, UserError
-from data_pipeline.corpus.config import CorpusConfig
+from data_pipeline.corpus.corpus_config import CorpusConfig
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from conf.errors import MISSING, UserError
-from data_pipeline.corpus.config import CorpusConfig, CorpusFormat
+from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
 from data_pipeline.prepare.quality.config import QualityTrainConfig
 from data_pipeline.prepare.recipe_config import RecipeConfig
 
