@@ -85,7 +85,7 @@ class Trainer:
         self.val_loss: float | None = None  # of this step, where it was validated
         self.best_val_loss: float | None = state.get("best_val_loss")
         begin = init_checkpoint(cfg, found)
-        self.engine = build_engine(cfg, self.geometry, self.mesh, found, begin)
+        self.engine = build_engine(cfg, self.mesh, found, begin)
         self.feed = Feed(cfg, self.mesh, sources, plan, self.step)
         all_ranks(f"{self.run.root} takes no metrics", self._open_tracker)
         where = (cfg, self.mesh, self.run, self.generation, self.config_text)
@@ -150,12 +150,12 @@ class Trainer:
             batches, unread = self.feed.next()
             self.speed.wait(waited := time.monotonic() - started)
             valid, *wishes, skipped = self.agree_on_step(batches, unread)
-            recheck(self.engine, self.step, batches[0])
+            recheck(self.engine, self.cfg.guard.recheck_every, self.cfg.seed, self.step, batches[0])
             self.own.start()
             loss = torch.zeros((), device=self.mesh.device)
             for micro_step, batch in enumerate(batches):
                 seed_dropout(self.mesh, self.cfg.seed, self.step, micro_step)
-                loss += self.engine.backward(batch, valid, last=micro_step + 1 == len(batches))
+                loss += self.engine.backward(batch, valid[None], last=micro_step + 1 == len(batches))[0]
             self.progress.own(self.own.stop(waited))
             facts = torch.stack([loss / valid, valid, skipped, *wishes])
             dist.all_reduce(facts, group=self.mesh.dp_group)

@@ -27,6 +27,7 @@ from trainer.model import flex
 from trainer.model.arithmetic import param_count
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
+from trainer.objective.language_model import LanguageModel
 from trainer.run.folder import RunFolder
 
 
@@ -69,9 +70,7 @@ def init_checkpoint(cfg: PretrainConfig, found: Path | None) -> Path | None:
     return Path(looked[0])
 
 
-def build_engine(
-    cfg: PretrainConfig, geometry: Geometry, mesh: Mesh, found: Path | None, begin: Path | None = None
-) -> Engine:
+def build_engine(cfg: PretrainConfig, mesh: Mesh, found: Path | None, begin: Path | None = None) -> Engine:
     """One path for fresh and resumed: weights into the plain module, ZeRO around it, then masters and moments.
 
     From `found` come all of them, from `begin` the weights alone.
@@ -86,8 +85,8 @@ def build_engine(
         checkpoint.load_weights(weights, model, mesh)
     else:
         initialise(model, cfg.model, cfg.seed)
-    prepare(model, cfg, mesh)
-    engine = Engine(model, cfg, geometry, mesh)
+    prepare(model, cfg.precision, cfg.compile, cfg.parallel, mesh)
+    engine = Engine(model, LanguageModel(), cfg.optim, cfg.parallel, cfg.precision, mesh)
     if found:
         checkpoint.restore(found, engine)
     return engine
@@ -108,7 +107,7 @@ def run_summary(
         f"{cfg.run.name}: {cfg.model.name}, {param_count(cfg.model):,} parameters in {cfg.precision.value} on "
         f"{mesh.world.world_size} {mesh.device.type} ranks (dp={mesh.dp} tp={mesh.tp} "
         f"ZeRO-{cfg.parallel.zero_stage})",
-        describe_compile(cfg, mesh),
+        describe_compile(cfg.compile, cfg.parallel, mesh),
         f"the run: {ledger.tokens(cfg.max_steps):,} tokens in {cfg.max_steps:,} steps",
     ]
     for name, train in sources.train.items():

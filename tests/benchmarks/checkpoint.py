@@ -32,9 +32,9 @@ from typing import Any
 import torch
 
 from conf.schema import load
-from data_pipeline.order.geometry import batch_geometry
 from data_pipeline.stream.loader import Batch
 from tests.benchmarks import machine
+from tests.distributed.tiny_run import TinyEngine, counts
 from trainer.checkpoint import load as checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.write import Writer
@@ -52,23 +52,22 @@ BAR = 0.15  # of a blocking save
 SECONDS = ("blocking_s", "stall_s", "write_s", "step_s", "beside_s", "deepspeed_s", "torch_save_s", "load_s")
 
 
-def build(model: str, n_ctx: int) -> Engine:
+def build(model: str, n_ctx: int) -> TinyEngine:
     """The model as the run's entry would build it, alone; the context is cut to `n_ctx`, for short steps."""
     given = [f"model={model}", f"model.n_ctx={n_ctx}", "data.path=x", "max_steps=1", "precision=fp32", "data.lanes=1"]
     given += [f"tokens_per_step={n_ctx}", "micro_batch_size=1", "checkpoint.keep=1", "tracking=none", "parallel=zero1"]
     cfg = load(PretrainConfig, given)
     mesh = parallel.start(read_world(), cfg.parallel)
-    geometry = batch_geometry(tokens_per_step=n_ctx, n_ctx=n_ctx, micro_batch_size=1, lanes=1, dp=1)
     module = GPT(cfg.model, mesh, sequence_parallel=False).to(mesh.device)
     initialise(module, cfg.model, cfg.seed)
-    return Engine(module, cfg, geometry, mesh)
+    return TinyEngine(module, cfg, mesh)
 
 
-def train(engine: Engine) -> float:
+def train(engine: TinyEngine) -> float:
     """Seconds of one step on random tokens."""
     cfg, start = engine.cfg.model, time.perf_counter()
     ids = torch.randint(cfg.vocab_size, (1, cfg.n_ctx + 1))
-    engine.backward(Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()), cfg.n_ctx, last=True)
+    engine.backward(Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()), counts(cfg.n_ctx), last=True)
     engine.step(1e-4)
     settle()
     return time.perf_counter() - start
@@ -79,7 +78,7 @@ def settle() -> None:
         torch.cuda.synchronize()
 
 
-def saver(engine: Engine, folder: Path, background: bool, written: list[float]) -> Saver:
+def saver(engine: TinyEngine, folder: Path, background: bool, written: list[float]) -> Saver:
     run = RunFolder(folder)
     engine.cfg.checkpoint.background = background
 

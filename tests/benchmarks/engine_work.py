@@ -52,20 +52,23 @@ class Phases:
 
 def our_step(engine: Any, batches: list[Any]) -> Callable[[Phases], None]:
     """Engine.backward is forward and backward in one: its forward is timed from inside."""
+    from tests.distributed.tiny_run import counts
 
     def step(phase: Phases) -> None:
         for batch in batches:
             last = batch is batches[-1]
-            phase("backward", lambda b=batch, la=last: engine.backward(b, 64.0, last=la))
+            phase("backward", lambda b=batch, la=last: engine.backward(b, counts(64), last=la))
         phase("step", lambda: engine.step(1e-4))
 
-    forward = engine._loss_sum
-    engine._loss_sum = lambda batch: engine.phase("forward", lambda: forward(batch))
+    forward = engine._sums
+    engine._sums = lambda batch: engine.phase("forward", lambda: forward(batch))
     return step
 
 
 def plain_step(model: Any, batches: list[Any]) -> Callable[[Phases], None]:
     import torch
+
+    from trainer.objective.language_model import lm_loss
 
     decay = [p for p in model.parameters() if p.dim() > 1]
     other = [p for p in model.parameters() if p.dim() == 1]
@@ -74,7 +77,7 @@ def plain_step(model: Any, batches: list[Any]) -> Callable[[Phases], None]:
 
     def forward(batch: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
-            return model(*batch[:2]) / 64.0
+            return model(lm_loss, *batch[:2]) / 64.0
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()

@@ -42,7 +42,7 @@ def seconds(tp: int, width: int, steps: int, rounds: int) -> list[float]:
 
         def step() -> None:
             for b in batches:
-                engine.backward(b, 60.0 * mesh.dp, last=b is batches[1])
+                engine.backward(b, run.counts(60 * mesh.dp), last=b is batches[1])
             engine.step(1e-4)
 
         step()

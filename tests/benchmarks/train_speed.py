@@ -132,20 +132,21 @@ def ours(cfg: Any, mesh: Any) -> Side:
     from trainer.engine.compile import prepare
     from trainer.engine.engine import Engine
     from trainer.model.gpt import GPT
+    from trainer.objective.language_model import LanguageModel
     from trainer.plan.layout_rules import check_layout
 
-    geometry = check_layout(cfg, 1)
+    check_layout(cfg, 1)
     torch.manual_seed(1)
     model = GPT(cfg.model, mesh, recompute=cfg.parallel.recompute).to(mesh.device)
     with torch.no_grad():  # not `initialise`: its draws on the CPU take longer than all the steps
         for name, p in model.named_parameters():
             p.normal_(std=0.02) if p.ndim > 1 else p.fill_(float(name.endswith("weight")))
-    prepare(model, cfg, mesh)
-    engine = Engine(model, cfg, geometry, mesh)
+    prepare(model, cfg.precision, cfg.compile, cfg.parallel, mesh)
+    engine = Engine(model, LanguageModel(), cfg.optim, cfg.parallel, cfg.precision, mesh)
     valid = torch.tensor(float(cfg.tokens_per_step), dtype=torch.float64, device=mesh.device)
 
     def step(tokens: Any, labels: Any) -> Any:
-        loss = engine.backward(Batch(tokens, labels), valid, last=True) / valid
+        loss = engine.backward(Batch(tokens, labels), valid[None], last=True)[0] / valid
         engine.step(cfg.optim.lr)
         return loss
 
@@ -207,7 +208,10 @@ def measure(size: str, names: list[str], given: dict[str, str]) -> dict[str, Any
         since = time.perf_counter()
         sides[name].step(0)
         wait(device)
-        out[name] = {"compile_s": time.perf_counter() - since, "compiled": cuda if peer else is_compiled(cfg, mesh)}
+        out[name] = {
+            "compile_s": time.perf_counter() - since,
+            "compiled": cuda if peer else is_compiled(cfg.compile, cfg.parallel, mesh),
+        }
         for seed in range(1, warmup):
             sides[name].step(seed)
         wait(device)

@@ -15,13 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from data_pipeline.order.geometry import batch_geometry
 from data_pipeline.stream.loader import Batch
-from tests.distributed.tiny_run import config
+from tests.distributed.tiny_run import TinyEngine, config, counts
 from trainer.config.parallel import ParallelConfig, Recompute
 from trainer.distributed import mesh as parallel
 from trainer.distributed.world import read_world
-from trainer.engine.engine import Engine
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 
@@ -110,28 +108,25 @@ def measure_one(
     counter.ignore_all()
     network = GPT(cfg.model, mesh, sequence_parallel=sequence_parallel, recompute=Recompute(recompute))
     initialise(network, cfg.model, 1)
-    geometry = batch_geometry(
-        tokens_per_step=cfg.tokens_per_step, n_ctx=T, micro_batch_size=micro, lanes=mesh.dp, dp=mesh.dp
-    )
-    engine = Engine(network, cfg, geometry, mesh)
+    engine = TinyEngine(network, cfg, mesh)
     del network
     ids = torch.randint(cfg.model.vocab_size, (micro, T + 1))
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-    valid = micro * mesh.dp * T
+    valid = counts(micro * mesh.dp * T)
     engine.backward(batch, valid, last=True)
     engine.step(1e-3)
     counter.add_all()
     state, counter.peak = counter.live, counter.live
-    forward, saved = engine._loss_sum, {}
+    forward, saved = engine._sums, {}
 
-    def loss_sum(batch: Batch) -> Tensor:
+    def sums(batch: Batch) -> Tensor:
         skip = {t.untyped_storage().data_ptr() for t in gc.get_objects() if isinstance(t, Tensor)}
         with saved_bytes(skip) as total:
             out = forward(batch)
         saved.update(total, forward=counter.peak)
         return out
 
-    engine._loss_sum = loss_sum  # type: ignore[method-assign]
+    engine._sums = sums  # type: ignore[method-assign]
     peaks = {}
     with counter:
         engine.backward(batch, valid, last=True)

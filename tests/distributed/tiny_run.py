@@ -30,6 +30,8 @@ from trainer.distributed.world import read_world
 from trainer.engine.engine import Engine
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
+from trainer.objective.language_model import LanguageModel
+from trainer.objective.objective import Objective
 from trainer.run.folder import RunFolder
 
 WINDOWS, N_CTX = 8, 16
@@ -128,7 +130,22 @@ def layout(tp: int = 1) -> Iterator[parallel.Mesh]:
     parallel_state.destroy_model_parallel()
 
 
-def build(cfg: PretrainConfig, mesh: parallel.Mesh, seed: int = 7, load: Path | None = None) -> Engine:
+class TinyEngine(Engine):
+    """An engine with the config it was built from."""
+
+    def __init__(
+        self, model: GPT, cfg: PretrainConfig, mesh: parallel.Mesh, objective: Objective | None = None
+    ) -> None:
+        super().__init__(model, objective or LanguageModel(), cfg.optim, cfg.parallel, cfg.precision, mesh)
+        self.cfg = cfg
+
+
+def counts(*numbers: float) -> Tensor:
+    """The global count of each term, as the vote gives it."""
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def build(cfg: PretrainConfig, mesh: parallel.Mesh, seed: int = 7, load: Path | None = None) -> TinyEngine:
     """An engine with the weights of `seed`, or all that a checkpoint holds."""
     from trainer.checkpoint import load as checkpoint
 
@@ -137,13 +154,13 @@ def build(cfg: PretrainConfig, mesh: parallel.Mesh, seed: int = 7, load: Path | 
     initialise(model, cfg.model, seed)
     if load:
         checkpoint.load_weights(load, model, mesh)
-    engine = Engine(model, cfg, geometry(cfg, mesh.dp), mesh)
+    engine = TinyEngine(model, cfg, mesh)
     if load:
         checkpoint.restore(load, engine)
     return engine
 
 
-def saver(engine: Engine, folder: Path) -> Saver:
+def saver(engine: TinyEngine, folder: Path) -> Saver:
     """For checkpoints of this engine in a run folder of their own, whose first start this is."""
     run = RunFolder(folder)
     if engine.mesh.world.is_main and not run.latest():
@@ -151,16 +168,16 @@ def saver(engine: Engine, folder: Path) -> Saver:
     return Saver(engine, Writer(engine.cfg, engine.mesh, run, 1, "a: 1\n"))
 
 
-def one_step(engine: Engine, step: int) -> tuple[float, float]:
+def one_step(engine: TinyEngine, step: int) -> tuple[float, float]:
     """(loss over the step's valid labels, gradient norm)"""
     batches, valid = micro_batches(step, engine.cfg, engine.mesh)
-    losses = [engine.backward(b, valid, last=b is batches[-1]) for b in batches]
+    losses = [engine.backward(b, counts(valid), last=b is batches[-1]) for b in batches]
     loss = torch.stack(losses).sum() / valid
     dist.all_reduce(loss, group=engine.mesh.dp_group)
     return loss.item(), engine.step(lr(step))
 
 
-def curve(engine: Engine, steps: range = range(10)) -> list[tuple[float, float]]:
+def curve(engine: TinyEngine, steps: range = range(10)) -> list[tuple[float, float]]:
     return [one_step(engine, s) for s in steps]
 
 

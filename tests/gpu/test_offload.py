@@ -31,13 +31,12 @@ def xl(gib: int, zero: int) -> dict[str, Any]:
     shape = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "n_ctx": 1024, "vocab_size": 50257, "init_std": 0.02}
     cfg = run.config(zero=zero, precision="bf16", offload="cpu", recompute=Recompute.full.value, model=shape)
     mesh = parallel.start(read_world(), cfg.parallel)
-    engine = build_engine(cfg, run.geometry(cfg, mesh.dp), mesh, None)
+    engine = build_engine(cfg, mesh, None)
     g, losses = torch.Generator().manual_seed(0), []
     tokens = torch.randint(1000, (2, 1025), generator=g)
     for _ in range(3):
-        parts = [
-            engine.backward(Batch(t[:, :-1], t[:, 1:]), 2048.0, last=i == 1) for i, t in enumerate(tokens[:, None])
-        ]
+        valid = run.counts(2048).to(mesh.device)
+        parts = [engine.backward(Batch(t[:, :-1], t[:, 1:]), valid, last=i == 1) for i, t in enumerate(tokens[:, None])]
         engine.step(1e-4)
         losses.append(float(torch.stack(parts).sum()) / 2048)
     where = {str(x.device) for f in owned(engine.module, engine.adam) for x in f.views.values()}

@@ -50,7 +50,7 @@ class Kept(Operations):
         return sum(size for storage, size in self._storages.values() if not storage.expired())
 
 
-def kept_bytes(model: nn.Module, *inputs: Tensor) -> int:
+def kept_bytes(model: nn.Module, *inputs: Any) -> int:
     """What a forward keeps for its backward beside parameters and inputs, each piece of memory once."""
     with Kept() as kept:
         loss = model(*inputs)

@@ -69,7 +69,7 @@ def load_weights(path: Path, model: GPT, mesh: Mesh) -> None:
 
 def restore(path: Path, engine: Engine) -> None:
     """Put masters, moments and the optimizer's step into a live engine whose module has these weights. Collective."""
-    source = _open(path, engine.cfg.model, lambda name: True)
+    source = _open(path, engine.module.cfg, lambda name: True)
     mesh = engine.mesh
     with torch.no_grad():
         for f in owned(engine.module, engine.adam):

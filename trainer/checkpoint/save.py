@@ -28,7 +28,6 @@ from trainer.checkpoint.write import ElsewhereError, FolderActivity, Save, Write
 from trainer.distributed.collective import all_ranks
 from trainer.engine.engine import Engine
 from trainer.engine.fragments import Fragment, get_optimizer_step, owned
-from trainer.model.specs import specs
 
 LAST_WAIT_S = 10.0  # after an error of the run: for ranks that write nothing any more, and may be dead
 LINGER_S = 30.0  # where the process is given up
@@ -48,7 +47,7 @@ class Saver:
 
     def __init__(self, engine: Engine, writer: Writer, moved: Callable[[], None] = lambda: None) -> None:
         self.engine, self.writer, self._moved = engine, writer, moved
-        self.background = engine.cfg.checkpoint.background
+        self.background = writer.cfg.checkpoint.background
         self._snapshot: Snapshot | None = None
         if self.background:
             self._take_memory()
@@ -77,7 +76,7 @@ class Saver:
         fragments = self._mine()
         if self._snapshot and not last:
             fragments = self._snapshot.take(fragments)
-        body = describe(engine.cfg, engine.mesh, step, get_optimizer_step(engine.adam), state)
+        body = describe(writer.cfg, engine.mesh, step, get_optimizer_step(engine.adam), state)
         save = Save(step, aside, fragments, body, last, started, back_to)
         writer.abort.clear()
         thread = threading.Thread(target=self._run, args=(save,), name="checkpoint", daemon=True)
@@ -201,7 +200,7 @@ class Saver:
     def _mine(self) -> list[Fragment]:
         """What this rank writes. What is the same on all tp ranks, tp rank 0 writes."""
         mesh = self.engine.mesh
-        spec = specs(self.engine.cfg.model, mesh.tp)
+        spec = self.engine.specs
         fragments = owned(self.engine.module, self.engine.adam)
         return [f for f in fragments if mesh.tp_rank == 0 or spec[f.name].tp_dim is not None]
 

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 
-from trainer.config.parallel import Compile, Precision, Recompute
-from trainer.config.pretrain import PretrainConfig
+from trainer.config.parallel import Compile, ParallelConfig, Precision, Recompute
 from trainer.distributed.mesh import Mesh
 from trainer.model.fp8 import check_fp8, use_fp8
 from trainer.model.gpt import GPT
@@ -25,29 +24,31 @@ from trainer.plan.layout_rules import compile_refusal
 GRAPHS = 64  # of one function; with `fullgraph` one more is an error, not a silent fall back to eager
 
 
-def prepare(model: GPT, cfg: PretrainConfig, mesh: Mesh) -> None:
-    """Before the engine is built: fp8 products and compiled blocks, where the config asks for them."""
-    if cfg.precision is Precision.fp8:
+def prepare(model: GPT, precision: Precision, compile: Compile, layout: ParallelConfig, mesh: Mesh) -> None:
+    """Before the engine is built: fp8 products and compiled blocks in every trunk, if the config asks for them."""
+    if precision is Precision.fp8:
         check_fp8(mesh.device)
-        use_fp8(model.h)
-    if is_compiled(cfg, mesh):
-        compile_model(model)
+    for trunk in (m for m in model.modules() if isinstance(m, GPT)):
+        if precision is Precision.fp8:
+            use_fp8(trunk.h)
+        if is_compiled(compile, layout, mesh):
+            compile_model(trunk)
 
 
-def is_compiled(cfg: PretrainConfig, mesh: Mesh) -> bool:
-    """What `compile=auto` comes to: on where there is a GPU, and nothing stands against it."""
-    if cfg.compile is Compile.auto:
-        return mesh.device.type == "cuda" and compile_refusal(cfg.parallel) is None
-    return cfg.compile is Compile.on
+def is_compiled(compile: Compile, layout: ParallelConfig, mesh: Mesh) -> bool:
+    """Return True if blocks are compiled: `compile=auto` does on a GPU, unless the layout refuses."""
+    if compile is Compile.auto:
+        return mesh.device.type == "cuda" and compile_refusal(layout) is None
+    return compile is Compile.on
 
 
-def describe_compile(cfg: PretrainConfig, mesh: Mesh) -> str:
-    """A line for whoever starts the run."""
-    if is_compiled(cfg, mesh):
+def describe_compile(compile: Compile, layout: ParallelConfig, mesh: Mesh) -> str:
+    """A line of the run's summary."""
+    if is_compiled(compile, layout, mesh):
         return "compiled: each kind of block and the loss, at the first step and for each new shape of a micro batch"
-    if cfg.compile is Compile.off:
+    if compile is Compile.off:
         return "not compiled: compile=off"
-    return f"not compiled: {compile_refusal(cfg.parallel) or 'on a CPU only where compile=on asks for it'}"
+    return f"not compiled: {compile_refusal(layout) or 'on a CPU only where compile=on asks for it'}"
 
 
 def compile_model(model: GPT, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -1,8 +1,9 @@
 """One engine for ZeRO 1-3, in fp32, bf16 and fp8, configured from our config only.
 
-What is promised here and not by DeepSpeed itself: the gradient is that of (sum of losses over all ranks and micro
-steps / global count of valid tokens), a step whose gradient is not finite changes nothing, and the optimizer's state
-exists from the start. Private names of DeepSpeed in this file: `optimizer._global_grad_norm`.
+Promised here and not by DeepSpeed itself: the gradient is that of the objective's terms, each summed over all ranks and
+micro steps and divided by its global count; a step whose gradient is not finite changes nothing; a micro step may leave
+parts of the module out; and the optimizer's state exists from the start. Private names of DeepSpeed in this file:
+`optimizer._global_grad_norm`.
 """
 
 from __future__ import annotations
@@ -13,25 +14,26 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from data_pipeline.order.geometry import Geometry
-from data_pipeline.stream.loader import Batch
-from trainer.config.optim import Kind
-from trainer.config.parallel import Offload, Precision
-from trainer.config.pretrain import PretrainConfig
+from trainer.config.optim import Kind, OptimConfig
+from trainer.config.parallel import Offload, ParallelConfig, Precision
 from trainer.distributed import mesh as parallel
 from trainer.distributed.mesh import Mesh
 from trainer.engine.bf16_optimizer import flatten
-from trainer.engine.fragments import create_state, places
+from trainer.engine.fragments import create_state, partitions
 from trainer.engine.muon import GatedMuon, muon
 from trainer.engine.optimizers import adamw
+from trainer.engine.parts import PartNorms, parts_of, touch_unused
 from trainer.model.arithmetic import REDUCE_BUCKET
+from trainer.model.gpt import GPT
+from trainer.model.specs import ParamSpec
+from trainer.objective.objective import Objective
 
 
 class NonFiniteError(UserError):
@@ -48,20 +50,30 @@ def accept_all(norm: float) -> bool:
 
 
 class Engine:
-    """A model under ZeRO. Collective: every rank calls the same methods in the same order.
+    """A module under ZeRO, trained for an objective. Collective: every rank calls the same methods in the same order.
 
-    One step is some `backward`, the last of them with `last=True`, then `step`. Steps may differ in how many, and
-    micro batches in how many windows they hold.
+    Models that are trained together are one module under one engine. One step is some `backward`, the last of them
+    with `last=True`, then `step`. Steps may differ in how many, and micro batches in how many rows they hold.
     """
 
-    def __init__(self, model: nn.Module, cfg: PretrainConfig, geometry: Geometry, mesh: Mesh) -> None:
-        self.cfg = cfg
+    def __init__(
+        self,
+        model: GPT,
+        objective: Objective,
+        optim: OptimConfig,
+        layout: ParallelConfig,
+        precision: Precision,
+        mesh: Mesh,
+    ) -> None:
+        self.objective = objective
         self.mesh = mesh
+        self.specs = model.specs()
+        check_specs(model, self.specs, mesh.tp)
         self._complete = False  # the last backward of the step was made
         self._norm: float | None = None
         self._accept: Callable[[float], bool] = accept_all
-        self._open: bool | None = None  # what the gate has said in this step; some wrappers ask for each group
-        self.adam = adamw(model, cfg.optim) if cfg.optim.kind is Kind.adamw else muon(model, cfg.optim)
+        self._open: bool | None = None  # the gate's answer in this step; some wrappers ask for each group
+        self.adam = adamw(model, optim) if optim.kind is Kind.adamw else muon(model, optim)
         self.adam.gate = self._gate
         quiet()
         numel = sum(p.numel() for p in model.parameters())
@@ -69,40 +81,50 @@ class Engine:
             self.deepspeed, *_ = parallel.deepspeed.initialize(
                 model=model,
                 optimizer=self.adam,
-                config=deepspeed_config(cfg, geometry, numel),
+                config=deepspeed_config(optim.grad_clip, layout, precision, numel),
                 mpu=parallel.mpu(mesh),
                 dist_init_required=False,
             )
-        if cfg.parallel.sequence_parallel:
+        if layout.sequence_parallel:
             parallel.register_sequence_parallel_hooks(self.module, mesh)
         create_state(self.deepspeed.optimizer, self.adam)
         if isinstance(self.adam, GatedMuon):
-            dtype = torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16
-            self.adam.attach(places(self.module, self.adam), mesh, cfg.model.n_head, dtype)
+            dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
+            self.adam.attach(partitions(self.module, self.adam), mesh, n_heads(self.module), dtype)
         # Elsewhere ZeRO averages gradients over dp; the division by the number of micro steps is switched off.
         flat = flatten(self.deepspeed, mesh)
-        if not flat and has_flat(cfg):
-            raise RuntimeError(f"DeepSpeed made a {type(self.deepspeed.optimizer)} where zero1.py knows BF16_Optimizer")
-        self._averaged_over = 1 if flat else mesh.dp
+        if not flat and is_flat(layout, precision):
+            name = type(self.deepspeed.optimizer)
+            raise RuntimeError(f"DeepSpeed made a {name} where bf16_optimizer.py knows BF16_Optimizer")
+        averaged_over = 1 if flat else mesh.dp
+        self._weights = averaged_over * torch.tensor(objective.weights, dtype=torch.float64, device=mesh.device)
+        self._touches = layout.zero_stage == 3 or layout.offload is not Offload.none
+        self.part_norms: dict[str, float] = {}  # of the last step; empty where the module has one part
+        self._part_norms: PartNorms | None = None
+        if len(parts_of(self.module)) > 1:
+            self._part_norms = PartNorms(self.module, partitions(self.module, self.adam), mesh)
+            self.adam.observe = self._part_norms.observe
 
     @property
-    def module(self) -> nn.Module:
-        return self.deepspeed.module
+    def module(self) -> GPT:
+        module: GPT = self.deepspeed.module
+        return module
 
-    def backward(self, batch: Batch, global_valid_tokens: float | Tensor, last: bool) -> Tensor:
+    def backward(self, batch: tuple[Tensor | None, ...], counts: Tensor, last: bool) -> Tensor:
         """Forward and backward of one micro batch; `last` of its step or not, on every rank alike.
 
-        `global_valid_tokens`: labels that count, over all data-parallel ranks and micro steps of this step.
-        Returns the detached sum of -log p over this rank's valid labels, fp32 scalar, equal on all tp ranks.
+        `counts`: [k] on the device, each term's count over all data-parallel ranks and micro steps of this step; a term
+        whose count is 0 contributes 0, and NaN makes the gradient NaN, which `step` refuses on every rank.
+        Returns the detached sums [k] of this rank's terms, fp32, equal on all tp ranks.
         """
         if self._complete:
             raise RuntimeError("backward after the last one of a step: step first")
         self._complete = last
         self.deepspeed.set_gradient_accumulation_boundary(last)  # not every so many: a step may have any number
-        loss_sum = self._loss_sum(batch)
-        scale = torch.as_tensor(self._averaged_over / global_valid_tokens, dtype=torch.float32, device=loss_sum.device)
-        self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
-        return loss_sum.detach()
+        sums = self._sums(batch)
+        scale = (self._weights / counts).where(counts != 0, 0.0).to(torch.float32)
+        self.deepspeed.backward((sums * scale).sum(), scale_wrt_gas=False)
+        return sums.detach()
 
     def step(self, lr: float, accept: Callable[[float], bool] = accept_all) -> float:
         """Update the weights at rate `lr`; returns the global gradient norm before clipping.
@@ -116,21 +138,25 @@ class Engine:
         if not self._complete:
             raise RuntimeError("step before a backward with last=True")
         self._complete = False
-        self._norm, self._accept, self._open = None, accept, None
+        self._norm = None
+        self._accept = accept
+        self._open = None
         for group in self.adam.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         self.deepspeed.step()
         norm = self._grad_norm()  # where a wrapper saw inf or nan by itself, it never came to the gate
+        if self._part_norms is not None:
+            self.part_norms = self._part_norms.take(norm)
         if not math.isfinite(norm):
             raise NonFiniteError(f"the gradient norm is {norm}: this step's update is not made", norm)
         return norm
 
-    def evaluate(self, batch: Batch) -> Tensor:
-        """The sum of -log p over this rank's valid labels; leaves everything of training as it was."""
+    def evaluate(self, batch: tuple[Tensor | None, ...]) -> Tensor:
+        """The objective's sums [k] over this rank's batch; leaves everything of training as it was."""
         self.deepspeed.eval()
         try:
             with torch.no_grad():
-                return self._loss_sum(batch)
+                return self._sums(batch)
         finally:
             self.deepspeed.train()
 
@@ -145,8 +171,14 @@ class Engine:
         self.adam.param_groups.clear()
         vars(zero).clear()
 
-    def _loss_sum(self, batch: Batch) -> Tensor:
-        return self.deepspeed(*(t.to(self.mesh.device, non_blocking=True) for t in batch if t is not None))
+    def _sums(self, batch: tuple[Tensor | None, ...]) -> Tensor:
+        sums: Tensor = self.deepspeed(self._forward, to_device(batch, self.mesh.device))
+        return sums
+
+    def _forward(self, module: GPT, batch: tuple[Tensor | None, ...]) -> Tensor:
+        """The body of the module's forward, inside of DeepSpeed's hooks."""
+        sums = self.objective.sums(module, batch)
+        return touch_unused(module, sums) if self._touches and sums.requires_grad else sums
 
     def _gate(self) -> bool:
         if self._open is None:
@@ -161,36 +193,62 @@ class Engine:
         return self._norm
 
 
-def has_flat(cfg: PretrainConfig) -> bool:
-    """Whether `zero1.py` does the work between backward and update."""
-    parallel = cfg.parallel
-    return cfg.precision is not Precision.fp32 and parallel.zero_stage == 1 and parallel.offload is Offload.none
+def to_device(batch: tuple[Tensor | None, ...], device: torch.device) -> Any:
+    """The same NamedTuple with its tensors on the device."""
+    kind: Any = type(batch)
+    return kind(*(t if t is None else t.to(device, non_blocking=True) for t in batch))
 
 
-def deepspeed_config(cfg: PretrainConfig, geometry: Geometry, numel: int) -> dict[str, Any]:
-    """DeepSpeed's JSON, all of it; `numel` = parameters on this rank before ZeRO."""
+def check_specs(module: nn.Module, specs: Mapping[str, ParamSpec], tp: int) -> None:
+    """Compare a module's parameters, before ZeRO partitions them, with what it declares: checkpoints go by that.
+
+    Raises:
+        ValueError: naming every parameter that is missing, undeclared or of another shape.
+    """
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    declared = {name: spec.local_shape(tp) for name, spec in specs.items()}
+    wrong = [f"{name} is declared and missing" for name in declared.keys() - shapes.keys()]
+    wrong += [f"{name} is not declared" for name in shapes.keys() - declared.keys()]
+    common = shapes.keys() & declared.keys()
+    wrong += [f"{n} is {shapes[n]}, declared {declared[n]}" for n in common if shapes[n] != declared[n]]
+    if wrong:
+        raise ValueError(f"{type(module).__name__}'s parameters differ from its specs(): {'; '.join(sorted(wrong))}")
+
+
+def is_flat(layout: ParallelConfig, precision: Precision) -> bool:
+    """Return True where `bf16_optimizer.py` does the work between backward and update."""
+    return precision is not Precision.fp32 and layout.zero_stage == 1 and layout.offload is Offload.none
+
+
+def n_heads(module: nn.Module) -> dict[str, int]:
+    """The number of attention heads of each trunk, by the trunk's prefix."""
+    return {f"{name}.".lstrip("."): m.cfg.n_head for name, m in module.named_modules() if isinstance(m, GPT)}
+
+
+def deepspeed_config(grad_clip: float, layout: ParallelConfig, precision: Precision, numel: int) -> dict[str, Any]:
+    """All of DeepSpeed's JSON; `numel`: parameters on this rank before ZeRO."""
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": geometry.micro_batch_size,
-        "gradient_accumulation_steps": 1,  # what `backward(last=...)` says counts; so nothing is ever divided by it
-        "gradient_clipping": cfg.optim.grad_clip,
-        "zero_optimization": {"stage": cfg.parallel.zero_stage, "reduce_bucket_size": min(REDUCE_BUCKET, numel)},
+        "train_micro_batch_size_per_gpu": 1,  # nothing reads it, and rows of a micro batch differ
+        "gradient_accumulation_steps": 1,  # `backward(last=...)` counts instead; so nothing is ever divided by it
+        "gradient_clipping": grad_clip,
+        "zero_optimization": {"stage": layout.zero_stage, "reduce_bucket_size": min(REDUCE_BUCKET, numel)},
         "zero_allow_untested_optimizer": True,  # torch's AdamW or our Muon, each with a gate
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro step
         "communication_data_type": "fp32",  # otherwise bf16 would sum over ranks what fp32 has accumulated
     }
-    if cfg.precision is not Precision.fp32:
+    if precision is not Precision.fp32:
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}  # the gate is the check, without a second pass
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if cfg.parallel.offload is Offload.cpu:
+    if layout.offload is Offload.cpu:
         zero = config["zero_optimization"]
-        for part in ("offload_optimizer", "offload_param")[: 2 if cfg.parallel.zero_stage == 3 else 1]:
+        for part in ("offload_optimizer", "offload_param")[: 2 if layout.zero_stage == 3 else 1]:
             zero[part] = {"device": "cpu", "pin_memory": True}
         config["zero_force_ds_cpu_optimizer"] = False  # its own CPU Adam is compiled at run time; torch's is not
     return config
 
 
 def quiet() -> None:
-    """What DeepSpeed and torch say of DeepSpeed's own choices; what matters here is an error of ours."""
+    """Silence messages about DeepSpeed's own choices; what matters here is an error of ours."""
     parallel.deepspeed.utils.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 

@@ -1,4 +1,4 @@
-"""What a rank owns under ZeRO: views of its fp32 masters and moments, for every wrapper of DeepSpeed.
+"""Fragments of a rank under ZeRO: views of its fp32 masters and moments, for every wrapper of DeepSpeed.
 
 Private names of DeepSpeed in this file: `p._hp_mapping` (ZeRO-1, 2, BF16_Optimizer), `p.ds_tensor`, `p.ds_numel`,
 `p.ds_shape`, `p.ds_process_group`, `p._z3_optimizer` with its `grad_position`, `get_param_id`, `sub_group_to_group_id`
@@ -20,8 +20,8 @@ ADAMW, MUON = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where ZeRO keeps elements [start, start + length) of a parameter: at `offset` of `flat`.
+class Partition:
+    """Elements [start, start + length) of a parameter, which ZeRO keeps on this rank at `offset` of `flat`.
 
     `length` 0: other dp ranks own all of it; `flat` is then known under ZeRO-3 only.
     """
@@ -72,9 +72,9 @@ def set_optimizer_step(adam: torch.optim.Optimizer, step: int) -> None:
         state["step"].fill_(step)
 
 
-def places(module: nn.Module, adam: torch.optim.Optimizer) -> Iterator[Place]:
-    """Every parameter's place on this rank, without communication. Together the dp ranks' tile each parameter."""
-    p: Any  # a parameter with what DeepSpeed hangs on it
+def partitions(module: nn.Module, adam: torch.optim.Optimizer) -> Iterator[Partition]:
+    """Every parameter's partition on this rank, without communication. Those of all dp ranks tile each parameter."""
+    p: Any  # a parameter with DeepSpeed's attributes
     for name, p in module.named_parameters():
         if hasattr(p, "ds_id"):
             width = p.ds_tensor.numel()  # the same on every rank; the last ones are filled up with padding
@@ -82,23 +82,23 @@ def places(module: nn.Module, adam: torch.optim.Optimizer) -> Iterator[Place]:
             length = max(0, min(width, p.ds_numel - start))
             zero = p._z3_optimizer
             group, offset, _ = zero.grad_position[zero.get_param_id(p)]
-            yield Place(name, tuple(p.ds_shape), zero.fp32_partitioned_groups_flat[group], offset, start, length)
+            yield Partition(name, tuple(p.ds_shape), zero.fp32_partitioned_groups_flat[group], offset, start, length)
         elif p._hp_mapping is not None:
-            here, there = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
+            master, weight = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
             flat = adam.param_groups[p._hp_mapping.param_group_index]["params"][0]
-            yield Place(name, tuple(p.shape), flat, here.start, there.start, here.numel)
+            yield Partition(name, tuple(p.shape), flat, master.start, weight.start, master.numel)
         else:
-            yield Place(name, tuple(p.shape), None, 0, 0, 0)
+            yield Partition(name, tuple(p.shape), None, 0, 0, 0)
 
 
 def owned(module: nn.Module, adam: torch.optim.Optimizer) -> Iterator[Fragment]:
-    """This rank's fragments, without communication. Together the dp ranks' tile each parameter."""
-    for at in places(module, adam):
-        if at.length and at.flat is not None:
-            moments = {kind: x for kind, x in adam.state[at.flat].items() if kind != "step"}
-            views = {"master": at.flat, **moments}
-            views = {kind: x.detach().narrow(0, at.offset, at.length) for kind, x in views.items()}
-            yield Fragment(at.name, at.start, at.length, views)
+    """This rank's fragments, without communication. Those of all dp ranks tile each parameter."""
+    for partition in partitions(module, adam):
+        if partition.length and partition.flat is not None:
+            moments = {kind: x for kind, x in adam.state[partition.flat].items() if kind != "step"}
+            flats = {"master": partition.flat, **moments}
+            views = {k: x.detach().narrow(0, partition.offset, partition.length) for k, x in flats.items()}
+            yield Fragment(partition.name, partition.start, partition.length, views)
 
 
 def _flats(zero: Any, adam: torch.optim.Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:

@@ -8,7 +8,8 @@ clipped gradient, behind the gate.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from trainer.config.optim import OptimConfig
 from trainer.distributed.mesh import Mesh
-from trainer.engine.fragments import Place
+from trainer.engine.fragments import Partition
 from trainer.engine.optimizers import GatedAdamW, param_groups
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of the quintic, and five steps of it: Jordan's
@@ -47,18 +48,26 @@ class GatedMuon(GatedAdamW):
     dtype: torch.dtype  # of Newton-Schulz' products
     matrices: dict[Tensor, list[Matrix]]  # by flat, in the same order on all dp ranks
 
-    def attach(self, places: Iterable[Place], mesh: Mesh, n_head: int, dtype: torch.dtype) -> None:
-        """Learn, after ZeRO has partitioned, where the matrices lie. Collective over dp."""
-        self.mesh, self.dtype, self.matrices = mesh, dtype, {}
-        found = [place for place in places if is_matrix(place.name, place.shape)]
+    def attach(
+        self, partitions: Iterable[Partition], mesh: Mesh, n_heads: Mapping[str, int], dtype: torch.dtype
+    ) -> None:
+        """Learn where the matrices lie, after ZeRO has partitioned. Collective over dp.
+
+        `n_heads`: attention heads of each trunk, by the prefix of its parameters' names.
+        """
+        self.mesh = mesh
+        self.dtype = dtype
+        self.matrices = {}
+        mine = [p for p in partitions if is_matrix(p.name, p.shape)]
         lengths: list[Any] = [None] * mesh.dp
-        dist.all_gather_object(lengths, [place.length for place in found], group=mesh.dp_group)
+        dist.all_gather_object(lengths, [p.length for p in mine], group=mesh.dp_group)
         only = [flat for group in self.param_groups if "momentum" in group for flat in group["params"]]
-        for place, held in zip(found, zip(*lengths, strict=True), strict=True):
-            rows, columns = place.shape
-            parts = (n_head, 3) if place.name.endswith("c_attn.weight") else None
-            matrix = Matrix((rows, columns), parts, max(held) < rows * columns, place.offset, place.start, place.length)
-            flat = only[0] if place.flat is None else place.flat
+        for p, held in zip(mine, zip(*lengths, strict=True), strict=True):
+            rows, columns = p.shape
+            prefix, _, layer = p.name.rpartition("h.")
+            parts = (n_heads[prefix], 3) if layer.endswith("c_attn.weight") else None
+            matrix = Matrix((rows, columns), parts, max(held) < rows * columns, p.offset, p.start, p.length)
+            flat = only[0] if p.flat is None else p.flat
             if matrix.split or matrix.length:
                 self.matrices.setdefault(flat, []).append(matrix)
 
@@ -95,8 +104,8 @@ class GatedMuon(GatedAdamW):
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Hidden matrices; embeddings, biases and gains are AdamW's."""
-    return name.startswith("h.") and len(shape) == 2
+    """Return True for the blocks' matrices of any trunk; embeddings, heads, biases and gains are AdamW's."""
+    return re.match(r"(\w+\.)*h\.\d+\.", name) is not None and len(shape) == 2
 
 
 def orthogonal(x: Tensor, parts: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:

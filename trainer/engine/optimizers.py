@@ -19,9 +19,12 @@ class GatedAdamW(torch.optim.AdamW):
     """
 
     gate: Callable[[], bool] | None = None
+    observe: Callable[[torch.optim.Optimizer], None] | None = None  # called first, with the gradients in place
     grad_scale: Tensor | None = None  # what gradients are divided by while they are read: clipping without a pass
 
     def step(self, closure: Any = None) -> Any:
+        if self.observe is not None:
+            self.observe(self)
         if self.gate is None or self.gate():
             self.update()
         return None

@@ -20,24 +20,22 @@ from data_pipeline.stream.loader import Batch
 from trainer.config.pretrain import PretrainConfig
 from trainer.distributed.collective import all_ranks
 from trainer.distributed.seeds import seed_dropout
-from trainer.engine.engine import Engine
+from trainer.engine.engine import Engine, to_device
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
-def recheck(engine: Engine, step: int, batch: Batch) -> None:
-    """Compute a micro step of `step` twice, where one is due. Collective.
+def recheck(engine: Engine, every: int, run_seed: int, step: int, batch: Batch) -> None:
+    """Compute a micro step of `step` twice, if one is due: each `every` steps, 0 for never. Collective.
 
     Raises:
         UserError: on every rank, where one got other bits: it names the rank, its host and what differs.
     """
-    cfg = engine.cfg
-    every = cfg.guard.recheck_every
     if every == 0 or (step + 1) % every:
         return
 
     def seed() -> None:
-        seed_dropout(engine.mesh, cfg.seed, step, 0)
+        seed_dropout(engine.mesh, run_seed, step, 0)
 
     what = f"guard.recheck_every={every}: step {step} computed twice is not the same, and the run stops unsaved"
     all_ranks(what, lambda: compare(engine, batch, seed))
@@ -67,9 +65,9 @@ def check_recheck(cfg: PretrainConfig, device: str) -> None:
 def _fingerprint(engine: Engine, batch: Batch, seed: Callable[[], None]) -> Tensor:
     """[1 + parameters] int64, of the loss and of each gradient."""
     seed()
-    loss = engine.module(*(t.to(engine.mesh.device) for t in batch if t is not None))
-    grads = torch.autograd.grad(loss, list(engine.module.parameters()))
-    return torch.stack([_bits(x) for x in (loss, *grads)])
+    sums = engine.module(engine.objective.sums, to_device(batch, engine.mesh.device))
+    grads = torch.autograd.grad(sums.sum(), list(engine.module.parameters()), materialize_grads=True)
+    return torch.stack([_bits(x) for x in (sums, *grads)])
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ V vocabulary (on this rank, padded, where it is time-first; true and whole in `l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from trainer.model.block import Block, Dropout, layer_norm, mark_sequence_parall
 from trainer.model.linear import TiedEmbedding, gather_vocab, split_sequence
 from trainer.model.loss import token_loss
 from trainer.model.mask import segment_positions
+from trainer.model.specs import ParamSpec, specs
 
 
 class GPT(nn.Module):
@@ -50,12 +52,20 @@ class GPT(nn.Module):
         self.ln_f = layer_norm(cfg, split) if cfg.norm is Norm.pre else nn.Identity()
         self.run_block, self.run_loss = run_block, run_loss  # compiled.compile_model replaces them
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor, segment_ids_BT: Tensor | None = None) -> Tensor:
-        """Sum of -log p(label) in nats over the labels that are not IGNORE: an fp32 scalar, equal on all tp ranks.
+    def forward(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`function(self, *args)`, such as an objective's sums: DeepSpeed's hooks surround a module's forward."""
+        return function(self, *args)
 
-        With `segment_ids_BT`, which never fall along a row, each segment is computed as if it stood alone.
-        """
-        return self.run_loss(self.wte, self.hidden(tokens_BT, None, segment_ids_BT), labels_BT.t(), self.mesh)
+    def specs(self) -> dict[str, ParamSpec]:
+        """Every parameter by name, with those of heads and other trunks that are attached to this one."""
+        own = specs(self.cfg, self.mesh.tp)
+        attached: dict[str, Any] = {name: child for name, child in self.named_children() if hasattr(child, "specs")}
+        return own | {f"{name}.{key}": spec for name, child in attached.items() for key, spec in child.specs().items()}
+
+    def touch(self) -> Tensor:
+        """A scalar whose gradient reaches every parameter of the trunk, at the least cost."""
+        device = next(self.parameters()).device
+        return self.hidden(torch.zeros(1, self.mesh.tp, dtype=torch.int64, device=device)).sum()
 
     def logits(
         self,

@@ -10,13 +10,13 @@ from torch import Tensor
 from trainer.config.model import ModelConfig, Norm
 from trainer.distributed.seeds import stable_seed
 from trainer.model.gpt import GPT
-from trainer.model.specs import specs, to_local
+from trainer.model.specs import to_local
 
 
 @torch.no_grad()
 def initialise(model: GPT, cfg: ModelConfig, seed: int) -> None:
     """Fill a model's parameters; each is drawn on the CPU in its true global shape, padded with zeros, then sliced."""
-    layout = specs(cfg, model.mesh.tp)
+    layout = model.specs()
     for name, p in model.named_parameters():
         p.copy_(to_local(_draw(name, layout[name].shape, cfg, seed), layout[name], model.mesh.tp_rank, model.mesh.tp))
 

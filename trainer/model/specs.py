@@ -24,6 +24,10 @@ class ParamSpec:
     padded: tuple[int, ...]
     tp_dim: int | None
 
+    def local_shape(self, tp: int) -> tuple[int, ...]:
+        """The shape that each of `tp` ranks holds, padding included."""
+        return tuple(n // tp if d == self.tp_dim else n for d, n in enumerate(self.padded))
+
 
 def specs(cfg: ModelConfig, tp: int) -> dict[str, ParamSpec]:
     """Every parameter by name, in the model's order."""

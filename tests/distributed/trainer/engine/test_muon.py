@@ -13,6 +13,7 @@ from tests.distributed.trainer.checkpoint.test_checkpoint import AT, going_on, s
 from tests.distributed.trainer.engine.test_zero import STEPS, assert_same_curve, vetoed
 from tests.helpers.ranks import run_ranks
 from trainer.config.optim import Kind
+from trainer.objective.language_model import lm_loss
 
 MUON = {"kind": Kind.muon, "muon_lr": 0.02, "momentum": 0.95}
 # Newton-Schulz multiplies what is small beside a matrix' norm by 3.4445 in each of its 5 steps: 485 times fp32's 6e-8.
@@ -50,7 +51,7 @@ def plain_muon(cfg: Any, mesh: Any) -> list[tuple[float, float]]:
     d, out = cfg.model.head_dim, []
     for step in range(STEPS):
         batch = run.windows(step, cfg.model.vocab_size)
-        loss = model(*batch[:2]) / int((batch.labels != -100).sum())
+        loss = model(lm_loss, *batch[:2]) / int((batch.labels != -100).sum())
         model.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip)

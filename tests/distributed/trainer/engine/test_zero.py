@@ -15,6 +15,7 @@ from data_pipeline.stream.loader import Batch
 from tests.distributed import tiny_run as run
 from tests.helpers.ranks import run_ranks
 from trainer.config.parallel import Recompute
+from trainer.objective.language_model import lm_loss
 
 STEPS = 10
 TOLERANCE = 1e-5  # fp32; relative, per curve
@@ -156,7 +157,7 @@ def ramped(cfg: Any, mesh: Any) -> dict[str, Any]:
         mine = [t.chunk(mesh.dp)[mesh.dp_rank].split(size) for t in batch if t is not None]
         batches = [Batch(*parts) for parts in zip(*mine, strict=True)]
         assert len(batches) == micro_steps and {len(b.tokens) for b in batches} == {size}
-        losses = [engine.backward(b, valid, last=b is batches[-1]) for b in batches]
+        losses = [engine.backward(b, run.counts(valid), last=b is batches[-1]) for b in batches]
         loss = torch.stack(losses).sum() / valid
         dist.all_reduce(loss, group=mesh.dp_group)
         out["engine"].append((loss.item(), engine.step(run.lr(step))))
@@ -183,7 +184,7 @@ class PlainAdamW:
         self.adam = torch.optim.AdamW(groups, betas=(cfg.optim.beta1, cfg.optim.beta2), eps=cfg.optim.eps)
 
     def step(self, batch: Batch, valid: int, lr: float) -> tuple[float, float]:
-        loss = self.model(*batch) / valid
+        loss = self.model(lm_loss, *batch) / valid
         self.adam.zero_grad()
         loss.backward()
         # In fp64: torch's fp32 norm of 100,000 numbers is off by 1e-5 on a CPU; what it clips by is off by no more.
@@ -198,8 +199,11 @@ class PlainAdamW:
 def step_too_early(engine: Any, batch: Batch) -> list[str]:
     """What the engine says to a step that nothing ended, and to a backward after the end."""
     said = []
-    for last, then in ((False, lambda: engine.step(1.0)), (True, lambda: engine.backward(batch, 1.0, last=True))):
-        engine.backward(batch, 1.0, last=last)
+    for last, then in (
+        (False, lambda: engine.step(1.0)),
+        (True, lambda: engine.backward(batch, run.counts(1), last=True)),
+    ):
+        engine.backward(batch, run.counts(1), last=last)
         try:
             then()
         except RuntimeError as e:
@@ -215,7 +219,7 @@ def vetoed(engine: Any) -> dict[str, Any]:
     before = run.owned_bits(engine)
     batches, _ = run.micro_batches(50, engine.cfg, engine.mesh)
     for batch in batches:
-        engine.backward(batch, float("nan"), last=batch is batches[-1])
+        engine.backward(batch, run.counts(float("nan")), last=batch is batches[-1])
     try:
         engine.step(1.0)
         error = "none"
@@ -225,7 +229,7 @@ def vetoed(engine: Any) -> dict[str, Any]:
     changed += [k for k in before if not torch.equal(before[k], after[k])]
     batches, valid = run.micro_batches(60, engine.cfg, engine.mesh)
     for batch in batches:
-        engine.backward(batch, valid, last=batch is batches[-1])
+        engine.backward(batch, run.counts(valid), last=batch is batches[-1])
     asked: list[float] = []
     norm = engine.step(1.0, lambda norm: asked.append(norm) is not None)  # no
     assert asked == [norm] and 0 < norm < float("inf"), (asked, norm)

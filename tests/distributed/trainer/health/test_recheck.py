@@ -47,7 +47,7 @@ def twice(cfg: Any, mesh: Any, check: bool) -> Any:
         batches, _ = run.micro_batches(step, cfg, mesh)
         if check:
             calls.clear()
-            recheck(engine, step, batches[0])
+            recheck(engine, cfg.guard.recheck_every, cfg.seed, step, batches[0])
             assert len(calls) == (2 if step == 1 else 0), (step, calls)
         seed_dropout(mesh, cfg.seed, step, 0)
         curve.append(run.one_step(engine, step))
@@ -71,7 +71,7 @@ def one_wrong_number(engine: Any) -> str:
     engine.module.ln_f.register_forward_hook(wrong)
     batches, _ = run.micro_batches(0, engine.cfg, engine.mesh)
     try:
-        recheck(engine, 1, batches[0])
+        recheck(engine, engine.cfg.guard.recheck_every, engine.cfg.seed, 1, batches[0])
     except UserError as e:
         return str(e)
     return "none"

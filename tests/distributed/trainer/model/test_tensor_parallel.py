@@ -25,6 +25,7 @@ from trainer.inference.cache import KVCache
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 from trainer.model.specs import from_local, specs, to_local
+from trainer.objective.language_model import lm_loss
 
 BASE = ModelConfig(name="t", n_layer=2, n_head=4, n_embd=60, n_ctx=24, vocab_size=150)
 MODELS = {
@@ -202,7 +203,7 @@ def whole(named: dict[str, Tensor], cfg: ModelConfig, mesh: Mesh) -> dict[str, T
 
 def grads_of(model: GPT, *batch: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    loss = model(*batch)
+    loss = model(lm_loss, *batch)
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -278,7 +279,7 @@ def dropout(cfg: ModelConfig, mesh: Mesh, split: bool, ids: Tensor | None = None
     seed_dropout(mesh, 11, 1, 0)
     return {
         "loss": loss.item(),
-        "other_step_loss": model(tokens, labels, ids).item(),
+        "other_step_loss": model(lm_loss, tokens, labels, ids).item(),
         "recompute_differs": [n for _, other in results for n in grads if not torch.equal(grads[n], other[n])]
         + ["loss" for other, _ in results if loss != other],
         "work": work,

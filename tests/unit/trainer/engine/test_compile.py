@@ -27,6 +27,7 @@ from trainer.inference.cache import KVCache
 from trainer.model import fp8
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
+from trainer.objective.language_model import lm_loss
 from trainer.plan.layout_rules import check_layout
 
 CFG = ModelConfig(name="t", n_layer=3, n_head=4, n_embd=64, n_ctx=32, vocab_size=300)
@@ -50,7 +51,7 @@ def batch(rows: int = 3, T: int = 32) -> tuple[Tensor, Tensor]:
 def step(model: GPT, mesh: Mesh, tokens: Tensor, labels: Tensor) -> list[Tensor]:
     model.zero_grad()
     seed_dropout(mesh, 7, 0, 0)
-    loss = model(tokens, labels)
+    loss = model(lm_loss, tokens, labels)
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
@@ -89,11 +90,11 @@ def test_evaluation_and_each_new_shape_take_two_graphs_more_and_generation_none(
     compile_model(model, graphs)
     shapes = [(1, 24), *((rows, 16) for rows in range(1, 9))]  # more than torch's own limit of 8
     for i, (rows, T) in enumerate(shapes, 1):
-        model(*batch(rows, T))
+        model(lm_loss, *batch(rows, T))
         assert graphs.n == 2 * i
     model.eval()
     with torch.no_grad():
-        model(*batch())
+        model(lm_loss, *batch())
         assert graphs.n == 2 * len(shapes) + 2
         cache = KVCache(CFG.n_ctx)
         for n in (5, 1, 1):
@@ -134,15 +135,16 @@ def test_inductor_gives_the_same_bits_twice_and_eagers_numbers_without_dropout(d
 
 def test_who_compiles_and_what_the_start_says_of_it(mesh: Mesh) -> None:
     cfg = tiny_run.config()
-    assert not is_compiled(cfg, mesh) and "compile=on asks" in describe_compile(cfg, mesh)
-    assert is_compiled(replace(cfg, compile=Compile.on), mesh)
-    assert describe_compile(replace(cfg, compile=Compile.on), mesh).startswith("compiled: each kind of block")
+    auto = (Compile.auto, cfg.parallel)
+    assert not is_compiled(*auto, mesh) and "compile=on asks" in describe_compile(*auto, mesh)
+    assert is_compiled(Compile.on, cfg.parallel, mesh)
+    assert describe_compile(Compile.on, cfg.parallel, mesh).startswith("compiled: each kind of block")
     gpu = replace(mesh, device=torch.device("cuda"))
-    assert is_compiled(cfg, gpu) and not is_compiled(replace(cfg, compile=Compile.off), gpu)
+    assert is_compiled(*auto, gpu) and not is_compiled(Compile.off, cfg.parallel, gpu)
     for layout in ({"tp": 2}, {"zero_stage": 3}):
         refused = replace(cfg, parallel=ParallelConfig(name="t", **layout), compile=Compile.on)  # type: ignore[arg-type]
-        assert not is_compiled(replace(refused, compile=Compile.auto), gpu)
-        assert next(iter(layout)) in describe_compile(replace(refused, compile=Compile.auto), gpu)
+        assert not is_compiled(Compile.auto, refused.parallel, gpu)
+        assert next(iter(layout)) in describe_compile(Compile.auto, refused.parallel, gpu)
         with pytest.raises(
             UserError, match=f"^compile=on with parallel.{next(iter(layout))}=.*give compile=auto or off"
         ):
@@ -156,7 +158,7 @@ def bytes_of_a_layer(mesh: Mesh, cfg: ModelConfig, recompute: Recompute) -> floa
     """Kept for backward by a layer for each token, in units of n_embd bytes, in bf16."""
     given, (few, more) = batch(2, T), (2, 4)
     each = [
-        kept_bytes(build(mesh, replace(cfg, n_embd=C, n_ctx=T, n_layer=n), recompute).bfloat16(), *given)
+        kept_bytes(build(mesh, replace(cfg, n_embd=C, n_ctx=T, n_layer=n), recompute).bfloat16(), lm_loss, *given)
         for n in (few, more)
     ]
     return (each[1] - each[0]) / (more - few) / (2 * T) / C
@@ -180,7 +182,7 @@ def test_selective_makes_no_matrix_product_again(norm: Norm, dropout: float, mes
     products, given = {}, batch()
     for recompute in Recompute:
         model = build(mesh, replace(CFG, norm=norm, dropout=dropout), recompute)
-        loss = model(*given)
+        loss = model(lm_loss, *given)
         with Operations() as done:
             loss.backward()
         products[recompute] = sum(n for kind, n in done.calls.items() if "mm" in kind or "attention" in kind)
@@ -206,7 +208,7 @@ def test_a_compiled_block_keeps_as_little(norm: Norm, mesh: Mesh) -> None:
                 return x
 
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                model(*given)
+                model(lm_loss, *given)
             each.append(sum(x.untyped_storage().nbytes() for at, x in held.items() if at not in own))
         kept[recompute] = (each[1] - each[0]) / (2 * T) / C
     saved = 2 * (1 + 1 + 4) if norm is Norm.pre else 2 * (1 + 4)

@@ -20,6 +20,7 @@ from trainer.distributed.seeds import seed_dropout, stable_seed
 from trainer.inference.cache import KVCache
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
+from trainer.objective.language_model import lm_loss
 
 CFG = ModelConfig(name="t", n_layer=3, n_head=4, n_embd=64, n_ctx=32, vocab_size=300)
 
@@ -37,7 +38,7 @@ def batch(cfg: ModelConfig = CFG) -> tuple[Tensor, Tensor]:
 
 def loss_and_grads(model: GPT, tokens: Tensor, labels: Tensor) -> list[Tensor]:
     model.zero_grad()
-    loss = model(tokens, labels)
+    loss = model(lm_loss, tokens, labels)
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
@@ -74,7 +75,7 @@ def test_weights_are_a_pure_function_of_seed_and_name(mesh: Mesh) -> None:
 
 def test_loss_at_the_start_is_near_that_of_a_uniform_guess(mesh: Mesh) -> None:
     tokens, labels = batch()
-    assert build(mesh)(tokens, labels).item() / labels.numel() == pytest.approx(math.log(CFG.vocab_size), rel=0.02)
+    assert build(mesh)(lm_loss, tokens, labels).item() / labels.numel() == pytest.approx(math.log(CFG.vocab_size), rel=0.02)
 
 
 def test_ignored_labels_add_neither_loss_nor_gradient(mesh: Mesh) -> None:
@@ -87,14 +88,14 @@ def test_ignored_labels_add_neither_loss_nor_gradient(mesh: Mesh) -> None:
     for a, b in zip(with_ignored, alone, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
     labels[:] = IGNORE
-    assert model(tokens, labels).item() == 0.0
+    assert model(lm_loss, tokens, labels).item() == 0.0
 
 
 def test_bf16_loss_is_a_sum_in_fp32(mesh: Mesh) -> None:
     model = build(mesh)
     tokens, labels = batch()
-    exact = model(tokens, labels)
-    rounded = model.bfloat16()(tokens, labels)
+    exact = model(lm_loss, tokens, labels)
+    rounded = model.bfloat16()(lm_loss, tokens, labels)
     assert rounded.dtype == torch.float32
     assert rounded.item() == pytest.approx(exact.item(), rel=1e-2)
 
@@ -136,7 +137,7 @@ def test_dropout_is_a_pure_function_of_seed_step_and_micro_step(mesh: Mesh) -> N
     others = [at(2, 2, 3), at(1, 3, 3), at(1, 2, 4), at(1, 2, 3, dp_rank=1)]
     assert len({first[0].item(), *(o[0].item() for o in others)}) == 5
     model.eval()
-    assert torch.equal(model(tokens, labels), model(tokens, labels))
+    assert torch.equal(model(lm_loss, tokens, labels), model(lm_loss, tokens, labels))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -147,13 +148,13 @@ def test_recompute_changes_no_bit(norm: Norm, dropout: float, mesh: Mesh) -> Non
     results = []
     for recompute in Recompute:
         seed_dropout(mesh, 7, 0, 0)
-        results.append(loss_and_grads(build(mesh, cfg, recompute=recompute), tokens, labels))
+        results.append(loss_and_grads(build(mesh, cfg, recompute=recompute), lm_loss, tokens, labels))
     assert all(same(results[0], other) for other in results[1:])
 
 
 def test_recompute_keeps_only_the_input_of_each_block(mesh: Mesh) -> None:
     tokens, labels = batch()
-    saved = {recompute: kept_bytes(build(mesh, recompute=recompute), tokens, labels) for recompute in Recompute}
+    saved = {recompute: kept_bytes(build(mesh, recompute=recompute), lm_loss, tokens, labels) for recompute in Recompute}
     assert saved[Recompute.full] < 0.5 * saved[Recompute.none]
     assert saved[Recompute.full] < saved[Recompute.selective] < 0.75 * saved[Recompute.none]
 

@@ -18,6 +18,7 @@ from trainer.model import attention, gpt
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 from trainer.model.mask import attention_bias, segment_positions
+from trainer.objective.language_model import lm_loss
 
 CFG = ModelConfig(name="t", n_layer=2, n_head=4, n_embd=64, n_ctx=24, vocab_size=200, init_std=0.2)
 ROWS = 4
@@ -65,11 +66,11 @@ def worst(model: GPT, segments: Tensor | None, tokens: Tensor, labels: Tensor, r
     """The largest max|a - b| / max|b| over each document's logits, all gradients and the loss: packed against alone."""
     with torch.no_grad():
         whole = model.logits(tokens, segment_ids_BT=segments)
-    loss = model(tokens, labels, segments)
+    loss = model(lm_loss, tokens, labels, segments)
     pairs, alone = [], torch.zeros(())
     for b, lengths in enumerate(rows):
         for part in torch.arange(CFG.n_ctx).split(lengths):
-            alone = alone + model(tokens[b : b + 1, part], labels[b : b + 1, part])
+            alone = alone + model(lm_loss, tokens[b : b + 1, part], labels[b : b + 1, part])
             with torch.no_grad():
                 pairs.append((whole[b, part], model.logits(tokens[b : b + 1, part])[0]))
     of_packed, of_alone = gradients(model, loss), gradients(model, alone)
@@ -121,7 +122,7 @@ def test_another_document_changes_no_bit(dtype: torch.dtype, mesh: Mesh) -> None
     changed[row, other] = (changed[row, other] + 1) % CFG.vocab_size
     with torch.no_grad():
         a, b = (model.logits(t, segment_ids_BT=segments)[row] for t in (tokens, changed))
-        loss = model(tokens, labels, segments)
+        loss = model(lm_loss, tokens, labels, segments)
     assert torch.equal(a[~other], b[~other]), f"{seed=}"
     assert not (a[other] == b[other]).all(-1).any(), f"{seed=}"
     assert loss.dtype == torch.float32 and loss.isfinite()
@@ -136,7 +137,7 @@ def test_recompute_changes_no_bit_with_segments(norm: Norm, dropout: float, mesh
     for recompute in Recompute:
         model = build(mesh, replace(CFG, norm=norm, dropout=dropout), seed, recompute)
         seed_dropout(mesh, 7, 0, 0)
-        loss = model(tokens, labels, segments)
+        loss = model(lm_loss, tokens, labels, segments)
         results.append({"loss": loss.detach(), **gradients(model, loss)})
     a, *others = results
     for b in others:
@@ -146,12 +147,12 @@ def test_recompute_changes_no_bit_with_segments(norm: Norm, dropout: float, mesh
 def test_one_rank_compiles_to_one_graph_with_segments(mesh: Mesh) -> None:
     tokens, labels, segments, _ = packed()
     model = build(mesh, replace(CFG, n_layer=1), torch.seed())
-    eager = model(tokens, labels, segments).item()
+    eager = model(lm_loss, tokens, labels, segments).item()
     torch._dynamo.reset()
     model.compile(
         backend="aot_eager", fullgraph=True
     )  # raises at a break in the graph, and where a value is waited for
-    assert model(tokens, labels, segments).item() == pytest.approx(eager, rel=1e-5)
+    assert model(lm_loss, tokens, labels, segments).item() == pytest.approx(eager, rel=1e-5)
 
 
 def test_a_cache_takes_no_segments(mesh: Mesh) -> None:

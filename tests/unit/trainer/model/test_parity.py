@@ -17,6 +17,7 @@ from trainer.distributed.mesh import Mesh
 from trainer.hf.weights import from_hf, hf_config, hf_refusal, to_hf
 from trainer.model.gpt import GPT
 from trainer.model.specs import specs
+from trainer.objective.language_model import lm_loss
 
 SIZES = {
     "narrow": {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_ctx": 32, "vocab_size": 211},
@@ -109,7 +110,7 @@ def assert_parity(cfg: ModelConfig, mesh: Mesh) -> None:
     hf_logits = hf(input_ids=tokens).logits
     assert_close(ours_logits, hf_logits, f"logits, seed={seed}")
 
-    loss = ours(tokens, labels)
+    loss = ours(lm_loss, tokens, labels)
     hf_loss = F.cross_entropy(hf_logits.flatten(0, 1), labels.flatten(), reduction="sum")
     assert_close(loss, hf_loss, f"loss, seed={seed}")
     loss.backward()

@@ -20,6 +20,7 @@ from trainer.model.attention import FASTEST_FIRST, layer_masks, sdpa_backends
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 from trainer.model.mask import DENSE, Pattern, attention_bias, patterns
+from trainer.objective.language_model import lm_loss
 from trainer.setup import attention_lines
 
 CFG = ModelConfig(name="t", n_layer=4, n_head=4, n_embd=64, n_ctx=40, vocab_size=200, init_std=0.2)
@@ -68,7 +69,7 @@ def build(mesh: Mesh, cfg: ModelConfig, seed: int) -> GPT:
 
 def loss_and_grads(model: GPT, *batch: Tensor) -> list[Tensor]:
     model.zero_grad()
-    loss = model(*batch)
+    loss = model(lm_loss, *batch)
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 

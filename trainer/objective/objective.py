@@ -1,0 +1,35 @@
+"""The protocol of an objective: weighted terms, each a sum over a micro batch divided by a global count."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Objective(Protocol):
+    """Terms k = 0, 1, ...; a step minimises the sum over k of weight_k * sum_k / count_k.
+
+    sum_k and count_k run over all data-parallel ranks and micro batches of the step. Micro batches of one step may be
+    of different kinds: the type of a batch, a NamedTuple of tensors, is its kind. The kind of a micro step is a
+    function of (position, micro step), the same on all ranks.
+    """
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names of the terms, as they are logged."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each term."""
+
+    def counts(self, batch: Any) -> list[float]:
+        """What this micro batch adds to each term's count, from labels on the host alone, without the model."""
+
+    def sums(self, module: Any, batch: Any) -> Tensor:
+        """Each term's sum over this micro batch, fp32 [k], equal on all tp ranks, for autograd.
+
+        `batch` lies on the device. A term of which nothing counts here is 0, with a finite gradient. Weights are used
+        by calling modules, never by reading `.weight`: under ZeRO-3 a weight exists only during its module's forward.
+        Which modules a kind uses must not depend on the data.
+        """
