@@ -75,7 +75,9 @@ def test_weights_are_a_pure_function_of_seed_and_name(mesh: Mesh) -> None:
 
 def test_loss_at_the_start_is_near_that_of_a_uniform_guess(mesh: Mesh) -> None:
     tokens, labels = batch()
-    assert build(mesh)(lm_loss, tokens, labels).item() / labels.numel() == pytest.approx(math.log(CFG.vocab_size), rel=0.02)
+    assert build(mesh)(lm_loss, tokens, labels).item() / labels.numel() == pytest.approx(
+        math.log(CFG.vocab_size), rel=0.02
+    )
 
 
 def test_ignored_labels_add_neither_loss_nor_gradient(mesh: Mesh) -> None:
@@ -154,7 +156,9 @@ def test_recompute_changes_no_bit(norm: Norm, dropout: float, mesh: Mesh) -> Non
 
 def test_recompute_keeps_only_the_input_of_each_block(mesh: Mesh) -> None:
     tokens, labels = batch()
-    saved = {recompute: kept_bytes(build(mesh, recompute=recompute), lm_loss, tokens, labels) for recompute in Recompute}
+    saved = {
+        recompute: kept_bytes(build(mesh, recompute=recompute), lm_loss, tokens, labels) for recompute in Recompute
+    }
     assert saved[Recompute.full] < 0.5 * saved[Recompute.none]
     assert saved[Recompute.full] < saved[Recompute.selective] < 0.75 * saved[Recompute.none]
 
