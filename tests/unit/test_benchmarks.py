@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import attention, checkpoint, corpus, extraction, tracking, train_speed
+from tests.benchmarks import attention, checkpoint, corpus, extraction, sampling, tracking, train_speed
 from tests.benchmarks.loader import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,6 +149,19 @@ def test_the_engine_benchmark_counts_no_operation_for_each_parameter() -> None:
     assert found["parameters"] == 4 * 12 + 4
     assert found["ours"]["ops"]["step"] < found["parameters"] and found["ratio"]["ops"] < 1
     assert {"hardware", "load", "versions", "ratio"} <= set(found)
+
+
+def test_the_sampling_benchmark_measures_texts_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run("sampling", "model=test", "prompts=4", "longest=8", "new=2", "rounds=1")
+    assert printed.count("\n") == 1
+    result = json.loads(printed)
+    assert result["benchmark"] == "sampling" and set(result) >= {"device", "hardware", "load", "versions", "seed"}
+    assert [row["prompts"] for row in result["texts"]] == ["one length", "4 lengths", "one by one"]
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in result["texts"])
+    assert all(row["ms"] > 0 for row in result["draws"]) and result["draws"][0]["ratio"] == 1
+    (tmp_path / "result.json").write_text(printed)
+    sampling.main(["--markdown", str(tmp_path / "result.json")])
+    assert "| one by one |" in capsys.readouterr().out
 
 
 @pytest.mark.slow

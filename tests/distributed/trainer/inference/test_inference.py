@@ -1,0 +1,109 @@
+"""Sampling and scoring on two ranks give transformers' texts and log-probabilities of one prompt at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tests.distributed import tiny_run as run
+from tests.helpers.gpt_twins import greedy, log_p, random_texts
+from tests.helpers.ranks import run_ranks
+from tests.helpers.seeds import seeded
+from trainer.hf.weights import hf_config, to_hf
+from trainer.inference.sampler import Sampling, sample
+from trainer.inference.scorer import Pair, Scores, score
+from trainer.model.gpt import GPT
+from trainer.model.init import initialise
+
+MODEL = {"n_ctx": 64, "init_std": 0.3}
+CFG = run.model_config(**MODEL)
+LENGTHS = list(range(1, 33))
+NEW = 20
+CASES = ("tp2", "tp2 sequence parallel", "zero3", "zero3, no prompts on rank 1")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_ranks(2, "tests.distributed.trainer.inference.test_inference:measure", seed=seeded())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_32_prompts_of_32_lengths_equal_transformers(case: str, ranks: list[dict[str, Any]]) -> None:
+    """Under ZeRO-3 the ranks have different numbers of prompts of different lengths, some of which end early."""
+    for rank in ranks:
+        assert rank[case]["texts"] == rank[case]["expected"]
+    assert sum(len(rank[case]["texts"]) for rank in ranks) == (64 if case.startswith("tp2") else 32)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_equal_transformers(case: str, ranks: list[dict[str, Any]]) -> None:
+    assert all(rank[case]["score_error"] <= 1e-5 and rank[case]["greedy_equal"] for rank in ranks)
+
+
+@pytest.mark.parametrize("case", ["tp2", "tp2 sequence parallel"])
+def test_drawn_texts_do_not_depend_on_tp(case: str, ranks: list[dict[str, Any]]) -> None:
+    a, b = (rank[case]["drawn"] for rank in ranks)
+    assert a == b == ranks[0]["drawn on one rank"]
+
+
+def test_training_goes_on_as_if_nothing_had_been_sampled(ranks: list[dict[str, Any]]) -> None:
+    assert all(rank["curve after sampling"] == rank["curve"] for rank in ranks)
+
+
+# ---- what runs on the ranks
+
+
+def measure(seed: int) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    prompts = random_texts(LENGTHS, CFG.vocab_size, seed)
+    with run.layout() as mesh:
+        one = GPT(CFG, mesh)
+        initialise(one, CFG, seed)
+        hf = transformers_model(one)
+        texts = [greedy(hf, prompt, NEW) for prompt in prompts]
+        eot = texts[-1][3]  # some texts end early
+        texts = [text[: text.index(eot) + 1] if eot in text else text for text in texts]
+        expected = list(
+            zip(prompts, texts, [log_p(hf, *pair) for pair in zip(prompts, texts, strict=True)], strict=True)
+        )
+        out["drawn on one rank"] = sample(one, prompts, Sampling(), max_new_tokens=NEW)
+        config = run.config(zero=3, model=MODEL)
+        engine = run.build(config, mesh, seed)
+        first = run.curve(engine, range(2))
+        engine = run.build(config, mesh, seed)
+        for case, parts in (("zero3", [expected[:22], expected[22:]]), (CASES[-1], [expected, []])):
+            out[case] = compare(engine.module, parts[mesh.dp_rank], eot)
+        out["curve after sampling"], out["curve"] = run.curve(engine, range(2)), first
+    with run.layout(tp=2) as mesh:
+        for case, split in (("tp2", False), ("tp2 sequence parallel", True)):
+            model = GPT(CFG, mesh, sequence_parallel=split)
+            initialise(model, CFG, seed)
+            out[case] = compare(model, expected, eot)
+            out[case]["drawn"] = sample(model, prompts, Sampling(), max_new_tokens=NEW)
+    return out
+
+
+def transformers_model(model: GPT) -> GPT2LMHeadModel:
+    values = {k: v for k, v in hf_config(CFG).items() if k not in ("model_type", "architectures")}
+    hf = GPT2LMHeadModel(GPT2Config(**values)).eval()
+    state = {n: x[: CFG.vocab_size] if n == "wte.weight" else x for n, x in model.state_dict().items()}
+    missing, unexpected = hf.load_state_dict(to_hf(state, CFG), strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected
+    return hf
+
+
+def compare(model: Any, expected: list[Any], eot: int) -> dict[str, Any]:
+    prompts = [prompt for prompt, *_ in expected]
+    texts = sample(model, prompts, Sampling(0.0), max_new_tokens=NEW, eot=eot, batch_size=8)
+    pairs: list[Pair] = [(prompt, text) for prompt, text, _ in expected]
+    scores: list[Scores] = score(model, pairs, batch_size=8)
+    errors = [(got.log_p - log_p).abs().max().item() for got, (*_, (log_p, _)) in zip(scores, expected, strict=True)]
+    return {
+        "texts": texts,
+        "expected": [text for _, text, _ in expected],
+        "score_error": max(errors, default=0.0),
+        "greedy_equal": all(torch.equal(s.greedy, e[2][1]) for s, e in zip(scores, expected, strict=True)),
+    }

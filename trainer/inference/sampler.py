@@ -1,0 +1,168 @@
+"""Sampling: continue prompts of any lengths in one batch over one cache, on any layout of the model.
+
+Legend: B batch (rows), T time, V vocabulary, K candidates of top-k or top-p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conf.errors import UserError
+from trainer.distributed.mesh import Mesh
+from trainer.distributed.seeds import stable_seed
+from trainer.inference.cache import KVCache
+from trainer.inference.lockstep import run_in_lockstep
+from trainer.model.gpt import GPT
+
+BATCH = 16  # prompts at a time: keys and values of all their tokens are in memory
+NUCLEUS = 64  # candidates that top-p looks at first; eight times as many where they do not hold enough probability
+
+Stop = Callable[[int, list[int]], bool]  # called after each new token with (index of the prompt, its new tokens)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The rule that draws the next token from logits; `temperature` 0 takes the likeliest."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __call__(self, logits_BV: Tensor, u_B: Tensor) -> Tensor:
+        """One id for each row [B]: the inverse of the cumulated probabilities at `u_B` (fp64, in [0, 1)).
+
+        Probabilities are cumulated in the order of ids, with `top_k` or `top_p` from the likeliest down. A row's id
+        does not depend on the other rows.
+        """
+        if self.temperature == 0:
+            return logits_BV.argmax(-1)
+        likeliest_B1 = logits_BV.amax(-1, keepdim=True).double()
+        mass_BV = ((logits_BV - likeliest_B1) / self.temperature).exp_()  # e^0 = 1 for the likeliest: no overflow
+        if self.top_k is None and self.top_p is None:
+            return invert(mass_BV, u_B)
+        if self.top_p is None:
+            mass_BK, id_BK = mass_BV.topk(min(self.top_k or 0, mass_BV.shape[-1]))
+            return id_BK.gather(-1, invert(mass_BK, u_B)[:, None]).squeeze(-1)
+        return self._from_nucleus(mass_BV, u_B, self.top_p)
+
+    def _from_nucleus(self, mass_BV: Tensor, u_B: Tensor, top_p: float) -> Tensor:
+        """Draws from the fewest likeliest tokens whose share of all mass reaches `top_p`, and at most `top_k`.
+
+        Sorts as many candidates as a row needs: rows that need more than K are tried again with 8 K.
+        """
+        limit_B = top_p * mass_BV.sum(-1)
+        most = min(self.top_k or mass_BV.shape[-1], mass_BV.shape[-1])
+        out_B = torch.empty_like(u_B, dtype=torch.long)
+        rows, K = torch.arange(len(u_B), device=u_B.device), min(NUCLEUS, most)
+        while len(rows):
+            mass_BK, id_BK = mass_BV[rows].topk(K)
+            sum_BK = mass_BK.cumsum(-1)
+            enough = (sum_BK[:, -1] >= limit_B[rows]) | (most == K)
+            kept_BK = mass_BK.where(sum_BK - mass_BK < limit_B[rows, None], 0.0)
+            ids_B = id_BK.gather(-1, invert(kept_BK, u_B[rows])[:, None]).squeeze(-1)
+            out_B[rows[enough]] = ids_B[enough]
+            rows, K = rows[~enough], min(8 * K, most)
+        return out_B
+
+
+def invert(mass_BK: Tensor, u_B: Tensor) -> Tensor:
+    """Index [B] of the token in whose share of the cumulated masses the point u x total lies; its mass is not 0."""
+    sum_BK = mass_BK.cumsum(-1)
+    total_B = sum_BK[:, -1]
+    point_B = torch.minimum(u_B.double() * total_B, total_B.nextafter(torch.zeros_like(total_B)))
+    return torch.searchsorted(sum_BK, point_B[:, None], right=True).squeeze(-1)
+
+
+def sample(
+    model: GPT,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int | Sequence[int],
+    seed: int = 0,
+    keys: Sequence[int] | None = None,
+    eot: int | None = None,
+    stop: Stop | None = None,
+    batch_size: int = BATCH,
+) -> list[list[int]]:
+    """The new tokens of each prompt: up to its `max_new_tokens`, an `eot`, a true `stop(...)`, or the end of n_ctx.
+
+    A prompt's draws are a function of (seed, key, number of the new token): neither the batch nor the rank counts.
+    `keys` are the prompts' indices by default; where ranks have parts of one list, give the indices in that list.
+    Collective where ranks share a model: tp ranks give the same prompts; under ZeRO-3 each rank gives its own, any
+    number of them.
+
+    Raises:
+        UserError: a prompt that is empty, longer than n_ctx, or holds an id outside of the vocabulary.
+    """
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    n_ctx, texts = model.cfg.n_ctx, []
+    for i, (prompt, limit, key) in enumerate(zip(prompts, limits, keys or range(len(prompts)), strict=True)):
+        check_ids(f"prompt {i}", prompt, model.cfg.vocab_size)
+        if not 0 < len(prompt) <= n_ctx:
+            raise UserError(f"prompt {i} has {len(prompt)} tokens: give 1 to n_ctx={n_ctx}")
+        texts.append(_Text(i, prompt, min(limit, n_ctx - len(prompt)), stable_seed("sample", seed, key)))
+    longest_first = sorted((t for t in texts if t.limit > 0), key=lambda t: (-len(t.prompt), t.index))
+    batches = [longest_first[i : i + batch_size] for i in range(0, len(longest_first), batch_size)]
+    run_in_lockstep(model, (None for batch in batches for _ in _continue(model, batch, sampling, eot, stop)))
+    return [t.new for t in texts]
+
+
+def check_ids(name: str, ids: list[int], vocab_size: int) -> None:
+    """UserError about the first of `ids` that the model's vocabulary lacks."""
+    bad = next((t for t in ids if not 0 <= t < vocab_size), None)
+    if bad is not None:
+        raise UserError(f"{name} holds token id {bad}: the model's ids go from 0 to {vocab_size - 1}")
+
+
+@dataclass
+class _Text:
+    index: int
+    prompt: list[int]
+    limit: int  # new tokens at most
+    seed: int
+    new: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    def draws(self) -> Tensor:
+        """Uniform numbers in [0, 1), fp64 [limit + 1], of which the i-th does not depend on how many there are."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.rand(self.limit + 1, generator=generator, dtype=torch.float64)
+
+
+def _continue(model: GPT, texts: list[_Text], sampling: Sampling, eot: int | None, stop: Stop | None) -> Iterator[None]:
+    """Fills `new` of the texts, all of them in one batch; yields before each forward."""
+    device = model.mesh.device
+    cache = KVCache(max(len(t.prompt) + t.limit for t in texts))
+    width = max(len(t.prompt) for t in texts)
+    tokens_BT = torch.tensor([t.prompt + [0] * (width - len(t.prompt)) for t in texts], device=device)
+    last_B = torch.tensor([len(t.prompt) - 1 for t in texts], device=device)
+    draws = {t.index: t.draws() for t in texts}
+    while texts:
+        yield
+        logits_BV = model.logits(tokens_BT, cache, index_B=last_B)[:, 0]
+        cache.lengths = [len(t.prompt) + len(t.new) - t.ended for t in texts]  # an ended row stays where it is
+        u_B = torch.stack([draws[t.index][len(t.new)] for t in texts]).to(device)
+        for t, token in zip(texts, _same_on_tp(sampling(logits_BV, u_B), model.mesh).tolist(), strict=True):
+            if not t.ended:
+                t.new.append(token)
+                stopped = stop is not None and stop(t.index, t.new)
+                t.ended = stopped or token == eot or len(t.new) == t.limit
+        alive = [i for i, t in enumerate(texts) if not t.ended]
+        if 2 * len(alive) <= len(texts):
+            texts = [texts[i] for i in alive]
+            cache.keep(alive)
+        tokens_BT = torch.tensor([t.new[-1:] for t in texts], device=device)
+        last_B = torch.zeros(len(texts), dtype=torch.long, device=device)
+
+
+def _same_on_tp(ids_B: Tensor, mesh: Mesh) -> Tensor:
+    """The draws of tp rank 0: sums on a GPU may round differently on each, and texts must not part."""
+    if mesh.tp > 1:
+        dist.broadcast(ids_B, mesh.world.rank - mesh.tp_rank, group=mesh.tp_group)
+    return ids_B
