@@ -135,14 +135,11 @@ def _same_tokens(folder: Path, tokenizer: Tokenizer) -> list[list[int]]:
 def _our_logits(checkpoint: Path, cfg: ModelConfig, rows: list[Tensor]) -> list[Tensor]:
     import torch
 
-    from trainer.distributed import mesh
     from trainer.generate import load_model
 
     model = load_model(checkpoint, cfg)
     with torch.inference_mode():
-        out = [model.logits(row) for row in rows]
-    mesh.stop(model.mesh)
-    return out
+        return [model.logits(row) for row in rows]
 
 
 def _their_logits(folder: Path, rows: list[Tensor]) -> list[Tensor]:

@@ -50,11 +50,10 @@ def _continue(
 def load_model(checkpoint: Path, cfg: ModelConfig) -> GPT:
     """The checkpoint's weights on one device, whatever layout wrote them, ready to sample from."""
     from trainer.checkpoint.load import load_weights
-    from trainer.config.parallel import ParallelConfig
-    from trainer.distributed import mesh as parallel
+    from trainer.distributed.mesh import single_rank_mesh
     from trainer.model.gpt import GPT
 
-    mesh = parallel.start(read_world(), ParallelConfig(name="generate"))
+    mesh = single_rank_mesh(read_world())
     model = GPT(cfg, mesh).to(mesh.device).eval()
     load_weights(checkpoint, model, mesh)
     return model

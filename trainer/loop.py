@@ -32,9 +32,9 @@ from trainer.config.pretrain import PretrainConfig
 from trainer.data.feed import Feed
 from trainer.data.sources import Sources, data_state, fetch_s, plan_run
 from trainer.data.validate import validate
-from trainer.distributed import mesh
 from trainer.distributed.collective import all_ranks
 from trainer.distributed.device_copies import AsyncCopy, ComputeTimer, to_device
+from trainer.distributed.mesh import join_ranks, leave_ranks, wait_for_main
 from trainer.distributed.seeds import seed_dropout
 from trainer.distributed.world import World
 from trainer.engine.engine import NonFiniteError
@@ -62,7 +62,7 @@ class Trainer:
     ) -> None:
         self.signals, self.progress = signals.OF_THIS_PROCESS, Progress()
         self.cfg, self.config_text, self.geometry, self.sources = cfg, config_text, geometry, sources
-        self.mesh = mesh.start(world, cfg.parallel, cfg.watch.collective_s)
+        self.mesh = join_ranks(world, cfg.parallel, cfg.watch.collective_s)
         self.run = RunFolder(cfg.run.dir)
         self.tracker: Tracker | None = None  # on rank 0
         self.generation, found = claim_run(self.run, self.mesh, config_text)
@@ -287,10 +287,10 @@ class Trainer:
                     rest.callback(made.close)
         if kind in (None, Stopped):  # after an error the other ranks may be gone: no collective any more
             # rank 0 may wait for MLflow, and a launcher ends whoever is left some time after the first has ended
-            mesh.wait_for_main(self.mesh, f"closed {self.generation}", self.cfg.watch.start_s + REGISTER_S)
+            wait_for_main(self.mesh, f"closed {self.generation}", self.cfg.watch.start_s + REGISTER_S)
             if kind is Stopped:
                 dist.barrier()  # a launcher ends the other ranks as soon as one ends with a code
-            mesh.stop(self.mesh)
+            leave_ranks(self.mesh)
 
 
 def due(step: int, every: int) -> bool:

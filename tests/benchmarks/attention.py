@@ -142,12 +142,12 @@ def compare(contexts: list[int], tokens: int, rounds: int, say: Callable[[str], 
 def block(rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
     """A decoder block of a GPT-3 model, dense and banded, and the mean of both: what a layer of "DB" takes."""
     from trainer.config.parallel import ParallelConfig
-    from trainer.distributed import mesh as parallel
+    from trainer.distributed.mesh import join_ranks, leave_ranks
     from trainer.distributed.world import read_world
     from trainer.model.attention import layer_masks
     from trainer.model.block import Block
 
-    mesh = parallel.start(read_world(), ParallelConfig(name="benchmark"))
+    mesh = join_ranks(read_world(), ParallelConfig(name="benchmark"))
     cfg, rows = thaw(CONF / "model/gpt3_xl.yaml", ModelConfig), 8
     if not GPU:
         cfg, rows = replace(cfg, name="small", n_embd=64, n_head=2, n_ctx=256, band=32), 2
@@ -165,7 +165,7 @@ def block(rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
     out["ratio"] = out["dense_ms"] / out["banded_ms"]
     out["ratio_DB"] = 2 * out["dense_ms"] / (out["dense_ms"] + out["banded_ms"])
     say(str(out))
-    parallel.stop(mesh)
+    leave_ranks(mesh)
     return out
 
 

@@ -39,7 +39,7 @@ from trainer.checkpoint import load as checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.write import Writer
 from trainer.config.pretrain import PretrainConfig
-from trainer.distributed import mesh as parallel
+from trainer.distributed.mesh import join_ranks
 from trainer.distributed.world import read_world
 from trainer.engine.engine import Engine
 from trainer.engine.fragments import owned
@@ -57,7 +57,7 @@ def build(model: str, n_ctx: int) -> TinyEngine:
     given = [f"model={model}", f"model.n_ctx={n_ctx}", "data.path=x", "max_steps=1", "precision=fp32", "data.lanes=1"]
     given += [f"tokens_per_step={n_ctx}", "micro_batch_size=1", "checkpoint.keep=1", "tracking=none", "parallel=zero1"]
     cfg = load(PretrainConfig, given)
-    mesh = parallel.start(read_world(), cfg.parallel)
+    mesh = join_ranks(read_world(), cfg.parallel)
     module = GPT(cfg.model, mesh, sequence_parallel=False).to(mesh.device)
     initialise(module, cfg.model, cfg.seed)
     return TinyEngine(module, cfg, mesh)

@@ -182,14 +182,14 @@ def measure(size: str, names: list[str], given: dict[str, str]) -> dict[str, Any
     import torch
 
     from trainer.config.parallel import ParallelConfig
-    from trainer.distributed import mesh as parallel
+    from trainer.distributed.mesh import join_ranks
     from trainer.distributed.world import read_world
     from trainer.engine.compile import is_compiled
     from trainer.metrics import peak_flops
     from trainer.model.arithmetic import flops_per_token
 
     torch._inductor.config.force_disable_caches = True
-    mesh = parallel.start(read_world(), ParallelConfig(name="one"))
+    mesh = join_ranks(read_world(), ParallelConfig(name="one"))
     device, cap = mesh.device, float(given["cap_gib"])
     cuda = device.type == "cuda"
     if cap and cuda:
@@ -271,10 +271,10 @@ def equality(size: str, given: dict[str, str]) -> dict[str, Any]:
     import torch
 
     from trainer.config.parallel import ParallelConfig
-    from trainer.distributed import mesh as parallel
+    from trainer.distributed.mesh import join_ranks
     from trainer.distributed.world import read_world
 
-    mesh = parallel.start(read_world(), ParallelConfig(name="one"))
+    mesh = join_ranks(read_world(), ParallelConfig(name="one"))
     losses: dict[str, list[float]] = {}
     for name in ("bf16", "fp8"):
         cfg = config_of(size, int(given["micro_batch"]) or SIZES[size][0], given, fp8=name == "fp8")

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from data_pipeline.stream.loader import Batch
 from tests.distributed.tiny_run import TinyEngine, config, counts
 from trainer.config.parallel import ParallelConfig, Recompute
-from trainer.distributed import mesh as parallel
+from trainer.distributed.mesh import join_ranks
 from trainer.distributed.world import read_world
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
@@ -98,7 +97,7 @@ def measure_one(
 ) -> dict[str, int]:
     """Bytes on this rank: state between steps, activations saved by a forward, and the most that a step holds."""
     torch.set_num_threads(1)
-    mesh = parallel.start(read_world(), ParallelConfig(name="tiny", tp=tp))
+    mesh = join_ranks(read_world(), ParallelConfig(name="tiny", tp=tp))
     cfg = config(
         tp=tp, sequence_parallel=sequence_parallel, zero=zero, precision=precision, model=model, micro_batch_size=micro
     )
@@ -142,5 +141,4 @@ def measure_one(
     }
     engine.deepspeed.destroy()
     del engine
-    parallel_state.destroy_model_parallel()
     return out

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from data_pipeline.config import IGNORE, DataConfig, SourceConfig
@@ -25,7 +24,7 @@ from trainer.config.parallel import Offload, ParallelConfig, Precision, Recomput
 from trainer.config.pretrain import EvalConfig, PretrainConfig
 from trainer.config.tracking import Tracker, TrackingConfig
 from trainer.config.train import RunConfig
-from trainer.distributed import mesh as parallel
+from trainer.distributed.mesh import Mesh, join_ranks
 from trainer.distributed.world import read_world
 from trainer.engine.engine import Engine
 from trainer.model.gpt import GPT
@@ -112,7 +111,7 @@ def geometry(cfg: PretrainConfig, dp: int) -> Geometry:
     )
 
 
-def micro_batches(step: int, cfg: PretrainConfig, mesh: parallel.Mesh) -> tuple[list[Batch], int]:
+def micro_batches(step: int, cfg: PretrainConfig, mesh: Mesh) -> tuple[list[Batch], int]:
     """This rank's micro batches of a step, and the step's valid labels over all ranks."""
     whole = windows(step, cfg.model.vocab_size)
     size, share = cfg.micro_batch_size, WINDOWS // mesh.dp
@@ -123,19 +122,16 @@ def micro_batches(step: int, cfg: PretrainConfig, mesh: parallel.Mesh) -> tuple[
 
 
 @contextmanager
-def layout(tp: int = 1) -> Iterator[parallel.Mesh]:
+def layout(tp: int = 1) -> Iterator[Mesh]:
     """The ranks as (dp, tp). One process may enter several, one after another: the process group itself stays."""
     torch.set_num_threads(1)
-    yield parallel.start(read_world(), ParallelConfig(name="tiny", tp=tp))
-    parallel_state.destroy_model_parallel()
+    yield join_ranks(read_world(), ParallelConfig(name="tiny", tp=tp))
 
 
 class TinyEngine(Engine):
     """An engine with the config it was built from."""
 
-    def __init__(
-        self, model: GPT, cfg: PretrainConfig, mesh: parallel.Mesh, objective: Objective | None = None
-    ) -> None:
+    def __init__(self, model: GPT, cfg: PretrainConfig, mesh: Mesh, objective: Objective | None = None) -> None:
         super().__init__(model, objective or LanguageModel(), cfg.optim, cfg.parallel, cfg.precision, mesh)
         self.cfg = cfg
 
@@ -145,7 +141,7 @@ def counts(*numbers: float) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def build(cfg: PretrainConfig, mesh: parallel.Mesh, seed: int = 7, load: Path | None = None) -> TinyEngine:
+def build(cfg: PretrainConfig, mesh: Mesh, seed: int = 7, load: Path | None = None) -> TinyEngine:
     """An engine with the weights of `seed`, or all that a checkpoint holds."""
     from trainer.checkpoint import load as checkpoint
 

@@ -22,7 +22,7 @@ def xl(gib: int, zero: int) -> dict[str, Any]:
     from data_pipeline.stream.loader import Batch
     from tests.distributed import tiny_run as run
     from trainer.config.parallel import Recompute
-    from trainer.distributed import mesh as parallel
+    from trainer.distributed.mesh import join_ranks
     from trainer.distributed.world import read_world
     from trainer.engine.fragments import owned
     from trainer.setup import build_engine
@@ -30,7 +30,7 @@ def xl(gib: int, zero: int) -> dict[str, Any]:
     torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.get_device_properties(0).total_memory)
     shape = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "n_ctx": 1024, "vocab_size": 50257, "init_std": 0.02}
     cfg = run.config(zero=zero, precision="bf16", offload="cpu", recompute=Recompute.full.value, model=shape)
-    mesh = parallel.start(read_world(), cfg.parallel)
+    mesh = join_ranks(read_world(), cfg.parallel)
     engine = build_engine(cfg, mesh, None)
     g, losses = torch.Generator().manual_seed(0), []
     tokens = torch.randint(1000, (2, 1025), generator=g)
@@ -56,13 +56,13 @@ def same_resume(folder: str) -> dict[str, Any]:
     from tests.distributed import tiny_run as run
     from tests.distributed.trainer.checkpoint.test_checkpoint import AT, going_on, save
     from trainer.checkpoint import load as checkpoint
-    from trainer.distributed import mesh as parallel
+    from trainer.distributed.mesh import join_ranks
     from trainer.distributed.world import read_world
     from trainer.engine.engine import make_deterministic
     from trainer.setup import build_engine
 
     make_deterministic()
-    mesh = parallel.start(read_world(), run.config().parallel)
+    mesh = join_ranks(read_world(), run.config().parallel)
     out = {}
     for zero in (1, 2, 3):
         cfg = run.config(zero=zero, precision="bf16", offload="cpu")

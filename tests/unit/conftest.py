@@ -15,11 +15,11 @@ from trainer.distributed.world import read_world
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[object]:
     """A mesh of dp = tp = 1; the environment is left as it was, so that other tests may start their own world."""
-    from trainer.distributed import mesh as parallel
+    from trainer.distributed.mesh import join_ranks, leave_ranks
 
     with patch.dict(os.environ):
         for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             os.environ.pop(key, None)
-        mesh = parallel.start(read_world(), ParallelConfig(name="one"))
+        mesh = join_ranks(read_world(), ParallelConfig(name="one"))
     yield mesh
-    parallel.stop(mesh)
+    leave_ranks(mesh)

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from conf.errors import UserError
 from trainer.checkpoint.files import FORMAT, MOMENTS, Source, check_files, verify
@@ -29,10 +28,12 @@ from trainer.checkpoint.find import check_model, model_of
 from trainer.config.model import ModelConfig
 from trainer.distributed.collective import all_ranks
 from trainer.distributed.mesh import Mesh
-from trainer.engine.engine import Engine
 from trainer.engine.fragments import owned, set_optimizer_step
 from trainer.model.gpt import GPT
 from trainer.run.folder import STATE, RunFolder
+
+if TYPE_CHECKING:
+    from trainer.engine.engine import Engine  # imports DeepSpeed, which whoever only reads weights does not need
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def load_weights(path: Path, model: GPT, mesh: Mesh) -> None:
     Raises:
         UserError: on every rank: a damaged file, or a checkpoint of another model.
     """
-    source = _open(path, model.cfg, lambda name: not name.startswith(MOMENTS))
+    source = _open(path, model.cfg, mesh, lambda name: not name.startswith(MOMENTS))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(source.part("master", name, mesh.tp_rank, mesh.tp, 0, p.numel()).view_as(p))
@@ -69,8 +70,8 @@ def load_weights(path: Path, model: GPT, mesh: Mesh) -> None:
 
 def restore(path: Path, engine: Engine) -> None:
     """Put masters, moments and the optimizer's step into a live engine whose module has these weights. Collective."""
-    source = _open(path, engine.module.cfg, lambda name: True)
     mesh = engine.mesh
+    source = _open(path, engine.module.cfg, mesh, lambda name: True)
     with torch.no_grad():
         for f in owned(engine.module, engine.adam):
             for kind, view in f.views.items():
@@ -78,12 +79,12 @@ def restore(path: Path, engine: Engine) -> None:
     set_optimizer_step(engine.adam, int(RunFolder.state(path)["optimizer_step"]))
 
 
-def _open(path: Path, cfg: ModelConfig, wanted: Callable[[str], bool]) -> Source:
+def _open(path: Path, cfg: ModelConfig, mesh: Mesh, wanted: Callable[[str], bool]) -> Source:
     """A source whose files are verified, each by one rank."""
 
     def check() -> None:
         files = check_files(path)
-        verify(path, files, sorted(filter(wanted, files))[dist.get_rank() :: dist.get_world_size()])
+        verify(path, files, sorted(filter(wanted, files))[mesh.world.rank :: mesh.world.world_size])
 
     all_ranks(f"{path} cannot be loaded", check)
     source = Source(path)

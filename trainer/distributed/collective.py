@@ -22,8 +22,11 @@ def all_ranks(what: str, function: Callable[[], T]) -> list[T]:
         result = function()
     except Exception as e:
         mine, message = e, str(e) if isinstance(e, (UserError, OSError)) else repr(e)
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, (message, isinstance(mine, TransientError), result))
+    answer = (message, isinstance(mine, TransientError), result)
+    answers: list[Any] = [answer]
+    if dist.is_initialized():  # else this process is alone
+        answers = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, answer)
     if mine is not None and not isinstance(mine, (UserError, OSError)):
         raise mine  # a defect of the program keeps its traceback
     failed = next((f"{m} (rank {rank})" for rank, (m, *_) in enumerate(answers) if m is not None), None)

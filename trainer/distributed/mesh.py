@@ -1,4 +1,4 @@
-"""Process groups, seeds and what DeepSpeed must know of them. One of megatron-core's and DeepSpeed's doors.
+"""Process groups of data-parallel and tensor-parallel ranks. One of the two files that import megatron-core.
 
 Ranks are numbered tp first: ranks 0..tp-1 share one copy of the model, rank r + tp has the next data.
 """
@@ -6,47 +6,18 @@ Ranks are numbered tp first: ranks 0..tp-1 share one copy of the model, rank r +
 from __future__ import annotations
 
 import os
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from conf.errors import UserError
 from trainer.config.parallel import ParallelConfig
 from trainer.distributed.world import World
-
-if TYPE_CHECKING:
-    pass
-
-
-@contextmanager
-def _hidden(module: str) -> Iterator[None]:
-    sys.modules.setdefault(module, None)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        if sys.modules[module] is None:
-            del sys.modules[module]
-
-
-# DeepSpeed looks for its device when it is imported, and takes two seconds for an MLflow that only its autotuner uses:
-# it is imported here, before anyone else does, with both said.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-with _hidden("mlflow"), warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # megatron-core tells that Transformer Engine and Apex are absent: not needed
-    import deepspeed
-    import deepspeed.comm.comm as deepspeed_comm
-    from megatron.core import parallel_state
 
 
 @dataclass(frozen=True)
@@ -63,7 +34,7 @@ class Mesh:
     tp_group: Any
 
 
-def start(world: World, parallel: ParallelConfig, timeout_s: float = 600.0) -> Mesh:
+def join_ranks(world: World, parallel: ParallelConfig, timeout_s: float = 600.0) -> Mesh:
     """Join the run's process group (nccl on a GPU, gloo without one) and split it into dp and tp groups.
 
     A rank that waits longer than `timeout_s` for the others ends itself.
@@ -78,23 +49,50 @@ def start(world: World, parallel: ParallelConfig, timeout_s: float = 600.0) -> M
     if parallel.tp > 1:  # before CUDA starts: megatron-core wants a collective launched before the GEMM that hides it
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _device(world)
-    _start_deepspeed(device, timeout_s)
+    if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        bound = device if device.type == "cuda" and world.world_size > 1 else None
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=bound)
+    dp_group, tp_group = _groups(parallel.tp, device, timeout_s)
+    return Mesh(
+        world=world,
+        device=device,
+        dp_rank=world.rank // parallel.tp,
+        dp=world.world_size // parallel.tp,
+        tp_rank=world.rank % parallel.tp,
+        tp=parallel.tp,
+        dp_group=dp_group,
+        tp_group=tp_group,
+    )
+
+
+def single_rank_mesh(world: World) -> Mesh:
+    """A mesh of this process alone, without process groups: for a model that no other rank takes part in."""
+    alone = World(rank=0, world_size=1, local_rank=world.local_rank)
+    return Mesh(world=alone, device=_device(world), dp_rank=0, dp=1, tp_rank=0, tp=1, dp_group=None, tp_group=None)
+
+
+def _groups(tp: int, device: torch.device, timeout_s: float) -> tuple[Any, Any]:
+    """The dp group and the tp group of this rank. Collective."""
+    if tp == 1:
+        return dist.group.WORLD, dist.new_subgroups(1, timeout=timedelta(seconds=timeout_s))[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core reports that Transformer Engine and Apex are absent
+        from megatron.core import parallel_state
+
+    # megatron-core calls collectives by names that torch 2.13 has replaced.
+    renamed = "(all_gather_into_tensor|reduce_scatter_tensor)"
+    warnings.filterwarnings("ignore", f".torch.distributed.{renamed}. is deprecated", FutureWarning)
+    if device.type == "cpu":  # megatron-core allocates its buffers on torch.cuda.current_device()
+        torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
+    parallel_state.destroy_model_parallel()  # of an earlier mesh of this process
     parallel_state.initialize_model_parallel(
-        parallel.tp,
+        tp,
         distributed_timeout_minutes=timeout_s / 60,  # it makes a timedelta of them
         create_gloo_process_groups=False,
         order="tp-cp-ep-dp-pp",
     )
-    return Mesh(
-        world=world,
-        device=device,
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp=parallel_state.get_data_parallel_world_size(),
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp=parallel_state.get_tensor_model_parallel_world_size(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-    )
+    return parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()
 
 
 def wait_for_main(mesh: Mesh, what: str, timeout_s: float) -> None:
@@ -110,11 +108,14 @@ def wait_for_main(mesh: Mesh, what: str, timeout_s: float) -> None:
             store.wait([what], timedelta(seconds=timeout_s))
 
 
-def stop(mesh: Mesh) -> None:
-    """Leave the process group; `start` may then be called again."""
-    parallel_state.destroy_model_parallel()
-    deepspeed_comm.destroy_process_group()
-    deepspeed_comm.cdb = None  # private: DeepSpeed keeps the dead backend, and a second start would believe in it
+def leave_ranks(mesh: Mesh) -> None:
+    """Leave the process group, if there is one; `join_ranks` may then be called again."""
+    if mesh.tp > 1:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+    if mesh.dp_group is not None:
+        dist.destroy_process_group()
 
 
 def _device(world: World) -> torch.device:
@@ -128,45 +129,3 @@ def _device(world: World) -> torch.device:
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _start_deepspeed(device: torch.device, timeout_s: float) -> None:
-    # megatron-core and DeepSpeed call collectives by names that torch 2.13 has replaced.
-    renamed = "(all_gather_into_tensor|reduce_scatter_tensor)"
-    warnings.filterwarnings("ignore", f".torch.distributed.{renamed}. is deprecated", FutureWarning)
-    # Private: without this, DeepSpeed compiles a C++ all-reduce for CPUs at the first start, for half a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if device.type == "cpu":  # megatron-core allocates its buffers on torch.cuda.current_device()
-        torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
-    backend = "gloo" if device.type == "cpu" else "nccl"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
-
-
-def mpu(mesh: Mesh) -> SimpleNamespace:
-    """The mesh in the words in which DeepSpeed asks for it: `deepspeed.initialize(mpu=...)`."""
-    tp = (mesh.tp_group, mesh.tp, mesh.tp_rank)
-    words = {"data_parallel": (mesh.dp_group, mesh.dp, mesh.dp_rank), "model_parallel": tp, "tensor_model_parallel": tp}
-    answers: dict[str, Any] = {
-        "tensor_model_parallel_src_rank": mesh.world.rank - mesh.tp_rank,
-        "pipeline_model_parallel_world_size": 1,
-        "pipeline_model_parallel_rank": 0,
-    }
-    for word, (group, size, rank) in words.items():
-        answers |= {f"{word}_group": group, f"{word}_world_size": size, f"{word}_rank": rank}
-    return SimpleNamespace(**{f"get_{question}": partial(lambda x: x, answer) for question, answer in answers.items()})
-
-
-def register_sequence_parallel_hooks(module: nn.Module, mesh: Mesh) -> None:
-    """Sum over the tp group the gradients of replicated parameters that saw only this rank's part of the sequence.
-
-    For parameters with `p.sequence_parallel`; to be called after `deepspeed.initialize`, which knows nothing of them.
-    """
-
-    def summed(grad: Tensor) -> Tensor:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=mesh.tp_group)
-        return grad
-
-    for p in module.parameters():
-        if getattr(p, "sequence_parallel", False):
-            p.register_hook(summed)

@@ -18,10 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.distributed.mesh import Mesh  # imports DeepSpeed as it must be
-
-# isort: split
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from trainer.distributed.mesh import Mesh
+from trainer.engine.deepspeed_api import BF16_Optimizer
 
 ROW = 2048  # numbers in one partial sum of squares
 

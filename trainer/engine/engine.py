@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from conf.errors import UserError
 from trainer.config.optim import Kind, OptimConfig
 from trainer.config.parallel import Offload, ParallelConfig, Precision
-from trainer.distributed import mesh as parallel
 from trainer.distributed.mesh import Mesh
 from trainer.engine.bf16_optimizer import flatten
+from trainer.engine.deepspeed_api import connect, deepspeed, mpu, register_sequence_parallel_hooks
 from trainer.engine.fragments import create_state, partitions
 from trainer.engine.muon import GatedMuon, muon
 from trainer.engine.optimizers import adamw
@@ -78,15 +78,16 @@ class Engine:
         quiet()
         numel = sum(p.numel() for p in model.parameters())
         with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures that nobody asked for
-            self.deepspeed, *_ = parallel.deepspeed.initialize(
+            connect(mesh)
+            self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.adam,
                 config=deepspeed_config(optim.grad_clip, layout, precision, numel),
-                mpu=parallel.mpu(mesh),
+                mpu=mpu(mesh),
                 dist_init_required=False,
             )
         if layout.sequence_parallel:
-            parallel.register_sequence_parallel_hooks(self.module, mesh)
+            register_sequence_parallel_hooks(self.module, mesh)
         create_state(self.deepspeed.optimizer, self.adam)
         if isinstance(self.adam, GatedMuon):
             dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
@@ -249,7 +250,7 @@ def deepspeed_config(grad_clip: float, layout: ParallelConfig, precision: Precis
 
 def quiet() -> None:
     """Silence messages about DeepSpeed's own choices; what matters here is an error of ours."""
-    parallel.deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.utils.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 

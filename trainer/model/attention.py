@@ -19,7 +19,7 @@ from trainer.distributed.mesh import Mesh
 from trainer.distributed.seeds import tp_local_randomness
 from trainer.model import flex
 from trainer.model.arithmetic import padded_n_head
-from trainer.model.linear import ColumnLinear, RowLinear
+from trainer.model.linear import column_linear, row_linear
 from trainer.model.mask import DENSE, attention_bias, patterns
 
 Mask = Tensor | BlockMask | None  # a bias on the scores, FlexAttention's blocks, or nothing beyond causality
@@ -96,8 +96,8 @@ class Attention(nn.Module):
         n_head = padded_n_head(cfg.n_head, mesh.tp)
         self.heads = n_head // mesh.tp
         self.backends = sdpa_backends(mesh.device)
-        self.c_attn = ColumnLinear(cfg.n_embd, 3 * n_head * cfg.head_dim, mesh, sequence_parallel)
-        self.c_proj = RowLinear(n_head * cfg.head_dim, cfg.n_embd, mesh, sequence_parallel)
+        self.c_attn = column_linear(cfg.n_embd, 3 * n_head * cfg.head_dim, mesh, sequence_parallel)
+        self.c_proj = row_linear(n_head * cfg.head_dim, cfg.n_embd, mesh, sequence_parallel)
 
     def forward(self, x_TBC: Tensor, mask: Mask = None, cache: Cache | None = None) -> Tensor:
         """`mask`: what `layer_masks` says of these positions."""

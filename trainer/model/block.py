@@ -14,7 +14,7 @@ from trainer.config.model import ModelConfig, Norm
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.seeds import tp_local_randomness
 from trainer.model.attention import Attention, Cache, Mask
-from trainer.model.linear import ColumnLinear, RowLinear
+from trainer.model.linear import column_linear, row_linear
 from trainer.model.recompute import making_again
 
 
@@ -52,8 +52,8 @@ class MLP(nn.Module):
     def __init__(self, cfg: ModelConfig, mesh: Mesh, sequence_parallel: bool, selective: bool) -> None:
         super().__init__()
         self.selective = selective
-        self.c_fc = ColumnLinear(cfg.n_embd, 4 * cfg.n_embd, mesh, sequence_parallel)
-        self.c_proj = RowLinear(4 * cfg.n_embd, cfg.n_embd, mesh, sequence_parallel)
+        self.c_fc = column_linear(cfg.n_embd, 4 * cfg.n_embd, mesh, sequence_parallel)
+        self.c_proj = row_linear(4 * cfg.n_embd, cfg.n_embd, mesh, sequence_parallel)
 
     def forward(self, x_TBC: Tensor) -> Tensor:
         h_TB4C = self.c_fc(x_TBC)

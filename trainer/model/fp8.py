@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from conf.errors import UserError
-from trainer.model.linear import ColumnLinear, RowLinear
+from trainer.model.linear import Linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LEAST = 1e-30  # of a scale's numerator: zeros are divided by something
@@ -37,7 +37,7 @@ def check_fp8(device: torch.device) -> None:
 def use_fp8(blocks: nn.Module) -> None:
     """Every linear inside multiplies in fp8 from now on (tp = 1)."""
     for module in blocks.modules():
-        if isinstance(module, ColumnLinear | RowLinear):
+        if isinstance(module, Linear):
             module.product = fp8_linear
 
 

@@ -20,7 +20,7 @@ from trainer.config.parallel import Recompute
 from trainer.distributed.mesh import Mesh
 from trainer.model.attention import Cache, Mask, layer_masks
 from trainer.model.block import Block, Dropout, layer_norm, mark_sequence_parallel
-from trainer.model.linear import TiedEmbedding, gather_vocab, split_sequence
+from trainer.model.linear import TiedEmbedding, gather_vocab, split_sequence, tied_embedding
 from trainer.model.loss import token_loss
 from trainer.model.mask import segment_positions
 from trainer.model.specs import ParamSpec, specs
@@ -43,7 +43,7 @@ class GPT(nn.Module):
         self.recompute = recompute
         self.inference = False  # inside `for_inference`
         self.sequence_parallel = split = sequence_parallel and mesh.tp > 1
-        self.wte = TiedEmbedding(cfg.vocab_size, cfg.n_embd, mesh, split)
+        self.wte = tied_embedding(cfg.vocab_size, cfg.n_embd, mesh, split)
         self.wpe = nn.Embedding(cfg.n_ctx, cfg.n_embd)
         mark_sequence_parallel(self.wpe, split)
         self.drop = Dropout(cfg.dropout, mesh, split)
@@ -166,6 +166,6 @@ def run_block(block: nn.Module, x_TBC: Tensor, mask: Mask) -> Tensor:
     return y_TBC
 
 
-def run_loss(wte: nn.Module, x_TBC: Tensor, labels_TB: Tensor, mesh: Mesh) -> Tensor:
+def run_loss(wte: TiedEmbedding, x_TBC: Tensor, labels_TB: Tensor, mesh: Mesh) -> Tensor:
     """The head and the loss: together they are where logits live."""
-    return token_loss(wte(x_TBC, head=True), labels_TB, mesh)
+    return token_loss(wte(x_TBC, head=True), labels_TB, mesh, wte.n_true)

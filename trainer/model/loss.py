@@ -1,4 +1,4 @@
-"""The training loss. One of megatron-core's doors.
+"""The training loss: cross entropy over a vocabulary that may be split over the tensor-parallel ranks.
 
 Legend: T time, B batch, V vocabulary on this rank (padding included), N = T x B tokens.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -16,53 +17,76 @@ from trainer.distributed.mesh import Mesh
 from trainer.model.arithmetic import LOSS_CHUNK_BYTES
 
 
-def token_loss(logits_TBV: Tensor, labels_TB: Tensor, mesh: Mesh) -> Tensor:
+def token_loss(logits_TBV: Tensor, labels_TB: Tensor, mesh: Mesh, n_true: int | None = None) -> Tensor:
     """Sum of -log p(label) in nats over the labels that are not IGNORE: an fp32 scalar, equal on all tp ranks.
 
-    The softmax is taken in fp32. Logits of padding are -inf. The logits are gone after backward: at tp = 1 their
-    gradient takes their place, at tp > 1 fp32 logits are overwritten.
+    The softmax is taken in fp32 over the first `n_true` logits of this rank; the others are padding. None: there is no
+    padding. The logits are gone after backward: their gradient takes their place.
     """
-    if mesh.tp == 1:
-        loss: Tensor = _VocabLoss.apply(logits_TBV.flatten(0, 1), labels_TB.flatten())
-        return loss
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-    labels_TB = labels_TB.contiguous()  # it takes views
-    loss_TB = vocab_parallel_cross_entropy(logits_TBV, labels_TB)  # IGNORE is no one's token: the loss is log Z there
-    return loss_TB.masked_fill(labels_TB == IGNORE, 0.0).sum()
+    V = logits_TBV.shape[-1]
+    group = mesh.tp_group if mesh.tp > 1 else None
+    loss: Tensor = _VocabLoss.apply(
+        logits_TBV.flatten(0, 1), labels_TB.flatten(), V if n_true is None else n_true, mesh.tp_rank * V, group
+    )
+    return loss
 
 
 class _VocabLoss(torch.autograd.Function):
     """Cross entropy that never holds a second copy of the logits: they are the largest tensor of a step.
 
-    Kept for backward: the logits in their own dtype, and for each token in fp32 the largest logit and log Z beside it
-    (their sum alone would cost p digits where logits are large). Backward writes the gradient over the logits; fp32
-    values live for a chunk of tokens only, or, compiled, in registers.
+    Kept for backward: the logits in their own dtype, and for each token in fp32 the largest logit and, apart from it,
+    the softmax's denominator Z (the logarithm of both in one number would cost digits of p where logits are large).
+    Backward writes the gradient over the logits; fp32 values live for a chunk of tokens only, or, compiled, in
+    registers.
+
+    With `group` (tp > 1) the largest logit, Z and the label's logit are reduced over it, and the result has the bits of
+    megatron-core's `vocab_parallel_cross_entropy`, which holds an fp32 copy of the logits.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-        most_N = logits_NV.amax(-1).float()
-        parts = (x.split(_rows(logits_NV)) for x in (logits_NV, most_N[:, None]))
-        log_z_N = torch.cat([(x.float() - most).exp_().sum(-1).log() for x, most in zip(*parts, strict=True)])
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, n_true: int, first: int, group: Any) -> Tensor:
+        chunks = logits_NV.split(_rows(logits_NV))
+        max_N = torch.cat([_fp32(x, n_true).amax(-1) for x in chunks])
+        if group is not None:
+            dist.all_reduce(max_N, dist.ReduceOp.MAX, group)
+        maxima = max_N[:, None].split(_rows(logits_NV))
+        z_N = torch.cat([_fp32(x, n_true).sub_(m).exp_().sum(-1) for x, m in zip(chunks, maxima, strict=True)])
         valid_N = labels_N != IGNORE
-        label_N1 = labels_N.where(valid_N, 0)[:, None]
-        ctx.save_for_backward(logits_NV, label_N1, valid_N, most_N, log_z_N)
-        loss_N = log_z_N + (most_N - logits_NV.gather(-1, label_N1).squeeze(-1).float())
-        return loss_N.where(valid_N, 0.0).sum()
+        local_N = labels_N - first
+        own_N = valid_N & (local_N >= 0) & (local_N < logits_NV.shape[-1])
+        label_N1 = local_N.where(own_N, -1)[:, None]
+        label_logit_N = logits_NV.gather(-1, label_N1.clamp(min=0)).squeeze(-1).float()
+        below_max_N = (max_N - label_logit_N).where(own_N, 0.0)
+        if group is not None:
+            both_2N = torch.stack([z_N, below_max_N])
+            dist.all_reduce(both_2N, group=group)
+            z_N, below_max_N = both_2N.unbind()
+        log_z_N = z_N.log()
+        ctx.n_true, ctx.divides = n_true, group is not None
+        ctx.save_for_backward(logits_NV, label_N1, valid_N, max_N, z_N if ctx.divides else log_z_N)
+        return (log_z_N + below_max_N).where(valid_N, 0.0).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        logits_NV, label_N1, valid_N, most_N, log_z_N = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits_NV, label_N1, valid_N, max_N, z_N = ctx.saved_tensors
         scale_N1 = grads[0] * valid_N[:, None]
         id_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device)
         rows = _rows(logits_NV)
-        parts = (x.split(rows) for x in (logits_NV, label_N1, scale_N1, most_N[:, None], log_z_N[:, None]))
-        for logits, label, scale, most, log_z in zip(*parts, strict=True):
-            p = (logits.float() - most - log_z).exp_()
-            logits.copy_((p - (id_V == label).float()) * scale)
-        return logits_NV, None
+        parts = (x.split(rows) for x in (logits_NV, label_N1, scale_N1, max_N[:, None], z_N[:, None]))
+        for logits, label, scale, largest, z in zip(*parts, strict=True):
+            p = _fp32(logits, ctx.n_true).sub_(largest)
+            p = p.exp_().div_(z) if ctx.divides else p.sub_(z).exp_()
+            logits.copy_(p.sub_((id_V == label).float()).mul_(scale))
+        return logits_NV, None, None, None, None
+
+
+def _fp32(logits_NV: Tensor, n_true: int) -> Tensor:
+    """A copy in fp32, -inf where no token is."""
+    x_NV = logits_NV.to(torch.float32, copy=True)
+    if n_true < x_NV.shape[-1]:
+        x_NV[:, n_true:] = -torch.inf
+    return x_NV
 
 
 def _rows(logits_NV: Tensor) -> int:

@@ -38,13 +38,13 @@ def test_no_rank_ends_before_rank_0_has_closed_its_tracker(tmp_path: Path) -> No
 def wait() -> str:
     """Rank 0 comes to the first, and not to the second: the time ends it."""
     from trainer.config.parallel import ParallelConfig
-    from trainer.distributed import mesh as parallel
+    from trainer.distributed.mesh import join_ranks, wait_for_main
     from trainer.distributed.world import read_world
 
-    mesh = parallel.start(read_world(), ParallelConfig())
-    parallel.wait_for_main(mesh, "first", 100)
+    mesh = join_ranks(read_world(), ParallelConfig())
+    wait_for_main(mesh, "first", 100)
     if not mesh.world.is_main:
-        parallel.wait_for_main(mesh, "second", 1)
+        wait_for_main(mesh, "second", 1)
     return "left"
 
 

@@ -12,10 +12,10 @@ def ends() -> list[str]:
     """How `agree` ends on this rank of a tensor-parallel pair whose reader, rank 0, has an error of either kind."""
     from trainer.config.parallel import ParallelConfig
     from trainer.data.feed import Feed
-    from trainer.distributed import mesh as parallel
+    from trainer.distributed.mesh import join_ranks, leave_ranks
     from trainer.distributed.world import read_world
 
-    mesh = parallel.start(read_world(), ParallelConfig(name="tp2", tp=2))
+    mesh = join_ranks(read_world(), ParallelConfig(name="tp2", tp=2))
     found = []
     for kind in (TransientError, UserError):
         mine = kind("no answer") if mesh.tp_rank == 0 else UserError("no answer")  # the channel carries the text alone
@@ -23,7 +23,7 @@ def ends() -> list[str]:
             Feed.agree(SimpleNamespace(mesh=mesh), mine)  # type: ignore[arg-type]
         except UserError as e:
             found.append(f"{type(e).__name__}: {e}")
-    parallel.stop(mesh)
+    leave_ranks(mesh)
     return found
 
 

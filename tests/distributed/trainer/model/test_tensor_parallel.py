@@ -18,9 +18,10 @@ from tests.helpers.ranks import run_ranks
 from trainer.config.model import ModelConfig, Norm
 from trainer.config.parallel import ParallelConfig, Recompute
 from trainer.data.channel import channel
-from trainer.distributed.mesh import Mesh, register_sequence_parallel_hooks, start, stop
+from trainer.distributed.mesh import Mesh, join_ranks, leave_ranks
 from trainer.distributed.seeds import seed_dropout, tp_local_randomness
 from trainer.distributed.world import read_world
+from trainer.engine.deepspeed_api import register_sequence_parallel_hooks
 from trainer.inference.cache import KVCache
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
@@ -136,7 +137,7 @@ def test_channel_brings_what_rank_0_read_or_its_error(ranks: list[dict[str, Any]
 
 
 def measure() -> dict[str, Any]:
-    mesh = start(read_world(), ParallelConfig(name="tp2", tp=2))
+    mesh = join_ranks(read_world(), ParallelConfig(name="tp2", tp=2))
     # new_group is collective: each rank makes both groups of one, and keeps its own
     own = [dist.new_group([rank]) for rank in range(2)][mesh.world.rank]
     one = replace(mesh, tp=1, tp_rank=0, tp_group=own)
@@ -156,7 +157,7 @@ def measure() -> dict[str, Any]:
         out["xl"] = {n: list(p.shape) for n, p in GPT(XL, mesh).named_parameters()}
     out["random"] = randomness(mesh)
     out["reads"], out["channel"] = shared(mesh)
-    stop(mesh)
+    leave_ranks(mesh)
     return out
 
 

@@ -11,9 +11,10 @@ from conf.errors import TransientError, UserError
 from trainer.config.parallel import ParallelConfig
 from trainer.data.channel import channel
 from trainer.distributed.lost_ranks import ranks_lost
-from trainer.distributed.mesh import Mesh, mpu, start
+from trainer.distributed.mesh import Mesh, join_ranks
 from trainer.distributed.seeds import stable_seed
 from trainer.distributed.world import World
+from trainer.engine.deepspeed_api import connect, deepspeed_comm, mpu
 
 
 def test_one_rank_is_the_whole_mesh(mesh: Mesh) -> None:
@@ -33,14 +34,13 @@ def test_deepspeed_gets_an_answer_to_each_of_its_questions(mesh: Mesh) -> None:
 
 
 def test_no_cpp_is_compiled_at_the_start(mesh: Mesh) -> None:
-    import deepspeed.comm.comm
-
-    assert mesh.device.type != "cpu" or deepspeed.comm.comm.cdb.shm_comm_op is None
+    connect(mesh)
+    assert mesh.device.type != "cpu" or deepspeed_comm.cdb.shm_comm_op is None
 
 
 def test_a_world_that_tp_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match=r"parallel\.tp=2 does not divide the 3 ranks"):
-        start(World(rank=0, world_size=3, local_rank=0), ParallelConfig(name="tp2", tp=2))
+        join_ranks(World(rank=0, world_size=3, local_rank=0), ParallelConfig(name="tp2", tp=2))
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"LOCAL_RANK=2, but there are 2 GPUs: start one rank for each"):
-        start(World(rank=2, world_size=4, local_rank=2), ParallelConfig(name="one"))
+        join_ranks(World(rank=2, world_size=4, local_rank=2), ParallelConfig(name="one"))
 
 
 def test_seeds_are_the_same_for_ever_and_for_every_kind_of_integer() -> None:

@@ -109,11 +109,11 @@ def places_in_a_collective() -> list[str]:
     from trainer.config.parallel import ParallelConfig
     from trainer.distributed.collective import all_ranks
     from trainer.distributed.lost_ranks import ranks_lost
-    from trainer.distributed.mesh import start
+    from trainer.distributed.mesh import join_ranks
     from trainer.distributed.world import read_world
 
     world = read_world()
-    start(world, ParallelConfig(name="one"), timeout_s=20)
+    join_ranks(world, ParallelConfig(name="one"), timeout_s=20)
     main, found = threading.get_ident(), []
     if world.rank == 1:
         time.sleep(2)

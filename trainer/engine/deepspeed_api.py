@@ -1,0 +1,82 @@
+"""DeepSpeed as this project uses it: the one file that imports it, and the mesh in DeepSpeed's words.
+
+DeepSpeed looks for its device when it is imported, and takes two seconds for an MLflow that only its autotuner uses.
+Both are settled here before the import.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.distributed.mesh import Mesh
+
+
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    sys.modules.setdefault(module, None)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if sys.modules[module] is None:
+            del sys.modules[module]
+
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+with _hidden("mlflow"), warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepspeed
+    import deepspeed.comm.comm as deepspeed_comm
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+__all__ = ["BF16_Optimizer", "connect", "deepspeed", "deepspeed_comm", "mpu", "register_sequence_parallel_hooks"]
+
+
+def connect(mesh: Mesh) -> None:
+    """Give DeepSpeed the process group that `join_ranks` has made; before `deepspeed.initialize`."""
+    # Private: without this, DeepSpeed compiles a C++ all-reduce for CPUs at the first start, for half a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed_comm.cdb = None  # private: it may hold the process group of an earlier mesh, which is gone
+    backend = "gloo" if mesh.device.type == "cpu" else "nccl"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+def mpu(mesh: Mesh) -> SimpleNamespace:
+    """The mesh in the words in which DeepSpeed asks for it: `deepspeed.initialize(mpu=...)`."""
+    tp = (mesh.tp_group, mesh.tp, mesh.tp_rank)
+    words = {"data_parallel": (mesh.dp_group, mesh.dp, mesh.dp_rank), "model_parallel": tp, "tensor_model_parallel": tp}
+    answers: dict[str, Any] = {
+        "tensor_model_parallel_src_rank": mesh.world.rank - mesh.tp_rank,
+        "pipeline_model_parallel_world_size": 1,
+        "pipeline_model_parallel_rank": 0,
+    }
+    for word, (group, size, rank) in words.items():
+        answers |= {f"{word}_group": group, f"{word}_world_size": size, f"{word}_rank": rank}
+    return SimpleNamespace(**{f"get_{question}": partial(lambda x: x, answer) for question, answer in answers.items()})
+
+
+def register_sequence_parallel_hooks(module: nn.Module, mesh: Mesh) -> None:
+    """Sum over the tp group the gradients of replicated parameters that saw only this rank's part of the sequence.
+
+    For parameters with `p.sequence_parallel`; to be called after `deepspeed.initialize`, which knows nothing of them.
+    """
+
+    def summed(grad: Tensor) -> Tensor:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=mesh.tp_group)
+        return grad
+
+    for p in module.parameters():
+        if getattr(p, "sequence_parallel", False):
+            p.register_hook(summed)
