@@ -22,7 +22,7 @@ from launch.checks.runner import Check, run_checks
 from launch.config import DoctorConfig
 from launch.ssh.launcher import hosts_of, needed_programs
 from trainer.config.pretrain import PretrainConfig
-from trainer.config.tracking import Tracker, TrackingConfig
+from trainer.config.tracking import TrackerName, TrackingConfig
 from trainer.diagnostics import machine
 from trainer.diagnostics.check_result import Finding, State
 
@@ -43,7 +43,7 @@ def look(cfg: DoctorConfig, command: list[str] | None) -> list[Finding]:
         return examine_nodes(cfg, ROOT)
     run_dir = Path(cfg.run.dir).absolute()
     train = None if command is None else pretrain_config(cfg, command, run_dir)
-    tracked = train.tracking.name is Tracker.mlflow if train else cfg.tracking.uri is not None
+    tracked = train.tracking.name is TrackerName.mlflow if train else cfg.tracking.uri is not None
     return run_checks([*machine_checks(tracked), *cluster_checks(cfg), *run_checks_of(cfg, train, run_dir)])
 
 
@@ -94,7 +94,7 @@ def cluster_checks(cfg: DoctorConfig) -> list[Check]:
 def run_checks_of(cfg: DoctorConfig, train: PretrainConfig | None, run_dir: Path) -> list[Check]:
     needed = checkpoint_bytes(train.model, train.checkpoint) if train else None
     checks = [Check("run.dir", partial(folder.run_folder, run_dir, needed, cfg.cluster.nodes), DISK_S, DISK)]
-    tracking = train.tracking if train else TrackingConfig(Tracker.mlflow, cfg.tracking.uri)
+    tracking = train.tracking if train else TrackingConfig(TrackerName.mlflow, cfg.tracking.uri)
     if train or cfg.tracking.uri is not None:
         checks.append(Check("tracking", one(partial(services.tracking, tracking, run_dir)), SERVICE_S))
     data = train.data if train else None

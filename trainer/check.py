@@ -10,6 +10,7 @@ from data_pipeline.order.geometry import Geometry
 from trainer.checkpoint.find import check_model, model_of
 from trainer.config.optim import Kind
 from trainer.config.pretrain import PretrainConfig
+from trainer.config.tracking import check_tracking
 from trainer.config.train import Resume
 from trainer.data.sources import Sources, check_cache, check_past, check_sources, open_sources, plan_run
 from trainer.distributed.world import World
@@ -19,7 +20,6 @@ from trainer.plan.choose import resumed, settle
 from trainer.plan.layout_rules import check_layout
 from trainer.run.folder import RunFolder
 from trainer.run.redact import refuse_secrets
-from trainer.tracking.address import check_tracking
 
 
 class Checked(NamedTuple):

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from conf.errors import UserError
 from data_pipeline.config import DataConfig
-from trainer.config.tracking import Tracker, TrackingConfig
+from trainer.config.tracking import TrackerName, TrackingConfig, check_tracking, tracking_uri
 from trainer.data.sources import open_sources
 from trainer.diagnostics.check_result import Finding, fail, ok, warn
-from trainer.tracking.address import check_tracking, tracking_uri
 
 ANSWER_S = 5.0
 MOST = 1024  # bytes of an answer
@@ -24,7 +23,7 @@ NAME = "tracking"
 
 
 def tracking(cfg: TrackingConfig, run_dir: Path) -> Finding:
-    if cfg.name is Tracker.none:
+    if cfg.name is TrackerName.none:
         return ok(NAME, "none: metrics.jsonl in the run folder only")
     try:
         check_tracking(cfg)

@@ -102,7 +102,7 @@ def config_of(size: str, micro_batch: int, given: dict[str, str], fp8: bool) -> 
     from trainer.config.model import ModelConfig
     from trainer.config.optim import OptimConfig, ScheduleConfig, ScheduleKind
     from trainer.config.parallel import Offload, ParallelConfig, Precision, Recompute
-    from trainer.config.tracking import Tracker, TrackingConfig
+    from trainer.config.tracking import TrackerName, TrackingConfig
 
     shape = {"n_ctx": 1024, "vocab_size": 50257, **SIZES[size][1]}
     capped = float(given["cap_gib"]) > 0
@@ -116,7 +116,7 @@ def config_of(size: str, micro_batch: int, given: dict[str, str], fp8: bool) -> 
         parallel=ParallelConfig(**{"name": "zero1", "recompute": recompute, **small}),
         eval=c.EvalConfig(every=0),
         checkpoint=CheckpointConfig(every_steps=0),
-        tracking=TrackingConfig(name=Tracker.none),
+        tracking=TrackingConfig(name=TrackerName.none),
         tokens_per_step=micro_batch * shape["n_ctx"],
         micro_batch_size=micro_batch,
         max_steps=10**6,

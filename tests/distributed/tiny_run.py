@@ -22,7 +22,7 @@ from trainer.config.model import ModelConfig
 from trainer.config.optim import OptimConfig, ScheduleConfig, ScheduleKind
 from trainer.config.parallel import Offload, ParallelConfig, Precision, Recompute
 from trainer.config.pretrain import EvalConfig, PretrainConfig
-from trainer.config.tracking import Tracker, TrackingConfig
+from trainer.config.tracking import TrackerName, TrackingConfig
 from trainer.config.train import RunConfig
 from trainer.distributed.mesh import Mesh, join_ranks
 from trainer.distributed.world import read_world
@@ -83,7 +83,7 @@ def config(
         ),
         eval=EvalConfig(every=0),
         checkpoint=CheckpointConfig(every_steps=0, keep=keep, background=background),
-        tracking=TrackingConfig(name=Tracker.none),
+        tracking=TrackingConfig(name=TrackerName.none),
         tokens_per_step=WINDOWS * N_CTX,
         micro_batch_size=micro_batch_size,
         max_steps=10,

@@ -34,9 +34,9 @@ from tests.system.tracked import (
     sync,
     wait_for,
 )
+from trainer.config.tracking import tracking_uri
 from trainer.run.folder import RunFolder
 from trainer.run.journal import read_journal, read_rows
-from trainer.tracking.address import tracking_uri
 from trainer.tracking.mixture_plot import draw
 from trainer.tracking.shipper import CLOSE_S
 

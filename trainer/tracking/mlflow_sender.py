@@ -1,7 +1,7 @@
-"""MLflow's door: what of a run goes there, from the files of its run folder alone. Raises whatever MLflow raises.
+"""Sends a run to MLflow, from the files of its run folder alone. Any error of MLflow is raised. The one user of mlflow.
 
 A row is sent with its key, step and time; a batch whose answer got lost is sent again, and MLflow's stores keep equal
-rows once. All starts of a run share one MLflow run, found again by a tag that the run folder made up.
+rows once. All starts of a run share one MLflow run, found again by a tag with the uuid of tracking.json.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.pretrain import PretrainConfig
+from trainer.config.tracking import TrackingConfig, artifacts_of, tracking_uri
 from trainer.run.folder import RunFolder
 from trainer.run.journal import NewNumbers, read_rows, superseded
-from trainer.run.redact import redact, redact_tree
-from trainer.tracking.address import artifacts_of, tracking_uri
+from trainer.run.redact import redact_tree
+from trainer.tracking.messages import cause, warn
 from trainer.tracking.state import TrackingState
 
 if TYPE_CHECKING:
@@ -35,44 +34,50 @@ TIMEOUT_S, PATIENT_S, UPLOAD_S = 3.0, 60.0, 600.0  # of a request; after many fa
 AGAIN_S = 60.0  # before a file that was not taken is offered again
 MODEL = ("model.safetensors", "config.json", "tokenizer.json")  # of a run's last checkpoint
 _CHECKPOINT = ("manifest.json", "state.json")
-_PATIENCE_IS_OURS = "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ  # else the user has said it
+_OUR_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ  # else the user has said it
 
 
 class Sender:
-    """Used by one thread at a time, after `connect`."""
+    """The client's end of one run. Used by one thread at a time."""
 
-    def __init__(self, cfg: PretrainConfig, folder: RunFolder, warn: Callable[[str], None]) -> None:
-        """Raises UserError where tracking.json is damaged."""
-        self._cfg, self._folder, self._warn = cfg, folder, warn
-        self.uri = tracking_uri(cfg.tracking, folder.root)
-        self.state = TrackingState(folder.root, self.uri, cfg.tracking.experiment)
+    def __init__(self, cfg: TrackingConfig, name: str, params: Mapping[str, Any], folder: RunFolder) -> None:
+        """`name`: of the run; `params`: its whole config. Raises UserError if tracking.json is damaged."""
+        self._cfg = cfg
+        self._name = name
+        self._params = params
+        self._folder = folder
+        self.uri = tracking_uri(cfg, folder.root)
+        self.state = TrackingState(folder.root, self.uri, cfg.experiment)
         self._news = NewNumbers(folder.metrics)
         self._client: MlflowClient | None = None
-        self._untold = True  # a start is in the journal of which the run's tags do not tell
+        self._new_start = True  # the journal has a start that the run's tags do not name
         self._refused_at: float | None = None  # time.monotonic of the last file that was not taken
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # fail soon, the retries are ours
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training process calls nobody unasked
-        self.allow(TIMEOUT_S)
+        self._allow(TIMEOUT_S)
 
-    def allow(self, seconds: float) -> None:
-        """What a request may take from here on; MLflow reads it at each."""
-        if _PATIENCE_IS_OURS:
+    def be_patient(self, failures: int, limit_s: float = PATIENT_S) -> None:
+        """Double the time limit of a request with each failure in a row, to `limit_s`."""
+        self._allow(min(TIMEOUT_S * 2.0 ** min(failures, 10), PATIENT_S, limit_s))
+
+    def _allow(self, seconds: float) -> None:
+        """Set the time limit of the next requests; MLflow reads it at each."""
+        if _OUR_TIMEOUT:
             os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(round(seconds))
 
-    def send(self) -> int:
-        """All that is new: rows, tags, files. How many lines of the journal have gone."""
+    def send(self) -> None:
+        """Send all that is new: rows, tags, files."""
         client = self._connected()
-        sent = self._send_rows(client)
-        if self._untold:
-            self._tell_starts(client)
+        self._send_rows(client)
+        if self._new_start:
+            self._tag_starts(client)
         self._store_files(client)
-        return sent
 
     def end(self) -> None:
-        """What the run said of itself last, and the registered model of one that is finished."""
-        client, run_id, status = self._connected(), self.state["run_id"], self.state["status"]
-        name = self._cfg.tracking.register
-        if status == "FINISHED" and name is not None and self.state["registered"] is None:
+        """Send the run's last status, and register the model of one that is finished."""
+        client, run_id, status = self._connected(), self._run_id, self.state.sent.status
+        name = self._cfg.register
+        if status == "FINISHED" and name is not None and self.state.sent.registered is None:
             self._register(client, run_id, name)
         if status == "SCHEDULED":  # it goes on later: not terminated
             client.update_run(run_id, status=status)
@@ -80,12 +85,17 @@ class Sender:
             client.set_terminated(run_id, status)
 
     def waiting(self) -> int:
-        """Lines of the journal that have not gone."""
+        """The number of lines of the journal that are not sent."""
         if not self._folder.metrics.exists():
             return 0
         with self._folder.metrics.open("rb") as f:
-            f.seek(self.state["offset"])
+            f.seek(self.state.sent.offset)
             return sum(1 for line in f if line.endswith(b"\n"))
+
+    @property
+    def _run_id(self) -> str:
+        assert self.state.sent.run_id is not None, "only after _connect"
+        return self.state.sent.run_id
 
     def _connected(self) -> MlflowClient:
         if self._client is None:
@@ -93,79 +103,78 @@ class Sender:
         return self._client
 
     def _connect(self) -> MlflowClient:
-        """Import MLflow, find or make the run. What the journal holds of an earlier address goes to the new one too."""
+        """Import MLflow, find or make the run. A new server gets the rows from before it, too."""
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # else it tells of each table it makes
         client = MlflowClient(self.uri, registry_uri=self.uri)
-        if self.state["run_id"] and not _has_run(client, self.state["run_id"]):
-            self._warn(f"{self.uri} has lost run {self.state['run_id']}: the whole journal is sent to a new one")
+        run_id = self.state.sent.run_id
+        if run_id and not _has_run(client, run_id):
+            warn(f"{self.uri} has lost run {run_id}: the whole journal is sent to a new one")
             self.state.change(run_id=None, offset=0, described=False, stored={}, registered=None)
-        run_id = self.state["run_id"] or self._find_run(client)
-        if self.state["status"] == "RUNNING":
+            run_id = None
+        run_id = run_id or self._find_run(client)
+        if self.state.sent.status == "RUNNING":
             client.update_run(run_id, status="RUNNING")
-        if self._folder.metrics.stat().st_size < self.state["offset"]:  # an older journal was put back: send it whole
+        if self._folder.metrics.stat().st_size < self.state.sent.offset:  # an older journal was put back: send it whole
             self.state.change(offset=0)
         self.state.change(run_id=run_id)
-        if not self.state["described"]:
+        if not self.state.sent.described:
             self._describe(client, run_id)
         return client
 
     def _find_run(self, client: MlflowClient) -> str:
-        name = self._cfg.tracking.experiment
+        name = self._cfg.experiment
         experiment = client.get_experiment_by_name(name)
-        place = artifacts_of(self.uri)
-        experiment_id = experiment.experiment_id if experiment else client.create_experiment(name, place)
-        tag = self.state["uuid"]
-        found = client.search_runs([experiment_id], f"tags.`{TAG}` = '{tag}'", max_results=1)
-        run = found[0] if found else client.create_run(experiment_id, run_name=self._cfg.run.name, tags={TAG: tag})
+        folder = artifacts_of(self.uri)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(name, folder)
+        tag = self.state.sent.uuid
+        runs = client.search_runs([experiment_id], f"tags.`{TAG}` = '{tag}'", max_results=1)
+        run = runs[0] if runs else client.create_run(experiment_id, run_name=self._name, tags={TAG: tag})
         return str(run.info.run_id)
 
     def _describe(self, client: MlflowClient, run_id: str) -> None:
-        """The config as params, cut to MLflow's length, once: a param is for ever. The whole is among the files."""
+        """Send the config as params, cut to MLflow's length, once: a param is final. config.yaml is among the files."""
         from mlflow.entities import Param
 
-        values = _flat(redact_tree(asdict(self._cfg)))
+        values = _flat(redact_tree(self._params))
         params = [Param(k, v if len(v) <= PARAM_CHARS else v[: PARAM_CHARS - 1] + "…") for k, v in values]
         for i in range(0, len(params), PARAMS):
             client.log_batch(run_id, params=params[i : i + PARAMS])
         self.state.change(described=True)
 
-    def _send_rows(self, client: MlflowClient) -> int:
-        """All that is complete in the journal; the offset tells what has arrived."""
+    def _send_rows(self, client: MlflowClient) -> None:
+        """Send all complete lines of the journal; the offset follows what has arrived."""
         from mlflow.entities import Metric
 
         metrics: list[Metric] = []
-        sent, begin = 0, self.state["offset"]
-        end = begin
-        for row, end in self._news.rows(begin):
-            self._untold = self._untold or row.resumed_at is not None
+        end = start = self.state.sent.offset
+        for row, end in self._news.rows(start):
+            self._new_start = self._new_start or row.resumed_at is not None
             metrics += [Metric(k, v, round(row.time * 1000), row.step) for k, v in row.metrics.items()]
-            sent += 1
             if len(metrics) >= BATCH:
                 self._send_metrics(client, metrics, end)
                 metrics = []
         self._send_metrics(client, metrics, end)
-        return sent
 
     def _send_metrics(self, client: MlflowClient, metrics: list[Metric], offset: int) -> None:
-        if offset == self.state["offset"]:
+        if offset == self.state.sent.offset:
             return
         for i in range(0, len(metrics), BATCH):
-            client.log_batch(self.state["run_id"], metrics=metrics[i : i + BATCH])
+            client.log_batch(self._run_id, metrics=metrics[i : i + BATCH])
         self.state.change(offset=offset)
 
-    def _tell_starts(self, client: MlflowClient) -> None:
-        """MLflow takes nothing back: tags say which start is the newest, and which steps a later one did again."""
+    def _tag_starts(self, client: MlflowClient) -> None:
+        """Set tags for the newest start and for the steps that a later one did again: MLflow takes nothing back."""
         rows = [row for row, _ in read_rows(self._folder.metrics)]
         ranges: list[dict[str, int]] = superseded(rows)
-        gone = 0
-        while len(text := json.dumps([{"earlier": gone}] * (gone > 0) + ranges[gone:])) > TAG_CHARS:
-            gone += 1
+        cut = 0
+        while len(text := json.dumps([{"earlier": cut}] * (cut > 0) + ranges[cut:])) > TAG_CHARS:
+            cut += 1
         newest = max((row.generation for row in rows), default=0)
-        client.set_tag(self.state["run_id"], GENERATION, str(newest))
-        client.set_tag(self.state["run_id"], SUPERSEDED, text)
-        self._untold = False
+        client.set_tag(self._run_id, GENERATION, str(newest))
+        client.set_tag(self._run_id, SUPERSEDED, text)
+        self._new_start = False
 
     def _files(self) -> Iterator[Path]:
         folder = self._folder
@@ -174,47 +183,47 @@ class Sender:
         yield from (path / name for path in folder.published() for name in _CHECKPOINT)
 
     def _store_files(self, client: MlflowClient) -> None:
-        """What has changed since it was stored. Files have their own storage and credentials, rows don't wait for them:
-        one that is not taken is told of, and offered again."""
+        """Store the files that have changed. They have their own storage and credentials, so rows do not wait for them:
+        one that is refused costs a warning, and is offered again."""
         if self._refused_at is not None and time.monotonic() - self._refused_at < AGAIN_S:
             return
-        there = {str(path.relative_to(self._folder.root)): path for path in self._files() if path.exists()}
-        stored = {name: when for name, when in self.state["stored"].items() if name in there}
-        for name, path in there.items():
+        files = {str(path.relative_to(self._folder.root)): path for path in self._files() if path.exists()}
+        stored = {name: when for name, when in self.state.sent.stored.items() if name in files}
+        for name, path in files.items():
             try:
                 if (when := path.stat().st_mtime_ns) == stored.get(name):
                     continue
-                where = Path(name).parent.as_posix()
-                client.log_artifact(self.state["run_id"], str(path), None if where == "." else where)
+                parent = Path(name).parent.as_posix()
+                client.log_artifact(self._run_id, str(path), None if parent == "." else parent)
                 if path.parent == self._folder.environments:
-                    self._tell_code(client, path)
+                    self._tag_code(client, path)
             except FileNotFoundError:
                 continue  # a checkpoint that has just been removed
             except Exception as e:
                 if self._refused_at is None:
-                    self._warn(f"{path} was not stored with the run ({cause(e)}): it stays in the run folder")
+                    warn(f"{path} was not stored with the run ({cause(e)}): it stays in the run folder")
                 self._refused_at = time.monotonic()
                 return
             stored[name] = when
             self.state.change(stored=stored)
         self._refused_at = None
 
-    def _tell_code(self, client: MlflowClient, path: Path) -> None:
+    def _tag_code(self, client: MlflowClient, path: Path) -> None:
         code = json.loads(path.read_text(encoding="utf-8"))["code"]
         if code.get("commit"):
-            client.set_tag(self.state["run_id"], "mlflow.source.git.commit", str(code["commit"]))
-            client.set_tag(self.state["run_id"], "gradus.dirty", json.dumps(code.get("dirty")))
+            client.set_tag(self._run_id, "mlflow.source.git.commit", str(code["commit"]))
+            client.set_tag(self._run_id, "gradus.dirty", json.dumps(code.get("dirty")))
 
     def _register(self, client: MlflowClient, run_id: str, name: str) -> None:
-        """Hugging Face's files of the last checkpoint as a new version of the model `name`."""
+        """Register Hugging Face's files of the last checkpoint as a new version of the model `name`."""
         from mlflow.exceptions import MlflowException
 
         latest = self._folder.latest()
         paths = [latest / file for file in MODEL if (latest / file).is_file()] if latest else []
         if latest is None or latest / MODEL[0] not in paths:
-            self._warn(f"{name} gets no new version: {latest} holds no {MODEL[0]}")
+            warn(f"{name} gets no new version: {latest} holds no {MODEL[0]}")
             return
-        self.allow(UPLOAD_S)
+        self._allow(UPLOAD_S)
         try:
             for path in paths:
                 client.log_artifact(run_id, str(path), "model")
@@ -223,15 +232,15 @@ class Sender:
             except MlflowException as e:
                 if e.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")  # its answer got lost
-            made = found[0] if found else client.create_model_version(name, f"runs:/{run_id}/model", run_id)
+            versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")  # if an answer got lost
+            made = versions[0] if versions else client.create_model_version(name, f"runs:/{run_id}/model", run_id)
             self.state.change(registered=f"{name}/{made.version}")
         finally:
-            self.allow(TIMEOUT_S)
+            self._allow(TIMEOUT_S)
 
 
 def _alone(uri: str, connect: Callable[[], MlflowClient]) -> MlflowClient:
-    """MLflow makes a database file in steps that two processes at once would spoil."""
+    """Connect under a lock: MLflow makes a database file in steps that two processes at once would spoil."""
     if not uri.startswith("sqlite:///"):
         return connect()
     with Path(uri.removeprefix("sqlite:///") + ".lock").open("w") as lock:
@@ -258,8 +267,3 @@ def _flat(body: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
         else:
             value = value.value if isinstance(value, Enum) else value
             yield prefix + key, value if isinstance(value, str) else json.dumps(value)
-
-
-def cause(error: Exception) -> str:
-    """In one line, and no secret: a server's answer or an address may hold one."""
-    return redact(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")

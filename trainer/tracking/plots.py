@@ -1,6 +1,6 @@
-"""plots/*.png: loss, gradient norm and throughput over the steps, from the journal. matplotlib's door.
+"""plots/*.png: loss, gradient norm and throughput over the steps, from the journal.
 
-`python -m trainer.tracking.plots RUN_DIR NAME`: run by shipper.py as a process of its own, for drawing takes seconds.
+`python -m trainer.tracking.plots RUN_DIR NAME`: shipper.py runs it as its own process, for drawing takes seconds.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from trainer.run.folder import RunFolder
 from trainer.run.journal import Row, read_journal, read_rows
 
 POINTS = 4000  # of a line: more than the picture has columns
-_INK, _PALE = "#222222", "#8a8a8a"
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Tol's bright, apart in any eye
+INK, PALE = "#222222", "#8a8a8a"
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Tol's bright, apart in any eye
 CURVES = {
     "loss": ("nats a token", ("train/loss", "val/loss")),
     "grad_norm": ("gradient norm", ("optim/grad_norm",)),
@@ -29,7 +29,7 @@ CURVES = {
 
 
 def draw_run(folder: RunFolder, name: str) -> list[Path]:
-    """Draw what the journal has numbers for; the files that were written.
+    """Draw the curves that the journal has numbers for; return the files that were written.
 
     Raises:
         UserError: the journal is damaged. ImportError: no matplotlib.
@@ -39,42 +39,47 @@ def draw_run(folder: RunFolder, name: str) -> list[Path]:
     rows = read_journal(folder.metrics)
     starts = [row.step for row, _ in read_rows(folder.metrics) if row.resumed_at]
     drawn = []
-    for what, (label, keys) in CURVES.items():
+    for curve, (label, keys) in CURVES.items():
         lines = {key: points(rows, key) for key in keys}
         if any(lines.values()):
             folder.plots.mkdir(exist_ok=True)
-            publish(path := folder.plots / f"{what}.png", draw(f"{name}: {what}", label, lines, starts))
+            publish(path := folder.plots / f"{curve}.png", draw(f"{name}: {curve}", label, lines, starts))
             drawn.append(path)
     return drawn
 
 
 def points(rows: Sequence[Row], key: str) -> list[tuple[int, float]]:
-    """(step, value) where there is a finite one; of a long run each n-th, and the last."""
-    found = [(row.step, row.metrics[key]) for row in rows if math.isfinite(row.metrics.get(key, math.nan))]
-    every = -(-len(found) // POINTS) or 1
-    return found[::every] + found[-1:] * (len(found) % every != 1 and every > 1)
+    """(step, value) of the finite values; of a long run every n-th, and the last."""
+    finite = [(row.step, row.metrics[key]) for row in rows if math.isfinite(row.metrics.get(key, math.nan))]
+    every = -(-len(finite) // POINTS) or 1
+    return finite[::every] + finite[-1:] * (len(finite) % every != 1 and every > 1)
 
 
 def draw(title: str, label: str, lines: dict[str, list[tuple[int, float]]], starts: Sequence[int]) -> bytes:
-    """A PNG; `starts`: steps at which a later start went on, each a dotted line."""
+    """A PNG with a curve for each key; `starts`: steps at which a later start resumed, each a dotted line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
     axes: Any = figure.add_subplot()
-    for colour, (key, found) in zip(_COLOURS, lines.items(), strict=False):
-        if found:
-            marks = {"marker": "o", "markersize": 3} if len(found) < 100 else {}
-            axes.plot(*zip(*found, strict=True), color=colour, linewidth=1.3, label=key, **marks)
+    for colour, (key, curve) in zip(COLOURS, lines.items(), strict=False):
+        if curve:
+            marks = {"marker": "o", "markersize": 3} if len(curve) < 100 else {}
+            axes.plot(*zip(*curve, strict=True), color=colour, linewidth=1.3, label=key, **marks)
     for step in sorted(set(starts)):
-        axes.axvline(step, color=_PALE, linewidth=0.8, linestyle=":", zorder=0)
-    values = [value for found in lines.values() for _, value in found]
+        axes.axvline(step, color=PALE, linewidth=0.8, linestyle=":", zorder=0)
+    values = [value for curve in lines.values() for _, value in curve]
     if min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
     axes.set_xlabel("step" + ("; dotted: a start went on from there" if starts else ""))
     axes.set_ylabel(label)
-    axes.set_title(title, loc="left", fontweight="bold", color=_INK).set_parse_math(False)  # a name is no formula
+    axes.set_title(title, loc="left", fontweight="bold", color=INK).set_parse_math(False)  # a name is no formula
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    return png_of(figure)
+
+
+def png_of(figure: Any) -> bytes:
+    """The figure as a PNG file."""
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()

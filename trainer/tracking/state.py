@@ -1,72 +1,70 @@
-"""tracking.json: how far a run's journal has come at MLflow, and tracking.lock: who sends it. No MLflow.
-
-`offset` is the byte of metrics.jsonl up to which the server has answered; `stored` says of each file which state of it
-lies there; `status` is what the run last said of itself.
-"""
+"""tracking.json: how much of a run its server has, and tracking.lock: the process that sends it. No MLflow."""
 
 from __future__ import annotations
 
 import fcntl
-import json
 import uuid
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from conf.errors import UserError
-from data_pipeline.files import publish_json
+from data_pipeline.files import from_json, publish_json, read_json
 
 STATE = "tracking.json"
 LOCK = "tracking.lock"
-KEYS: dict[str, Any] = {
-    "run_id": None,
-    "offset": 0,
-    "described": False,
-    "stored": {},
-    "status": "RUNNING",
-    "registered": None,
-}
+CURE = "delete it, the journal then goes to a new MLflow run"
+
+
+@dataclass(frozen=True)
+class Sent:
+    """The part of a run that one server has; the fields of tracking.json.
+
+    `offset`: the byte of metrics.jsonl up to which the server has answered. `stored`: the modification time, in ns, of
+    each file that it has. `status`: as the run last reported it.
+    """
+
+    uuid: str
+    uri: str
+    experiment: str
+    run_id: str | None = None
+    offset: int = 0
+    described: bool = False
+    stored: dict[str, int] = field(default_factory=dict)
+    status: str = "RUNNING"
+    registered: str | None = None
 
 
 class TrackingState:
-    """What is known of one run at one address; each change is on disk before `change` returns."""
+    """The state of one run at one server; each change is on disk before `change` returns."""
 
     def __init__(self, root: Path, uri: str, experiment: str) -> None:
-        """Raises UserError where the file is damaged. For another address than last time, nothing has been sent yet."""
-        self._path, self._place = root / STATE, {"uri": uri, "experiment": experiment}
+        """Raises UserError if the file is damaged. For another server than last time, nothing has been sent yet."""
+        self._path = root / STATE
+        self._uri = uri
+        self._experiment = experiment
         self.read()
 
     def read(self) -> None:
-        """Again what is on disk: another process may have sent since."""
-        fresh: dict[str, Any] = {**self._place, **KEYS}
-        try:
-            body = json.loads(self._path.read_text(encoding="utf-8"))
-            if {key: body[key] for key in self._place} != self._place:
-                body = {key: body[key] for key in ("uuid", "status") if key == "uuid" or key in body}
-            unknown = set(body) - {"uuid", *fresh}
-            body = {"uuid": body["uuid"], **fresh, **body}
-            if unknown or not isinstance(body["offset"], int) or not isinstance(body["stored"], dict):
-                raise ValueError(f"keys {sorted(body)}")
-        except FileNotFoundError:
-            body = {"uuid": uuid.uuid4().hex, **fresh}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(
-                f"{self._path}: damaged ({e!r}): delete it, the journal then goes to a new MLflow run"
-            ) from None
-        self._body = body
-        publish_json(self._path, body)  # before a run is made for it: the tag must outlive a kill
-
-    def __getitem__(self, key: str) -> Any:
-        return self._body[key]
+        """Read the file again: another process may have sent since."""
+        if self._path.exists():
+            sent = from_json(Sent, read_json(self._path, CURE), self._path, CURE)
+        else:
+            sent = Sent(uuid.uuid4().hex, self._uri, self._experiment)
+        if (sent.uri, sent.experiment) != (self._uri, self._experiment):
+            sent = Sent(sent.uuid, self._uri, self._experiment, status=sent.status)
+        self.sent = sent
+        self.change()  # before a run is made for it: the tag must outlive a kill
 
     def change(self, **changes: Any) -> None:
-        self._body |= changes
-        publish_json(self._path, self._body)
+        """Replace fields of `sent` and publish the file."""
+        self.sent = replace(self.sent, **changes)
+        publish_json(self._path, asdict(self.sent))
 
 
 class ShippingLock:
-    """One process at a time sends a run. A file system without flock has no lock, and the store keeps equal rows once.
+    """One process at a time sends a run. A file system without flock has no lock; the store keeps equal rows once.
 
-    Over NFS the hosts exclude one another from version 4 on, over Lustre where it is mounted with `flock`.
+    Over NFS hosts exclude one another from version 4 on, over Lustre if it is mounted with `flock`.
     """
 
     def __init__(self, root: Path) -> None:
@@ -78,7 +76,7 @@ class ShippingLock:
         return self._file is not None
 
     def take(self) -> bool:
-        """Whether it is ours now."""
+        """Try to take the lock; return True if this process holds it now."""
         file = self._path.open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,7 +84,7 @@ class ShippingLock:
             file.close()
             return False
         except OSError:
-            pass  # ENOLCK, ENOTSUP: no locks here
+            pass  # ENOLCK, ENOTSUP: this file system has no locks
         self._file = file
         return True
 

@@ -1,38 +1,40 @@
-"""Sending to MLflow what a run that is over could not send: `python -m trainer.tracking sync`."""
+"""Sending the rest of a finished run to MLflow: `python -m trainer.tracking sync`."""
 
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import asdict
 
 from conf.errors import TransientError, UserError
 from conf.schema import thaw
 from trainer.config.pretrain import PretrainConfig
-from trainer.config.tracking import SyncConfig, Tracker
+from trainer.config.tracking import SyncConfig, TrackerName, check_tracking
 from trainer.run.folder import RunFolder
-from trainer.tracking.address import check_tracking
-from trainer.tracking.mlflow_sender import Sender, cause
-from trainer.tracking.shipper import deliver, draw_curves, warn
+from trainer.tracking.messages import cause
+from trainer.tracking.mlflow_sender import Sender
+from trainer.tracking.shipper import backoff_s, draw_curves
 from trainer.tracking.state import ShippingLock
 
 
 def sync(cfg: SyncConfig) -> None:
-    """Print {"rows_sent", "backlog", "run_id"}: lines of the journal that went now, and that did not.
+    """Print {"rows_sent", "backlog", "run_id"}: lines of the journal that were sent now, and that were not.
 
     Raises:
         UserError: no run folder, or one that its own process is sending.
-        TransientError: the server took nothing for so long.
+        TransientError: the server took nothing for `timeout_s`.
     """
     folder = RunFolder(cfg.run_dir)
     frozen = config_of(folder, cfg.uri)
     lock = ShippingLock(folder.root)
     if not lock.take():
         raise UserError(f"run_dir={cfg.run_dir}: the run is going on and sends its rows itself: let it, or wait for it")
-    draw_curves(folder.root, frozen.run.name, warn)
-    sender = Sender(frozen, folder, warn)
+    draw_curves(folder.root, frozen.run.name)
+    sender = Sender(frozen.tracking, frozen.run.name, asdict(frozen), folder)
     before = sender.waiting()
     error = deliver(sender, cfg.timeout_s)
     left = sender.waiting()
-    print(json.dumps({"rows_sent": before - left, "backlog": left, "run_id": sender.state["run_id"]}), flush=True)
+    print(json.dumps({"rows_sent": before - left, "backlog": left, "run_id": sender.state.sent.run_id}), flush=True)
     lock.release()
     if error is not None:
         raise TransientError(
@@ -41,7 +43,7 @@ def sync(cfg: SyncConfig) -> None:
 
 
 def config_of(folder: RunFolder, uri: str | None) -> PretrainConfig:
-    """The config that a run was started with, with MLflow as its tracker. Raises UserError where there is none."""
+    """The config that a run was started with, with MLflow as its tracker. Raises UserError if there is none."""
     if not folder.metrics.is_file():
         raise UserError(f"run_dir={folder.root} holds no {folder.metrics.name}: give the run.dir of a run")
     try:
@@ -50,7 +52,31 @@ def config_of(folder: RunFolder, uri: str | None) -> PretrainConfig:
         raise UserError(f"run_dir={folder.root}: its config cannot be read: {e}") from None
     except Exception as e:  # OmegaConf's many, for a file of another version or a damaged one
         raise UserError(f"{folder.config} is no config of this version ({cause(e)})") from None
-    cfg.tracking.name = Tracker.mlflow
+    cfg.tracking.name = TrackerName.mlflow
     cfg.tracking.uri = uri or cfg.tracking.uri
     check_tracking(cfg.tracking)
     return cfg
+
+
+def deliver(sender: Sender, timeout_s: float) -> Exception | None:
+    """Send all that is left; return None, or the last error when nothing was taken for `timeout_s`.
+
+    Raises:
+        UserError: the journal is damaged.
+    """
+    failures, since, offset = 0, time.monotonic(), sender.state.sent.offset
+    while True:
+        try:
+            sender.send()
+            sender.end()
+            return None
+        except UserError:
+            raise
+        except Exception as e:  # whatever MLflow or the network raises
+            if sender.state.sent.offset != offset:  # some of it was taken
+                failures, since, offset = 0, time.monotonic(), sender.state.sent.offset
+            failures += 1
+            if time.monotonic() - since > timeout_s:
+                return e
+        sender.be_patient(failures, timeout_s)
+        time.sleep(min(backoff_s(failures), timeout_s / 10))

@@ -19,7 +19,7 @@ from trainer.config.model import ModelConfig
 from trainer.config.optim import Kind, OptimConfig, ScheduleConfig, ScheduleKind
 from trainer.config.parallel import ParallelConfig, Precision
 from trainer.config.pretrain import EvalConfig, PretrainConfig
-from trainer.config.tracking import Tracker, TrackingConfig
+from trainer.config.tracking import TrackerName, TrackingConfig
 from trainer.config.train import RunConfig
 from trainer.plan.layout_rules import check_layout
 
@@ -121,7 +121,7 @@ def config(
         parallel=ParallelConfig(name="p", tp=tp, sequence_parallel=sequence_parallel),
         eval=EvalConfig(every=10),
         checkpoint=CheckpointConfig(every_steps=10),
-        tracking=TrackingConfig(name=Tracker.none),
+        tracking=TrackingConfig(name=TrackerName.none),
         tokens_per_step=8 * n_ctx,
         micro_batch_size=1,
         max_steps=10,

@@ -21,7 +21,7 @@ from launch.checks import folder, hosts, packages, services, slurm
 from launch.checks.runner import Check, run_checks
 from tests.helpers.places import serving, wait_for
 from tests.helpers.ranks import ROOT
-from trainer.config.tracking import Tracker, TrackingConfig
+from trainer.config.tracking import TrackerName, TrackingConfig
 from trainer.diagnostics import machine
 from trainer.diagnostics.check_result import MOST, Finding, State, fail, ok
 
@@ -243,7 +243,7 @@ def test_a_disk_of_one_machine_is_no_place_for_a_run_of_several(tmp_path: Path) 
 
 
 def tracked(uri: str) -> Finding:
-    return services.tracking(TrackingConfig(Tracker.mlflow, uri), Path("runs/a"))
+    return services.tracking(TrackingConfig(TrackerName.mlflow, uri), Path("runs/a"))
 
 
 def test_a_server_answers_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +268,7 @@ def test_a_server_answers_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert found.state is State.fail and "refused" in found.found
     secret = tracked("http://me:hunter2@127.0.0.1:1")
     assert secret.state is State.fail and "hunter2" not in str(secret)
-    assert services.tracking(TrackingConfig(Tracker.none), Path("runs/a")).state is State.ok
+    assert services.tracking(TrackingConfig(TrackerName.none), Path("runs/a")).state is State.ok
 
 
 def test_a_database_can_be_written_or_not(tmp_path: Path) -> None:

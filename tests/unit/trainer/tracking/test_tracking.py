@@ -15,14 +15,12 @@ from conf.schema import freeze, load
 from tests.helpers.ranks import ROOT
 from trainer.check import check_shown
 from trainer.config.pretrain import PretrainConfig
-from trainer.config.tracking import Tracker as Name
-from trainer.config.tracking import TrackingConfig
+from trainer.config.tracking import TrackerName, TrackingConfig, check_tracking, tracking_uri, ui_command
 from trainer.run.code_version import code_version
 from trainer.run.environment import code_of
 from trainer.run.exit_codes import PREEMPTED
 from trainer.run.folder import RunFolder
 from trainer.run.journal import read_journal, read_rows
-from trainer.tracking.address import check_tracking, tracking_uri, ui_command
 from trainer.tracking.shipper import Status
 from trainer.tracking.state import STATE, ShippingLock, TrackingState
 from trainer.tracking.system_metrics import gpus
@@ -59,8 +57,8 @@ def test_none_writes_the_journal_and_never_imports_mlflow(tmp_path: Path) -> Non
 def test_mlflow_missing_is_refused_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)  # what Python itself takes for "cannot be imported"
     with pytest.raises(UserError, match=r"tracking=mlflow.*pip install gradus\[tracking\].*tracking=none"):
-        check_tracking(TrackingConfig(Name.mlflow))
-    check_tracking(TrackingConfig(Name.none))
+        check_tracking(TrackingConfig(TrackerName.mlflow))
+    check_tracking(TrackingConfig(TrackerName.none))
 
 
 @pytest.mark.parametrize(
@@ -76,18 +74,18 @@ def test_mlflow_missing_is_refused_with_its_cure(monkeypatch: pytest.MonkeyPatch
 )
 def test_address_that_cannot_be_right_is_refused_before_training(uri: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        check_tracking(TrackingConfig(Name.mlflow, uri))
+        check_tracking(TrackingConfig(TrackerName.mlflow, uri))
     assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("uri", [None, "http://host:5000", "sqlite:///x.db", "postgresql://u@host/db", "databricks"])
 def test_addresses_that_mlflow_knows_pass(uri: str | None) -> None:
-    check_tracking(TrackingConfig(Name.mlflow, uri))
+    check_tracking(TrackingConfig(TrackerName.mlflow, uri))
 
 
 def test_default_database_lies_beside_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    cfg = TrackingConfig(Name.mlflow)
+    cfg = TrackingConfig(TrackerName.mlflow)
     uri = tracking_uri(cfg, Path("runs/x"))
     assert uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert ui_command(uri) == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/runs/mlflow.db"
@@ -98,7 +96,7 @@ def test_default_database_lies_beside_the_run_folder(tmp_path: Path, monkeypatch
 def test_damaged_state_is_refused_with_its_cure(tmp_path: Path) -> None:
     (tmp_path / STATE).write_text('{"uuid": "x", "uri"')
     folder = RunFolder(tmp_path)
-    with pytest.raises(UserError, match=r"tracking.json: damaged .* delete it"):
+    with pytest.raises(UserError, match=r"tracking.json: not JSON .* delete it"):
         Tracker(config(tmp_path, f"tracking.uri={DEAD}"), folder, folder.take_generation(), 0)
 
 
@@ -188,9 +186,9 @@ def test_sync_refuses_what_is_no_run_and_one_that_is_being_sent(tmp_path: Path) 
 def test_another_address_starts_from_nothing_and_keeps_the_runs_tag_and_end(tmp_path: Path) -> None:
     state = TrackingState(tmp_path, "http://a", "gradus")
     state.change(run_id="r", offset=77, status="FINISHED", described=True)
-    assert TrackingState(tmp_path, "http://a", "gradus")["offset"] == 77
-    other = TrackingState(tmp_path, "http://b", "gradus")
-    assert (other["uuid"], other["status"], other["offset"], other["run_id"]) == (state["uuid"], "FINISHED", 0, None)
+    assert TrackingState(tmp_path, "http://a", "gradus").sent.offset == 77
+    other = TrackingState(tmp_path, "http://b", "gradus").sent
+    assert (other.uuid, other.status, other.offset, other.run_id) == (state.sent.uuid, "FINISHED", 0, None)
 
 
 @pytest.mark.parametrize(
