@@ -122,7 +122,7 @@ class DataConfig:
                     f"({', '.join(self.sources)}): give its path with data.sources.{unknown[0]}.path"
                 )
 
-    def where(self, name: str, split: str) -> str:
+    def location(self, name: str, split: str) -> str:
         """The folder, URL or pipe of a source's split."""
         return _join(_join(self.path, self.sources[name].path), split)
 

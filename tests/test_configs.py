@@ -304,9 +304,9 @@ def test_sources_of_a_mixture_are_given_whole_or_value_by_value() -> None:
         [*needed, "data.sources.web.path=web", "data.sources.books.path=/b", "data.sources.web.weight=3"],
     )
     assert whole == by_values
-    assert [whole.data.where(name, "train") for name in ("web", "books")] == ["data/web/train", "/b/train"]
+    assert [whole.data.location(name, "train") for name in ("web", "books")] == ["data/web/train", "/b/train"]
     url = load(PretrainConfig, [*needed, "data.sources.web.path=http://host/a={b}?c"])
-    assert url.data.where("web", "val") == "http://host/a={b}/val?c"
+    assert url.data.location("web", "val") == "http://host/a={b}/val?c"
     more = load(PretrainConfig, [*NEEDED["pretrain"], "data.sources.shards.weight=5", "data.sources.more.path=x"])
     assert (more.data.sources["shards"].weight, more.data.sources["more"].path) == (5, "x")
 

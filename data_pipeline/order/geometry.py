@@ -1,17 +1,18 @@
-"""How many windows a step has, and how they fall on ranks and micro steps. Standard library only."""
+"""The windows of each step (stages, batch ramp), and their split over ranks and micro steps. Standard library only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from conf.errors import UserError
-from data_pipeline.config import RampConfig
+from data_pipeline.config import DataConfig, RampConfig, StageConfig
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How one step's windows fall on ranks and micro steps."""
+    """The split of a step's windows over ranks and micro steps."""
 
     windows_per_step: int
     windows_per_rank: int
@@ -22,7 +23,7 @@ class Geometry:
 
 
 def batch_geometry(*, tokens_per_step: int, n_ctx: int, micro_batch_size: int, lanes: int, dp: int) -> Geometry:
-    """Derive `grad_accum_steps` from what is declared.
+    """Derive `grad_accum_steps` from the declared sizes.
 
     Raises:
         UserError: a number that does not divide, with the nearest ones that do.
@@ -64,7 +65,11 @@ def batch_geometry(*, tokens_per_step: int, n_ctx: int, micro_batch_size: int, l
 def batches(
     tokens: int, step: int, end: int | None, n_ctx: int, full: int, ramp: RampConfig, lanes: int
 ) -> Iterator[tuple[int, int]]:
-    """(step, windows per step) of each size that the batch has from `step` to before `end`; `tokens` before `step`.
+    """Yield (first step, windows per step) of each size of the batch from `step` to before `end`.
+
+    Args:
+        tokens: trained on before `step`.
+        full: tokens per step once the ramp is over.
 
     Raises:
         UserError: a batch that lanes do not divide, or a ramp that starts below one window for each lane.
@@ -94,8 +99,43 @@ def batches(
         step, tokens = step + steps, tokens + steps * size
 
 
+class Rung(NamedTuple):
+    """Consecutive steps of one size, from `step` to before `end` (None: without end), drawn by `weights`."""
+
+    step: int
+    end: int | None
+    windows_per_step: int
+    n_ctx: int
+    weights: dict[str, float]
+
+
+def ladder(
+    data: DataConfig, *, n_ctx: int, tokens_per_step: int, ramp: RampConfig, step: int = 0, tokens: int = 0
+) -> Iterator[Rung]:
+    """Yield the sizes of the steps from `step` on, in order: the stages, and within each the batch ramp.
+
+    Args:
+        n_ctx: before the first stage; so is tokens_per_step.
+        tokens: trained on before `step`.
+
+    Raises:
+        UserError: a batch that lanes do not divide, or a ramp that starts below one window for each lane.
+    """
+    stages = [StageConfig(0, {}, n_ctx, tokens_per_step), *data.stages]
+    weights = {name: source.weight for name, source in data.sources.items()}
+    for stage, end in zip(stages, [*(stage.step for stage in data.stages), None], strict=True):
+        weights |= stage.weights or {}
+        n_ctx, tokens_per_step = stage.n_ctx or n_ctx, stage.tokens_per_step or tokens_per_step
+        if end is not None and end <= step:
+            continue
+        sizes = list(batches(tokens, max(step, stage.step), end, n_ctx, tokens_per_step, ramp, data.lanes))
+        for (first, windows), stop in zip(sizes, [*(begin for begin, _ in sizes[1:]), end], strict=True):
+            yield Rung(first, stop, windows, n_ctx, dict(weights))
+            tokens += 0 if stop is None else (stop - first) * windows * n_ctx
+
+
 def micro_batch_at(windows: int, micro_batch_size: int) -> int:
-    """Windows of a micro batch in a step that gives a rank `windows`: as asked, or the largest divisor below."""
+    """Windows of a micro batch, if a step gives a rank `windows`: as asked, or the largest divisor below that."""
     return next(size for size in range(min(micro_batch_size, windows), 0, -1) if windows % size == 0)
 
 

@@ -1,8 +1,8 @@
-"""What each step of a run took: one entry for the start and one for each event since. Standard library only.
+"""The ledger of a run: one segment for the start and one for each event since. Standard library only.
 
 Position is not step: a rollback jumps over windows, a lost shard is retired, a stage changes the mixture, the
-window's length or the batch. These few events are the ledger; it lies in every checkpoint's state.json, and with the
-seed and the shards' lengths it answers what any step of the run saw (`plan.Plan`).
+window's length or the batch. These few events are the ledger. Each checkpoint's state.json holds it; with the seed and
+the shards' lengths it gives the windows of any step of the run (`plan.Plan`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from data_pipeline.files import from_json
 
 @dataclass(frozen=True)
 class Segment:
-    """From `step` on, the run stands at `position` and each step takes `windows_per_step` windows of n_ctx + 1 tokens.
+    """From `step` on, which begins at `position`, each step takes `windows_per_step` windows of n_ctx + 1 tokens.
 
-    `weights` are the sources' shares in integers, 0 for one that is not drawn; `lost` the shards that are no more.
+    `weights` are the sources' shares in integers, 0 for one that is not drawn; `lost` the numbers of lost shards.
     """
 
     step: int
@@ -71,9 +71,9 @@ class Ledger:
         return cls((Segment(0, 0, windows_per_step, n_ctx, dict(weights)),))
 
     def then(self, step: int, **changes: Any) -> Ledger:
-        """This ledger and one more event at `step`: what is not in `changes` stays as it is there.
+        """This ledger with one more event at `step`; fields that are not in `changes` stay as they are.
 
-        Nothing is added where nothing changes; what was planned from `step` on is given up. Raises UserError for an
+        An event that changes nothing is not added. Planned events from `step` on are dropped. Raises UserError for an
         event that goes back.
         """
         kept = tuple(s for s in self.segments if s.step < step) or self.segments[:1]
@@ -84,42 +84,43 @@ class Ledger:
         return Ledger((new,) if step == 0 else (*kept, new))
 
     def lose(self, step: int, name: str, shard: int) -> Ledger:
-        """This ledger without a shard of a source, from `step` on; what is planned stays planned."""
-        at = self.segment(step)
-        later = (replace(at, step=step, position=self.position(step)), *(s for s in self.segments if s.step > step))
+        """This ledger without a shard of a source from `step` on; planned events stay."""
+        current = self.segment(step)
+        first = replace(current, step=step, position=self.position(step))
+        later = (first, *(s for s in self.segments if s.step > step))
         without = (replace(s, lost={**s.lost, name: tuple(sorted({*s.lost.get(name, ()), shard}))}) for s in later)
-        return Ledger((*(s for s in self.segments if s.step <= step and (s is not at or s.step < step)), *without))
+        return Ledger((*(s for s in self.segments if s.step <= step and (s is not current or s.step < step)), *without))
 
     def jump(self, step: int, end: int) -> Ledger:
-        """The run is at `step` again, and the windows of the steps from there to before `end` are jumped over.
+        """This ledger with the run at `step` again, jumping over the windows of the steps from there to before `end`.
 
-        What is planned from `step` on stays planned. The windows jumped over keep their place in the order: they stand
-        as segments of no step, in the mixture and length that they were drawn in, behind those of earlier jumps to this
-        step; no earlier jump is to a later one. A shard lost by then stays lost.
+        Planned events from `step` on stay. The windows jumped over keep their place in the order: they are segments of
+        no step, with the mixture and length that they were drawn in, after those of earlier jumps to this step; no
+        earlier jump is to a later one. A shard lost by then stays lost.
         """
         first = replace(self.segment(step), step=step, position=self.position(step))
         over = (first, *(replace(s, step=step) for s in self.segments if step < s.step < end))
         return self._over(step, over, self.position(end))
 
     def jump_of(self, past: Ledger, step: int) -> Ledger:
-        """This ledger with the jump that `past` has at `step`, if any: a run that resumes at the very step of one."""
+        """This ledger with the jump that `past` has at `step`, if any: for a run that resumes at just that step."""
         *over, last = (s for s in past.segments if s.step == step or s is past.segment(step))
         return self._over(step, tuple(over), last.position) if over else self
 
     def _over(self, step: int, over: tuple[Segment, ...], position: int) -> Ledger:
         by = position - self.position(step)
-        here, lost = replace(self.segment(step), step=step, position=self.position(step)), over[-1].lost
-        later = (here, *(s for s in self.segments if s.step > step))
-        moved = (replace(s, position=s.position + by, lost={**s.lost, **lost}) for s in later)
+        current = replace(self.segment(step), step=step, position=self.position(step))
+        later = (current, *(s for s in self.segments if s.step > step))
+        shifted = (replace(s, position=s.position + by, lost={**s.lost, **over[-1].lost}) for s in later)
         before = (s for s in self.segments if s.step < step or (s.step == step and s is not self.segment(step)))
-        return Ledger((*before, *over, *moved))
+        return Ledger((*before, *over, *shifted))
 
     def until(self, step: int) -> Ledger:
-        """What has happened before `step`, without what is planned from there on."""
+        """The events before `step`, without those planned from there on."""
         return Ledger(tuple(s for s in self.segments if s.step < step) or self.segments[:1])
 
     def segment(self, step: int) -> Segment:
-        """The segment that `step` lies in."""
+        """The segment of `step`."""
         if step < 0:
             raise UserError(f"step={step}: steps count from 0")
         return self.segments[bisect_right(self.segments, step, key=lambda s: s.step) - 1]
@@ -129,11 +130,11 @@ class Ledger:
         return self.segment(step).position_at(step)
 
     def number_at(self, position: int) -> int:
-        """The number of the segment that `position` lies in; a position jumped over lies in the one before."""
+        """The number of the segment of `position`; a position jumped over belongs to the one before."""
         return max(0, bisect_right(self.segments, position, key=lambda s: s.position) - 1)
 
     def step_of(self, position: int) -> int | None:
-        """The step that takes `position`; None where an event jumped over it."""
+        """The step that takes `position`; None if an event jumped over it."""
         n = bisect_right(self.segments, position, key=lambda s: s.position) - 1
         if n < 0:
             return None
@@ -143,7 +144,7 @@ class Ledger:
         return None if jumped else step
 
     def tokens(self, step: int) -> int:
-        """How many tokens the steps before `step` were trained on."""
+        """The number of tokens that the steps before `step` train on."""
         stops = [*(min(s.step, step) for s in self.segments[1:]), step]
         return sum(max(0, stop - s.step) * s.tokens_per_step for s, stop in zip(self.segments, stops, strict=True))
 
@@ -152,5 +153,5 @@ class Ledger:
 
     @classmethod
     def from_json(cls, body: Any) -> Ledger:
-        """Raises UserError for what `to_json` did not make."""
+        """The ledger of a body that `to_json` made; raises UserError for any other."""
         return from_json(cls, {"segments": body}, "ledger", "resume from another checkpoint")

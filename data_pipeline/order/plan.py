@@ -1,23 +1,23 @@
 """The order of the data: pure functions from (seed, ledger, position) to windows. No I/O; numpy only.
 
 A *position* p = 0, 1, 2, … counts the windows of the run; its *lane* is p mod L, its *column* p div L. The number of
-lanes L is fixed for the run.
+lanes L is fixed for the run. docs/order.md has the definitions and a picture.
 
-1.  The ledger says which positions a step takes, and by which weights they are drawn (`ledger.py`).
-2.  The mixture says of which source lane l's draw in a column is (`mixture.py`), and so how many windows of that source
-    the lane has drawn before: its k-th.
-3.  The source says which window the lane's k-th is (`epochs.py`), each epoch in another order, each window once.
+1.  The ledger gives the positions of a step, and the weights by which they are drawn (`ledger.py`).
+2.  The mixture gives the source of lane l's draw in a column (`mixture.py`), and with it the number k of windows of
+    that source that the lane has drawn before.
+3.  The source gives the lane's k-th window (`epochs.py`): each epoch in another order, each window once.
 
 The data-parallel size does not matter:
-    `Plan` has never heard of it. A step takes the positions [p, p + w), w a multiple of L, so as many from each lane;
+    `Plan` does not know it. A step takes the positions [p, p + w), w a multiple of L, so as many from each lane;
     rank r of dp, which divides L, takes those of lanes [r L / dp, (r + 1) L / dp). These sets are disjoint and their
-    union is the step's, whatever dp is.
+    union is the step's, for every dp.
 
 Events keep each source's place:
-    What a lane has drawn of a source is a sum over the ledger's segments, of closed forms. A change of weights starts
-    a new table and changes no count; a jump draws what it jumps over; another n_ctx or a lost shard starts a new
-    `Order` of the source with what the old one left of its epoch. All of it is computed from the ledger when a plan
-    is made: there is no state to save, and any position is a look-up away.
+    The windows of a source that a lane has drawn are a sum of closed forms over the ledger's segments. A change of
+    weights starts a new table and changes no count; a jump draws the windows that it jumps over; another n_ctx or a
+    lost shard starts a new `Order` of the source with the rest of the old one's epoch. All of it is computed from the
+    ledger when a plan is made: there is no state to save, and any position is a look-up away.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from typing import NamedTuple
 import numpy as np
 
 from conf.errors import UserError
-from data_pipeline.order.epochs import Order, Rest
+from data_pipeline.order.epochs import Order
 from data_pipeline.order.ledger import Ledger, Segment
+from data_pipeline.order.line import Rest
 from data_pipeline.order.mixture import Mixture
 
 
@@ -48,25 +49,25 @@ class Windows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Weights:
-    """From `column` on, lanes draw by `mixture`; `base[s, l]`: what lane l has drawn of source s before."""
+    """From `column` on, lanes draw by `mixture`; `base[s, l]` counts the windows of s that lane l has drawn before."""
 
     column: int
     mixture: Mixture
     base: np.ndarray
 
     def drawn(self, source: int, column: int) -> np.ndarray:
-        """What each lane has drawn of a source before `column`: [lanes]."""
+        """The number of windows of a source that each lane has drawn before `column`: [lanes]."""
         lanes = np.arange(self.base.shape[1])
         return self.base[source] + self.mixture.drawn(source, lanes, column - self.column)
 
 
 @dataclass(frozen=True)
 class _Era:
-    """From segment number `segment` on, a source is served by `order`; lane l had drawn `base[l]` of it before."""
+    """From segment number `segment` on, `order` serves a source; lane l had drawn `base[l]` of its windows before."""
 
     segment: int
     base: np.ndarray
-    rest: Rest  # what the era before left
+    rest: Rest  # left by the era before
     order: Order | None  # None: there is no window, and nothing is drawn
 
 
@@ -74,20 +75,23 @@ class Plan:
     """The windows of every step of a run, for any number of data-parallel ranks.
 
     Args:
-        shard_tokens: of each source, how many tokens each shard of its manifest holds.
-        ledger: what has happened, and what is planned.
+        shard_tokens: for each source, the number of tokens of each shard of its manifest.
+        ledger: past events and planned ones.
         lanes: fixed for the run.
         seed: fixed for the run.
 
     Raises:
         UserError: a source that is drawn but not given or without a window, or positions that lanes do not divide. A
-            source that is not given, and not drawn in the end, is refused only where its windows are asked for.
+            source that is not given, and that the last segment does not draw, is refused only when its windows are
+            asked for.
     """
 
     def __init__(
         self, shard_tokens: Mapping[str, Sequence[int] | np.ndarray], ledger: Ledger, *, lanes: int, seed: int
     ) -> None:
-        self.ledger, self.lanes, self.seed = ledger, lanes, seed
+        self.ledger = ledger
+        self.lanes = lanes
+        self.seed = seed
         self.names = tuple(sorted({*shard_tokens, *(n for s in ledger.segments for n in s.weights)}))
         self._tokens = [np.asarray(shard_tokens.get(name, ()), np.int64) for name in self.names]
         self._weights: list[_Weights] = []  # of each segment
@@ -137,63 +141,63 @@ class Plan:
         return positions, self.windows_at(positions)
 
     def drawn(self, name: str, position: int) -> int:
-        """How many windows of a source the run has drawn before `position`."""
+        """The number of windows of a source that the run has drawn before `position`."""
         return int(self._drawn(self.names.index(name), position).sum())
 
     def epoch(self, name: str, position: int) -> float:
-        """How often the source has been gone through before `position`."""
+        """Epochs of a source that the run has drawn before `position`, a fraction."""
         source = self.names.index(name)
         era = self._era(source, self.ledger.number_at(position))
         draws = float((self._drawn(source, position) - era.base).sum())
         return era.order.epoch(draws) if era.order else float(era.rest.epoch)
 
     def passes(self, name: str, position: int) -> int:
-        """In how many epochs of the source windows have been drawn before `position`: 1 while none is repeated."""
+        """The number of epochs of a source of which windows are drawn before `position`: 1 while none is repeated."""
         source = self.names.index(name)
         era = self._era(source, self.ledger.number_at(position - 1))
         return era.order.begun(self._drawn(source, position) - era.base) if era.order else era.rest.begun
 
     def unread(self) -> list[tuple[int, str, int]]:
-        """(step, source, tokens) of each event that set some aside until the source's next epoch."""
-        found = (
-            (self.ledger.segments[era.segment].step, name, era.rest.aside_tokens)
+        """(step, source, tokens) of each event that makes tokens wait for the source's next epoch."""
+        return [
+            (self.ledger.segments[era.segment].step, name, era.rest.waiting_tokens)
             for name, eras in zip(self.names, self._eras, strict=True)
             for era in eras
-        )
-        return [event for event in found if event[2]]
+            if era.rest.waiting_tokens
+        ]
 
     def positions_of(self, name: str, shard: int, start: int, stop: int, until: int) -> np.ndarray:
-        """The positions before `until` whose window holds any of the tokens [start, stop) of a shard, ascending."""
+        """The positions before `until`, ascending, whose window holds a token of [start, stop) of a shard: [n]."""
         source = self.names.index(name)
         eras = self._eras[source]
-        found = []
+        parts = [np.empty(0, np.int64)]
         for era, after in zip(eras, [*eras[1:], None], strict=True):
             end = min(until, self.ledger.segments[after.segment].position) if after else until
             if era.order is not None and end > self.ledger.segments[era.segment].position:
                 columns = -(-end // self.lanes) * self.lanes  # whole ones; what is beyond `end` is left out below
-                most = int((self._drawn(source, columns) - era.base).max()) * self.lanes
-                q = _places_of(era.order, shard, most)
-                _, at = era.order.windows_at(q)
-                q = q[(at < stop) & (at + era.order.n_ctx >= start)]
+                limit = int((self._drawn(source, columns) - era.base).max()) * self.lanes
+                q = era.order.positions_of(shard, limit)
+                _, token = era.order.windows_at(q)
+                q = q[(token < stop) & (token + era.order.n_ctx >= start)]
                 lane = q % self.lanes
-                found.append(self._position_of(source, lane, era.base[lane] + q // self.lanes, end))
-        return np.sort(np.concatenate(found)) if found else np.empty(0, np.int64)
+                parts.append(self._position_of(source, lane, era.base[lane] + q // self.lanes, end))
+        return np.sort(np.concatenate(parts))
 
     def _position_of(self, source: int, lane: np.ndarray, draw: np.ndarray, until: int) -> np.ndarray:
-        """Where each lane's draw number `draw` of a source is in the run; those from `until` on are left out."""
-        found = []
+        """The run's positions of each lane's draw number `draw` of a source, without those from `until` on."""
+        parts = []
         runs = list(dict.fromkeys(self._weights))
         for weights, after in zip(runs, [*runs[1:], None], strict=True):
             end = min(until, after.column * self.lanes) if after else until
-            here = (draw >= weights.base[source, lane]) & (weights.mixture.counts[source] > 0)
-            number = draw[here] - weights.base[source, lane[here]]
-            column = weights.column + weights.mixture.column_of(source, lane[here], number)
-            position = column * self.lanes + lane[here]
-            found.append(position[position < end])
-        return np.concatenate(found)
+            since = (draw >= weights.base[source, lane]) & (weights.mixture.counts[source] > 0)
+            number = draw[since] - weights.base[source, lane[since]]
+            column = weights.column + weights.mixture.column_of(source, lane[since], number)
+            position = column * self.lanes + lane[since]
+            parts.append(position[position < end])
+        return np.concatenate(parts)
 
     def _drawn(self, source: int, position: int) -> np.ndarray:
-        """What each lane has drawn of a source before `position`, a multiple of lanes: [lanes]."""
+        """The windows of a source that each lane has drawn before `position`, a multiple of lanes: [lanes]."""
         return self._weights[self.ledger.number_at(max(0, position - 1))].drawn(source, position // self.lanes)
 
     def _era(self, source: int, number: int) -> _Era:
@@ -212,7 +216,7 @@ class Plan:
         )
 
     def _open_era(self, number: int, segment: Segment, source: int) -> None:
-        """A new order of the source, where this segment needs one."""
+        """Start a new order of the source if this segment needs one."""
         name, eras = self.names[source], self._eras[source]
         lost, n_ctx = segment.lost.get(name, ()), segment.n_ctx
         if number:
@@ -237,7 +241,7 @@ class Plan:
         eras.append(_Era(number, drawn, rest, order))
 
     def _was_removed(self, source: int) -> bool:
-        """The run has drawn a source that is no longer there, and goes on without it."""
+        """The run has drawn a source that is gone, and continues without it."""
         return not len(self._tokens[source]) and not self.ledger.segments[-1].weights.get(self.names[source])
 
 
@@ -257,21 +261,6 @@ def rank_positions(position: int, windows_per_step: int, lanes: int, dp_rank: in
     return np.sort(first, axis=1).ravel()
 
 
-def _places_of(order: Order, shard: int, most: int) -> np.ndarray:
-    """The source's positions below `most` whose window is of `shard`, pass after pass."""
-    lanes = np.arange(order.lanes)
-    found = [np.empty(0, np.int64)]
-    for number in range(int(order.pass_of(np.array([max(most - 1, 0)]))[0]) + 1):
-        line, first = order.line(number), order.first(number)
-        start = order.interval(number, lanes)
-        for k in np.flatnonzero(line.shard == shard):
-            place = np.arange(line.ends[k] - line.count[k], line.ends[k])
-            lane = np.searchsorted(order.interval(number, lanes + 1), place, side="right")
-            found.append(first + (lane - first) % order.lanes + (place - start[lane]) * order.lanes)
-    q = np.concatenate(found)
-    return q[q < most]
-
-
 def _source_seed(seed: int, name: str) -> int:
-    """Sources of equal shards are not shuffled alike: 63 bits of (seed, name)."""
+    """A seed of 63 bits of (seed, name), so that sources of equal shards are not shuffled alike."""
     return int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest(), "big") >> 1

@@ -44,11 +44,11 @@ def open_sources(cfg: DataConfig) -> Sources:
     found, none = Sources({}, {}, cache), None
     for name in cfg.sources:
         try:
-            found.train[name] = open_source(cfg.where(name, "train"), cache)
+            found.train[name] = open_source(cfg.location(name, "train"), cache)
         except NoSource as e:
             raise UserError(f"data.sources.{name}: {e}") from None
         try:
-            found.val[name] = open_source(cfg.where(name, "val"), cache)
+            found.val[name] = open_source(cfg.location(name, "val"), cache)
         except NoSource as e:
             none = e
     if not found.val:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from conf.errors import UserError
-from data_pipeline.config import DataConfig, RampConfig, StageConfig
-from data_pipeline.order.geometry import batches, micro_batch_at
+from data_pipeline.config import DataConfig, RampConfig
+from data_pipeline.order.geometry import ladder, micro_batch_at
 from trainer.config.pretrain import PretrainConfig
 from trainer.plan.choose import Row, rows
 from trainer.plan.layout import Layout
@@ -42,29 +42,15 @@ def course(
     """
     parts: list[Part] = []
     done = 0
-    for first, end, windows, length in _sizes(data, n_ctx, tokens_per_step, ramp):
-        left = max_steps - first if tokens is None else -(-(tokens - done) // (windows * length))
-        part = Part(left if end is None else min(left, end - first), windows, length)
+    for rung in ladder(data, n_ctx=n_ctx, tokens_per_step=tokens_per_step, ramp=ramp):
+        windows, length = rung.windows_per_step, rung.n_ctx
+        left = max_steps - rung.step if tokens is None else -(-(tokens - done) // (windows * length))
+        part = Part(left if rung.end is None else min(left, rung.end - rung.step), windows, length)
         if part.steps <= 0:
             break
         parts.append(part)
         done += part.tokens
     return parts
-
-
-def _sizes(
-    data: DataConfig, n_ctx: int, tokens_per_step: int, ramp: RampConfig
-) -> Iterator[tuple[int, int | None, int, int]]:
-    """(first step, step after the last, windows, n_ctx), without end: the stages, and within each the ramp."""
-    done = 0
-    stages = [StageConfig(0), *data.stages]
-    for number, stage in enumerate(stages):
-        last = stages[number + 1].step if number + 1 < len(stages) else None
-        n_ctx, tokens_per_step = stage.n_ctx or n_ctx, stage.tokens_per_step or tokens_per_step
-        sizes = list(batches(done, stage.step, last, n_ctx, tokens_per_step, ramp, data.lanes))
-        for (first, windows), end in zip(sizes, [*(step for step, _ in sizes[1:]), last], strict=True):
-            yield first, end, windows, n_ctx
-            done += 0 if end is None else (end - first) * windows * n_ctx
 
 
 def seconds(work: Workload, layout: Layout, cluster: Cluster, parts: Sequence[Part]) -> float:

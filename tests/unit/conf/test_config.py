@@ -265,7 +265,7 @@ def test_a_value_out_of_range_is_refused_where_it_is_declared(make: object, mess
 )
 def test_a_split_lies_below_its_source_whatever_that_is(root: str, source: str, there: str) -> None:
     data = DataConfig(name="x", path=root, sources={"web": SourceConfig(path=source)}, lanes=1)
-    assert data.where("web", "val") == there
+    assert data.location("web", "val") == there
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("inf"), float("nan")])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from conf.errors import UserError
 from data_pipeline.order import epochs
-from data_pipeline.order.epochs import permutation, splitmix64
+from data_pipeline.order.permutation import permutation, splitmix64
 from data_pipeline.order.plan import rank_positions
 from tests.helpers.order_twin import twin
 

@@ -118,6 +118,6 @@ def test_a_ramp_that_is_over_binds_no_later_stage() -> None:
 def test_weights_that_are_rounded_by_more_than_a_hundredth_are_told() -> None:
     assert rounding(data(4, a=0.6, b=0.22, c=0.08, d=0.08, e=0.03)) == []
     [line] = rounding(data(4, a=1, b=1e-6))
-    assert line.startswith("from step 0: b is drawn for 0.000244 of the windows where 1e-06 is asked for")
+    assert line.startswith("from step 0: b is drawn for 0.000244 of the windows, 1e-06 is asked for")
     [later] = rounding(data(4, (StageConfig(7, {"b": 1e-6}),), a=1, b=1))
     assert later.startswith("from step 7: b is drawn")
