@@ -17,13 +17,13 @@ from data_pipeline.config import FetchConfig
 from data_pipeline.corpus.inputs import Input, files_at
 from data_pipeline.files import rename
 from data_pipeline.remote.backends import (
+    Backend,
+    Corrupt,
     Lost,
-    Place,
     Unreachable,
-    Wrong,
+    backend_of,
     is_remote,
     listing,
-    place,
     refuse_password,
     shown,
 )
@@ -85,9 +85,9 @@ def fetched(file: Input, folder: Path, fetch: FetchConfig | None = None) -> Inpu
             with part.open("ab") as out:
                 fcntl.flock(out, fcntl.LOCK_EX)  # another task may want the same file
                 if not target.exists():
-                    _pull(place(base + mark + query, fetch), name, None if http else file.size, out, fetch)
+                    _pull(backend_of(base + mark + query, fetch), name, None if http else file.size, out, fetch)
                     rename(part, target)
-        except (Lost, Wrong) as e:
+        except (Lost, Corrupt) as e:
             raise UserError(f"{shown(file.url)}: {e}") from None
         except Unreachable as e:
             raise TransientError(f"{shown(file.url)}: {e}") from None
@@ -95,7 +95,7 @@ def fetched(file: Input, folder: Path, fetch: FetchConfig | None = None) -> Inpu
     return Input(target, file.name, about.st_size, file.mtime_ns)
 
 
-def _pull(source: Place, name: str, size: int | None, out: IO[bytes], fetch: FetchConfig) -> None:
+def _pull(source: Backend, name: str, size: int | None, out: IO[bytes], fetch: FetchConfig) -> None:
     """Fetch one version of the file into `out`: of a known size in one stream, else (http) in pieces, compared."""
     first: tuple[int | None, str] | None = None
 
@@ -107,7 +107,7 @@ def _pull(source: Place, name: str, size: int | None, out: IO[bytes], fetch: Fet
         start, length = out.tell(), PIECE if size is None else None
         with Reader(source, name, start, length, fetch.timeout_s, plain=False) as reader:
             if first not in (None, (reader.total, reader.version)):
-                raise Wrong("it changed while it was fetched: run the same command again")
+                raise Corrupt("it changed while it was fetched: run the same command again")
             first = reader.total, reader.version
             reader.skip(start - reader.start)
             while (chunk := reader.take(1 << 20)) and (size is None or out.tell() <= size):

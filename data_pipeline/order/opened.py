@@ -16,7 +16,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.order.ledger import Ledger
 from data_pipeline.order.plan import Plan
 from data_pipeline.order.stages import plan_ledger
-from data_pipeline.remote.cached_shard import NoSource
+from data_pipeline.remote.mirror import NoSource
 from data_pipeline.remote.source import index_at, open_cache, open_source
 
 _STATE = "state.json"

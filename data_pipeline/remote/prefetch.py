@@ -1,45 +1,46 @@
-"""Reading ahead: blocks that will be asked for are fetched into the cache meanwhile."""
+"""Threads that fetch blocks into the cache before the reader needs them."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 
 from data_pipeline.manifest import Manifest, ShardInfo
 from data_pipeline.remote.cache import Cache
-from data_pipeline.remote.cached_shard import Entry
+from data_pipeline.remote.cached_shard import CachedShard
 
 _POLL = 0.005  # seconds
-_THREADS = 4  # that read
+_THREADS = 4
 
 
-class ReadAhead:
-    """Threads that fetch what will be asked for. What fails here is left for the reader to meet."""
+class Prefetcher:
+    """Fetches the blocks of expected windows. It ignores errors: the reader meets them again and reports them."""
 
     def __init__(self, cache: Cache) -> None:
-        self._cache, self._round = cache, 0
+        self._cache = cache
+        self._round = 0  # tasks of an earlier round are dropped
         self._ended = threading.Event()
-        # Without a limit: what a plan looks ahead bounds it.
+        # Without a limit: the plan bounds it, which looks ahead a fixed number of windows.
         self._tasks: queue.Queue[tuple[int, Manifest, ShardInfo, list[int], int] | None] = queue.Queue()
         for _ in range(_THREADS):
-            threading.Thread(target=self._work, name="read ahead", daemon=True).start()
+            threading.Thread(target=self._work, name="prefetch", daemon=True).start()
 
     def want(self, manifest: Manifest, shard: ShardInfo, starts: list[int], span: int) -> None:
-        """`span` tokens from each of `starts` on will be asked for. Nothing happens after `close`."""
+        """Fetch the blocks of `span` tokens from each of `starts` on. Does nothing after `close`."""
         if not self._ended.is_set():
             self._tasks.put((self._round, manifest, shard, starts, span))
 
     def stop(self, patience: float) -> None:
-        """Drop what waits and let go of what is held; the threads stay for new hints. Waits at most `patience` s."""
+        """Drop waiting tasks and release shards; the threads stay for new tasks. Waits at most `patience` seconds."""
         self._drain()
         end = time.monotonic() + patience
         while self._tasks.unfinished_tasks and time.monotonic() < end:
             time.sleep(_POLL)
 
     def close(self) -> None:
-        """End the threads, each after the piece that it is at; does not wait for them. Any thread may, and twice."""
+        """End the threads, each after its current piece, without waiting. May be called by any thread, and twice."""
         self._ended.set()
         self._drain()
 
@@ -62,9 +63,6 @@ class ReadAhead:
     def _obtain(self, number: int, manifest: Manifest, shard: ShardInfo, starts: list[int], span: int) -> None:
         if number != self._round or self._ended.is_set():
             return
-        entry = Entry(self._cache, manifest, shard)
-        try:
-            wanted = {b for start in starts for b in entry.blocks_of(start, start + span)}
-            entry.obtain_all(sorted(wanted), lambda: number == self._round and not self._ended.is_set())
-        finally:
-            entry.close()
+        with closing(CachedShard(self._cache, manifest, shard)) as cached:
+            wanted = {b for start in starts for b in cached.blocks_of(start, start + span)}
+            cached.obtain_all(sorted(wanted), lambda: number == self._round and not self._ended.is_set())

@@ -11,7 +11,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.manifest import MANIFEST, Manifest, ShardIndex, ShardInfo, index_of, read_manifest
 from data_pipeline.remote.backends import Lost, Unreachable, is_remote, refuse_password, shown
 from data_pipeline.remote.cache import Cache
-from data_pipeline.remote.cached_shard import Entry, NoSource, is_there, mirror
+from data_pipeline.remote.cached_shard import CachedShard
+from data_pipeline.remote.mirror import NoSource, has_manifest, mirror
 
 
 class ShardError(UserError):
@@ -19,26 +20,27 @@ class ShardError(UserError):
 
 
 class LostShard(ShardError):
-    """A shard that is lost for good: gone, truncated, replaced or damaged, and no better when read again.
+    """A shard that is lost for good: missing, truncated, replaced or damaged, also in a second read.
 
     `source` is its source's number in the stream, `shard` its number in that source.
     """
 
     def __init__(self, message: str, source: int, shard: int) -> None:
         super().__init__(message)
-        self.source, self.shard = source, shard
+        self.source = source
+        self.shard = shard
 
 
 class UnreachableShard(ShardError, TransientError):
-    """A shard that cannot be read now: no answer, or this machine is short of files, memory or a disk that works."""
+    """A shard that cannot be read now: no answer, or this machine lacks files, memory or a working disk."""
 
 
 def open_source(path: str | Path, cache: Cache | None) -> Manifest:
-    """The manifest of a source: a folder, or what `data_pipeline/remote/backends.py` knows (then through the cache).
+    """The manifest of a source: a local folder, or a URL or pipe of `backends.py`, then through the cache.
 
     Raises:
-        NoSource: there is none.
-        UserError: it is damaged or cannot be reached; a source afar and no cache.
+        NoSource: there is no source.
+        UserError: the source is damaged or cannot be reached, or it is remote and there is no cache.
     """
     if is_remote(str(path)):
         refuse_password(str(path))
@@ -54,56 +56,56 @@ def open_source(path: str | Path, cache: Cache | None) -> Manifest:
 
 
 def open_cache(cfg: DataConfig) -> Cache | None:
-    """The cache that the config names, if it names one."""
+    """The cache of the config; None without data.cache.dir."""
     return Cache(cfg.cache, cfg.fetch) if cfg.cache.dir is not None else None
 
 
 def index_at(manifest: Manifest, number: int, cache: Cache | None) -> ShardIndex:
-    """The index of a shard, wherever it lies.
+    """The index of a shard, local or remote.
 
     Raises:
-        ShardError: it is missing, damaged or another shard's.
+        ShardError: the index is missing, damaged or another shard's.
     """
     shard = manifest.shards[number]
-    with _named(manifest, shard, cache, 0, number):
+    with shard_errors(manifest, shard, cache, 0, number):
         if manifest.origin is None:
             return index_of(manifest, shard)
         assert cache is not None
-        with closing(Entry(cache, manifest, shard, tokens=False)) as entry:
-            return entry.index
+        with closing(CachedShard(cache, manifest, shard, tokens=False)) as cached:
+            return cached.index
 
 
 @contextmanager
-def _named(manifest: Manifest, shard: ShardInfo, cache: Cache | None, source: int, number: int) -> Iterator[None]:
-    """What goes wrong with a shard, as an error that names it and says what to do."""
+def shard_errors(manifest: Manifest, shard: ShardInfo, cache: Cache | None, source: int, number: int) -> Iterator[None]:
+    """Turn errors of reading a shard into ShardErrors, which name the shard and a cure."""
     if Path(shard.name).name != shard.name:
         raise ShardError(f"{manifest.root}: shard {shard.name!r} is not the name of a file in that folder")
-    afar = None if manifest.origin is None else cache
+    disk = ""
     if manifest.origin is None or cache is None:
-        where = str((manifest.root / shard.name).absolute())
+        location = str((manifest.root / shard.name).absolute())
         cure = f"restore it, and check the others with `python -m data_pipeline.shards verify path={manifest.root}`"
     else:
-        url = cache.place(manifest.origin).url
-        where = url.replace("{}", shard.name) if "{}" in url else f"{url}/{shard.name}"
+        url = cache.backend(manifest.origin).url
+        location = url.replace("{}", shard.name) if "{}" in url else f"{url}/{shard.name}"
+        disk = f": data.cache.dir={cache.dir}"
         cure = "restore it there, or go on without it (data.on_bad_shard=skip)"
     try:
         yield
     except Lost as e:
-        if not is_there(manifest, cache):
+        if not has_manifest(manifest, cache):
             raise UnreachableShard(
-                f"{where}: {e}, and the source's {MANIFEST} is not there either: restore it, then resume"
+                f"{location}: {e}, and the source's {MANIFEST} is missing too: restore it, then resume"
             ) from None
-        raise LostShard(f"{where}: {e}: {cure}", source, number) from None
+        raise LostShard(f"{location}: {e}: {cure}", source, number) from None
     except Unreachable as e:
         raise UnreachableShard(
-            f"{where}: {e}: mend the way there or give other data.fetch.retries and timeout_s, then resume"
+            f"{location}: {e}: mend the connection or give other data.fetch.retries and timeout_s, then resume"
         ) from None
     except MemoryError:
         raise UnreachableShard(
-            f"{where}: its {shard.tokens} tokens are more than the memory of this machine has left: fewer data.lanes "
-            f"a rank hold fewer shards"
+            f"{location}: its {shard.tokens} tokens need more memory than this machine has left: fewer data.lanes a "
+            f"rank hold fewer shards"
         ) from None
     except OSError as e:
-        blamed = where if afar is None else f"{where}: data.cache.dir={afar.dir}"
-        at = f" ({e.filename})" if e.filename else ""
-        raise UnreachableShard(f"{blamed}: {e.strerror or e}{at}: mend it, then resume") from None
+        file = f" ({e.filename})" if e.filename else ""
+        raise UnreachableShard(f"{location}{disk}: {e.strerror or e}{file}: mend it, then resume") from None

@@ -1,4 +1,4 @@
-"""A rank's batches: read ahead in a thread, handed over on the main thread. The only torch in data_pipeline."""
+"""The batches of a rank: a thread reads ahead, the main thread takes them. The only torch in data_pipeline."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from data_pipeline.order.geometry import micro_batch_at
 from data_pipeline.order.plan import Plan, Windows, rank_positions
 from data_pipeline.stream.windows import ShardStream, shard_windows
 
-_PLAN_WINDOWS = 2048  # of a rank that are planned at once, since a plan costs more than its windows
-_READ_WINDOWS = 64  # that are read at once, or a step's where they are more: few enough for the processor's cache
-_READ_AHEAD = 2  # such reads wait to be used
+_PLAN_WINDOWS = 2048  # windows of a rank in one call of the plan: a call costs more than its windows
+_READ_WINDOWS = 64  # windows in one read, or those of a step if they are more: few enough for the processor's cache
+_READ_AHEAD = 2  # reads that wait to be used
 _PATIENCE = 5.0  # seconds for the thread to end
 
 
@@ -31,11 +31,11 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # [B, T] int64
     labels: Tensor  # [B, T] int64
-    segment_ids: Tensor | None = None  # [B, T] int32: the documents inside each window, counted from 0; None: not told
+    segment_ids: Tensor | None = None  # [B, T] int32: the document of each token, counted from 0 in each window
 
 
 class Item(NamedTuple):
-    """What travels from the reader to those who wait: batches and their fingerprint, or the error there is instead."""
+    """One step of a rank: its batches and the checksum of their tokens, or an error instead."""
 
     batches: list[Batch]
     crc32: int
@@ -43,10 +43,10 @@ class Item(NamedTuple):
 
 
 class Channel(Protocol):
-    """How the ranks of one tensor-parallel group get the same item. Used on the main thread alone.
+    """Gives the ranks of one tensor-parallel group the same item. Used on the main thread only.
 
     `reads` is true on the one rank of the group that reads shards. `share` gives every rank of the group that rank's
-    item; the others pass None. An error travels as its text and arrives as a UserError.
+    item; the others pass None. An error is sent as its text and arrives as a UserError.
     """
 
     @property
@@ -60,14 +60,14 @@ class TrainLoader:
 
     Args:
         stream: reads the shards; None on a rank whose channel reads for it. Closed with the loader.
-        micro_batch_size: windows of a micro batch; where they do not divide a step's of a rank (a batch ramp), the
+        micro_batch_size: windows of a micro batch; if it does not divide a rank's windows of a step (a batch ramp), the
             largest number below that does.
-        document_mask: tell which document each token is of, and give no label across documents.
+        document_mask: give the document of each token, and no label across documents.
         step: the first step that `next` serves.
         pin: page-locked memory, for copies to a GPU.
-        channel: absent where each rank reads for itself (tp = 1).
+        channel: None if each rank reads for itself (tp = 1).
 
-    `step` is the step that `next` serves next; `crc32` the checksum of the tokens that it served last.
+    `step` is the step that `next` serves next; `crc32` is the checksum of the tokens that it served last.
     """
 
     def __init__(
@@ -83,9 +83,14 @@ class TrainLoader:
         pin: bool = False,
         channel: Channel | None = None,
     ) -> None:
-        self.step, self.crc32 = step, 0
-        self._plan, self._stream, self._dp_rank, self._dp = plan, stream, dp_rank, dp
-        self._micro_batch_size, self._channel = micro_batch_size, channel
+        self.step = step
+        self.crc32 = 0
+        self._plan = plan
+        self._stream = stream
+        self._dp_rank = dp_rank
+        self._dp = dp
+        self._micro_batch_size = micro_batch_size
+        self._channel = channel
         self._rows = partial(_Rows, segments=document_mask, pin=pin)
         self._error: Exception | None = None
         self._stop = threading.Event()
@@ -97,11 +102,11 @@ class TrainLoader:
             self._thread.start()
 
     def next(self) -> list[Batch]:
-        """All micro batches of the next step, in order; waits where reading is behind.
+        """All micro batches of the next step, in order; waits for them if reading is behind.
 
         Raises:
-            UserError: what went wrong in reading, on every rank of the tensor-parallel group; again at each call. On
-                the rank that reads, LostShard where it was a shard that is lost for good.
+            UserError: an error of reading, on every rank of the tensor-parallel group, again at each call. LostShard on
+                the rank that reads, if a shard is lost for good.
         """
         if self._error is None:
             item = _exchange(self._channel, self._take)
@@ -122,8 +127,8 @@ class TrainLoader:
         # Frees a thread that waits to put; it puts at most once more, into an empty queue.
         while not self._ready.empty():
             self._ready.get_nowait()
-        self._thread.join(timeout=_PATIENCE)  # not for ever: a read may hang in a dead file system
-        if not self._thread.is_alive():  # else the thread does it, should it come back
+        self._thread.join(timeout=_PATIENCE)  # a read may hang in a dead file system
+        if not self._thread.is_alive():  # else the thread closes it, if it ever returns
             self._stream.close()
 
     def _take(self) -> Item:
@@ -132,7 +137,7 @@ class TrainLoader:
         return self._taken.popleft()
 
     def _read_ahead(self, stream: ShardStream, step: int) -> None:
-        """The thread."""
+        """Body of the thread."""
         items: list[Item] = []
         try:
             for steps, windows in self._planned(stream, step):
@@ -148,27 +153,27 @@ class TrainLoader:
                 stream.close()
 
     def _planned(self, stream: ShardStream, step: int) -> Iterator[tuple[range, Windows]]:
-        """Steps that are read together, and their windows; planned many at a time, and told to the stream before."""
+        """Steps that are read together, and their windows; planned many at a time, and announced to the stream first."""
         steps, windows = self._plan_from(step)
         yield steps[:1], windows.rows(slice(len(windows.source) // len(steps)))  # alone, so that it comes soon
-        ahead = self._plan_from(step + 1)
+        following = self._plan_from(step + 1)
         while True:
-            steps, windows = ahead
-            ahead = self._plan_from(steps.stop)
-            stream.expect(ahead[1], self._n_ctx(steps.stop))
+            steps, windows = following
+            following = self._plan_from(steps.stop)
+            stream.expect(following[1], self._n_ctx(steps.stop))
             each = len(windows.source) // len(steps)
             many = max(1, _READ_WINDOWS // each)
             for first in range(0, len(steps), many):
                 yield steps[first : first + many], windows.rows(slice(first * each, (first + many) * each))
 
     def _plan_from(self, step: int) -> tuple[range, Windows]:
-        """Some steps from `step` on that lie in one segment of the ledger, and this rank's windows of them."""
+        """Some steps from `step` on, in one segment of the ledger, and this rank's windows of them."""
         ledger, lanes = self._plan.ledger, self._plan.lanes
         each = ledger.segment(step).windows_per_step
         end = step + max(1, _PLAN_WINDOWS * self._dp // each)
         steps = range(step, min([end, *(s.step for s in ledger.segments if s.step > step)]))
-        at = rank_positions(ledger.position(step), each * len(steps), lanes, self._dp_rank, self._dp)
-        return steps, self._plan.windows_at(at)
+        positions = rank_positions(ledger.position(step), each * len(steps), lanes, self._dp_rank, self._dp)
+        return steps, self._plan.windows_at(positions)
 
     def _read(self, stream: ShardStream, steps: range, windows: Windows, items: list[Item]) -> None:
         each = len(windows.source) // len(steps)
@@ -192,13 +197,14 @@ class _Rows:
 
     def read(self, stream: ShardStream, windows: Windows, first: int = 0) -> int:
         """Fill the rows from `first` on with windows; returns their checksum."""
-        here = slice(first, first + len(windows.source))
-        segments = None if self.segments is None else self.segments.numpy()[here]
-        return stream.read(windows, self.n_ctx, self.tokens.numpy()[here], self.labels.numpy()[here], segments)
+        rows = slice(first, first + len(windows.source))
+        segments = None if self.segments is None else self.segments.numpy()[rows]
+        return stream.read(windows, self.n_ctx, self.tokens.numpy()[rows], self.labels.numpy()[rows], segments)
 
     def fill(self, first: int) -> None:
-        """Rows from `first` on hold no window: token 0, no label that counts."""
-        self.tokens[first:], self.labels[first:] = 0, IGNORE
+        """Make the rows from `first` on empty: token 0, and no label that counts."""
+        self.tokens[first:] = 0
+        self.labels[first:] = IGNORE
         if self.segments is not None:
             self.segments[first:] = 0
 
@@ -224,11 +230,11 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """The first `windows` windows of a source (None: all), dealt to the ranks in turn.
 
-    `stream` reads `manifest` alone (None on a rank whose channel reads for it). Every rank gets the same number of
-    batches; what is missing to the last is filled with IGNORE labels.
+    `stream` reads `manifest` only (None on a rank whose channel reads for it). Every rank gets the same number of
+    batches; missing windows of the last one have IGNORE labels.
 
     Raises:
-        UserError: at the call, a source with fewer windows; while iterating, as `TrainLoader.next`.
+        UserError: at the call, a source with fewer windows; in the iteration, as `TrainLoader.next`.
     """
     counts = shard_windows(manifest, n_ctx)
     ends = np.cumsum(counts)
@@ -241,16 +247,16 @@ def validation_batches(
     deal = dp * micro_batch_size
 
     def read(first: int) -> Item:
-        at = np.arange(first, min(first + micro_batch_size, total))
-        shards = np.searchsorted(ends, at, side="right")
+        numbers = np.arange(first, min(first + micro_batch_size, total))
+        shards = np.searchsorted(ends, numbers, side="right")
         rows = _Rows(micro_batch_size, n_ctx, segments=document_mask, pin=pin)
         try:
             assert stream is not None
-            window = at - (ends - counts)[shards]
-            crc32 = rows.read(stream, Windows(np.zeros_like(at), shards, window * n_ctx))
+            window = numbers - (ends - counts)[shards]
+            crc32 = rows.read(stream, Windows(np.zeros_like(numbers), shards, window * n_ctx))
         except Exception as error:
             return Item([], 0, error)
-        rows.fill(len(at))
+        rows.fill(len(numbers))
         return Item(next(rows.batches(micro_batch_size, micro_batch_size)), crc32)
 
     def serve() -> Iterator[Batch]:

@@ -1,6 +1,6 @@
-"""One shard in use: its tokens in memory, block by block as they are needed, each checked as it comes.
+"""One shard in use: its tokens in memory, block by block as they are needed, each checked when it is read.
 
-A local shard is read in place, by the offsets of its index: nothing in it is parsed, so nothing in it can run, unpack
+A local shard is read in place, at the offsets of its index. Nothing in it is parsed, so nothing in it can run, unpack
 or fill the memory.
 """
 
@@ -18,32 +18,32 @@ from conf.errors import TransientError, UserError
 from data_pipeline.manifest import Manifest, ShardInfo, index_of
 from data_pipeline.remote.backends import Lost
 from data_pipeline.remote.cache import Cache
-from data_pipeline.remote.cached_shard import Entry
+from data_pipeline.remote.cached_shard import CachedShard
 
-_OTHER_FILES = 256  # that a process has open beside its shards: libraries, sockets, pipes, what reads ahead
+_OTHER_FILES = 256  # open files beside the shards: libraries, sockets, pipes, prefetch
 
 
 def room_for_files(open_shards: int, each: int) -> None:
-    """Let the process have so many shards open, `each` with so many files, and as many again during a call.
+    """Raise the limit of open files for `open_shards` shards of `each` files, and as many again during a call.
 
     Raises:
-        UserError: the machine does not let it.
+        UserError: the machine does not allow so many.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = float("inf") if hard == resource.RLIM_INFINITY else hard
+    limit = float("inf") if hard == resource.RLIM_INFINITY else hard
     need, ample = each * open_shards + _OTHER_FILES, 2 * each * open_shards + _OTHER_FILES
-    if need > most:
+    if need > limit:
         raise UserError(
             f"{open_shards} open shards (lanes of a rank x sources) of {each} files each and {_OTHER_FILES} other "
             f"files are more than the {hard} that a process may open here: raise `ulimit -n` (-Hn), or give fewer "
             f"data.lanes, more data-parallel ranks or fewer sources"
         )
     if soft != resource.RLIM_INFINITY and soft < ample:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (int(min(ample, most)), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(min(ample, limit)), hard))
 
 
 class LocalShard:
-    """A shard in a local folder. Raises Lost where it is gone or damaged, OSError where it cannot be read now."""
+    """A shard in a local folder. Raises Lost if it is missing or damaged, OSError if it cannot be read now."""
 
     def __init__(self, manifest: Manifest, shard: ShardInfo) -> None:
         try:
@@ -62,10 +62,10 @@ class LocalShard:
             raise Lost(f"{what}, {size} bytes where the manifest says {shard.bytes}")
 
     def obtain_all(self, wanted: list[int]) -> None:
-        """They are there."""
+        """Nothing to fetch: the blocks are local."""
 
     def load(self, b: int, out: np.ndarray) -> None:
-        """Fill `out` with block b's tokens: [tokens]. What is not right is read once more, from the disk."""
+        """Fill `out` with block b's tokens: [tokens]. A damaged block is read once more, from the disk."""
         try:
             self._read(b, out)
         except Lost:
@@ -77,17 +77,18 @@ class LocalShard:
         block = self.index.blocks[b]
         if (n := os.preadv(self._fd, [out.data], block.offset)) != out.nbytes:
             raise Lost(f"sample {block.member}: truncated, {n} of its {out.nbytes} bytes are there")
-        if (found := zlib.crc32(out.data)) != block.crc32:
-            raise Lost(f"sample {block.member}: checksum {found:08x} where the index says {block.crc32:08x}")
+        if (checksum := zlib.crc32(out.data)) != block.crc32:
+            raise Lost(f"sample {block.member}: checksum {checksum:08x} where the index says {block.crc32:08x}")
 
     def close(self) -> None:
+        """Close the file. May be called twice, and by two threads."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
 
 class OpenShard:
-    """A shard in use: `tokens` [n] of the manifest's dtype, valid where the blocks are loaded."""
+    """A shard in use: `tokens` [n] of the manifest's dtype, valid in the blocks that are loaded."""
 
     __slots__ = ("_document_tokens", "_ends", "_file", "_loaded", "missing", "size", "starts", "tokens", "used")
 
@@ -100,17 +101,20 @@ class OpenShard:
             self._file.close()
             raise
         self.starts = list(accumulate((b.tokens for b in blocks), initial=0))  # of blocks; one more for the end
-        self._loaded, self.missing = bytearray(len(blocks)), len(blocks)
-        self.size, self.used = shard.tokens, 0
+        self._loaded = bytearray(len(blocks))  # 1 for each block that is in `tokens`
+        self.missing = len(blocks)
+        self.size = shard.tokens
+        self.used = 0  # time of the last use, in windows
         self._document_tokens = self._file.index.document_tokens
-        self._ends: np.ndarray | None = None  # where documents end; made when it is asked for
+        self._ends: np.ndarray | None = None  # ends of documents; made at the first use
 
     def has(self, start: int, stop: int) -> bool:
+        """The blocks of the tokens [start, stop) are loaded."""
         a, b = bisect_right(self.starts, start) - 1, bisect_left(self.starts, stop)
         return not self.missing or self._loaded.find(0, a, b) < 0
 
     def need(self, start: int, stop: int) -> None:
-        """Load the blocks of the tokens [start, stop) that are not there yet."""
+        """Load the missing blocks of the tokens [start, stop)."""
         wanted = range(bisect_right(self.starts, start) - 1, bisect_left(self.starts, stop))
         missing = [b for b in wanted if not self._loaded[b]]
         if len(missing) > 1:
@@ -123,28 +127,29 @@ class OpenShard:
                 self.close()
 
     def cuts(self, starts: np.ndarray, n_ctx: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where documents end in the windows from `starts`, [n], on: (row, cut), [m] int64 each.
+        """Ends of documents in the windows that begin at `starts`, [n]: (row, cut), [m] int64 each.
 
-        Token `cut` of window `row`, 1 <= cut <= n_ctx, is the first of a document; named more than once where
-        documents without a token end there too.
+        Token `cut` of window `row`, 1 <= cut <= n_ctx, is the first of a document. A cut comes more than once if empty
+        documents end there too.
         """
         if self._ends is None:
             self._ends = np.cumsum(np.array(self._document_tokens, np.int64))
-        first, stop = (self._ends.searchsorted(at, side="right") for at in (starts, starts + n_ctx))
+        first, stop = (self._ends.searchsorted(tokens, side="right") for tokens in (starts, starts + n_ctx))
         counts = stop - first
         row = np.repeat(np.arange(len(starts)), counts)
         nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
         return row, self._ends[first[row] + nth] - starts[row]
 
     def close(self) -> None:
+        """Close the file; `tokens` stays."""
         self._file.close()
 
 
-def _open(manifest: Manifest, shard: ShardInfo, cache: Cache | None) -> LocalShard | Entry:
+def _open(manifest: Manifest, shard: ShardInfo, cache: Cache | None) -> LocalShard | CachedShard:
     if manifest.origin is None:
         try:
             return LocalShard(manifest, shard)
-        except Lost:  # only what is no better at a second look is lost
+        except Lost:  # lost only if a second look is no better
             return LocalShard(manifest, shard)
-    assert cache is not None  # open_source held it
-    return Entry(cache, manifest, shard)
+    assert cache is not None  # open_source checks it
+    return CachedShard(cache, manifest, shard)

@@ -1,7 +1,7 @@
-"""The tokens of the windows that the plan asks for, each block checked as it arrives.
+"""The tokens of the windows of a plan, each block checked when it is read.
 
-A shard in use is one array of tokens; its blocks are read into it when a window first needs them, and a window is a
-slice of it (open_shard.py). A shard that lies afar comes through the node's cache (remote/).
+A shard in use is one array of tokens. Its blocks are read into it when a window first needs them, and a window is a
+slice of it (open_shard.py). A remote shard comes through the node's cache (remote/).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from data_pipeline.config import IGNORE, FetchConfig
 from data_pipeline.manifest import Manifest, ShardInfo
 from data_pipeline.order.plan import Windows
 from data_pipeline.remote.cache import Cache, CacheFull
-from data_pipeline.remote.prefetch import ReadAhead
-from data_pipeline.remote.source import _named
+from data_pipeline.remote.prefetch import Prefetcher
+from data_pipeline.remote.source import shard_errors
 from data_pipeline.stream.open_shard import OpenShard, room_for_files
 
 
 def shard_windows(manifest: Manifest, n_ctx: int) -> np.ndarray:
-    """How many windows each shard holds, in the manifest's order: [shards] int64.
+    """The number of windows of each shard, in the manifest's order: [shards] int64.
 
     Raises:
         UserError: a source without a single window.
     """
     windows = np.array([shard.windows(n_ctx) for shard in manifest.shards], dtype=np.int64)
     if not windows.sum():
-        most = max((shard.tokens for shard in manifest.shards), default=0)
+        longest = max((shard.tokens for shard in manifest.shards), default=0)
         raise UserError(
-            f"{manifest.root}: {manifest.tokens} tokens in {len(manifest.shards)} shards, at most {most} in one, hold "
+            f"{manifest.root}: {manifest.tokens} tokens in {len(manifest.shards)} shards, at most {longest} in one, hold "
             f"no window of model.n_ctx={n_ctx} + 1 tokens: give more text, a smaller n_ctx or larger shards"
         )
     return windows
@@ -42,9 +42,9 @@ class ShardStream:
 
     Args:
         manifests: of the sources, in the order of the plan's names.
-        open_shards: shards kept from one call to the next, those used last; a rank needs one for each of its lanes.
-            During a call, all that it touches are held.
-        cache: where sources that are not local folders are kept.
+        open_shards: shards kept open from one call to the next, the last used; a rank needs one for each of its lanes.
+            During a call, all shards that it reads are open.
+        cache: for sources that are not local folders.
     """
 
     def __init__(
@@ -55,18 +55,21 @@ class ShardStream:
         cache: Cache | None = None,
         fetch: FetchConfig | None = None,
     ) -> None:
-        self._manifests, self._open_shards, self._cache = tuple(manifests), open_shards, cache
+        self._manifests = tuple(manifests)
+        self._open_shards = open_shards
+        self._cache = cache
         self._fetch = fetch or (cache.fetch if cache else FetchConfig())
         self._open: dict[tuple[int, int], OpenShard] = {}
         self._closed = False
         self._dtype = np.result_type(*(m.numpy_dtype for m in self._manifests))
-        self._clock, self._span = 0, 0
-        self._ahead: ReadAhead | None = None
-        self._afar = {s for s, m in enumerate(self._manifests) if m.origin is not None}
-        self._expected: set[tuple[int, int, int]] = set()  # windows, so that each is hinted at once
-        room_for_files(open_shards, 2 if self._afar else 1)
+        self._clock = 0  # windows read
+        self._span = 0  # tokens of a window
+        self._prefetcher: Prefetcher | None = None
+        self._remote = {s for s, m in enumerate(self._manifests) if m.origin is not None}
+        self._expected: set[tuple[int, int, int]] = set()  # windows that the prefetcher already has
+        room_for_files(open_shards, 2 if self._remote else 1)
         if cache is not None:
-            cache.most_indexes = max(cache.most_indexes, open_shards)
+            cache.index_limit = max(cache.index_limit, open_shards)
 
     def read(
         self,
@@ -79,8 +82,8 @@ class ShardStream:
         """Fill `tokens` and `labels`, [n, n_ctx] int64: label t is the token that follows token t.
 
         Args:
-            segments: [n, n_ctx] int32; gets the number of each token's document within its window, 0, 1, 2, ..., and a
-                label that lies in the next document becomes IGNORE. A document's end-of-text token is its last.
+            segments: [n, n_ctx] int32, filled with the number of each token's document within its window, 0, 1, 2, ...;
+                a label that is in the next document becomes IGNORE. A document's end-of-text token is its last.
 
         Returns:
             The crc32 of the windows' tokens, [n, n_ctx + 1] in the manifests' (widest) dtype.
@@ -93,7 +96,7 @@ class ShardStream:
             raise RuntimeError("a window of a stream that is closed")
         clock, span = self._clock, n_ctx + 1
         self._span = span
-        self.expect(windows, n_ctx)  # what lies afar comes side by side, not window after window
+        self.expect(windows, n_ctx)  # remote blocks come in parallel, not window after window
         sources, shards, starts = (column.tolist() for column in windows)
         text = np.empty((len(starts), span), self._dtype)
         for i, key in enumerate(zip(sources, shards, strict=True)):
@@ -119,35 +122,37 @@ class ShardStream:
         return zlib.crc32(text.data)
 
     def expect(self, windows: Windows, n_ctx: int | None = None) -> None:
-        """Windows that `read` will soon be asked for: what of them lies afar is fetched meanwhile. Does not wait."""
-        if not self._afar or self._closed:
+        """Fetch the remote blocks of windows that `read` will need soon. Does not wait."""
+        if not self._remote or self._closed:
             return
         span = self._span if n_ctx is None else n_ctx + 1
         wanted: dict[tuple[int, int], list[int]] = {}
         for window in zip(*(column.tolist() for column in windows), strict=True):
             source, shard, start = window
-            if source not in self._afar or window in self._expected:
+            if source not in self._remote or window in self._expected:
                 continue
             self._expected.add(window)
             held = self._open.get((source, shard))
             if held is None or not held.has(start, start + span):
                 wanted.setdefault((source, shard), []).append(start)
         for key, starts in wanted.items():
-            if self._ahead is None:
+            if self._prefetcher is None:
                 assert self._cache is not None
-                self._ahead = ReadAhead(self._cache)
+                self._prefetcher = Prefetcher(self._cache)
             manifest = self._manifests[key[0]]
-            self._ahead.want(manifest, manifest.shards[key[1]], starts, span)
+            self._prefetcher.want(manifest, manifest.shards[key[1]], starts, span)
 
     def stop(self) -> None:
-        """Read nothing more: what `read` is at ends with an error. For a thread that then waits for the one who reads;
-        who reads closes."""
+        """Read nothing more: a `read` in progress ends with an error.
+
+        For a thread that then waits for the reading thread, which closes the stream.
+        """
         self._closed = True
-        if (ahead := self._ahead) is not None:
-            ahead.close()
+        if (prefetcher := self._prefetcher) is not None:
+            prefetcher.close()
 
     def close(self) -> None:
-        """Let go of every shard, and end the reading ahead. May be called twice."""
+        """Close every shard, and end the prefetch. May be called twice."""
         self.stop()
         while self._open:
             self._open.popitem()[1].close()
@@ -168,21 +173,21 @@ class ShardStream:
             raise RuntimeError("a shard of a stream that is closed")
         manifest = self._manifests[source]
         shard = manifest.shards[number]
-        with _named(manifest, shard, self._cache, source, number):
+        with shard_errors(manifest, shard, self._cache, source, number):
             try:
                 held = OpenShard(manifest, shard, self._cache)
-            except CacheFull:  # it may be what is read ahead that is in the way
-                if self._ahead is None:
+            except CacheFull:  # prefetched shards may take the room
+                if self._prefetcher is None:
                     raise
-                self._ahead.stop(self._fetch.timeout_s)
-                self._expected.clear()  # what it dropped may be told again
+                self._prefetcher.stop(self._fetch.timeout_s)
+                self._expected.clear()  # the dropped windows may be expected again
                 held = OpenShard(manifest, shard, self._cache)
         self._open[source, number] = held
         return held
 
     def _load(self, key: tuple[int, int], held: OpenShard, start: int, stop: int) -> None:
         manifest = self._manifests[key[0]]
-        with _named(manifest, manifest.shards[key[1]], self._cache, *key):
+        with shard_errors(manifest, manifest.shards[key[1]], self._cache, *key):
             held.need(start, stop)
 
 
@@ -192,7 +197,7 @@ def read_shard(manifest: Manifest, shard: ShardInfo, cache: Cache | None = None)
     Raises:
         ShardError: the shard is missing, truncated, replaced or damaged.
     """
-    with _named(manifest, shard, cache, 0, manifest.shards.index(shard) if shard in manifest.shards else 0):
+    with shard_errors(manifest, shard, cache, 0, manifest.shards.index(shard) if shard in manifest.shards else 0):
         held = OpenShard(manifest, shard, cache)
         try:
             held.need(0, held.size)

@@ -18,7 +18,7 @@ from data_pipeline.order.ledger import Ledger
 from data_pipeline.order.plan import Plan
 from data_pipeline.order.stages import plan_ledger
 from data_pipeline.remote.cache import Cache
-from data_pipeline.remote.cached_shard import NoSource
+from data_pipeline.remote.mirror import NoSource
 from data_pipeline.remote.source import open_cache, open_source
 from trainer.config.pretrain import PretrainConfig
 from trainer.distributed.world import World

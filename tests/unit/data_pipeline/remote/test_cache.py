@@ -27,7 +27,7 @@ from data_pipeline.order.plan import Windows
 from data_pipeline.remote import cached_shard as entry
 from data_pipeline.remote import fetch
 from data_pipeline.remote.cache import Cache, CacheFull
-from data_pipeline.remote.prefetch import ReadAhead
+from data_pipeline.remote.prefetch import Prefetcher
 from data_pipeline.remote.source import LostShard, ShardError, index_at, open_source
 from data_pipeline.stream.windows import ShardStream, read_shard
 from tests.helpers.fixtures import random_source
@@ -192,11 +192,11 @@ def test_a_place_that_is_gone_as_a_whole_is_no_lost_shard(local: Manifest, serve
     stream = stream_of(server.url, cache_in(tmp_path))
     local.root.rename(tmp_path / "elsewhere")
     with pytest.raises(
-        ShardError, match=r"00001.tar: HTTP 404, and the source's manifest.json is not there either"
+        ShardError, match=r"00001.tar: HTTP 404, and the source's manifest.json is missing too"
     ) as caught:
         read(stream, window(1))
     assert not isinstance(caught.value, LostShard)
-    with pytest.raises(ShardError, match=r"00001.tar: .*and the source's manifest.json is not there either") as caught:
+    with pytest.raises(ShardError, match=r"00001.tar: .*and the source's manifest.json is missing too") as caught:
         read(ShardStream([local], open_shards=1), window(1))
     assert not isinstance(caught.value, LostShard)
 
@@ -431,7 +431,7 @@ def test_what_is_expected_is_there_before_it_is_read(local: Manifest, server: Se
 
 def test_no_hint_is_dropped_however_many_there_are(local: Manifest, server: Server, tmp_path: Path) -> None:
     cache = cache_in(tmp_path)
-    manifest, ahead = open_source(server.url, cache), ReadAhead(cache)
+    manifest, ahead = open_source(server.url, cache), Prefetcher(cache)
     server.delay = 0.01
     starts = [(n, start) for n in range(3) for start in range(0, TOKENS[n] - N_CTX, N_CTX)]
     for n, start in starts:
@@ -448,7 +448,7 @@ def test_no_hint_is_dropped_however_many_there_are(local: Manifest, server: Serv
 def test_reading_ahead_ends_though_it_is_asked_for_more(server: Server, tmp_path: Path) -> None:
     cache = cache_in(tmp_path)
     manifest, before = open_source(server.url, cache), {*threading.enumerate()}
-    ahead = ReadAhead(cache)
+    ahead = Prefetcher(cache)
     mine = {*threading.enumerate()} - before
     server.always("00000.tar", "hang")
     for _ in range(100):
@@ -458,13 +458,13 @@ def test_reading_ahead_ends_though_it_is_asked_for_more(server: Server, tmp_path
         ahead.want(manifest, manifest.shards[0], [0], N_CTX + 1)
         ahead.stop(0.0)
         ahead.close()
-    wait_for(lambda: not any(thread.is_alive() for thread in mine if thread.name == "read ahead"))
+    wait_for(lambda: not any(thread.is_alive() for thread in mine if thread.name == "prefetch"))
 
 
 def test_a_shard_in_the_cache_has_two_files_open(server: Server, tmp_path: Path) -> None:
     cache = cache_in(tmp_path)
     manifest = open_source(server.url, cache)
-    shard = entry.Entry(cache, manifest, manifest.shards[0])
+    shard = entry.CachedShard(cache, manifest, manifest.shards[0])
     shard.obtain(0, 1)
     files = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     assert sum(name.startswith(f"{tmp_path}/cache/shards/") for name in files) == 2, files

@@ -16,7 +16,16 @@ import pytest
 from conf.errors import UserError
 from data_pipeline.config import FetchConfig
 from data_pipeline.remote import fetch
-from data_pipeline.remote.backends import Lost, Place, Unreachable, Wrong, is_remote, place, refuse_password, shown
+from data_pipeline.remote.backends import (
+    Backend,
+    Corrupt,
+    Lost,
+    Unreachable,
+    backend_of,
+    is_remote,
+    refuse_password,
+    shown,
+)
 from data_pipeline.remote.fetch import Reader, fetch_small, retried
 from tests.helpers.places import Server, serving
 
@@ -44,7 +53,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waits
 
 
-def read(there: Place, start: int, length: int, name: str = "a.tar", cfg: FetchConfig = QUICK) -> bytes:
+def read(there: Backend, start: int, length: int, name: str = "a.tar", cfg: FetchConfig = QUICK) -> bytes:
     """[start, start + length) as the cache reads it."""
 
     def once() -> bytes:
@@ -56,7 +65,7 @@ def read(there: Place, start: int, length: int, name: str = "a.tar", cfg: FetchC
 
 
 def test_a_range_is_asked_for_and_nothing_else_is_sent(server: Server) -> None:
-    there = place(server.url, QUICK)
+    there = backend_of(server.url, QUICK)
     assert read(there, 1000, 70_000) == BODY[1000:71_000]
     assert server.requests == [("a.tar", "bytes=1000-70999")] and there.ranged
     with Reader(there, "a.tar", 5, 10, 1.0) as reader:
@@ -65,12 +74,12 @@ def test_a_range_is_asked_for_and_nothing_else_is_sent(server: Server) -> None:
 
 def test_a_server_without_ranges_gives_the_same_bytes(folder: Path) -> None:
     with serving(folder, ranges=False) as server:
-        there = place(server.url, QUICK)
+        there = backend_of(server.url, QUICK)
         assert read(there, 1000, 70_000) == BODY[1000:71_000] and there.ranged is False
 
 
 def test_one_connection_serves_many_reads(server: Server) -> None:
-    there = place(server.url, QUICK)
+    there = backend_of(server.url, QUICK)
     for at in range(0, 100_000, 10_000):
         assert read(there, at, 10_000) == BODY[at : at + 10_000]
     assert there._pool.connection_from_url(server.url).num_connections <= 2  # type: ignore[attr-defined]
@@ -79,7 +88,7 @@ def test_one_connection_serves_many_reads(server: Server) -> None:
 @pytest.mark.parametrize("fault", ["500", "503", "429", "cut", "hang", "dribble", "dribbled headers", "no length"])
 def test_a_fault_that_passes_costs_a_wait_and_no_byte(server: Server, fault: str, short_waits: list[float]) -> None:
     server.faults["a.tar"] = iter([fault] * 2)
-    assert read(place(server.url, QUICK), 1000, 70_000, cfg=PATIENT) == BODY[1000:71_000]
+    assert read(backend_of(server.url, QUICK), 1000, 70_000, cfg=PATIENT) == BODY[1000:71_000]
     assert server.asked("a.tar") >= 3  # more where this machine was slow
     first, second, *_ = short_waits
     assert 0.125 <= first <= 0.25 <= second <= 0.5
@@ -94,7 +103,7 @@ def test_a_fault_that_passes_costs_a_wait_and_no_byte(server: Server, fault: str
         ("cut", r"IncompleteRead|35000 bytes"),
         ("dribble", r"\d bytes in 0.2 s"),
         ("dribbled headers", "0 bytes in 0.2 s"),
-        ("no length", "the answer ended at byte 36000, asked for were those up to 71000"),
+        ("no length", "the answer ended at byte 36000, bytes up to 71000 were requested"),
     ],
 )
 def test_a_fault_that_stays_ends_in_an_error_with_its_cause_and_the_tries(
@@ -102,7 +111,7 @@ def test_a_fault_that_stays_ends_in_an_error_with_its_cause_and_the_tries(
 ) -> None:
     server.always("a.tar", fault)
     with pytest.raises(Unreachable, match=f"({cause}).*; tried 3 times"):
-        read(place(server.url, QUICK), 1000, 70_000)
+        read(backend_of(server.url, QUICK), 1000, 70_000)
     assert server.asked("a.tar") == 3
 
 
@@ -112,7 +121,7 @@ def test_a_slow_server_is_no_dead_one(server: Server, folder: Path) -> None:
     (folder / "long.tar").write_bytes(body)
     server.always("long.tar", "slow")
     cfg = FetchConfig(timeout_s=1.0, retries=0)
-    with Reader(place(server.url, cfg), "long.tar", 0, len(body), cfg.timeout_s) as reader:
+    with Reader(backend_of(server.url, cfg), "long.tar", 0, len(body), cfg.timeout_s) as reader:
         assert reader.take(len(body)) == body
 
 
@@ -120,25 +129,25 @@ def test_a_slow_server_is_no_dead_one(server: Server, folder: Path) -> None:
 def test_what_is_gone_is_lost_at_once(server: Server, status: str) -> None:
     server.always("a.tar", status)
     with pytest.raises(Lost, match=f"HTTP {status}"):
-        read(place(server.url, QUICK), 0, 10)
+        read(backend_of(server.url, QUICK), 0, 10)
     assert server.asked("a.tar") == 1
 
 
 def test_a_byte_behind_the_end_is_wrong(server: Server) -> None:
-    with pytest.raises(Wrong, match=f"truncated: the server has no byte {len(BODY)}"):
-        read(place(server.url, QUICK), len(BODY), 10)
+    with pytest.raises(Corrupt, match=f"truncated: the server has no byte {len(BODY)}"):
+        read(backend_of(server.url, QUICK), len(BODY), 10)
 
 
 def test_an_endless_body_is_read_only_as_far_as_it_was_asked_for(server: Server) -> None:
     server.always("a.tar", "endless")
-    there = place(server.url, QUICK)
+    there = backend_of(server.url, QUICK)
     assert read(there, 1000, 70_000) == BODY[1000:71_000]
     with pytest.raises(Lost, match="more than 400000 bytes"):
         fetch_small(there, "a.tar", 400_000, QUICK)
 
 
 def test_a_small_file_is_whole_or_an_error(server: Server) -> None:
-    there = place(server.url, QUICK)
+    there = backend_of(server.url, QUICK)
     assert fetch_small(there, "a.tar", len(BODY), QUICK) == BODY
     with pytest.raises(Lost, match=f"more than {len(BODY) - 1} bytes"):
         fetch_small(there, "a.tar", len(BODY) - 1, QUICK)
@@ -150,7 +159,7 @@ def test_a_small_file_is_whole_or_an_error(server: Server) -> None:
 def test_a_redirect_is_followed_and_a_circle_of_them_is_not(server: Server, folder: Path) -> None:
     (folder / "b.tar").write_bytes(BODY)
     server.always("b.tar", f"to {server.url}/a.tar")
-    there = place(server.url, QUICK)
+    there = backend_of(server.url, QUICK)
     assert read(there, 5, 10, "b.tar") == BODY[5:15]
     server.always("a.tar", f"to {server.url}/b.tar")
     with pytest.raises(Unreachable, match="too many redirects"):
@@ -159,15 +168,15 @@ def test_a_redirect_is_followed_and_a_circle_of_them_is_not(server: Server, fold
 
 def test_nobody_at_the_other_end_is_named(server: Server) -> None:
     with serving(Path()) as gone:
-        there = place(gone.url, QUICK)
+        there = backend_of(gone.url, QUICK)
     with pytest.raises(Unreachable, match=r"refused.*; tried 3 times"):
         read(there, 0, 10)
     with pytest.raises(Unreachable, match=r"nowhere\.invalid"):
-        read(place("http://nowhere.invalid/x", QUICK), 0, 10)
+        read(backend_of("http://nowhere.invalid/x", QUICK), 0, 10)
 
 
 def test_a_query_is_sent_and_never_shown(server: Server) -> None:
-    there = place(server.url + "/?token=hidden", QUICK)
+    there = backend_of(server.url + "/?token=hidden", QUICK)
     assert there.url == server.url + "/"
     assert read(there, 0, 10) == BODY[:10]
     assert server.requests == [("a.tar?token=hidden", "bytes=0-9")]
@@ -194,7 +203,7 @@ def test_a_query_is_sent_and_never_shown(server: Server) -> None:
 def test_messages_name_a_place_without_its_secrets(url: str, name: str) -> None:
     assert shown(url) == name
     try:
-        there = place(url, QUICK).url
+        there = backend_of(url, QUICK).url
     except UserError as e:
         there = str(e).replace("{}, the file's", "")
     assert there.startswith(name) and "secret" not in there
@@ -222,7 +231,7 @@ def test_a_command_works_behind_a_thousand_open_files(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
     files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
     try:
-        assert read(place(f"pipe:cat {folder}/{{}}", QUICK), 1000, 70_000) == BODY[1000:71_000]
+        assert read(backend_of(f"pipe:cat {folder}/{{}}", QUICK), 1000, 70_000) == BODY[1000:71_000]
     finally:
         for fd in files:
             os.close(fd)
@@ -233,14 +242,14 @@ def test_a_command_works_behind_a_thousand_open_files(folder: Path) -> None:
 def test_a_name_that_is_more_than_a_name_is_refused_everywhere(folder: Path, name: str) -> None:
     for url in ("http://127.0.0.1:1", "memory://x", f"pipe:cat {folder}/{{}}"):
         with pytest.raises(Lost, match="is not the plain name of a file"):
-            read(place(url, QUICK), 0, 1, name)
+            read(backend_of(url, QUICK), 0, 1, name)
 
 
 def test_fsspec_places_are_read_by_range() -> None:
     where = f"memory://{secrets.token_hex(4)}"
     with fsspec.open(f"{where}/a.tar", "wb") as f:
         f.write(BODY)
-    there = place(where, QUICK)
+    there = backend_of(where, QUICK)
     assert read(there, 1000, 70_000) == BODY[1000:71_000]
     assert fetch_small(there, "a.tar", len(BODY), QUICK) == BODY
     assert read(there, len(BODY) - 5, 10) == BODY[-5:]
@@ -252,16 +261,16 @@ def test_fsspec_places_are_read_by_range() -> None:
 
 def test_a_kind_of_place_that_nobody_knows_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match=r"^quux://x: .*quux"):
-        place("quux://x", QUICK)
+        backend_of("quux://x", QUICK)
     for template in ("pipe:", "pipe:cat x", "pipe:cat '{}", "pipe:{}"):
         with pytest.raises(UserError, match=r"^pipe:"):
-            place(template, QUICK)
+            backend_of(template, QUICK)
 
 
 def test_a_command_gives_the_bytes_and_no_shell_reads_it(folder: Path) -> None:
-    there = place(f"pipe:cat '{folder}/{{}}'", QUICK)
+    there = backend_of(f"pipe:cat '{folder}/{{}}'", QUICK)
     assert read(there, 1000, 70_000) == BODY[1000:71_000]
-    there = place(f"pipe:cat {folder}/{{}} ; touch {folder}/ran $(touch {folder}/ran)", QUICK)
+    there = backend_of(f"pipe:cat {folder}/{{}} ; touch {folder}/ran $(touch {folder}/ran)", QUICK)
     with pytest.raises(Unreachable, match=r"exit code 1: .*No such file"):
         read(there, 1000, len(BODY))
     assert not (folder / "ran").exists()
@@ -280,7 +289,7 @@ def test_a_command_gives_the_bytes_and_no_shell_reads_it(folder: Path) -> None:
 )
 def test_a_command_that_fails_hangs_or_dribbles_is_named_and_ended(command: str, cause: str) -> None:
     with pytest.raises(Unreachable, match=f"({cause}).*; tried 3 times"):
-        read(place(f"pipe:{command}", QUICK), 0, 1000)
+        read(backend_of(f"pipe:{command}", QUICK), 0, 1000)
     end = time.monotonic() + 10
     while subprocess.run(["pgrep", "-f", "^sleep 6[0-9]"], capture_output=True, check=False).stdout:
         assert time.monotonic() < end, "a command outlived its reader"
@@ -298,7 +307,7 @@ def test_what_is_remote() -> None:
     ]
 
 
-@pytest.mark.parametrize(("kind", "times"), [(Unreachable, 3), (Lost, 1), (Wrong, 1)])
+@pytest.mark.parametrize(("kind", "times"), [(Unreachable, 3), (Lost, 1), (Corrupt, 1)])
 def test_only_what_may_pass_is_tried_again(kind: type[Exception], times: int) -> None:
     tries = []
 
@@ -322,8 +331,8 @@ def test_any_number_of_tries_waits_half_a_minute_at_most(short_waits: list[float
 
 def test_what_is_gone_is_asked_for_once_more(server: Server) -> None:
     server.faults["a.tar"] = iter(["404"])
-    assert fetch_small(place(server.url, QUICK), "a.tar", len(BODY), QUICK) == BODY
+    assert fetch_small(backend_of(server.url, QUICK), "a.tar", len(BODY), QUICK) == BODY
     server.always("a.tar", "404")
     with pytest.raises(Lost, match="HTTP 404"):
-        fetch_small(place(server.url, QUICK), "a.tar", len(BODY), QUICK)
+        fetch_small(backend_of(server.url, QUICK), "a.tar", len(BODY), QUICK)
     assert server.asked("a.tar") == 4
