@@ -153,7 +153,7 @@ class TrainLoader:
                 stream.close()
 
     def _planned(self, stream: ShardStream, step: int) -> Iterator[tuple[range, Windows]]:
-        """Steps that are read together, and their windows; planned many at a time, and announced to the stream first."""
+        """Steps to read together, and their windows; planned many at a time, and announced to the stream first."""
         steps, windows = self._plan_from(step)
         yield steps[:1], windows.rows(slice(len(windows.source) // len(steps)))  # alone, so that it comes soon
         following = self._plan_from(step + 1)

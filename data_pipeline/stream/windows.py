@@ -31,8 +31,8 @@ def shard_windows(manifest: Manifest, n_ctx: int) -> np.ndarray:
     if not windows.sum():
         longest = max((shard.tokens for shard in manifest.shards), default=0)
         raise UserError(
-            f"{manifest.root}: {manifest.tokens} tokens in {len(manifest.shards)} shards, at most {longest} in one, hold "
-            f"no window of model.n_ctx={n_ctx} + 1 tokens: give more text, a smaller n_ctx or larger shards"
+            f"{manifest.root}: {manifest.tokens} tokens in {len(manifest.shards)} shards, at most {longest} in one, "
+            f"hold no window of model.n_ctx={n_ctx} + 1 tokens: give more text, a smaller n_ctx or larger shards"
         )
     return windows
 

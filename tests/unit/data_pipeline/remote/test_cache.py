@@ -416,7 +416,7 @@ def test_what_is_expected_is_there_before_it_is_read(local: Manifest, server: Se
     stream, seed = stream_of(server.url, cache), seeded()
     windows = some_windows([local], 30, N_CTX, seed)
     stream.expect(windows, N_CTX)
-    ahead = stream._ahead
+    ahead = stream._prefetcher
     assert ahead is not None
     wait_for(lambda: not ahead._tasks.unfinished_tasks)
     before = [*server.requests]
