@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from conf.errors import UserError
-from data_pipeline.config import IGNORE, FetchConfig
+from data_pipeline.config import IGNORE
 from data_pipeline.manifest import Manifest, ShardInfo
 from data_pipeline.order.plan import Windows
 from data_pipeline.remote.cache import Cache, CacheFull
@@ -53,12 +53,10 @@ class ShardStream:
         *,
         open_shards: int,
         cache: Cache | None = None,
-        fetch: FetchConfig | None = None,
     ) -> None:
         self._manifests = tuple(manifests)
         self._open_shards = open_shards
         self._cache = cache
-        self._fetch = fetch or (cache.fetch if cache else FetchConfig())
         self._open: dict[tuple[int, int], OpenShard] = {}
         self._closed = False
         self._dtype = np.result_type(*(m.numpy_dtype for m in self._manifests))
@@ -177,9 +175,9 @@ class ShardStream:
             try:
                 held = OpenShard(manifest, shard, self._cache)
             except CacheFull:  # prefetched shards may take the room
-                if self._prefetcher is None:
+                if self._prefetcher is None or self._cache is None:
                     raise
-                self._prefetcher.stop(self._fetch.timeout_s)
+                self._prefetcher.stop(self._cache.fetch.timeout_s)
                 self._expected.clear()  # the dropped windows may be expected again
                 held = OpenShard(manifest, shard, self._cache)
         self._open[source, number] = held
