@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and the mark of a value that must be given. Imported by every package."""
+"""Errors that a user can act on, and the mark of a required value. Every package imports this module."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: every operand, and the knob to turn."""
+    """A mistake that the user can correct. The message is one line: every operand, and the key to change."""
 
 
 class TransientError(UserError):
-    """What may pass by itself, such as a server that does not answer: exit code 1, so that a supervisor tries again."""
+    """A failure that may go away: server down, disk full. Exit code 1: the supervisor tries again."""
 
 
 MISSING: Any = "???"  # OmegaConf's mark for "must be given"; written out so that this file needs no OmegaConf

@@ -1,7 +1,7 @@
-"""A config as a YAML file and back: what a run keeps of itself, and what a job is started by.
+"""A config as a YAML file and back: a run keeps one, and a job starts from one.
 
-A frozen file is data. Whatever stands in it as text is that text: `${x}` is not looked up anywhere, and a file that
-holds a YAML tag, an anchor or an alias, which no frozen config has, is refused.
+A frozen file is data. A text in it is just that text: `${x}` is not looked up anywhere, and a file with a YAML tag, an
+anchor or an alias, which no frozen config has, is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import stat
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -21,21 +21,22 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.errors import TransientError, UserError
 
 T = TypeVar("T")
-MOST_BYTES, MOST_LEVELS = 1 << 18, 32
+MAX_BYTES = 1 << 18
+MAX_LEVELS = 32
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that is not one plain word: PyYAML's other styles do not bring each line break back."""
+    """Quotes every text that is not one plain word: PyYAML's other styles lose some line breaks."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, which PyYAML takes for the last of them."""
+    """Refuses a key that comes twice, of which PyYAML keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        made = super().construct_mapping(node, deep)
-        if len(made) < len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key stands twice", node.start_mark)
-        return made
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key comes twice", node.start_mark)
+        return mapping
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -48,22 +49,22 @@ _Dumper.add_multi_representer(Enum, lambda dumper, member: _text(dumper, member.
 
 
 def freeze(cfg: Any) -> str:
-    """A config as YAML, to read and to run again."""
+    """A config as YAML, for people to read and for `thaw`."""
     return yaml.dump(asdict(cfg), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)
 
 
 def thaw(path: Path, schema: type[T]) -> T:
-    """Read what `freeze` made.
+    """The config in a file that `freeze` wrote.
 
     Raises:
-        UserError: no such file, no YAML, too big, keys that the schema does not know, values that it refuses.
-        TransientError: it cannot be read, for a reason that may pass.
+        UserError: no such file, no YAML, too large, unknown keys, or values that the dataclass refuses.
+        TransientError: the file cannot be read now.
     """
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(schema), _literals(peek(path)))
         if missing := sorted(OmegaConf.missing_keys(cfg)):
             raise UserError(f"not given: {', '.join(missing)}")
-        return OmegaConf.to_object(cfg)  # type: ignore[return-value]
+        return cast(T, OmegaConf.to_object(cfg))
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as e:
@@ -73,7 +74,7 @@ def thaw(path: Path, schema: type[T]) -> T:
 
 
 def peek(path: Path) -> dict[str, Any]:
-    """What a frozen config says, unchecked: of a run that may be of another version. Raises as `thaw` does."""
+    """The content of a frozen config, unchecked: for runs of other versions. Raises as `thaw`."""
     try:
         body = yaml.load(_plain_yaml(_read(path)), Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
@@ -84,23 +85,23 @@ def peek(path: Path) -> dict[str, Any]:
 
 
 def literal(text: str) -> str:
-    """A value for a command line of ours that arrives as just this text, whatever stands in it."""
+    """A value for one of our command lines that arrives as just this text, whatever it contains."""
     quoted = text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\"")
-    text = _inert(_inert(text))  # Hydra composes, then a dataclass is made of it: each resolves
+    text = _inert(_inert(text))  # composing resolves it once, making the dataclass once more
     if not quoted:
         return text
     return "'" + re.sub(r"(\\*)(')", r"\1\1\\\2", text) + "'"
 
 
 def user_error_in(error: BaseException | None) -> UserError | None:
-    """The check of a nested dataclass that an error of OmegaConf's wraps."""
+    """The UserError of a nested dataclass that an error of OmegaConf wraps."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def flat(error: Exception) -> str:
-    """Hydra's and OmegaConf's paragraphs without their last one, which tells of Hydra's own switches."""
+    """The message of Hydra or OmegaConf in one line, without its last part, on Hydra's own switches."""
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     return text.split(" full_key:")[0].split(" Set the environment variable HYDRA")[0].split(" Config search path")[0]
 
@@ -110,8 +111,8 @@ def _read(path: Path) -> str:
         with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:  # a fifo would wait
             if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
                 raise UserError("not a regular file")
-            if len(data := f.read(MOST_BYTES + 1)) > MOST_BYTES:
-                raise UserError(f"more than the {MOST_BYTES} bytes that a frozen config may have")
+            if len(data := f.read(MAX_BYTES + 1)) > MAX_BYTES:
+                raise UserError(f"more than the {MAX_BYTES} bytes that a frozen config may have")
             return data.decode()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
         raise UserError((e.strerror or str(e)).lower()) from None
@@ -120,12 +121,12 @@ def _read(path: Path) -> str:
 
 
 def _plain_yaml(text: str) -> str:
-    """`text`, without what makes YAML more than data: a small file of aliases can stand for a huge one."""
+    """`text`, if it is only data: a small file of aliases can expand to a huge one."""
     level = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if level > MOST_LEVELS:  # PyYAML's time is quadratic in them
-            raise UserError(f"line {event.start_mark.line + 1}: more than {MOST_LEVELS} levels")
+        if level > MAX_LEVELS:  # PyYAML takes quadratic time
+            raise UserError(f"line {event.start_mark.line + 1}: more than {MAX_LEVELS} levels")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise UserError(f"line {event.start_mark.line + 1}: a YAML anchor or alias, which no frozen config has")
         if getattr(event, "tag", None):
@@ -134,7 +135,7 @@ def _plain_yaml(text: str) -> str:
 
 
 def _literals(body: Any) -> Any:
-    """`body` with every text such that OmegaConf takes it as it stands."""
+    """`body` with every text escaped, so that OmegaConf leaves it as it is."""
     if isinstance(body, dict):
         return {key: _literals(value) for key, value in body.items()}
     if isinstance(body, list):
@@ -143,5 +144,5 @@ def _literals(body: Any) -> Any:
 
 
 def _inert(text: str) -> str:
-    """OmegaConf looks up `${x}`, takes `\\${x}` for the text `${x}`, and a pair of backslashes before one for one."""
+    """`text` escaped for OmegaConf, which looks up `${x}`, reads `\\${x}` as `${x}`, and halves backslashes before."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

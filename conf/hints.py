@@ -1,21 +1,23 @@
-"""What the dataclasses say of a dotted key: whether there is one, its type, and that type in words."""
+"""The dotted keys of nested dataclasses: their names, their types, and these types in words."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 
-def near(word: str, known: Sequence[str] | dict[str, str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+def near(word: str, known: Iterable[str]) -> str:
+    """A suggestion in brackets if one of the known words is similar, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def keys(schema: Any, prefix: str = "") -> list[str]:
+    """All dotted keys of a dataclass, sections included."""
     out = []
     for f in fields(schema):
         hint = inner(get_type_hints(schema)[f.name])
@@ -24,7 +26,7 @@ def keys(schema: Any, prefix: str = "") -> list[str]:
 
 
 def type_of(schema: Any, key: str) -> Any:
-    """The type that the dataclasses declare for a dotted key; None where there is no such key."""
+    """The declared type of a dotted key; None if there is no such key."""
     for name in key.split("."):
         if get_origin(schema) is dict:
             schema = get_args(schema)[1]
@@ -34,11 +36,12 @@ def type_of(schema: Any, key: str) -> Any:
 
 
 def inner(hint: Any) -> Any:
-    """The dataclass of `Class | None`; any other hint as it is."""
+    """The dataclass of `Class | None`; any other type as it is."""
     return next((a for a in get_args(hint) if is_dataclass(a)), hint) if NoneType in get_args(hint) else hint
 
 
 def wording(hint: Any, key: str) -> str:
+    """A type in words, such as "an integer or null"."""
     if NoneType in get_args(hint):
         return wording(get_args(hint)[0], key) + " or null"
     if get_args(hint) == (int, str):  # int | str: the text is one word, which the check of the dataclass knows

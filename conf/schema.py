@@ -22,51 +22,35 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.errors import TransientError, UserError
-from conf.frozen import flat, freeze, literal, peek, thaw, user_error_in
+from conf.frozen import flat, thaw, user_error_in
 from conf.hints import inner, keys, near, type_of, wording
 
-__all__ = [
-    "CONF",
-    "defaults",
-    "explain",
-    "freeze",
-    "groups",
-    "literal",
-    "load",
-    "options",
-    "peek",
-    "root_of",
-    "run",
-    "run_one_of",
-    "thaw",
-]
-HYDRAS = (HydraException, OmegaConfBaseException, ValueError)  # ValueError: a group set to null
-Command = tuple[type, Callable[[Any], None]]
-
-FROZEN = "frozen="  # on a command line: the file that `freeze` made
-CONF = Path(__file__).resolve().parent
 T = TypeVar("T")
+Command = tuple[type, Callable[[Any], None]]
+CONF = Path(__file__).resolve().parent
+FROZEN = "frozen="  # on a command line: a file that `freeze` wrote
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # ValueError: a group set to null
 
 
 def root_of(schema: type) -> str:
-    """The name of the YAML file in conf/ that an entry's dataclass belongs to: PretrainConfig, `pretrain`."""
+    """The name of the YAML file in conf/ for an entry's dataclass: `pretrain` for PretrainConfig."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", schema.__name__.removesuffix("Config")).lower()
 
 
 def run(schema: type[T], function: Callable[[T], None]) -> None:
-    """The body of `if __name__ == "__main__"`: composes the config of a command, checks it and calls `function`.
+    """Compose the config of a command, check it and call `function`: the body of `if __name__ == "__main__"`.
 
     `--help` explains the groups and the values, `--cfg job` prints the config that the command would get.
 
-    Exits with code 2 and one line after a user's mistake, with code 1 and one line where the machine or a server
-    refuses (a full disk, a missing file, no answer): that may go away, so `launch.supervise` tries again.
+    Exits with code 2 and one line after a user's mistake; with code 1 and one line if the machine or a server fails (a
+    full disk, a missing file, no answer), which may go away, so `launch.supervise` tries again.
     """
     with _exit_codes():
         _run_one(schema, function, sys.argv[1:])
 
 
 def run_one_of(commands: Mapping[str, Command]) -> None:
-    """`run` for a module of several commands: the first word on the command line names one of them."""
+    """As `run`, for a module of several commands: the first word of the command line names one of them."""
     argv = sys.argv[1:]
     with _exit_codes():
         if argv[:1] in (["--help"], ["-h"]):
@@ -74,7 +58,7 @@ def run_one_of(commands: Mapping[str, Command]) -> None:
             return
         word = argv.pop(0) if argv else "nothing"
         if word not in commands:
-            raise UserError(f"{word}: say first what to do, one of {', '.join(commands)}; --help explains them")
+            raise UserError(f"{word}: first give one of {', '.join(commands)}; --help explains them")
         _run_one(*commands[word], argv)
 
 
@@ -92,6 +76,7 @@ def _run_one(schema: type[T], function: Callable[[T], None], argv: list[str]) ->
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
+    """Exit with one line and the code of the error: 2 for a user's mistake, 1 for a transient failure, 130 for ^C."""
     try:
         yield
     except KeyboardInterrupt:
@@ -102,14 +87,14 @@ def _exit_codes() -> Iterator[None]:
 
 
 def load(schema: type[T], overrides: Sequence[str] = ()) -> T:
-    """The dataclass of a command, composed from its YAML in conf/ and `overrides`, or whole from `frozen=FILE`.
+    """The config of a command: composed from its YAML in conf/ and `overrides`, or read whole from `frozen=FILE`.
 
     Raises:
         UserError: a typo, a wrong type, a missing value or an impossible combination, in one line.
     """
     frozen = [text for text in overrides if text.startswith(FROZEN)]
     if frozen and len(overrides) > 1:
-        raise UserError(f"{frozen[0]} is the whole config: give nothing beside it")
+        raise UserError(f"{frozen[0]} is the whole config: give nothing else")
     if frozen:
         return thaw(Path(frozen[0].removeprefix(FROZEN)), schema)
     cfg = _compose(schema, overrides)
@@ -118,22 +103,20 @@ def load(schema: type[T], overrides: Sequence[str] = ()) -> T:
         raise UserError(f"not given: {', '.join(missing)} (add {missing[0]}=... to the command line)")
     try:
         return cast(T, OmegaConf.to_object(cfg))
-    except OmegaConfBaseException as e:  # a check in a nested dataclass arrives wrapped
+    except OmegaConfBaseException as e:  # OmegaConf wraps the errors of nested dataclasses
         raise user_error_in(e) or UserError(flat(e)) from None
 
 
 def defaults(schema: type) -> dict[str, Any]:
-    """The values of a command without overrides, nested and plain; "???" where a value must be given."""
+    """The values of a command without overrides, as nested dicts; "???" for a required value."""
     return OmegaConf.to_container(_compose(schema, ()), enum_to_str=True)  # type: ignore[return-value]
 
 
 def groups(schema: type) -> dict[str, str | None]:
     """The config groups of a command, in order, each with its default option."""
-    found: dict[str, str | None] = {}
-    for item in OmegaConf.load(CONF / f"{root_of(schema)}.yaml").defaults:
-        if isinstance(item, DictConfig):
-            found |= {str(k): v for k, v in item.items() if not str(k).startswith("override ")}
-    return found
+    items = OmegaConf.load(CONF / f"{root_of(schema)}.yaml").defaults
+    pairs = (pair for item in items if isinstance(item, DictConfig) for pair in item.items())
+    return {str(group): option for group, option in pairs if not str(group).startswith("override ")}
 
 
 def options(group: str) -> dict[str, str]:
@@ -142,13 +125,13 @@ def options(group: str) -> dict[str, str]:
 
 
 def opening_comment(path: Path) -> str:
-    """The first comment of a YAML file that is not a mark for Hydra (`# @package ...`)."""
+    """The first comment of a YAML file, except directives of Hydra (`# @package ...`)."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return next((line[1:].strip() for line in lines if line.startswith("#") and not line.startswith("# @")), "")
 
 
 def explain(schema: type) -> str:
-    """What `--help` prints: what the command does, what it must be given, its groups, its values."""
+    """The text of `--help`: the purpose of the command, its required values, its groups and all values."""
     cfg = _compose(schema, ())
     lines = [
         opening_comment(CONF / f"{root_of(schema)}.yaml"),
@@ -169,11 +152,12 @@ def explain(schema: type) -> str:
 def _show(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # the reader, head for one, has seen enough; what Python flushes at its end goes nowhere
+    except BrokenPipeError:  # the reader, such as head, has seen enough; Python must not flush into the pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _compose(schema: type, overrides: Sequence[str]) -> DictConfig:
+    """Hydra's config for a command, resolved; raises UserError that names the first override at fault."""
     root = root_of(schema)
     ConfigStore.instance().store(name=f"{root}_schema", node=schema)
     for text in overrides:
@@ -183,11 +167,11 @@ def _compose(schema: type, overrides: Sequence[str]) -> DictConfig:
     with initialize_config_module("conf", version_base="1.3"):
         try:
             return _resolved(root, quoted)
-        except HYDRAS as e:
-            for i, text in enumerate(overrides):  # the first without which the rest before it composes
+        except COMPOSE_ERRORS as e:
+            for i, text in enumerate(overrides):  # the first one up to which they do not compose
                 try:
                     _resolved(root, quoted[: i + 1])
-                except HYDRAS as cause:
+                except COMPOSE_ERRORS as cause:
                     raise UserError(_complaint(schema, text, cause)) from None
             raise UserError(flat(e)) from None
 
@@ -199,6 +183,7 @@ def _resolved(root: str, overrides: list[str]) -> DictConfig:
 
 
 def _check_form(text: str) -> None:
+    """Raises UserError for an argument that is not key=value."""
     if text.startswith("--local_rank"):
         raise UserError(f"{text}: comes from DeepSpeed's launcher, start it with: deepspeed --no_local_rank")
     if text.startswith("-"):
@@ -212,11 +197,13 @@ def _check_form(text: str) -> None:
 
 
 def _quote(schema: type, override: str) -> str:
-    """Text is taken as it stands, so that prompt='Hello, {world}' and a path with '=' need no second pair of quotes.
+    """The override in Hydra's grammar.
 
-    In a mapping whose keys are the user's own, data.sources.NAME.path=X becomes data.sources={NAME: {path: X}}, which
-    Hydra merges also where NAME is not there yet. So it is with a section that may be null: recipe.length.min_chars=9
-    becomes recipe={length: {min_chars: 9}}, which opens it with its own values.
+    Text is quoted, so that prompt='Hello, {world}' and a path with '=' need no second pair of quotes.
+
+    In a mapping with keys of the user, data.sources.NAME.path=X becomes data.sources={NAME: {path: X}}, which Hydra
+    merges even if NAME is new. The same holds for a section that may be null: recipe.length.min_chars=9 becomes
+    recipe={length: {min_chars: 9}}, which opens the section with its default values.
     """
     key, _, value = override.partition("=")
     is_text = type_of(schema, key) in (str, str | None)
@@ -233,7 +220,7 @@ def _quote(schema: type, override: str) -> str:
 
 
 def _complaint(schema: type, override: str, error: Exception) -> str:
-    """One sentence on an override that does not compose: what it should have been."""
+    """One sentence on an override that does not compose, with the accepted values."""
     key, _, value = override.partition("=")
     if key in groups(schema):
         if value in options(key):

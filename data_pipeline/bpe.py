@@ -1,11 +1,11 @@
-"""Entry: train, encode, decode. A vocabulary is one `tokenizer.json`, whatever it was made from.
+"""Entry: train, encode, decode. A vocabulary is one `tokenizer.json`, whatever its origin.
 
     python -m data_pipeline.bpe train corpus=pydocs vocab_size=2048 output=vocab
     python -m data_pipeline.bpe encode tokenizer=gpt2 text='Hello world'       -> [15496, 995]
     python -m data_pipeline.bpe decode tokenizer=gpt2 'ids=[15496, 995]'       -> Hello world
 
-Ids equal tiktoken's. Byte-level vocabularies are encoded by fastokens where it is installed, else by tokenizers: the
-same ids, 30 times slower. A special token is never made from a document's text.
+Ids equal tiktoken's. fastokens encodes byte-level vocabularies if it is installed, else tokenizers: the same ids, 30
+times slower. A special token is never made from a document's text.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from data_pipeline.tokenizer.tokenizer import Tokenizer, train_bpe
 
 
 def train(cfg: BpeTrainConfig) -> None:
+    """Train a vocabulary on a corpus; refuses to replace another one."""
     from data_pipeline.corpus.read import documents
     from data_pipeline.corpus.report import Report
 
@@ -41,10 +42,12 @@ def train(cfg: BpeTrainConfig) -> None:
 
 
 def encode(cfg: BpeCodeConfig) -> None:
+    """Print the ids of a text as JSON."""
     print(json.dumps(Tokenizer.load(cfg.tokenizer).encode(_stdin() if cfg.text is None else cfg.text)))
 
 
 def decode(cfg: BpeCodeConfig) -> None:
+    """Print the text of ids."""
     print(Tokenizer.load(cfg.tokenizer).decode(_ids(_stdin()) if cfg.ids is None else cfg.ids))
 
 

@@ -1,4 +1,4 @@
-"""What a user may say about the data of a run, and what is refused before any work starts. Standard library only."""
+"""Config of the data of a run, checked before any work starts. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class OnBadShard(Enum):
 
 @dataclass
 class SourceConfig:
-    """One of the mixture's sources: the folder that `data_pipeline.shards write` made."""
+    """One source of the mixture: a folder that `data_pipeline.shards write` made."""
 
     path: str = MISSING  # holds train/ and perhaps val/: below data.path, or absolute, or a URL, or pipe:COMMAND {}
     weight: float = 1.0  # share of the windows, beside the other sources' weights; 0 = not drawn until a stage says so
@@ -32,7 +32,7 @@ class SourceConfig:
 
 @dataclass
 class StageConfig:
-    """What changes at a step; null = stays. Each source goes on where it is."""
+    """Changes at a step; null = no change. Each source continues from its place."""
 
     step: int = MISSING
     weights: dict[str, float] | None = None  # of the sources that change
@@ -51,7 +51,7 @@ class StageConfig:
 
 @dataclass
 class RampConfig:
-    """A batch that grows with the tokens trained on, linearly, in multiples of data.lanes windows."""
+    """A batch that grows linearly with the tokens trained on, in multiples of data.lanes windows."""
 
     start: int | None = None  # tokens per step at first; null = no ramp
     over: int = 0  # tokens until it is full
@@ -65,7 +65,7 @@ class RampConfig:
 
 @dataclass
 class CacheConfig:
-    """Where blocks of sources that are not local folders are kept: on each node, shared by its ranks."""
+    """The cache of each node for blocks of sources that are not local folders; its ranks share it."""
 
     dir: str | None = None  # a folder on a local disk; needed where a source is a URL or a pipe:
     limit_gib: float = 50.0  # the least recently used shards make room for others
@@ -77,7 +77,7 @@ class CacheConfig:
 
 @dataclass
 class FetchConfig:
-    """How long a place that shards come from may take, and how often it is asked again."""
+    """Time limit and retries of reads from remote sources."""
 
     timeout_s: float = 30.0  # 1 MiB, or what is asked for where that is less, must arrive within it
     retries: int = 6  # after the first try, with waits of 0.25 s, 0.5 s, 1 s, ... up to 30 s between them
@@ -91,7 +91,7 @@ class FetchConfig:
 
 @dataclass
 class DataConfig:
-    """What a run trains on: sources and how they are mixed."""
+    """The data of a run: sources and their mixture."""
 
     name: str = MISSING
     path: str = MISSING  # the sources' paths lie below it
@@ -123,12 +123,12 @@ class DataConfig:
                 )
 
     def location(self, name: str, split: str) -> str:
-        """The folder, URL or pipe of a source's split."""
+        """The folder, URL or pipe of one split of a source."""
         return _join(_join(self.path, self.sources[name].path), split)
 
 
 def _join(root: str, path: str) -> str:
-    """`path` below `root`, unless it stands for itself; in a pipe's command, {} is what lies below."""
+    """`path` below `root`, unless it is absolute, a URL or a pipe; in a pipe's command it goes before {}."""
     if path.startswith(("/", "pipe:")) or "://" in path:
         return path
     if path == ".":
@@ -141,7 +141,7 @@ def _join(root: str, path: str) -> str:
 
 @dataclass
 class OrderConfig:
-    """`python -m data_pipeline.order`: which windows and documents the steps of a run are made of."""
+    """`python -m data_pipeline.order`: the windows and documents of the steps of a run."""
 
     data: DataConfig = MISSING
     steps: str | None = None  # FIRST:END, or one step; null = step 0, and with find all that the run has made
@@ -169,7 +169,7 @@ class OrderConfig:
 
     @property
     def step_range(self) -> range | None:
-        """None where nothing is said; empty where it is no range of steps."""
+        """The steps to show; None if not given, empty if `steps` is not a range."""
         if self.steps is None:
             return None
         first, mark, end = self.steps.partition(":")

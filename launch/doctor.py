@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from conf.errors import UserError
-from conf.schema import literal, load, run
+from conf.frozen import literal
+from conf.schema import load, run
 from launch.checks import folder, hosts, packages, services, slurm
 from launch.checks.nodes import examine_nodes
 from launch.checks.run_checks import checkpoint_bytes, trainable

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.schema import literal
+from conf.frozen import literal
 from launch.cluster_config import ClusterConfig
 
 SUBMITTED = "submitted.json"  # in a submission's folder, once it has been started: Slurm's ids, commands, time

@@ -21,7 +21,8 @@ from types import FrameType
 from typing import Any
 
 from conf.errors import UserError
-from conf.schema import freeze, literal, load, run
+from conf.frozen import freeze, literal
+from conf.schema import load, run
 from data_pipeline.files import publish, publish_json, read_json
 from launch import local
 from launch.cluster_config import ClusterConfig

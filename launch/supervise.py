@@ -25,7 +25,8 @@ from types import FrameType
 from typing import IO
 
 from conf.errors import UserError
-from conf.schema import peek, run
+from conf.frozen import peek
+from conf.schema import run
 from launch.config import SuperviseConfig
 from launch.processes import become_subreaper, end_descendants, ranks_below, send
 from trainer.run.exit_codes import ALONE, HUNG, PREEMPTED, USER_ERROR

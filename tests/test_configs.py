@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from conf.errors import UserError
-from conf.schema import CONF, explain, freeze, groups, load, options, thaw
+from conf.frozen import freeze, thaw
+from conf.schema import CONF, explain, groups, load, options
 from data_pipeline.order.mixture import quantise
 from data_pipeline.prepare.prepare_config import PrepareConfig
 from docs.generate_config import ROOTS

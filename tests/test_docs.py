@@ -20,7 +20,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from conf.schema import freeze, load, options, thaw
+from conf.frozen import freeze, thaw
+from conf.schema import load, options
 from data_pipeline.order.stages import plan_ledger
 from data_pipeline.prepare.prepare_config import PrepareConfig
 from data_pipeline.prepare.recipe_config import MinHashConfig, QualityConfig

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from conf.schema import freeze, run
+from conf.frozen import freeze
+from conf.schema import run
 from trainer.check import check
 from trainer.config.pretrain import PretrainConfig
 from trainer.distributed.world import read_world

@@ -59,20 +59,13 @@ def order(cfg: OrderConfig) -> None:
         raise UserError(
             f"steps={cfg.steps} end at window {end}, at most {_MAX_POSITION} are counted: give earlier steps"
         )
-    for line in _steps(cfg, opened, steps) if cfg.find is None else _holding(cfg, opened, steps, cfg.find):
-        try:
-            print(json.dumps(line) if cfg.json else _text(line))
-        except BrokenPipeError:
-            return _hang_up()
+    lines = _steps(cfg, opened, steps) if cfg.find is None else _holding(cfg, opened, steps, cfg.find)
     try:
+        for line in lines:
+            print(json.dumps(line) if cfg.json else _text(line))
         sys.stdout.flush()
-    except BrokenPipeError:
-        _hang_up()
-
-
-def _hang_up() -> None:
-    """Close standard output: its reader, such as head, has seen enough, and Python must not flush into it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader, such as head, has seen enough; Python must not flush into the pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _text(line: dict[str, Any]) -> str:

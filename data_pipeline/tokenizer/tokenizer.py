@@ -30,7 +30,7 @@ from data_pipeline.tokenizer.vocabularies import (
 
 
 class Tokenizer:
-    """A vocabulary and its encoder. `raw` is the bytes of `tokenizer.json`, and their hash is its identity."""
+    """A vocabulary and its encoder. `raw` is the bytes of `tokenizer.json`; their hash identifies the vocabulary."""
 
     def __init__(self, raw: bytes, name: str = TOKENIZER) -> None:
         self.raw = raw
@@ -41,7 +41,7 @@ class Tokenizer:
             self._plain = [t for t in self._body["added_tokens"] if not t["special"]]  # a special token is no text
             ids = {**self._body["model"]["vocab"], **added}
             if not all(type(i) is int and i >= 0 for i in ids.values()):
-                raise ValueError("an id that is no number")
+                raise ValueError("an id that is not a number")
             self.vocab_size: int = max(ids.values()) + 1
             self.eot_id: int | None = ids.get(EOT)
             self.unk_id: int | None = ids.get(self._body["model"].get("unk_token"))
@@ -50,15 +50,15 @@ class Tokenizer:
         self.name = name
 
     @classmethod
-    def load(cls, where: str | Path) -> Tokenizer:
-        """`"gpt2"`, a tokenizer.json, or a folder with one, with GPT-2's two files, or with GPT-1's.
+    def load(cls, source: str | Path) -> Tokenizer:
+        """The tokenizer of `"gpt2"`, a tokenizer.json, or a folder with one, with GPT-2's two files or with GPT-1's.
 
         Raises:
-            UserError: nothing of the kind there, or a damaged file.
+            UserError: none of these, or a damaged file.
         """
-        if str(where) == "gpt2":
+        if str(source) == "gpt2":
             return cls(gpt2(find_gpt2_file))
-        path = Path(where)
+        path = Path(source)
         if path.is_file():
             return cls(path.read_bytes(), str(path))
         if (path / TOKENIZER).is_file():
@@ -68,7 +68,7 @@ class Tokenizer:
         if all((path / name).is_file() for name in GPT1_FILES):
             return cls(gpt1(*((path / name).read_bytes() for name in GPT1_FILES)))
         raise UserError(
-            f"tokenizer={where}: no vocabulary there: give tokenizer=gpt2, a tokenizer.json, or a folder that holds "
+            f"tokenizer={source}: no vocabulary there: give tokenizer=gpt2, a tokenizer.json, or a folder that holds "
             f"one, or {' and '.join(GPT2_FILES)}, or {' and '.join(GPT1_FILES)}"
         )
 
@@ -77,20 +77,20 @@ class Tokenizer:
         publish(folder / TOKENIZER, self.raw)
 
     def token(self, id_: int) -> str:
-        """How the vocabulary writes an id; KeyError where it has none such."""
+        """The token of an id, as the vocabulary writes it; KeyError if there is none."""
         ids = {**self._body["model"]["vocab"], **{t["content"]: t["id"] for t in self._body["added_tokens"]}}
         return {i: name for name, i in ids.items()}[id_]
 
     @property
     def byte_level(self) -> bool:
-        """Byte-level BPE with GPT-2's pattern: the kind for which fastokens' ids are proved."""
+        """Byte-level BPE with GPT-2's pattern: the kind for which tests prove fastokens' ids."""
         body = self._body
         plain_bpe = body["model"].get("type") == "BPE" and not body.get("normalizer")
         return plain_bpe and body.get("pre_tokenizer") == BYTE_LEVEL
 
     @cached_property
     def engine(self) -> str:
-        """Which library encodes."""
+        """The library that encodes."""
         for name in ("fastokens", "tokenizers") if self.byte_level else ("tokenizers",):
             if importlib.util.find_spec(name):
                 return name
@@ -126,13 +126,14 @@ class Tokenizer:
             raise UserError(f"{self.name}: {self.engine} cannot use this vocabulary ({e}): make it anew") from None
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text, as `encode_batch`."""
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Ids [n] uint32 of each text, without an end-of-text token.
 
         Raises:
-            UserError: a text that is no Unicode.
+            UserError: a text that is not Unicode.
         """
         try:
             return self._encode(texts)
@@ -140,14 +141,14 @@ class Tokenizer:
             raise UserError(f"the text is not Unicode ({e.reason} at character {e.start}): give UTF-8") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; bytes that are no UTF-8 on their own become U+FFFD.
+        """Text of ids; bytes that are not UTF-8 on their own become U+FFFD.
 
         Raises:
             UserError: an id that the vocabulary does not have.
         """
-        strange = [i for i in ids if not 0 <= i < self.vocab_size]
-        if strange:
-            raise UserError(f"ids={strange[:3]}: this vocabulary has the ids 0 to {self.vocab_size - 1}")
+        unknown = [i for i in ids if not 0 <= i < self.vocab_size]
+        if unknown:
+            raise UserError(f"ids={unknown[:3]}: this vocabulary has the ids 0 to {self.vocab_size - 1}")
         return self._decode(list(ids))
 
 

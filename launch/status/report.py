@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.schema import peek
+from conf.frozen import peek
 from data_pipeline.files import read_json
 from data_pipeline.order.ledger import Ledger
 from launch.job import SUBMITTED

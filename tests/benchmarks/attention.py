@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conf.schema import CONF, thaw
+from conf.frozen import thaw
+from conf.schema import CONF
 from tests.benchmarks import machine
 from trainer.config.model import ModelConfig
 from trainer.model import flex

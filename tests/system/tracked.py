@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from conf.schema import freeze, load
+from conf.frozen import freeze
+from conf.schema import load
 from data_pipeline.order.ledger import Ledger
 from data_pipeline.order.plan import Plan
 from tests.helpers.ranks import ROOT

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict
 
 from conf.errors import TransientError, UserError
-from conf.schema import thaw
+from conf.frozen import thaw
 from trainer.config.pretrain import PretrainConfig
 from trainer.config.tracking import SyncConfig, TrackerName, check_tracking
 from trainer.run.folder import RunFolder

@@ -17,7 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from conf.errors import UserError
-from conf.schema import freeze, literal, load, thaw
+from conf.frozen import freeze, literal, thaw
+from conf.schema import load
 from data_pipeline.files import publish_json
 from launch.config import SubmitConfig, SuperviseConfig
 from launch.job import Job, rank_arguments, supervised

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from conf.errors import UserError
-from conf.schema import freeze, load
+from conf.frozen import freeze
+from conf.schema import load
 from launch.cluster_config import ClusterConfig, SshConfig, SshLauncher, Transport
 from launch.job import Job
 from launch.ssh.launcher import HOLD, check_elastic, needed_programs, prepare, read_hostfile

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from conf.errors import UserError
-from conf.schema import freeze, load, options
+from conf.frozen import freeze
+from conf.schema import load, options
 from data_pipeline.files import GIB
 from data_pipeline.order.stages import plan_ledger
 from launch.config import PlanConfig

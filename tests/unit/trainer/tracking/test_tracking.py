@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from conf.errors import UserError
-from conf.schema import freeze, load
+from conf.frozen import freeze
+from conf.schema import load
 from tests.helpers.ranks import ROOT
 from trainer.check import check_shown
 from trainer.config.pretrain import PretrainConfig

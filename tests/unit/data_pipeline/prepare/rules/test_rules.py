@@ -15,7 +15,8 @@ from datatrove.pipeline.filters import (
     GopherRepetitionFilter,
 )
 
-from conf.schema import CONF, thaw
+from conf.frozen import thaw
+from conf.schema import CONF
 from data_pipeline.corpus.document import Document
 from data_pipeline.prepare import recipe_config
 from data_pipeline.prepare.rules.c4 import C4
