@@ -117,7 +117,8 @@ def test_the_parameter_count_in_a_models_comment_is_its_own(path: Path) -> None:
     assert param_count(thaw(path, ModelConfig)) == int(stated.replace(",", ""))
 
 
-def test_an_experiment_changes_what_it_names_and_the_command_line_has_the_last_word() -> None:
+def test_the_command_line_overrides_an_experiment() -> None:
+    """An experiment changes the values that it names; the command line overrides them."""
     cfg = load(PretrainConfig, [*NEEDED["pretrain"], "experiment=demo", "tokens_per_step=2048"])
     assert (cfg.model.name, cfg.optim.name, cfg.tokens_per_step, cfg.max_steps) == ("demo", "small", 2048, 10)
 
@@ -254,14 +255,16 @@ def test_a_command_prints_help_config_or_one_line(argv: list[str], code: int, ou
     ), result
 
 
-def test_what_the_machine_refuses_is_one_line_and_an_exit_code_that_may_be_tried_again(tmp_path: Path) -> None:
+def test_a_failure_of_the_machine_exits_with_1(tmp_path: Path) -> None:
+    """A failure of the machine is one line and the exit code that is tried again."""
     code = f"{IMPORTS}; run(VerifyConfig, lambda cfg: open(cfg.path))"
     result = python(code, f"path={tmp_path}/absent", cwd=CONF.parent)
     assert result.returncode == 1
     assert re.fullmatch(r"error: \[Errno 2\] No such file or directory: '.*absent'\n", result.stderr), result.stderr
 
 
-def test_what_may_pass_is_one_line_and_an_exit_code_that_may_be_tried_again(tmp_path: Path) -> None:
+def test_a_transient_error_exits_with_1(tmp_path: Path) -> None:
+    """A transient error is one line and the exit code that is tried again."""
     code = IMPORTS + "; from data_pipeline.remote.source import *\ndef f(cfg): raise {}\nrun(VerifyConfig, f)"
     passing = ("TransientError('x')", "UnreachableShard('x')")
     for error, exit_code in (*dict.fromkeys(passing, 1).items(), ("LostShard('x', 0, 0)", 2), ("UserError('x')", 2)):
@@ -334,7 +337,8 @@ def test_a_mistake_in_a_mixture_ends_in_one_line(override: str, line: str) -> No
     assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
 
 
-def test_a_section_that_may_be_null_is_opened_by_one_of_its_values() -> None:
+def test_one_value_opens_a_section_that_may_be_null() -> None:
+    """One value opens a section that may be null, with its other values at their defaults."""
     given = ["corpus=common_crawl", "input=a", "output=b"]
     assert load(PrepareConfig, given).corpus.recipe.length is None
     for word in ("corpus.recipe.length.min_chars=9", "corpus.recipe.length={min_chars: 9}"):
@@ -351,7 +355,8 @@ def test_a_section_that_may_be_null_is_opened_by_one_of_its_values() -> None:
         load(PrepareConfig, [*given, "corpus.recipe.bad_words.keep=0.5"])
 
 
-def test_gpt3s_classifier_is_trained_when_all_that_it_learns_from_is_made() -> None:
+def test_gpt3s_classifier_is_trained_after_its_inputs() -> None:
+    """GPT-3's classifier is trained after all inputs that it learns from are made."""
     names = ("webtext2", "wikipedia", "books1", "books2", "crawl_sample", "common_crawl")
     cfg = load(PrepareConfig, ["corpus=gpt3_mix", "output=o", *(f"corpus.sources.{name}.path=x" for name in names)])
     assert tuple(cfg.corpus.sources) == names

@@ -99,9 +99,8 @@ GOOD = {"tokens_per_step": 4096, "n_ctx": 128, "micro_batch_size": 4, "lanes": 8
         ({"micro_batch_size": 0}, "micro_batch_size=0 does not divide", {"micro_batch_size": 1}),
     ],
 )
-def test_a_batch_that_does_not_fit_is_refused_with_a_number_that_does(
-    change: dict[str, int], message: str, mended: dict[str, int]
-) -> None:
+def test_misfit_batches_are_refused(change: dict[str, int], message: str, mended: dict[str, int]) -> None:
+    """A batch that does not fit is refused with a number that does."""
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         batch_geometry(**{**GOOD, **change})
     for key, value in mended.items():
@@ -130,7 +129,8 @@ def config(
 
 
 @pytest.mark.parametrize(("tp", "world_size", "dp"), [(1, 1, 1), (1, 8, 8), (2, 2, 1), (2, 4, 2), (4, 8, 2)])
-def test_a_layout_that_fits_gives_the_geometry_of_its_data_parallel_size(tp: int, world_size: int, dp: int) -> None:
+def test_a_layout_gives_its_geometry(tp: int, world_size: int, dp: int) -> None:
+    """A layout that fits gives the geometry of its data-parallel size."""
     geometry = check_layout(config(tp), world_size)
     assert (geometry.dp, geometry.grad_accum_steps, geometry.windows_per_step) == (dp, 8 // dp, 8)
 

@@ -65,9 +65,10 @@ def life(truth: Truth, ranks: Ranks, until: int, batches: dict[int, np.ndarray])
                 whole[:, rows] = both
 
 
-def test_killed_ten_times_and_resumed_each_time_on_another_dp_the_stream_is_the_uninterrupted_one(
+def test_ten_kills_with_other_dp_give_the_same_stream(
     tmp_path: Path,
 ) -> None:
+    """Killed ten times and resumed each time on another dp, the stream is the uninterrupted one."""
     kills = 10
     seed = seeded()
     rng = random.Random(seed)
@@ -112,9 +113,10 @@ def chains(draw: Callable) -> tuple[Run, list[tuple[int, int, int]], int]:
 
 @given(chains())
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_chain_of_stops_and_resumes_is_fed_what_is_dealt_by_hand(
+def test_any_chain_of_stops_is_fed_as_dealt_by_hand(
     chain: tuple[Run, list[tuple[int, int, int]], int],
 ) -> None:
+    """Any chain of stops and resumes gets the windows that are dealt by hand."""
     (tokens, legs, lanes, seed), lives, salt = chain
     steps, step = sum(n for _, n, _ in lives), 0
     ledger = Ledger(tuple(Segment(*leg) for leg in legs))

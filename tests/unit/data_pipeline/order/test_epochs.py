@@ -159,7 +159,8 @@ def test_an_order_without_windows_or_lanes_is_refused() -> None:
         Order([3], 0, 0)
 
 
-def test_a_seek_among_a_hundred_thousand_shards_holds_megabytes_not_an_epoch() -> None:
+def test_a_seek_in_100_000_shards_takes_megabytes() -> None:
+    """A seek among a hundred thousand shards takes megabytes of memory, not an epoch."""
     tracemalloc.start()
     order = Order(np.full(100_000, 4882), 1024, 1337)
     order.windows_at(rank_positions(order.windows * 9 // 10 // 1024 * 1024, 1024, 1024, 7, 1024))

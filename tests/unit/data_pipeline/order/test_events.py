@@ -63,7 +63,8 @@ def dealt(run: Run, steps: int) -> tuple[list[Window], list[list[int]]]:
 
 @given(runs(), st.data())
 @settings(quick, max_examples=80)
-def test_every_rank_gets_the_windows_dealt_by_hand_whatever_happens(run: Run, data: st.DataObject) -> None:
+def test_every_rank_gets_the_windows_dealt_by_hand(run: Run, data: st.DataObject) -> None:
+    """Whatever the events, every rank gets the windows that are dealt by hand."""
     steps, lanes = run[1][-1].step + 4, run[2]
     dp = data.draw(st.sampled_from([d for d in LANES if lanes % d == 0]))
     windows, taken = dealt(run, steps)
@@ -71,7 +72,7 @@ def test_every_rank_gets_the_windows_dealt_by_hand_whatever_happens(run: Run, da
 
 
 @pytest.mark.parametrize("keeps_n_ctx", [True, False])
-def test_events_that_come_before_the_rest_of_the_last_is_read_leave_what_is_dealt_by_hand(keeps_n_ctx: bool) -> None:
+def test_events_before_the_rest_is_read(keeps_n_ctx: bool) -> None:
     """One source, small steps: runs that were begun are cut again, and left over again, before a lane comes to them."""
     seed = seeded()
     rng = random.Random(seed)
@@ -93,7 +94,8 @@ def test_events_that_come_before_the_rest_of_the_last_is_read_leave_what_is_deal
 
 @given(runs())
 @settings(quick, max_examples=30)
-def test_no_window_is_missing_or_a_duplicate_in_any_step_whatever_happens(run: Run) -> None:
+def test_no_window_is_missing_or_served_twice(run: Run) -> None:
+    """Whatever the events, no window of a step is missing or served twice."""
     steps = run[1][-1].step + 4
     windows, taken = dealt(run, steps)
     plan = plan_of(run)
@@ -103,7 +105,8 @@ def test_no_window_is_missing_or_a_duplicate_in_any_step_whatever_happens(run: R
 
 @given(runs())
 @quick
-def test_positions_jumped_over_are_drawn_under_the_weights_and_the_window_before(run: Run) -> None:
+def test_jumped_positions_are_drawn_as_before(run: Run) -> None:
+    """Positions jumped over are drawn by the weights and the window length before the jump."""
     windows, taken = dealt(run, run[1][-1].step + 1)
     plan = plan_of(run)
     for position in sorted(set(range(len(windows))) - {p for step in taken for p in step}):
@@ -120,7 +123,8 @@ def test_steps_before_an_event_are_as_if_it_were_never_known(run: Run, data: st.
 
 @given(runs(), st.data())
 @quick
-def test_a_fresh_plan_at_any_step_equals_walking_whatever_happens(run: Run, data: st.DataObject) -> None:
+def test_a_fresh_plan_equals_walking_with_any_events(run: Run, data: st.DataObject) -> None:
+    """Whatever the events, a fresh plan at any step equals walking there."""
     steps = run[1][-1].step + 4
     step = data.draw(st.integers(0, steps - 1))
     walking = plan_of(run)
@@ -159,9 +163,8 @@ def test_a_lost_shard_costs_its_own_windows_and_no_other(run: Run) -> None:
 
 @given(runs(), st.data())
 @quick
-def test_where_a_token_was_read_and_how_much_of_a_source_is_found_among_all_windows(
-    run: Run, data: st.DataObject
-) -> None:
+def test_reads_of_a_token_and_counts_of_a_source(run: Run, data: st.DataObject) -> None:
+    """The windows of a token and the draws of a source equal those counted over all windows."""
     tokens, legs, lanes, _ = run
     windows, _ = dealt(run, legs[-1].step + 4)
     plan, name = plan_of(run), data.draw(st.sampled_from(sorted(tokens)))
@@ -180,9 +183,8 @@ def test_where_a_token_was_read_and_how_much_of_a_source_is_found_among_all_wind
 
 @given(st.lists(st.integers(0, 90), max_size=5), st.sampled_from(LANES), st.data())
 @quick
-def test_another_n_ctx_reads_no_token_twice_in_an_epoch_and_sets_aside_no_more_than_the_runs_that_were_begun(
-    tokens: list[int], lanes: int, data: st.DataObject
-) -> None:
+def test_another_n_ctx_reads_no_token_twice_in_an_epoch(tokens: list[int], lanes: int, data: st.DataObject) -> None:
+    """Another n_ctx reads no token twice in an epoch; only runs that were begun wait for the next."""
     tokens, columns = [*tokens, data.draw(st.integers(9, 60))], data.draw(st.integers(0, 20))
     old, new = data.draw(st.lists(st.integers(1, 8), min_size=2, max_size=2, unique=True))
     legs = [Leg(0, 0, lanes, old, {"s0": 1}, {}), Leg(columns, columns * lanes, lanes, new, {"s0": 1}, {})]
@@ -216,7 +218,8 @@ def rest_of(tokens: list[int], lanes: int, columns: int, old: int, new: int) -> 
     return source
 
 
-def test_a_source_that_has_lost_all_its_windows_is_refused_where_it_is_drawn_and_not_before() -> None:
+def test_a_source_without_windows_is_refused_once_drawn() -> None:
+    """A source that has lost all its windows is refused once it is drawn, not before."""
     tokens = {"a": [50, 60], "b": [40]}
     legs = [Leg(0, 0, 4, 4, {"a": 1, "b": 1}, {}), Leg(5, 20, 4, 4, {"a": 0, "b": 1}, {"a": (0, 1)})]
     assert len(served(plan_of((tokens, legs, 4, 1)), range(9), 1)) == 9

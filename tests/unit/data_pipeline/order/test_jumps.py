@@ -49,7 +49,8 @@ def random_data(rng: random.Random, lanes: int) -> tuple[DataConfig, int, RampCo
 
 
 @pytest.mark.parametrize("jumps", [1, 2, 3])
-def test_no_window_is_served_that_a_jump_gave_up_and_none_is_lost_and_every_order_goes_on(jumps: int) -> None:
+def test_jumps_serve_no_window_twice_and_lose_none(jumps: int) -> None:
+    """No window that a jump gave up is served, none is lost, and every order continues."""
     seed = random.randrange(10**9)
     rng = random.Random(seed)
     for _ in range(25):

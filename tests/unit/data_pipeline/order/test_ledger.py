@@ -18,7 +18,8 @@ def test_the_ledger_gives_each_step_its_positions() -> None:
     assert [ledger.segment(s).windows_per_step for s in (0, 9, 10, 19, 20)] == [4, 4, 4, 4, 8]
 
 
-def test_step_of_finds_the_step_of_each_position_and_none_for_those_jumped_over() -> None:
+def test_step_of_each_position() -> None:
+    """`step_of` gives the step of each position, and None for those jumped over."""
     ledger = (
         Ledger.start(4, 16, {"a": 1})
         .then(10, position=100, windows_per_step=4)
@@ -92,7 +93,8 @@ def test_a_step_before_the_first_is_refused() -> None:
         Ledger.from_json([GOOD]).position(-1)
 
 
-def test_tokens_are_those_of_the_steps_made_not_of_the_windows_jumped_over() -> None:
+def test_tokens_count_steps_and_no_jumps() -> None:
+    """Tokens count the steps that were made, not the windows jumped over."""
     ledger = Ledger.start(4, 16, {"a": 1}).then(10, position=100).then(12, n_ctx=8, windows_per_step=8)
     expected = [0]
     for step in range(30):
@@ -101,7 +103,8 @@ def test_tokens_are_those_of_the_steps_made_not_of_the_windows_jumped_over() -> 
     assert [ledger.tokens(step) for step in range(31)] == expected
 
 
-def test_a_lost_shard_is_lost_in_all_that_is_planned_and_in_nothing_before() -> None:
+def test_a_lost_shard_is_lost_from_its_step_on() -> None:
+    """A lost shard is lost in every planned segment, and in none before its step."""
     ledger = Ledger.start(4, 16, {"a": 1, "b": 1}).then(10, weights={"a": 1, "b": 3}).lose(6, "b", 2).lose(8, "b", 1)
     assert [(s.step, s.position, dict(s.lost)) for s in ledger.segments] == [
         (0, 0, {}),
@@ -112,7 +115,8 @@ def test_a_lost_shard_is_lost_in_all_that_is_planned_and_in_nothing_before() -> 
     assert Ledger.from_json(ledger.to_json()) == ledger
 
 
-def test_what_was_planned_is_given_up_by_an_event_before_it_and_no_event_changes_nothing() -> None:
+def test_an_event_drops_later_plans() -> None:
+    """An event drops the plans after its step; an event without a change adds nothing."""
     ledger = Ledger.start(4, 16, {"a": 1}).then(10, windows_per_step=8)
     assert [s.step for s in ledger.then(5, n_ctx=8).segments] == [0, 5]
     assert ledger.then(20) == ledger

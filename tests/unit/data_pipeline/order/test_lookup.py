@@ -110,9 +110,7 @@ def of_rank(lines: Sequence[Line], rank: int, dp: int, lanes: int) -> list[Line]
 
 
 @pytest.mark.parametrize("_", range(3))
-def test_order_tells_of_a_run_what_was_dealt_by_hand_and_lies_in_the_tars(
-    _: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_order_of_a_run_is_that_dealt_by_hand(_: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Several epochs of random sources, through stages, a jump, a lost shard and another n_ctx; find for documents."""
     seed = seeded()
     rng = random.Random(seed)
@@ -170,9 +168,7 @@ def test_order_of_a_config_is_that_of_its_stages(tmp_path: Path, capsys: pytest.
 ONE = ("data.lanes=2", "n_ctx=8", "tokens_per_step=16")
 
 
-def test_a_document_is_found_at_the_edges_and_over_several_windows(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_document_is_found_in_each_of_its_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """65 tokens, 8 windows of 9 that share a token: what is seen of each document in one epoch, told by hand."""
     make_case(tmp_path / "one", {".": [[1, 7, 30, 0, 26, 1]]})
     config = (f"data.path={tmp_path}/one", *ONE, "steps=0:4")

@@ -120,9 +120,8 @@ def test_the_table_is_the_one_dealt_by_hand(weights: list[int], lanes: int) -> N
 
 @given(counts, st.integers(0, 11))
 @settings(max_examples=60, deadline=None)
-def test_every_period_of_a_lane_holds_each_source_exactly_and_inside_it_within_one_window(
-    weights: list[int], lane: int
-) -> None:
+def test_a_period_holds_each_source_exactly(weights: list[int], lane: int) -> None:
+    """Every period of a lane holds each source exactly; inside it, each is within one window of its share."""
     period = sum(weights)
     entries = sources_of_lanes(weights, columns=3 * period)[lane]
     begins = -(lane + first_entry(weights, LANES)) % period  # where the lane has Tijdeman's first entry
@@ -137,9 +136,8 @@ def test_every_period_of_a_lane_holds_each_source_exactly_and_inside_it_within_o
 
 @given(counts, st.sampled_from([1, 2, 3, 4, 6, 12, 64]))
 @settings(max_examples=60, deadline=None)
-def test_every_column_of_lanes_is_within_two_windows_of_each_share_and_so_never_of_one_source_alone(
-    weights: list[int], lanes: int
-) -> None:
+def test_a_column_is_within_two_windows_of_each_share(weights: list[int], lanes: int) -> None:
+    """A column of lanes is within two windows of each share, so it is never of one source alone."""
     period = sum(weights)
     for column in zip(*sources_of_lanes(weights, columns=2 * period, lanes=lanes), strict=True):
         for source, weight in enumerate(weights):
@@ -156,7 +154,8 @@ MANY = [[SOME.randint(0, 12) for _ in range(SOME.randint(4, 9))] + [1] for _ in 
     "weights", [[1], [3, 2, 1], [1, 1, 1], [5, 0, 2], [1, 90], [40, 9, 33], [5, 4, 4, 4, 4], *MANY]
 )
 @pytest.mark.parametrize("lanes", [1, 2, 3, 12])
-def test_the_run_is_within_one_window_per_lane_of_each_share_at_every_step(weights: list[int], lanes: int) -> None:
+def test_a_run_is_within_one_window_per_lane_of_each_share(weights: list[int], lanes: int) -> None:
+    """At every step the run is within one window per lane of each share."""
     period, drawn = sum(weights), [0] * len(weights)
     columns = zip(*sources_of_lanes(weights, columns=2 * period + 1, lanes=lanes), strict=True)
     for n, column in enumerate(columns, start=1):
@@ -216,7 +215,8 @@ def test_a_fresh_plan_at_any_step_equals_walking() -> None:
         assert served(plan_of(SHAPES["uneven"], LEDGER, LANES), [step], 4) == line[step : step + 1], step
 
 
-def test_ten_stops_with_another_dp_each_time_give_the_same_stream() -> None:
+def test_ten_stops_with_other_dp_give_the_same_stream() -> None:
+    """Ten stops, each followed by another data-parallel size, give the same stream."""
     seed = seeded()
     rng = random.Random(seed)
     windows, taken = deal(SHAPES["uneven"], LEDGER, lanes=LANES, seed=SEED, steps=40)
@@ -237,7 +237,8 @@ def parts(plan: Plan, step: int, rank: int, dp: int) -> tuple[list[int], list[Wi
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=5).filter(any))
 @settings(max_examples=60, deadline=None)
-def test_weights_in_hundredths_become_the_smallest_integers_that_say_them(hundredths: list[int]) -> None:
+def test_hundredths_become_the_smallest_exact_integers(hundredths: list[int]) -> None:
+    """Weights in hundredths become the smallest integers with the same shares."""
     exact = [Fraction(h, sum(hundredths)) for h in hundredths]
     period = next(p for p in range(1, 4097) if all((share * p).denominator == 1 for share in exact))
     said = quantise({f"s{n}": h / 100 for n, h in enumerate(hundredths)})
@@ -246,7 +247,8 @@ def test_weights_in_hundredths_become_the_smallest_integers_that_say_them(hundre
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=6).filter(lambda w: sum(w) > 1e-3))
 @settings(max_examples=100, deadline=None)
-def test_other_weights_become_parts_of_4096_and_none_above_zero_is_lost(weights: list[float]) -> None:
+def test_other_weights_become_parts_of_4096(weights: list[float]) -> None:
+    """Other weights become parts of 4,096, and none above 0 becomes 0."""
     said = list(quantise({f"s{n}": w for n, w in enumerate(weights)}).values())
     assert sum(said) <= 4096
     assert [bool(n) for n in said] == [w > 0 for w in weights]

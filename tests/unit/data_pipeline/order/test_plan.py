@@ -18,7 +18,8 @@ def plan_of(ledger: Ledger) -> Plan:
     return Plan(TOKENS, ledger, lanes=4, seed=1)
 
 
-def test_a_source_that_had_no_window_for_a_while_goes_on_and_does_not_start_again() -> None:
+def test_a_source_without_windows_for_a_while_continues() -> None:
+    """A source that has no window for some steps continues from its place; it does not start again."""
     start = Ledger.start(4, 4, {"a": 1, "b": 1})
     ledger = start.then(3, n_ctx=60, weights={"a": 0, "b": 1}).then(5, n_ctx=4, weights={"a": 1, "b": 0})
     plan, never = plan_of(ledger), plan_of(Ledger.start(4, 4, {"a": 1, "b": 0}))
@@ -29,7 +30,8 @@ def test_a_source_that_had_no_window_for_a_while_goes_on_and_does_not_start_agai
     assert first != [never.step(step)[1].start.tolist() for step in range(5)]  # not epoch 0 once more
 
 
-def test_a_source_that_is_drawn_without_a_window_is_refused_with_its_step() -> None:
+def test_a_drawn_source_needs_a_window() -> None:
+    """A source that is drawn and has no window is refused, with the step."""
     with pytest.raises(UserError, match=r"source a at step 3: 0 windows of n_ctx=60 \+ 1 tokens in 2 shards"):
         plan_of(Ledger.start(4, 4, {"a": 1}).then(3, n_ctx=60))
     with pytest.raises(UserError, match=r"source c at step 0: 0 windows .* in 0 shards"):
@@ -48,7 +50,8 @@ def test_positions_of_two_segments_at_once_are_refused() -> None:
         plan_of(Ledger.start(4, 4, {"a": 1}).then(3, n_ctx=5)).windows_at(range(11, 13))
 
 
-def test_every_position_of_some_tokens_is_found_up_to_any_position() -> None:
+def test_positions_of_tokens_are_complete() -> None:
+    """Every position whose window holds some tokens is found, up to any position."""
     seed = random.randrange(10**9)
     rng = random.Random(seed)
     ledger = Ledger.start(8, 4, {"a": 2, "b": 1}).then(6, n_ctx=7).then(9, position=200, weights={"a": 1, "b": 1})
@@ -70,7 +73,8 @@ def test_every_position_of_some_tokens_is_found_up_to_any_position() -> None:
         assert plan.positions_of(name, shard, start, stop, until).tolist() == wanted, seed
 
 
-def test_epochs_and_passes_of_one_source_are_its_draws_over_its_windows() -> None:
+def test_epochs_and_passes_are_draws_over_windows() -> None:
+    """Epochs and passes of a source are its draws divided by its windows."""
     plan = plan_of(Ledger.start(4, 4, {"a": 1, "b": 0}))  # 5 + 7 windows
     assert [plan.epoch("a", p) for p in (0, 4, 12, 24, 40)] == [0, 4 / 12, 1, 2, 40 / 12]
     assert [plan.passes("a", p) for p in (0, 4, 12, 16, 24, 28)] == [0, 1, 1, 2, 2, 3]
@@ -88,14 +92,16 @@ def test_sources_of_equal_shards_are_not_shuffled_alike() -> None:
     assert not np.array_equal(*([int(w.start[0]) for w in walk[:100]] for walk in walks))
 
 
-def test_an_epoch_counts_when_a_window_of_it_is_drawn_not_when_an_event_finds_it_next() -> None:
+def test_an_epoch_counts_from_its_first_window() -> None:
+    """An epoch counts once a window of it is drawn, not once an event finds it next."""
     start = Ledger.start(12, 4, {"a": 1, "b": 0})  # 12 windows of a: exactly one epoch in step 0
     plan = plan_of(start.then(1, n_ctx=5, weights={"a": 0, "b": 1}))
     assert plan.passes("a", plan.ledger.position(9)) == 1
     assert plan_of(Ledger.start(4, 4, {"a": 0, "b": 1}).then(3, n_ctx=5)).passes("a", 400) == 0
 
 
-def test_a_source_that_lost_a_shard_and_is_no_longer_there_is_not_in_the_way() -> None:
+def test_a_removed_source_with_a_lost_shard_is_ignored() -> None:
+    """A source that lost a shard and was then removed does not stop the run."""
     ledger = Ledger.start(4, 4, {"a": 1, "b": 1}).lose(3, "b", 0).then(6, weights={"a": 1, "b": 0})
     plan = Plan({"a": TOKENS["a"]}, ledger, lanes=4, seed=1)
     assert plan.step(7)[1].source.tolist() == [0] * 4

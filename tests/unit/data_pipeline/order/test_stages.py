@@ -21,7 +21,8 @@ def data(lanes: int = 4, stages: tuple[StageConfig, ...] = (), **weights: float)
 
 
 @pytest.mark.parametrize("case", range(60))
-def test_every_step_has_what_its_stage_and_the_tokens_so_far_ask_for(case: int) -> None:
+def test_every_step_has_the_size_of_its_stage_and_ramp(case: int) -> None:
+    """Every step has the size that its stage and the tokens so far give."""
     seed = random.randrange(10**9)
     rng = random.Random(seed)
     lanes, n_ctx = rng.randint(1, 5), rng.randint(1, 9)
@@ -50,7 +51,7 @@ def test_every_step_has_what_its_stage_and_the_tokens_so_far_ask_for(case: int) 
         tokens += windows * ctx
 
 
-def test_gpt3s_ramp_grows_from_32k_to_half_a_million_over_its_tokens() -> None:
+def test_gpt3s_ramp_grows_from_32k_to_half_a_million() -> None:
     """Brown et al. 2020, section 2.3 of the appendix: linearly from 32k tokens, over the first 4 to 12 billion."""
     ledger = plan_ledger(data(16), n_ctx=2048, tokens_per_step=524288, ramp=RampConfig(32768, 4_000_000_000))
     sizes = [s.windows_per_step for s in ledger.segments]
@@ -72,7 +73,8 @@ def test_a_resumed_run_that_changes_nothing_has_the_same_ledger() -> None:
         assert plan_ledger(config, **plan, past=ledger, step=step) == ledger
 
 
-def test_what_a_resumed_run_changes_is_an_event_at_its_step_and_what_was_planned_is_planned_anew() -> None:
+def test_a_resumed_runs_changes_are_events_at_its_step() -> None:
+    """Changes of a resumed run are events at its step; the rest is planned anew."""
     config = data(4, (StageConfig(30, {"a": 3}),), a=1, b=1)
     ledger = plan_ledger(config, n_ctx=16, tokens_per_step=64, ramp=NO_RAMP)
     other = plan_ledger(data(4, a=1, b=1, c=2), n_ctx=16, tokens_per_step=128, ramp=NO_RAMP, past=ledger, step=20)
@@ -115,7 +117,8 @@ def test_a_ramp_that_is_over_binds_no_later_stage() -> None:
     assert [(s.n_ctx, s.tokens_per_step) for s in ledger.segments][-2:] == [(1024, 131072), (1024, 65536)]
 
 
-def test_weights_that_are_rounded_by_more_than_a_hundredth_are_told() -> None:
+def test_weights_rounded_by_over_a_hundredth_are_reported() -> None:
+    """Weights that rounding changes by more than a hundredth are reported."""
     assert rounding(data(4, a=0.6, b=0.22, c=0.08, d=0.08, e=0.03)) == []
     [line] = rounding(data(4, a=1, b=1e-6))
     assert line.startswith("from step 0: b is drawn for 0.000244 of the windows, 1e-06 is asked for")

@@ -109,9 +109,8 @@ def test_any_place_gives_the_windows_of_the_local_shards(local: Manifest, tmp_pa
             assert [server.asked(name) for name in wanted] == [1, 1, 1]
 
 
-def test_resuming_fetches_the_blocks_of_its_windows_and_not_the_shard(
-    local: Manifest, server: Server, tmp_path: Path
-) -> None:
+def test_resuming_fetches_only_the_blocks_of_its_windows(local: Manifest, server: Server, tmp_path: Path) -> None:
+    """Resuming fetches the blocks of its windows, not whole shards."""
     stream = stream_of(server.url, cache_in(tmp_path))
     read(stream, window(0))
     assert server.requests[-1] == ("00000.tar", first_block(local))
@@ -169,9 +168,8 @@ def test_a_shard_cut_short_behind_a_command_or_fsspec_is_lost(local: Manifest, t
             read(stream_of(url, cache_in(tmp_path)), window(1))
 
 
-def test_a_shard_replaced_under_its_name_is_lost_and_its_old_tokens_stay_its_own(
-    local: Manifest, server: Server, tmp_path: Path
-) -> None:
+def test_a_replaced_shard_is_lost(local: Manifest, server: Server, tmp_path: Path) -> None:
+    """A shard replaced under its name is lost; the old tokens in the cache stay those of the old shard."""
     cache = cache_in(tmp_path)
     stream = stream_of(server.url, cache)
     before = read(stream, window(0))[0]
@@ -205,9 +203,8 @@ STAYING = {"500": "HTTP 500; tried 3 times", "hang": "(0 bytes in|.*timed out).*
 
 
 @pytest.mark.parametrize("fault", STAYING)
-def test_a_place_that_cannot_be_reached_stops_the_run_and_is_not_taken_for_a_lost_shard(
-    server: Server, tmp_path: Path, fault: str
-) -> None:
+def test_an_unreachable_source_is_not_a_lost_shard(server: Server, tmp_path: Path, fault: str) -> None:
+    """A source that cannot be reached stops the run and is not taken for a lost shard."""
     stream = stream_of(server.url, cache_in(tmp_path))
     server.always("00001.tar", fault)
     with pytest.raises(ShardError, match=rf"^{server.url}/00001.tar: .*{STAYING[fault]}.*data.fetch.retries") as caught:
@@ -279,9 +276,10 @@ def test_a_block_damaged_in_the_cache_is_fetched_anew_and_told(
     assert server.requests.count(("00000.tar", first_block(local))) == 2 == server.asked("00000.idx.json")
 
 
-def test_the_cache_keeps_to_its_limit_and_the_least_recently_used_goes(
+def test_the_cache_evicts_the_least_recently_used(
     local: Manifest, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The cache keeps to its limit; the least recently used shard goes."""
     monkeypatch.setattr(ShardStream, "expect", lambda *_: None)  # letting go counts as use, and who reads ahead lets go
     limit = max(room_for(local, 0, 1), room_for(local, 0, 2), room_for(local, 1, 2))  # when it likes
     cache = cache_in(tmp_path, limit)
@@ -295,9 +293,8 @@ def test_the_cache_keeps_to_its_limit_and_the_least_recently_used_goes(
         assert entries(cache) == {names[i] for i in left}, shards
 
 
-def test_what_is_in_use_is_not_evicted_and_no_room_is_one_clear_error(
-    local: Manifest, server: Server, tmp_path: Path
-) -> None:
+def test_shards_in_use_are_not_evicted(local: Manifest, server: Server, tmp_path: Path) -> None:
+    """A shard in use is not evicted, and a cache without room is one clear error."""
     limit = room_for(local, 0, 1)
     cache = cache_in(tmp_path, limit)
     mine, other = stream_of(server.url, cache, open_shards=2), stream_of(server.url, cache_in(tmp_path, limit))
@@ -324,9 +321,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_full_disk_evicts_what_it_can_and_then_stops_without_a_wrong_token(
-    local: Manifest, server: Server, small_disk: Path
-) -> None:
+def test_a_full_disk_evicts_then_stops(local: Manifest, server: Server, small_disk: Path) -> None:
+    """A full disk evicts every unused shard, then stops the run, without a wrong token."""
     cache = cache_in(small_disk)
     stream, here = stream_of(server.url, cache, open_shards=1), ShardStream([local], open_shards=3)
     for shard in (0, 1, 2, 0, 1, 2):  # each 2 or 3 pages of tokens, 3 or 4 of its index, 1 each of the small files
@@ -472,9 +468,10 @@ def test_a_shard_in_the_cache_has_two_files_open(server: Server, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["tokens", "index.json"])
-def test_a_disk_of_the_cache_that_fails_is_named_and_its_files_stay(
+def test_a_failing_disk_of_the_cache_is_named(
     local: Manifest, server: Server, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A disk of the cache that fails is named, and its files stay."""
     cache = cache_in(tmp_path)
     read(stream_of(server.url, cache), window(0))
     path, asked = cache.dir / "shards" / local.shards[0].sha256 / name, len(server.requests)
@@ -522,9 +519,8 @@ def test_the_running_total_is_what_is_there(local: Manifest, server: Server, tmp
         stream.close()
 
 
-def test_the_cost_of_an_index_does_not_grow_with_those_that_are_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_costs_the_same_in_a_full_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost of an index does not grow with the number of shards in the cache."""
     local = random_source(tmp_path / "there", [40] * 30)
     looked, scandir = [], os.scandir
     cache = cache_in(tmp_path)
@@ -569,7 +565,8 @@ def test_reading_ahead_makes_room_for_the_reader(local: Manifest, server: Server
     stream.close()
 
 
-def test_closing_does_not_wait_for_a_dead_place_and_frees_the_entries(server: Server, tmp_path: Path) -> None:
+def test_closing_does_not_wait_for_a_dead_source(server: Server, tmp_path: Path) -> None:
+    """Closing does not wait for a dead source, and frees the shards in the cache."""
     cache = cache_in(tmp_path)
     stream = stream_of(server.url, cache)
     read(stream, window(0))

@@ -47,9 +47,8 @@ NODES = [
 
 
 @pytest.mark.parametrize(("world", "tp", "lanes"), NODES)
-def test_two_shards_of_each_source_for_each_lane_of_the_node_must_fit(
-    tmp_path: Path, world: World, tp: int, lanes: int
-) -> None:
+def test_two_shards_of_each_source_for_each_lane_must_fit(tmp_path: Path, world: World, tp: int, lanes: int) -> None:
+    """The cache must have room for two shards of each source for each lane of the node."""
     seed = seeded()
     rng = random.Random(seed)
     sizes = {name: [rng.randrange(1000, 9000) for _ in range(n)] for name, n in (("web", 40), ("books", 3))}

@@ -106,9 +106,8 @@ def test_a_fault_that_passes_costs_a_wait_and_no_byte(server: Server, fault: str
         ("no length", "the answer ended at byte 36000, bytes up to 71000 were requested"),
     ],
 )
-def test_a_fault_that_stays_ends_in_an_error_with_its_cause_and_the_tries(
-    server: Server, fault: str, cause: str
-) -> None:
+def test_a_lasting_fault_ends_with_its_cause_and_tries(server: Server, fault: str, cause: str) -> None:
+    """A fault that stays ends in an error with its cause and the number of tries."""
     server.always("a.tar", fault)
     with pytest.raises(Unreachable, match=f"({cause}).*; tried 3 times"):
         read(backend_of(server.url, QUICK), 1000, 70_000)
@@ -287,7 +286,8 @@ def test_a_command_gives_the_bytes_and_no_shell_reads_it(folder: Path) -> None:
         ("sh -c 'head -c 900 /dev/zero; exec 1>&-; sleep 62' {}", "bytes in 0.2 s|no output and no end in 0.2 s"),
     ],
 )
-def test_a_command_that_fails_hangs_or_dribbles_is_named_and_ended(command: str, cause: str) -> None:
+def test_a_bad_command_is_named_and_ended(command: str, cause: str) -> None:
+    """A command that fails, hangs or dribbles is named and ended."""
     with pytest.raises(Unreachable, match=f"({cause}).*; tried 3 times"):
         read(backend_of(f"pipe:{command}", QUICK), 0, 1000)
     end = time.monotonic() + 10

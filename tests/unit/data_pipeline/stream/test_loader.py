@@ -112,9 +112,8 @@ def test_the_ledgers_events_hold_at_their_steps(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize(("windows", "sizes"), [(8, [4, 4]), (12, [4, 4, 4]), (20, [4] * 5), (28, [4] * 7)])
-def test_a_batch_that_grows_has_the_largest_micro_batches_that_divide_it(
-    manifest: Manifest, windows: int, sizes: list[int]
-) -> None:
+def test_a_growing_batch_has_the_largest_micro_batches(manifest: Manifest, windows: int, sizes: list[int]) -> None:
+    """A batch that grows has the largest micro batches that divide it."""
     ledger = START.then(3, windows_per_step=windows)
     with closing(loader(manifest, ledger=ledger, micro=5)) as ours:
         for _ in range(3):
@@ -152,7 +151,8 @@ def test_batches_do_not_change_after_they_were_handed_over(manifest: Manifest) -
         assert same(first, copies)
 
 
-def test_an_error_of_the_thread_surfaces_after_the_good_steps_and_stays(manifest: Manifest) -> None:
+def test_an_error_of_the_thread_comes_after_good_steps(manifest: Manifest) -> None:
+    """An error of the thread comes after the good steps, and at each later call."""
     shards = plan_of(manifest).windows_at(range(168)).shard.tolist()
     good, bad = max((shards.index(s) // STEP, s) for s in set(shards))  # the shard first needed last, and when
     assert good > 1
@@ -193,9 +193,8 @@ def test_close_after_an_error_does_not_hang(manifest: Manifest) -> None:
         ours.next()
 
 
-def test_a_thread_that_comes_back_late_closes_the_stream_and_opens_nothing(
-    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_late_thread_closes_the_stream(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that returns late closes the stream and opens nothing."""
     monkeypatch.setattr("data_pipeline.stream.loader._PATIENCE", 0.05)
     ours = loader(manifest)
     stream, thread = ours._stream, ours._thread
@@ -267,9 +266,8 @@ def test_an_error_of_the_reader_is_everyones_error(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize(("dp", "micro", "windows"), [(1, 4, None), (2, 4, 50), (4, 8, 33), (4, 8, 1), (3, 1, 170)])
-def test_validation_deals_every_window_once_and_fills_only_the_last_batch(
-    manifest: Manifest, dp: int, micro: int, windows: int | None
-) -> None:
+def test_validation_deals_every_window_once(manifest: Manifest, dp: int, micro: int, windows: int | None) -> None:
+    """Validation deals every window once and fills only the last batch."""
     ranks = [list(validation(manifest, dp_rank=r, dp=dp, micro_batch_size=micro, windows=windows)) for r in range(dp)]
     total = windows or 170
     assert {len(batches) for batches in ranks} == {-(-total // (dp * micro))}
@@ -287,7 +285,8 @@ def test_validation_deals_every_window_once_and_fills_only_the_last_batch(
 
 
 @pytest.mark.parametrize("windows", [0, 171])
-def test_validation_refuses_more_windows_than_there_are_at_the_call(manifest: Manifest, windows: int) -> None:
+def test_validation_refuses_too_many_windows(manifest: Manifest, windows: int) -> None:
+    """Validation refuses more windows than the source has, at the call."""
     with pytest.raises(UserError, match=rf"eval.windows={windows}, but .* holds 170 windows of model.n_ctx=16"):
         validation(manifest, dp_rank=0, dp=1, micro_batch_size=4, windows=windows)
 

@@ -111,7 +111,7 @@ def test_a_window_outside_its_shard_is_no_window(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("longest", [3, 40, 400])
-def test_segments_number_the_documents_of_a_window_and_no_label_lies_in_the_next(tmp_path: Path, longest: int) -> None:
+def test_segments_number_the_documents_of_a_window(tmp_path: Path, longest: int) -> None:
     """The twin gives each token its document's number; documents without a token are among them."""
     seed = seeded()
     rng = np.random.default_rng(seed)
@@ -440,9 +440,8 @@ def test_a_manifest_cannot_name_what_is_not_in_its_folder(tmp_path: Path, name: 
         read_shard(manifest, shard)
 
 
-def test_a_name_that_webdataset_would_run_is_a_file_like_any_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_that_webdataset_would_run_is_only_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that webdataset would run as a command is a file like any other."""
     manifest = random_source(tmp_path, [400])
     expected, shard = (
         read_shard(manifest, manifest.shards[0]),

