@@ -14,9 +14,11 @@ import hashlib
 import io
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,6 +118,15 @@ class ShardIndex:
     document_ids: tuple[str, ...]
     document_tokens: tuple[Count, ...]
     shard_sha256: str
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """The first token of each block, and the number of all tokens."""
+        return list(accumulate((block.tokens for block in self.blocks), initial=0))
+
+    def blocks_of(self, start: int, stop: int) -> range:
+        """The blocks that hold the tokens [start, stop)."""
+        return range(bisect_right(self.starts, start) - 1, bisect_left(self.starts, stop))
 
 
 def write_manifest(manifest: Manifest) -> None:

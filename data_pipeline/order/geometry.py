@@ -129,7 +129,7 @@ def ladder(
         if end is not None and end <= step:
             continue
         sizes = list(batches(tokens, max(step, stage.step), end, n_ctx, tokens_per_step, ramp, data.lanes))
-        for (first, windows), stop in zip(sizes, [*(begin for begin, _ in sizes[1:]), end], strict=True):
+        for (first, windows), stop in zip(sizes, [*(later for later, _ in sizes[1:]), end], strict=True):
             yield Rung(first, stop, windows, n_ctx, dict(weights))
             tokens += 0 if stop is None else (stop - first) * windows * n_ctx
 

@@ -157,4 +157,4 @@ def _spans(ids: tuple[str, ...], ends: np.ndarray, start: int, stop: int) -> lis
     first, last = np.searchsorted(ends, (start, stop - 1), side="right").tolist()
     begins = [int(ends[first - 1]) if first else 0, *ends[first:last].tolist()]
     spans = zip(ids[first : last + 1], begins, ends[first : last + 1].tolist(), strict=True)
-    return [(name, max(start - begin, 0), min(stop, end) - begin) for name, begin, end in spans if end > begin]
+    return [(name, max(start - first, 0), min(stop, end) - first) for name, first, end in spans if end > first]

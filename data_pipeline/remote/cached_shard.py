@@ -9,7 +9,6 @@ import struct
 import sys
 import time
 import zlib
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -57,7 +56,6 @@ class CachedShard:
         try:
             folder = cache.dir / "shards" / shard.sha256
             self.index = self._get_index(folder / "index.json")
-            self.starts = np.cumsum([0, *(b.tokens for b in self.index.blocks)]).tolist()
             self._flags_offset = shard.tokens * self._itemsize  # of the bytes that say which blocks are written
             if tokens:
                 cache.reserve(shard.sha256, "tokens", self._flags_offset + len(self.index.blocks))
@@ -84,7 +82,7 @@ class CachedShard:
         for _ in range(2):
             if not self._has(b, b + 1):
                 self.obtain(b, b + 1)
-            offset = self.starts[b] * self._itemsize
+            offset = self.index.starts[b] * self._itemsize
             if os.preadv(self._fds[1], [out.data], offset) == out.nbytes and zlib.crc32(out.data) == block.crc32:
                 return
             print(
@@ -108,10 +106,6 @@ class CachedShard:
             except (Corrupt, Lost) as e:
                 wrong = e
         raise Lost(f"{wrong}; fetched anew it was no better" if isinstance(wrong, Corrupt) else str(wrong))
-
-    def blocks_of(self, start: int, stop: int) -> range:
-        """The blocks that hold the tokens [start, stop)."""
-        return range(bisect_right(self.starts, start) - 1, bisect_left(self.starts, stop))
 
     def obtain_all(self, wanted: list[int], go_on: Callable[[], bool] = lambda: True) -> None:
         """Fetch these blocks, ascending, while `go_on()`; one request for neighbours."""
@@ -139,13 +133,13 @@ class CachedShard:
     def _fetch(self, first: int, stop: int) -> None:
         """One request for the blocks [first, stop). If the whole file comes, every missing block of it is kept."""
         blocks, size = self.index.blocks, self._shard.bytes
-        begin, last, wrong = blocks[first].offset, blocks[stop - 1], None
-        length = last.offset + last.tokens * self._itemsize - begin
-        with Reader(self._backend, self._shard.name, begin, length, self._cache.fetch.timeout_s) as reader:
+        offset, last, wrong = blocks[first].offset, blocks[stop - 1], None
+        length = last.offset + last.tokens * self._itemsize - offset
+        with Reader(self._backend, self._shard.name, offset, length, self._cache.fetch.timeout_s) as reader:
             if reader.total not in (None, size):
                 what = "truncated" if reader.total < size else "replaced"
                 raise Corrupt(f"{what}, {reader.total} bytes where the manifest says {size}")
-            numbers = range(first, stop) if reader.start == begin else range(len(blocks))
+            numbers = range(first, stop) if reader.start == offset else range(len(blocks))
             position = reader.start
             for b in numbers:
                 if self._has(b, b + 1):
@@ -164,7 +158,7 @@ class CachedShard:
             raise Corrupt(wrong)
 
     def _store(self, b: int, data: bytes) -> None:
-        offset, rest = self.starts[b] * self._itemsize, memoryview(data)
+        offset, rest = self.index.starts[b] * self._itemsize, memoryview(data)
         while rest:
             n = os.pwrite(self._fds[1], rest, offset)
             offset, rest = offset + n, rest[n:]

@@ -64,5 +64,5 @@ class Prefetcher:
         if number != self._round or self._ended.is_set():
             return
         with closing(CachedShard(self._cache, manifest, shard)) as cached:
-            wanted = {b for start in starts for b in cached.blocks_of(start, start + span)}
+            wanted = {b for start in starts for b in cached.index.blocks_of(start, start + span)}
             cached.obtain_all(sorted(wanted), lambda: number == self._round and not self._ended.is_set())

@@ -192,7 +192,8 @@ class _Rows:
 
     def __init__(self, n: int, n_ctx: int, *, segments: bool, pin: bool) -> None:
         self.n_ctx = n_ctx
-        self.tokens, self.labels = (torch.empty((n, n_ctx), dtype=torch.int64, pin_memory=pin) for _ in range(2))
+        self.tokens = torch.empty((n, n_ctx), dtype=torch.int64, pin_memory=pin)
+        self.labels = torch.empty((n, n_ctx), dtype=torch.int64, pin_memory=pin)
         self.segments = torch.empty((n, n_ctx), dtype=torch.int32, pin_memory=pin) if segments else None
 
     def read(self, stream: ShardStream, windows: Windows, first: int = 0) -> int:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import resource
 import zlib
-from bisect import bisect_left, bisect_right
-from itertools import accumulate
 
 import numpy as np
 
@@ -90,37 +88,34 @@ class LocalShard:
 class OpenShard:
     """A shard in use: `tokens` [n] of the manifest's dtype, valid in the blocks that are loaded."""
 
-    __slots__ = ("_document_tokens", "_ends", "_file", "_loaded", "missing", "size", "starts", "tokens", "used")
+    __slots__ = ("_ends", "_file", "_index", "_loaded", "missing", "size", "tokens", "used")
 
     def __init__(self, manifest: Manifest, shard: ShardInfo, cache: Cache | None) -> None:
         self._file = _open(manifest, shard, cache)
-        blocks = self._file.index.blocks
+        self._index = self._file.index
         try:
             self.tokens = np.empty(shard.tokens, manifest.numpy_dtype)  # no memory until it is written
         except MemoryError:
             self._file.close()
             raise
-        self.starts = list(accumulate((b.tokens for b in blocks), initial=0))  # of blocks; one more for the end
-        self._loaded = bytearray(len(blocks))  # 1 for each block that is in `tokens`
-        self.missing = len(blocks)
+        self._loaded = bytearray(len(self._index.blocks))  # 1 for each block that is in `tokens`
+        self.missing = len(self._loaded)
         self.size = shard.tokens
         self.used = 0  # time of the last use, in windows
-        self._document_tokens = self._file.index.document_tokens
         self._ends: np.ndarray | None = None  # ends of documents; made at the first use
 
     def has(self, start: int, stop: int) -> bool:
         """The blocks of the tokens [start, stop) are loaded."""
-        a, b = bisect_right(self.starts, start) - 1, bisect_left(self.starts, stop)
-        return not self.missing or self._loaded.find(0, a, b) < 0
+        blocks = self._index.blocks_of(start, stop)
+        return not self.missing or self._loaded.find(0, blocks.start, blocks.stop) < 0
 
     def need(self, start: int, stop: int) -> None:
         """Load the missing blocks of the tokens [start, stop)."""
-        wanted = range(bisect_right(self.starts, start) - 1, bisect_left(self.starts, stop))
-        missing = [b for b in wanted if not self._loaded[b]]
+        missing = [b for b in self._index.blocks_of(start, stop) if not self._loaded[b]]
         if len(missing) > 1:
             self._file.obtain_all(missing)
         for b in missing:
-            self._file.load(b, self.tokens[self.starts[b] : self.starts[b + 1]])
+            self._file.load(b, self.tokens[self._index.starts[b] : self._index.starts[b + 1]])
             self._loaded[b] = 1
             self.missing -= 1
             if not self.missing:
@@ -133,7 +128,7 @@ class OpenShard:
         documents end there too.
         """
         if self._ends is None:
-            self._ends = np.cumsum(np.array(self._document_tokens, np.int64))
+            self._ends = np.cumsum(np.array(self._index.document_tokens, np.int64))
         first, stop = (self._ends.searchsorted(tokens, side="right") for tokens in (starts, starts + n_ctx))
         counts = stop - first
         row = np.repeat(np.arange(len(starts)), counts)
