@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.schema import CONF, thaw
+from conf.frozen import thaw
+from conf.schema import CONF
 from tests.benchmarks import machine
 from trainer.config.model import ModelConfig
 from trainer.config.parallel import ParallelConfig
