@@ -33,10 +33,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from conf.frozen import thaw
 from conf.schema import CONF
 from tests.benchmarks import machine
+from trainer.config.attention import DENSE, Pattern
 from trainer.config.model import ModelConfig
 from trainer.model import flex
-from trainer.model.arithmetic import visible_pairs
-from trainer.model.mask import DENSE, Pattern, attention_bias, patterns
+from trainer.model.mask import attention_bias, patterns
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
@@ -112,12 +112,12 @@ def kernels(context: int) -> dict[str, tuple[Pattern, Attend]]:
 
 def shares(pattern: Pattern, context: int) -> dict[str, float]:
     """What a pattern sees of the past, in pairs and in blocks."""
-    cfg, side = config(context), -(-context // flex.BLOCK)
+    side = -(-context // flex.BLOCK)
     mask = flex.block_mask(pattern, context, DEVICE)
     full = 0 if mask.full_kv_num_blocks is None else int(mask.full_kv_num_blocks.sum())
     blocks = full + int(mask.kv_num_blocks.sum())
     return {
-        "visible": visible_pairs(cfg, pattern.kind, context) / visible_pairs(cfg, "D", context),
+        "visible": pattern.visible_pairs(context) / DENSE.visible_pairs(context),
         "blocks": blocks / (side * (side + 1) / 2),
     }
 

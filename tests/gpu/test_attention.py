@@ -12,9 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.system.runs import make_data, pretrain
 from tests.system.test_resume import story
+from trainer.config.attention import Pattern
 from trainer.model import flex
 from trainer.model.attention import FASTEST_FIRST, sdpa_backends
-from trainer.model.mask import Pattern, attention_bias
+from trainer.model.mask import attention_bias
 
 pytestmark = [
     pytest.mark.gpu,

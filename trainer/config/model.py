@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from conf.errors import MISSING, UserError
+from trainer.config.attention import Pattern
 
 KINDS = "DBSF"  # of attention, see ModelConfig.attention
 
@@ -79,20 +80,14 @@ class ModelConfig:
         """The letter of a layer."""
         return self.attention[layer % len(self.attention)]
 
-    def sees_all(self, kind: str, n: int) -> bool:
-        """Whether attention of this kind sees all of the past wherever it stands in a text of `n` tokens."""
-        if kind == "B":
-            return self.band is not None and self.band >= n
-        if kind == "S":  # from one band on, the next token before it is a stride away
-            return self.stride is not None and (self.stride == 1 or self.stride + 1 >= n)
-        if kind == "F":
-            return self.stride is not None and (self.stride >= n or self.stride == self.summary)
-        return True
+    def pattern(self, kind: str) -> Pattern:
+        """The tokens that attention of this kind sees."""
+        return Pattern(kind, self.band or 0, self.stride or 0, self.summary or 0)
 
     @property
     def sparse_layers(self) -> list[int]:
         """The layers that do not see all of the past in a full context."""
-        return [i for i in range(self.n_layer) if not self.sees_all(self.kind(i), self.n_ctx)]
+        return [i for i in range(self.n_layer) if not self.pattern(self.kind(i)).sees_all(self.n_ctx)]
 
     @property
     def head_dim(self) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from trainer.config.attention import DENSE
 from trainer.config.model import ModelConfig, Norm
 
 REDUCE_BUCKET = 500_000_000  # elements: of ZeRO-2 and 3, which allocate them, so never more than the model has
 LOSS_CHUNK_BYTES = 1 << 26  # of fp32 logits at a time, where no compiler keeps them in registers
 FLEX_BLOCK = 128  # FlexAttention: queries and keys that are skipped together, or not
-FLEX_HEAD_DIM = 16  # its kernels' least
+FLEX_HEAD_DIM = 16  # the smallest that its kernels take
 VOCAB_MULTIPLE = 64  # GEMMs want a vocabulary that is a multiple of 64: 50,257 -> 50,304
 
 
@@ -29,31 +30,14 @@ def padded_n_head(n_head: int, tp: int) -> int:
 
 
 def flex_attention(T: int, S: int, head_dim: int, dropout: float) -> bool:
-    """Whether masked attention of T queries over S keys is FlexAttention's on a GPU: it has blocks to skip there."""
+    """True if a GPU computes masked attention of T queries over S keys by FlexAttention: there are blocks to skip."""
     return T == S > FLEX_BLOCK and head_dim >= FLEX_HEAD_DIM and dropout == 0.0
 
 
-def visible_pairs(model: ModelConfig, kind: str, n: int) -> int:
-    """How many (query, key) pairs attention of this kind looks at in a text of `n` tokens; dense: n (n + 1) / 2."""
-    dense = n * (n + 1) // 2
-    if kind == "B" and model.band is not None and model.band < n:
-        before = n - model.band  # tokens whose past is cut
-        return dense - before * (before + 1) // 2
-    if kind in ("S", "F") and model.stride is not None:
-        blocks, rest = divmod(n, model.stride)
-        past = model.stride * blocks * (blocks - 1) // 2 + rest * blocks  # sum of floor(i / stride)
-        if kind == "S":  # a band, and one more key for each stride that lies whole before the query
-            before = max(n - model.stride, 0)
-            return dense - before * (before + 1) // 2 + past
-        own = blocks * model.stride * (model.stride + 1) // 2 + rest * (rest + 1) // 2
-        return own + past * (model.summary or 0)
-    return dense
-
-
 def attention_layers(model: ModelConfig) -> float:
-    """How many dense layers look at as many pairs of a full context as this model's do: n_layer where all are dense."""
-    dense = visible_pairs(model, "D", model.n_ctx)
-    return sum(visible_pairs(model, model.kind(i), model.n_ctx) / dense for i in range(model.n_layer))
+    """The number of dense layers that see as many pairs of a full context as this model's: n_layer if all are dense."""
+    dense = DENSE.visible_pairs(model.n_ctx)
+    return sum(model.pattern(model.kind(i)).visible_pairs(model.n_ctx) / dense for i in range(model.n_layer))
 
 
 def flops_per_token(model: ModelConfig) -> float:

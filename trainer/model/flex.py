@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from trainer.config.attention import Pattern
 from trainer.model import arithmetic
-from trainer.model.mask import Pattern, segment_positions
+from trainer.model.mask import segment_positions
 
 BLOCK = arithmetic.FLEX_BLOCK
 COMPILED = 64  # variants of one function: kinds x lengths x batches x (training, validation); torch's own limit is 8
 
 
 def takes(device: torch.device, T: int, S: int, head_dim: int, dropout: float) -> bool:
-    """Whether attention of T queries over S keys can be FlexAttention, and has blocks to skip."""
+    """True if attention of T queries over S keys can be FlexAttention, and has blocks to skip."""
     return device.type == "cuda" and arithmetic.flex_attention(T, S, head_dim, dropout)
 
 
 def block_mask(pattern: Pattern, T: int, device: torch.device, segment_ids_BT: Tensor | None = None) -> BlockMask:
-    """What `pattern` sees over T tokens, for all heads; with segments of each row, else one for all rows, kept."""
+    """The mask of `pattern` over T tokens for all heads: one for all rows (cached), or one for each row's segments."""
     if segment_ids_BT is None:
         return _kept(pattern, T, device)
     place_BT, ids_BT = segment_positions(segment_ids_BT).int(), segment_ids_BT

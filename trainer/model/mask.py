@@ -1,54 +1,25 @@
-"""What a token may look at, and where it stands: the one place that says so.
+"""Masks of attention as a bias on its scores, and the positions of tokens in their segments.
 
-`Pattern.sees` is the definition. Attention takes it in two forms: a bias that is added to the scores (any device; the
-reference), or FlexAttention's block mask (flex.py), whose kernel skips what no token of a block sees.
+`Pattern.sees` defines the tokens that a token sees. Attention takes it in two forms: a bias that is added to the
+scores (any device; the reference), or FlexAttention's block mask (flex.py), whose kernel skips blocks in which no token
+sees another.
 
 Legend: B batch, T time, S time with what a cache holds (S >= T; the T queries are the last of the S positions).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from trainer.config.attention import DENSE, Pattern
 from trainer.config.model import ModelConfig
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """Attention of one kind (a letter of ModelConfig.attention) with its numbers; hashable."""
-
-    kind: str
-    band: int
-    stride: int
-    summary: int
-
-    def sees(self, q: Tensor, k: Tensor) -> Tensor:
-        """Whether the token at position `q` looks at the one at `k`: positions in one text, from 0, that broadcast.
-
-        Band: arXiv 2005.14165, section 2.1. Strided and fixed: arXiv 1904.10509, section 4, both of its sets in one
-        head; the strided one's band holds `stride` tokens, itself included, as in its released code.
-        """
-        past = q >= k
-        if self.kind == "B":
-            return past & (q - k < self.band)
-        if self.kind == "S":
-            return past & ((q - k < self.stride) | ((q - k) % self.stride == 0))
-        if self.kind == "F":
-            own = q // self.stride == k // self.stride
-            return past & (own | (k % self.stride >= self.stride - self.summary))
-        return past
-
-
-DENSE = Pattern("D", 0, 0, 0)
-
-
 def patterns(cfg: ModelConfig, n: int) -> dict[str, Pattern]:
-    """What each letter of a model means in a text of `n` tokens; DENSE where it sees all of the past there."""
-    numbers = (cfg.band or 0, cfg.stride or 0, cfg.summary or 0)
-    return {kind: DENSE if cfg.sees_all(kind, n) else Pattern(kind, *numbers) for kind in sorted(set(cfg.attention))}
+    """The pattern of each letter of a model in a text of `n` tokens; DENSE where it sees all of the past there."""
+    named = {kind: cfg.pattern(kind) for kind in sorted(set(cfg.attention))}
+    return {kind: DENSE if pattern.sees_all(n) else pattern for kind, pattern in named.items()}
 
 
 def attention_bias(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from trainer.config.attention import Pattern
 from trainer.config.model import ModelConfig
 from trainer.model.arithmetic import FLEX_BLOCK as BLOCK
 from trainer.model.arithmetic import flex_attention
@@ -11,7 +12,7 @@ from trainer.model.arithmetic import flex_attention
 
 def visited(model: ModelConfig, layer: int) -> float:
     """Share of the n_ctx x n_ctx scores that are computed, 0..1; causal and dense: a little over one half."""
-    return _visited(model.kind(layer), model.n_ctx, model.band, model.stride, model.summary)
+    return _visited(model.pattern(model.kind(layer)), model.n_ctx)
 
 
 def biased(model: ModelConfig, document_mask: bool, on_gpu: bool) -> set[str]:
@@ -19,24 +20,10 @@ def biased(model: ModelConfig, document_mask: bool, on_gpu: bool) -> set[str]:
     if on_gpu and flex_attention(model.n_ctx, model.n_ctx, model.head_dim, model.dropout):
         return set()
     letters = {model.kind(layer) for layer in range(model.n_layer)}
-    return {kind for kind in letters if document_mask or not model.sees_all(kind, model.n_ctx)}
+    return {kind for kind in letters if document_mask or not model.pattern(kind).sees_all(model.n_ctx)}
 
 
 @lru_cache
-def _visited(kind: str, n_ctx: int, band: int | None, stride: int | None, summary: int | None) -> float:
+def _visited(pattern: Pattern, n_ctx: int) -> float:
     blocks = -(-n_ctx // BLOCK)
-    seen = sum(_sees(kind, q, k, band or 0, stride or 1, summary or 0) for q in range(blocks) for k in range(q + 1))
-    return seen / blocks**2
-
-
-def _sees(kind: str, q: int, k: int, band: int, stride: int, summary: int) -> bool:
-    """Whether a token of query block q sees one of key block k <= q."""
-    near, far = max(0, (q - k) * BLOCK - BLOCK + 1), (q - k) * BLOCK + BLOCK - 1  # their distances
-    if kind == "B":
-        return near < band
-    if kind == "S":  # its last `stride` keys, and each at a multiple of stride
-        return near < stride or far // stride * stride >= near
-    if kind == "F":  # its own part of `stride` keys, and the last `summary` of each part before
-        own = (q * BLOCK) // stride <= (k * BLOCK + BLOCK - 1) // stride
-        return own or any(j % stride >= stride - summary for j in range(k * BLOCK, (k + 1) * BLOCK))
-    return True
+    return sum(pattern.sees_block(q, k, BLOCK) for q in range(blocks) for k in range(q + 1)) / blocks**2

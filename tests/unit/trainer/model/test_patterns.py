@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from trainer.config.attention import DENSE, Pattern
 from trainer.config.model import KINDS, ModelConfig
 from trainer.distributed.mesh import Mesh
 from trainer.inference.cache import KVCache
 from trainer.model import flex
-from trainer.model.arithmetic import visible_pairs
 from trainer.model.attention import FASTEST_FIRST, layer_masks, sdpa_backends
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
-from trainer.model.mask import DENSE, Pattern, attention_bias, patterns
+from trainer.model.mask import attention_bias, patterns
 from trainer.objective.language_model import lm_loss
 from trainer.setup import attention_lines
 
@@ -110,9 +110,9 @@ def test_visible_pairs_and_what_counts_as_dense_are_counted_ones() -> None:
                     cfg = replace(sparse(kind, band=band, stride=band, summary=summary), n_ctx=n)
                     p = Pattern(kind, band, band, summary)
                     count = sum(looks(p, i, j) for i in range(n) for j in range(n))
-                    assert visible_pairs(cfg, kind, n) == count, f"{p}, {n=}"
+                    assert p.visible_pairs(n) == count, f"{p}, {n=}"
                     dense = count == n * (n + 1) // 2
-                    assert cfg.sees_all(kind, n) is dense and (cfg.sparse_layers == []) is dense, f"{p}, {n=}"
+                    assert p.sees_all(n) is dense and (cfg.sparse_layers == []) is dense, f"{p}, {n=}"
                     assert (patterns(cfg, n)[kind] == DENSE) is dense
                     seen.add((kind, dense))
     assert seen == {(kind, dense) for kind in KINDS for dense in (True, False)} - {("D", False)}
@@ -286,3 +286,16 @@ def test_the_compiled_kernel_equals_masked_attention(kind: str) -> None:
     a = compiled(q, k, v, block_mask=flex.block_mask(pattern, n, CPU))
     b = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias(n, n, q, None, pattern))
     assert (a - b).abs().max() <= 1e-5 * b.abs().max(), f"{pattern}, {seed=}"
+
+
+def test_a_block_is_seen_if_one_of_its_pairs_is() -> None:
+    """`Pattern.sees_block` against all pairs of two blocks."""
+    size = 4
+    for kind in KINDS:
+        for stride in range(1, 14):
+            for summary in range(1, stride + 1):
+                p = Pattern(kind, stride, stride, summary)
+                for q in range(6):
+                    for k in range(q + 1):
+                        queries, keys = (range(block * size, (block + 1) * size) for block in (q, k))
+                        assert p.sees_block(q, k, size) == any(looks(p, i, j) for i in queries for j in keys), (p, q, k)
