@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -24,7 +26,7 @@ class Objective(Protocol):
         """The weight of each term."""
 
     def counts(self, batch: Any) -> list[float]:
-        """What this micro batch adds to each term's count, from labels on the host alone, without the model."""
+        """Additions of this micro batch to the terms' counts, from labels on the host alone, without the model."""
 
     def sums(self, module: Any, batch: Any) -> Tensor:
         """Each term's sum over this micro batch, fp32 [k], equal on all tp ranks, for autograd.
@@ -33,3 +35,10 @@ class Objective(Protocol):
         by calling modules, never by reading `.weight`: under ZeRO-3 a weight exists only during its module's forward.
         Which modules a kind uses must not depend on the data.
         """
+
+
+def weighted_loss(objective: Objective, sums: Sequence[float], counts: Sequence[float]) -> float:
+    """The loss from global sums and counts; terms that count nothing add 0, and where none counts it is NaN."""
+    terms = zip(objective.weights, sums, counts, strict=True)
+    means = [weight * (total / count) for weight, total, count in terms if count != 0]
+    return sum(means[1:], means[0]) if means else math.nan
