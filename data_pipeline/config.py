@@ -19,7 +19,7 @@ class OnBadShard(Enum):
 class SourceConfig:
     """One source of the mixture: a folder that `data_pipeline.shards write` made."""
 
-    path: str = MISSING  # holds train/ and perhaps val/: below data.path, or absolute, or a URL, or pipe:COMMAND {}
+    path: str = MISSING  # has train/ and perhaps val/: below data.path, or absolute, or a URL, or pipe:COMMAND {}
     weight: float = 1.0  # share of the windows, beside the other sources' weights; 0 = not drawn until a stage says so
     max_epochs: int | None = None  # refuse a run that would repeat it more often; null = repeat as needed
 
@@ -67,7 +67,7 @@ class RampConfig:
 class CacheConfig:
     """The cache of each node for blocks of sources that are not local folders; its ranks share it."""
 
-    dir: str | None = None  # a folder on a local disk; needed where a source is a URL or a pipe:
+    dir: str | None = None  # a folder on a local disk; needed if a source is a URL or a pipe:
     limit_gib: float = 50.0  # the least recently used shards make room for others
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class CacheConfig:
 class FetchConfig:
     """Time limit and retries of reads from remote sources."""
 
-    timeout_s: float = 30.0  # 1 MiB, or what is asked for where that is less, must arrive within it
+    timeout_s: float = 30.0  # within it 1 MiB must arrive, or the whole request if that is less
     retries: int = 6  # after the first try, with waits of 0.25 s, 0.5 s, 1 s, ... up to 30 s between them
 
     def __post_init__(self) -> None:
@@ -94,11 +94,11 @@ class DataConfig:
     """The data of a run: sources and their mixture."""
 
     name: str = MISSING
-    path: str = MISSING  # the sources' paths lie below it
+    path: str = MISSING  # the sources' paths are below it
     sources: dict[str, SourceConfig] = field(default_factory=dict)  # by names of your own
     lanes: int = MISSING  # fixed for the run; every data-parallel size that divides it gives the same batches
     stages: list[StageConfig] = field(default_factory=list)
-    document_mask: bool = False  # a token sees its own document alone, positions start anew with each
+    document_mask: bool = False  # a token sees only its own document; positions restart with each document
     on_bad_shard: OnBadShard = OnBadShard.stop  # a shard that is lost for good
     cache: CacheConfig = field(default_factory=CacheConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)

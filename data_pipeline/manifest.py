@@ -2,7 +2,7 @@
 
 A *source* is a folder:
 
-    manifest.json     what is here: shards with bytes, sha256, documents, tokens; dtype; tokenizer hash
+    manifest.json     the content: shards with bytes, sha256, documents, tokens; dtype; tokenizer hash
     tokenizer.json    the tokenizer the ids were made with
     00000.tar         a webdataset tar; each sample is a block of whole documents' token ids
     00000.idx.json    the shard's index: its sha256, blocks (member, tokens, crc32, offset) and documents (id, tokens)
@@ -67,7 +67,7 @@ class Manifest:
     split: str
     dtype: Annotated[str, re.compile("uint(16|32)"), "uint16 or uint32"]  # little-endian
     vocab_size: Annotated[int, range(1, (1 << 32) + 1)]
-    eot_id: int | None  # ends each document; None where the vocabulary has none (GPT-1)
+    eot_id: int | None  # ends each document; None if the vocabulary has none (GPT-1)
     tokenizer_sha256: str
     shards: tuple[ShardInfo, ...]
     origin: str | None = None  # not written
@@ -86,7 +86,7 @@ class Manifest:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the shards' own sha256 in order: the same data, wherever it lies."""
+        """A hash of the shards' hashes, in order: the same for the same data in any folder."""
         return hashlib.sha256("".join(s.sha256 for s in self.shards).encode()).hexdigest()
 
     @property
@@ -177,7 +177,7 @@ def index_of(manifest: Manifest, shard: ShardInfo, path: Path | None = None) -> 
     """Read a shard's index and compare it with the manifest.
 
     Raises:
-        UserError: as `read_index`; the index of another shard, or blocks that lie outside it or overlap.
+        UserError: as `read_index`; the index of another shard, or blocks outside it or overlapping blocks.
     """
     path = path or index_path(manifest, shard)
     index, itemsize = read_index(path), manifest.numpy_dtype.itemsize

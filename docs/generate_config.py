@@ -1,4 +1,4 @@
-"""`make docs` writes docs/config.md from the dataclasses and from conf/; tests/test_docs.py fails where it is stale."""
+"""`make docs` writes docs/config.md from the dataclasses and from conf/; tests/test_docs.py fails if it is stale."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ HEAD = """# Every value of every command
 
 Made by `make docs` from `*/config.py` and `conf/`; change those, not this page. `GROUP=OPTION` chooses a file of a
 group, `KEY=VALUE` sets a value; the command line has the last word. `--help` prints the groups, `--cfg job` the whole
-config. Text is taken as it stands: `prompt='Hello, world'` needs no second pair of quotes.
+config. Text is taken literally: `prompt='Hello, world'` needs no second pair of quotes.
 """
 
 
@@ -94,7 +94,7 @@ def table(schema: type) -> str:
 
 
 def docs(schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, first paragraph) of each nested dataclass that says what it is."""
+    """(dotted key, first paragraph of the docstring) of each nested dataclass."""
     hints = get_type_hints(schema)
     for f in fields(schema):
         hint, key = hints[f.name], prefix + f.name
@@ -110,7 +110,7 @@ def docs(schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 def keys(schema: Any, prefix: str = "", inside: bool = False) -> Iterator[tuple[str, Any, str, Any]]:
     """(dotted key, type, the comment beside it, default) of each value, nested dataclasses opened.
 
-    The default is None where the YAML files say it; `inside` a mapping or list of dataclasses it is the dataclass's.
+    The default is None if the YAML files give it; `inside` a mapping or list of dataclasses it is the dataclass's.
     """
     hints, beside = get_type_hints(schema), comments(schema)
     for f in fields(schema):
@@ -139,7 +139,7 @@ def _default(f: Field[Any]) -> Any:
 
 def comments(cls: type) -> dict[str, str]:
     """The comment on the line of each field of a dataclass, or member of an enum."""
-    if len(line := [c for c in cls.__mro__ if is_dataclass(c)]) > 1:  # an heir's fields stand in several classes
+    if len(line := [c for c in cls.__mro__ if is_dataclass(c)]) > 1:  # an heir's fields are in several classes
         return {name: text for c in reversed(line) for name, text in _comments(c).items()}
     return _comments(cls)
 

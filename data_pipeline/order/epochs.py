@@ -8,7 +8,7 @@ and so on; W is the number of windows. In each epoch:
 2.  The line is cut into L intervals, lane after lane; lane l's interval has as many places as the epoch has positions
     of l. These positions are every L-th of W consecutive integers: W div L of them, and one more for each of the
     W mod L lanes that follow the epoch's first position (cyclically). So the start of an interval has a closed form.
-3.  Lane l's j-th position of the epoch takes the j-th place of its interval. A *run* is the part of one shard that lies
+3.  Lane l's j-th position of the epoch takes the j-th place of its interval. A *run* is the part of one shard that is
     in one interval; its windows are shuffled by (seed, epoch, lane, shard).
 
 Each epoch serves each window exactly once, for any shards and any L:

@@ -86,7 +86,7 @@ def batches(
         grown = start + (full - start) * min(tokens, ramp.over) // ramp.over if tokens < ramp.over else full
         if grown < each or (start > full and tokens < ramp.over):
             raise UserError(
-                f"batch_ramp.start={start} makes a batch of {grown} tokens at step {step}: it must lie between one "
+                f"batch_ramp.start={start} makes a batch of {grown} tokens at step {step}: it must be between one "
                 f"window for each lane, data.lanes={lanes} x n_ctx={n_ctx} = {each} tokens and tokens_per_step={full}; "
                 f"give batch_ramp.start={each}, or in a new run data.lanes={max(1, grown // n_ctx)}"
             )

@@ -61,7 +61,7 @@ class Ledger:
             if b.step < a.step or b.position < a.position_at(b.step):
                 raise UserError(
                     f"ledger: step {b.step} at position {b.position} goes back: the step before it ends at position "
-                    f"{a.position_at(b.step)} (segment from step {a.step}); windows are never served anew"
+                    f"{a.position_at(b.step)} (segment from step {a.step}); windows are never served again"
                 )
             if any(not set(shards) <= set(b.lost.get(name, ())) for name, shards in a.lost.items()):
                 raise UserError(f"ledger: step {b.step} has lost {dict(b.lost)}, but {dict(a.lost)} were lost before")

@@ -52,7 +52,7 @@ class Rest:
     line: Line
     epoch: int
     era: int
-    begun: int  # epochs that windows have been drawn of
+    begun: int  # number of epochs of which windows are drawn
     waiting_tokens: int  # in windows of the old length that make none of the new: they wait for the next epoch
 
     @classmethod

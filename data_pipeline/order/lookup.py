@@ -136,7 +136,7 @@ def _spans_of(opened: OpenedOrder, document: str) -> Iterator[DocumentSpan]:
 
 
 def _lines(opened: OpenedOrder, positions: np.ndarray) -> Iterator[dict[str, Any]]:
-    """A line for each of the positions, [n], which lie in one segment of the ledger."""
+    """A line for each of the positions, [n], all in one segment of the ledger."""
     plan = opened.plan
     segment = plan.ledger.segments[plan.ledger.number_at(int(positions[0]))]
     windows = plan.windows_at(positions)

@@ -7,7 +7,7 @@ times after t entries, give or take 1 - 1/(2k - 2). So
 *   any P draws in a row of a lane hold each source exactly c_s times, and from T's first entry on a lane is never a
     whole window away from a source's share; over any stretch of draws it is less than 2;
 *   the L lanes draw, in one column, L entries of T in a row, so that a column too holds each source's share give or
-    take less than 2: no step is drawn from one source alone where the others' share of L is 2 or more;
+    take less than 2: no step is drawn from one source alone if the others' share of L is 2 or more;
 *   r is the first entry from which all lanes together stay closest to the shares. That is within one window for each
     lane at every step: proved for one lane and for two sources, found so for up to ten;
 *   the number of draws of a source before a lane's i-th draw is a division and a look-up: N_s(i + l) - N_s(l), with

@@ -78,7 +78,7 @@ class OpenedOrder:
             try:
                 manifest = self.manifests[name] = open_source(path, self.cache)
             except NoSource:
-                if ledger.segments[-1].weights.get(name) or done is None:  # else the run goes on without it
+                if ledger.segments[-1].weights.get(name) or done is None:  # else the run continues without it
                     raise
                 continue
             expected = (sha256 or {}).get(name, manifest.sha256)

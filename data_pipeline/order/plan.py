@@ -107,13 +107,13 @@ class Plan:
                 self._open_era(number, segment, source)
 
     def windows_at(self, positions: np.ndarray | range) -> Windows:
-        """The windows at `positions`, which must lie in one segment of the ledger: [n]."""
+        """The windows at `positions`, all in one segment of the ledger: [n]."""
         p = np.asarray(positions, dtype=np.int64)
         if not len(p):
             return Windows(p, p, p)
         number = self.ledger.number_at(int(p.min()))
         if self.ledger.number_at(int(p.max())) != number:
-            raise ValueError(f"positions {p.min()} to {p.max()} lie in more than one segment of the ledger")
+            raise ValueError(f"positions {p.min()} to {p.max()} are in more than one segment of the ledger")
         weights, lane = self._weights[number], p % self.lanes
         source, drawn = weights.mixture.draw(p // self.lanes - weights.column, lane)
         drawn += weights.base[source, lane]
@@ -174,7 +174,7 @@ class Plan:
         for era, after in zip(eras, [*eras[1:], None], strict=True):
             end = min(until, self.ledger.segments[after.segment].position) if after else until
             if era.order is not None and end > self.ledger.segments[era.segment].position:
-                columns = -(-end // self.lanes) * self.lanes  # whole ones; what is beyond `end` is left out below
+                columns = -(-end // self.lanes) * self.lanes  # whole columns; positions from `end` on are dropped below
                 limit = int((self._drawn(source, columns) - era.base).max()) * self.lanes
                 q = era.order.positions_of(shard, limit)
                 _, token = era.order.windows_at(q)

@@ -244,7 +244,7 @@ class Pipe:
                 yield Head(0, None), self._output(process, errors)
             finally:
                 if process.returncode is None:
-                    with suppress(ProcessLookupError):  # what it started goes with it
+                    with suppress(ProcessLookupError):  # and its child processes
                         os.killpg(process.pid, signal.SIGKILL)
                 process.stdout.close()  # type: ignore[union-attr]
                 process.wait()

@@ -90,7 +90,7 @@ class CachedShard:
                 file=sys.stderr,
             )
             os.pwrite(self._fds[1], b"\0", self._flags_offset + b)
-        raise UserError(f"data.cache.dir={self._cache.dir}: does not give back what is written: use another disk")
+        raise UserError(f"data.cache.dir={self._cache.dir}: reads other bytes than were written: use another disk")
 
     def obtain(self, first: int, stop: int) -> None:
         """Fetch the blocks [first, stop) that are not in the cache; raises as `load`."""
@@ -138,7 +138,7 @@ class CachedShard:
         with Reader(self._backend, self._shard.name, offset, length, self._cache.fetch.timeout_s) as reader:
             if reader.total not in (None, size):
                 what = "truncated" if reader.total < size else "replaced"
-                raise Corrupt(f"{what}, {reader.total} bytes where the manifest says {size}")
+                raise Corrupt(f"{what}, {reader.total} bytes, the manifest says {size}")
             numbers = range(first, stop) if reader.start == offset else range(len(blocks))
             position = reader.start
             for b in numbers:
@@ -153,7 +153,7 @@ class CachedShard:
                 if (checksum := zlib.crc32(data)) == block.crc32:
                     self._cache.writing(partial(self._store, b, data))
                 elif first <= b < stop:
-                    wrong = f"sample {block.member}: checksum {checksum:08x} where the index says {block.crc32:08x}"
+                    wrong = f"sample {block.member}: checksum {checksum:08x}, the index says {block.crc32:08x}"
         if wrong:
             raise Corrupt(wrong)
 

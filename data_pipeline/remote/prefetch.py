@@ -27,6 +27,11 @@ class Prefetcher:
         for _ in range(_THREADS):
             threading.Thread(target=self._work, name="prefetch", daemon=True).start()
 
+    @property
+    def pending(self) -> int:
+        """The number of tasks that are not finished."""
+        return self._tasks.unfinished_tasks
+
     def want(self, manifest: Manifest, shard: ShardInfo, starts: list[int], span: int) -> None:
         """Fetch the blocks of `span` tokens from each of `starts` on. Does nothing after `close`."""
         if not self._ended.is_set():
@@ -36,7 +41,7 @@ class Prefetcher:
         """Drop waiting tasks and release shards; the threads stay for new tasks. Waits at most `patience` seconds."""
         self._drain()
         end = time.monotonic() + patience
-        while self._tasks.unfinished_tasks and time.monotonic() < end:
+        while self.pending and time.monotonic() < end:
             time.sleep(_POLL)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from data_pipeline.remote.mirror import NoSource, has_manifest, mirror
 
 
 class ShardError(UserError):
-    """A shard that cannot be read. Names the shard and, where there is one, the sample."""
+    """A shard that cannot be read. Names the shard and, if known, the sample."""
 
 
 class LostShard(ShardError):

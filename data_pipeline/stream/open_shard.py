@@ -57,7 +57,7 @@ class LocalShard:
         if (size := os.fstat(self._fd).st_size) != shard.bytes:
             self.close()
             what = "truncated" if size < shard.bytes else "replaced"
-            raise Lost(f"{what}, {size} bytes where the manifest says {shard.bytes}")
+            raise Lost(f"{what}, {size} bytes, the manifest says {shard.bytes}")
 
     def obtain_all(self, wanted: list[int]) -> None:
         """Nothing to fetch: the blocks are local."""
@@ -76,7 +76,7 @@ class LocalShard:
         if (n := os.preadv(self._fd, [out.data], block.offset)) != out.nbytes:
             raise Lost(f"sample {block.member}: truncated, {n} of its {out.nbytes} bytes are there")
         if (checksum := zlib.crc32(out.data)) != block.crc32:
-            raise Lost(f"sample {block.member}: checksum {checksum:08x} where the index says {block.crc32:08x}")
+            raise Lost(f"sample {block.member}: checksum {checksum:08x}, the index says {block.crc32:08x}")
 
     def close(self) -> None:
         """Close the file. May be called twice, and by two threads."""

@@ -62,7 +62,7 @@ class ShardStream:
         self._dtype = np.result_type(*(m.numpy_dtype for m in self._manifests))
         self._clock = 0  # windows read
         self._span = 0  # tokens of a window
-        self._prefetcher: Prefetcher | None = None
+        self.prefetcher: Prefetcher | None = None
         self._remote = {s for s, m in enumerate(self._manifests) if m.origin is not None}
         self._expected: set[tuple[int, int, int]] = set()  # windows that the prefetcher already has
         room_for_files(open_shards, 2 if self._remote else 1)
@@ -134,11 +134,11 @@ class ShardStream:
             if held is None or not held.has(start, start + span):
                 wanted.setdefault((source, shard), []).append(start)
         for key, starts in wanted.items():
-            if self._prefetcher is None:
+            if self.prefetcher is None:
                 assert self._cache is not None
-                self._prefetcher = Prefetcher(self._cache)
+                self.prefetcher = Prefetcher(self._cache)
             manifest = self._manifests[key[0]]
-            self._prefetcher.want(manifest, manifest.shards[key[1]], starts, span)
+            self.prefetcher.want(manifest, manifest.shards[key[1]], starts, span)
 
     def stop(self) -> None:
         """Read nothing more: a `read` in progress ends with an error.
@@ -146,7 +146,7 @@ class ShardStream:
         For a thread that then waits for the reading thread, which closes the stream.
         """
         self._closed = True
-        if (prefetcher := self._prefetcher) is not None:
+        if (prefetcher := self.prefetcher) is not None:
             prefetcher.close()
 
     def close(self) -> None:
@@ -175,9 +175,9 @@ class ShardStream:
             try:
                 held = OpenShard(manifest, shard, self._cache)
             except CacheFull:  # prefetched shards may take the room
-                if self._prefetcher is None or self._cache is None:
+                if self.prefetcher is None or self._cache is None:
                     raise
-                self._prefetcher.stop(self._cache.fetch.timeout_s)
+                self.prefetcher.stop(self._cache.fetch.timeout_s)
                 self._expected.clear()  # the dropped windows may be expected again
                 held = OpenShard(manifest, shard, self._cache)
         self._open[source, number] = held

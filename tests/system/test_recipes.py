@@ -19,7 +19,7 @@ from data_pipeline.corpus.inputs import Input
 from data_pipeline.prepare.readers import read_published
 from tests.helpers import slurm
 from tests.helpers.crawls import SMALL, STEPS, command, crawl, drops, made_by, pages, report, result, run
-from tests.helpers.places import wait_for
+from tests.helpers.http_server import wait_for
 from tests.helpers.ranks import ROOT
 from tests.helpers.seeds import seeded
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import slurm
-from tests.helpers.places import wait_for
+from tests.helpers.http_server import wait_for
 from tests.helpers.ranks import ROOT
 from tests.system.runs import TINY, make_data, pretrain
 from tests.system.test_resume import story

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from conf.schema import load
-from tests.helpers.places import wait_for
+from tests.helpers.http_server import wait_for
 from tests.helpers.ranks import ROOT
 from tests.system.runs import TINY, make_data
 from trainer.config.pretrain import PretrainConfig

@@ -19,7 +19,7 @@ import pytest
 
 from launch.checks import folder, hosts, packages, services, slurm
 from launch.checks.runner import Check, run_checks
-from tests.helpers.places import serving, wait_for
+from tests.helpers.http_server import serving, wait_for
 from tests.helpers.ranks import ROOT
 from trainer.config.tracking import TrackerName, TrackingConfig
 from trainer.diagnostics import machine

@@ -16,7 +16,7 @@ from data_pipeline.config import FetchConfig
 from data_pipeline.corpus import remote_inputs as away
 from data_pipeline.corpus.inputs import files_at
 from data_pipeline.corpus.remote_inputs import fetched, inputs_at
-from tests.helpers.places import Server, serving
+from tests.helpers.http_server import Server, serving
 
 QUICK = FetchConfig(timeout_s=1.0, retries=2)
 

@@ -31,7 +31,7 @@ from data_pipeline.remote.prefetch import Prefetcher
 from data_pipeline.remote.source import LostShard, ShardError, index_at, open_source
 from data_pipeline.stream.windows import ShardStream, read_shard
 from tests.helpers.fixtures import random_source
-from tests.helpers.places import Server, serving, wait_for
+from tests.helpers.http_server import Server, serving, wait_for
 from tests.helpers.ranks import ROOT
 from tests.helpers.seeds import seeded
 from tests.unit.data_pipeline.stream.test_stream import read, some_windows
@@ -156,7 +156,7 @@ def test_a_shard_of_another_size_is_lost(local: Manifest, tmp_path: Path, kind: 
     body = path.read_bytes()
     path.write_bytes(body[:-512] if kind == "truncated" else body + b"\0")
     with serving(local.root, ranges=not without) as server:
-        message = rf"{kind}, \d+ bytes where the manifest says {len(body)}; fetched anew it was no better"
+        message = rf"{kind}, \d+ bytes, the manifest says {len(body)}; fetched anew it was no better"
         with pytest.raises(LostShard, match=rf"00001.tar: {message}"):
             read(stream_of(server.url, cache_in(tmp_path)), window(1))
 
@@ -412,28 +412,28 @@ def test_what_is_expected_is_there_before_it_is_read(local: Manifest, server: Se
     stream, seed = stream_of(server.url, cache), seeded()
     windows = some_windows([local], 30, N_CTX, seed)
     stream.expect(windows, N_CTX)
-    ahead = stream._prefetcher
-    assert ahead is not None
-    wait_for(lambda: not ahead._tasks.unfinished_tasks)
+    prefetcher = stream.prefetcher
+    assert prefetcher is not None
+    wait_for(lambda: not prefetcher.pending)
     before = [*server.requests]
     got, expected = read(stream, windows), read(ShardStream([local], open_shards=3), windows)
     np.testing.assert_array_equal(got[0], expected[0], f"seed {seed}")
     assert server.requests == before
     assert len([r for r in before if r[0].endswith(".tar")]) < sum(len(index_of(local, s).blocks) for s in local.shards)
     stream.expect(windows, N_CTX)  # all loaded: nothing to do
-    assert not ahead._tasks.unfinished_tasks
+    assert not prefetcher.pending
     stream.close()
 
 
 def test_no_hint_is_dropped_however_many_there_are(local: Manifest, server: Server, tmp_path: Path) -> None:
     cache = cache_in(tmp_path)
-    manifest, ahead = open_source(server.url, cache), Prefetcher(cache)
+    manifest, prefetcher = open_source(server.url, cache), Prefetcher(cache)
     server.delay = 0.01
     starts = [(n, start) for n in range(3) for start in range(0, TOKENS[n] - N_CTX, N_CTX)]
     for n, start in starts:
-        ahead.want(manifest, manifest.shards[n], [start], N_CTX + 1)
-    wait_for(lambda: not ahead._tasks.unfinished_tasks)
-    ahead.close()
+        prefetcher.want(manifest, manifest.shards[n], [start], N_CTX + 1)
+    wait_for(lambda: not prefetcher.pending)
+    prefetcher.close()
     before = [*server.requests]
     stream = ShardStream([manifest], open_shards=3, cache=cache)
     read(stream, Windows(np.zeros(len(starts), int), *np.array(starts).T))
@@ -444,16 +444,16 @@ def test_no_hint_is_dropped_however_many_there_are(local: Manifest, server: Serv
 def test_reading_ahead_ends_though_it_is_asked_for_more(server: Server, tmp_path: Path) -> None:
     cache = cache_in(tmp_path)
     manifest, before = open_source(server.url, cache), {*threading.enumerate()}
-    ahead = Prefetcher(cache)
+    prefetcher = Prefetcher(cache)
     mine = {*threading.enumerate()} - before
     server.always("00000.tar", "hang")
     for _ in range(100):
-        ahead.want(manifest, manifest.shards[0], [0], N_CTX + 1)
-    ahead.close()
+        prefetcher.want(manifest, manifest.shards[0], [0], N_CTX + 1)
+    prefetcher.close()
     for _ in range(100):
-        ahead.want(manifest, manifest.shards[0], [0], N_CTX + 1)
-        ahead.stop(0.0)
-        ahead.close()
+        prefetcher.want(manifest, manifest.shards[0], [0], N_CTX + 1)
+        prefetcher.stop(0.0)
+        prefetcher.close()
     wait_for(lambda: not any(thread.is_alive() for thread in mine if thread.name == "prefetch"))
 
 

@@ -27,7 +27,7 @@ from data_pipeline.remote.backends import (
     shown,
 )
 from data_pipeline.remote.fetch import Reader, fetch_small, retried
-from tests.helpers.places import Server, serving
+from tests.helpers.http_server import Server, serving
 
 pytestmark = pytest.mark.timeout(30)  # nothing may hang
 QUICK, PATIENT = FetchConfig(timeout_s=0.2, retries=2), FetchConfig(timeout_s=0.2, retries=8)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.ssh.fanout import Host
-from tests.helpers.places import wait_for
+from tests.helpers.http_server import wait_for
 from tests.helpers.ranks import ROOT
 from trainer.run.heartbeat import Heartbeat, write_heartbeat
 
