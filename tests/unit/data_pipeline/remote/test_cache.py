@@ -135,7 +135,7 @@ def test_a_fault_that_passes_costs_no_token(local: Manifest, server: Server, tmp
 LOST = {
     "404": "HTTP 404",
     "410": "HTTP 410",
-    "flip": r"sample 000000.npy: checksum [0-9a-f]{8} where the index says [0-9a-f]{8}; fetched anew it was no better",
+    "flip": r"sample 000000.npy: checksum [0-9a-f]{8}, the index says [0-9a-f]{8}; fetched anew it was no better",
 }
 
 

@@ -230,12 +230,12 @@ def exchange_the_index(path: Path) -> None:
 
 
 DEFECTS: list[tuple[Callable[[Path], None], str]] = [
-    (flip_a_token, r"sample 00000\d.npy: checksum [0-9a-f]{8} where the index says"),
+    (flip_a_token, r"sample 00000\d.npy: checksum [0-9a-f]{8}, the index says"),
     (cut_in_the_middle, r"truncated, \d+ bytes, the manifest says \d+"),
     (add_a_byte, r"replaced, \d+ bytes, the manifest says \d+"),
-    (zero_the_tail, "sample 000002.npy: checksum [0-9a-f]{8} where the index says"),
-    (drop_a_sample, "sample 000001.npy: checksum [0-9a-f]{8} where the index says"),
-    (swap_two_samples, "sample 000001.npy: checksum [0-9a-f]{8} where the index says"),
+    (zero_the_tail, "sample 000002.npy: checksum [0-9a-f]{8}, the index says"),
+    (drop_a_sample, "sample 000001.npy: checksum [0-9a-f]{8}, the index says"),
+    (swap_two_samples, "sample 000001.npy: checksum [0-9a-f]{8}, the index says"),
     (Path.unlink, "No such file or directory"),
     (lose_the_index, r"its index .*00001.idx.json: no such file"),
     (empty_the_index, r"its index .*00001.idx.json: not an index of format 2"),
