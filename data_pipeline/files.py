@@ -6,9 +6,9 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -93,80 +93,105 @@ def from_json(schema: type[T], body: Any, name: Path | str, cure: str, *, extra:
         UserError: a key that is missing or not known, a value of another type or out of bounds; names file and field.
     """
     try:
-        made: T = _object(schema, body, "", extra, given)
+        made: T = _object(schema, extra, tuple(given))(body, **given)
+    except _DamagedValue as e:
+        keys = ", ".join(key.lstrip(".") for key in e.keys) or "the whole"
+        raise UserError(f"{name}: damaged ({keys}{e}): {cure}") from None
     except (ValueError, UserError) as e:
         raise UserError(f"{name}: damaged ({e}): {cure}") from None
     return made
 
 
-def _value(hint: Any, value: Any, key: str, extra: bool) -> Any:
-    """`value` as the type `hint` says; `key` is its place, such as `.shards[3].bytes`."""
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin is Annotated:
-        return _bounded(_value(args[0], value, key, extra), args[1:], key)
-    if NoneType in args:
-        other = next(arg for arg in args if arg is not NoneType)
-        return None if value is None else _value(other, value, key, extra)
-    if is_dataclass(hint):
-        return _object(hint, value, key, extra)
-    if origin in (list, tuple):
-        values = (
-            value if type(value) is tuple else _typed(list, value, key)
-        )  # a body that is still in memory has tuples
-        return origin(_items(args[0], values, key, extra))
-    if origin in (dict, Mapping):
-        return {k: _value(args[1], v, f"{key}.{k}", extra) for k, v in _typed(dict, value, key).items()}
-    if hint is float and type(value) is int:
-        return float(value)
-    return _typed(hint, value, key)
+class _DamagedValue(Exception):
+    """A complaint about the values at `keys`, such as `.shards[3].bytes`; each level on the way up adds its part."""
 
-
-def _object(schema: Any, value: Any, key: str, extra: bool, given: Mapping[str, Any] = {}) -> Any:
-    hints, required = _fields(schema)
-    body = _typed(dict, value, key)
-    known = hints.keys() - given
-    unknown = set() if extra else body.keys() - known
-    for names, problem in ((required - given.keys() - body.keys(), "missing"), (unknown, "not known")):
-        if names:
-            raise ValueError(", ".join(f"{key}.{name}".lstrip(".") for name in sorted(names)) + f": {problem}")
-    values = {name: _value(hints[name], body[name], f"{key}.{name}", extra) for name in body if name in known}
-    return schema(**values, **given)
-
-
-def _items(hint: Any, values: Sequence[Any], key: str, extra: bool) -> Sequence[Any]:
-    """The items of a list. Millions of plain ones are checked together, and one by one only to name the bad one."""
-    plain, bounds = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
-    if not values:
-        return values
-    uniform = plain in (int, str, bool) and set(map(type, values)) == {plain}
-    if uniform and all(type(bound) is range and min(values) in bound and max(values) in bound for bound in bounds):
-        return values
-    return [_value(hint, value, f"{key}[{i}]", extra) for i, value in enumerate(values)]
-
-
-def _bounded(value: Any, bounds: Sequence[Any], key: str) -> Any:
-    for bound in bounds:
-        if isinstance(bound, range) and value not in bound:
-            raise ValueError(f"{key.lstrip('.')}={value!r}, not {bound.start} to {bound.stop - 1}")
-        if isinstance(bound, re.Pattern) and not bound.fullmatch(value):
-            words = [text for text in bounds if isinstance(text, str)] or [f"of the form {bound.pattern}"]
-            raise ValueError(f"{key.lstrip('.')}={value!r}, not {words[0]}")
-    return value
-
-
-def _typed(kind: type, value: Any, key: str) -> Any:
-    if type(value) is not kind:
-        shown = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
-        raise ValueError(f"{key.lstrip('.') or 'the whole'}={shown}, not {kind.__name__}")
-    return value
+    def __init__(self, complaint: str, *keys: str) -> None:
+        super().__init__(complaint)
+        self.keys = keys or ("",)
 
 
 @cache
-def _fields(schema: Any) -> tuple[dict[str, Any], set[str]]:
-    """The types of a dataclass's fields, and the names of those without a default."""
+def _reader(hint: Any, extra: bool) -> Callable[[Any], Any]:
+    """The function that turns a parsed JSON value into the type `hint`, or raises _DamagedValue."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return lambda value: value
+    if origin is Annotated:
+        return _bounded(_reader(args[0], extra), args[1:])
+    if NoneType in args:
+        other = _reader(next(arg for arg in args if arg is not NoneType), extra)
+        return lambda value: None if value is None else other(value)
+    if is_dataclass(hint):
+        return _object(hint, extra)
+    if origin in (list, tuple):
+        return _items(origin, args[0], extra)
+    if origin in (dict, Mapping):
+        item = _reader(args[1], extra)
+        return lambda body: {key: _below(f".{key}", item, value) for key, value in _typed(dict, body).items()}
+    if hint is float:
+        return lambda value: float(value) if type(value) is int else _typed(float, value)
+    return partial(_typed, hint)
+
+
+def _object(schema: Any, extra: bool, given: tuple[str, ...] = ()) -> Callable[..., Any]:
     hints = get_type_hints(schema, include_extras=True)
-    given = [f for f in fields(schema) if f.init]
-    required = {f.name for f in given if f.default is MISSING and f.default_factory is MISSING}
-    return {f.name: hints[f.name] for f in given}, required
+    own = [f for f in fields(schema) if f.init and f.name not in given]
+    required = {f.name for f in own if f.default is MISSING and f.default_factory is MISSING}
+    readers = {f.name: _reader(hints[f.name], extra) for f in own}
+
+    def read(value: Any, **given: Any) -> Any:
+        body = _typed(dict, value)
+        if missing := required - body.keys():
+            raise _DamagedValue(": missing", *(f".{name}" for name in sorted(missing)))
+        if not extra and (unknown := body.keys() - readers):
+            raise _DamagedValue(": not known", *(f".{name}" for name in sorted(unknown)))
+        values = {key: _below(f".{key}", readers[key], item) for key, item in body.items() if key in readers}
+        return schema(**values, **given)
+
+    return read
+
+
+def _items(kind: type, hint: Any, extra: bool) -> Callable[[Any], Any]:
+    """Reads a list. Millions of plain items are checked together, and one by one only to name the bad one."""
+    plain, bounds = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
+    together = plain in (int, str, bool) and all(type(bound) is range for bound in bounds)
+    item = _reader(hint, extra)
+
+    def read(value: Any) -> Any:
+        values = value if type(value) is tuple else _typed(list, value)  # a body that is still in memory has tuples
+        uniform = together and set(map(type, values)) == {plain}
+        if uniform and all(min(values) in bound and max(values) in bound for bound in bounds):
+            return kind(values)
+        return kind(_below(f"[{i}]", item, value) for i, value in enumerate(values))
+
+    return read
+
+
+def _bounded(read: Callable[[Any], Any], bounds: Sequence[Any]) -> Callable[[Any], Any]:
+    words = [text for text in bounds if isinstance(text, str)]
+
+    def checked(value: Any) -> Any:
+        made = read(value)
+        for bound in bounds:
+            if isinstance(bound, range) and made not in bound:
+                raise _DamagedValue(f"={made!r}, not {bound.start} to {bound.stop - 1}")
+            if isinstance(bound, re.Pattern) and not bound.fullmatch(made):
+                raise _DamagedValue(f"={made!r}, not {words[0] if words else f'of the form {bound.pattern}'}")
+        return made
+
+    return checked
+
+
+def _below(key: str, read: Callable[[Any], Any], value: Any) -> Any:
+    """`read(value)`; the keys of a complaint begin with `key`."""
+    try:
+        return read(value)
+    except _DamagedValue as e:
+        raise _DamagedValue(str(e), *(key + below for below in e.keys)) from None
+
+
+def _typed(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        shown = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
+        raise _DamagedValue(f"={shown}, not {kind.__name__}")
+    return value
