@@ -83,10 +83,11 @@ class _VocabLoss(torch.autograd.Function):
 
 def _fp32(logits_NV: Tensor, n_true: int) -> Tensor:
     """A copy in fp32, -inf where no token is."""
+    V = logits_NV.shape[-1]
     x_NV = logits_NV.to(torch.float32, copy=True)
-    if n_true < x_NV.shape[-1]:
-        x_NV[:, n_true:] = -torch.inf
-    return x_NV
+    if n_true == V:
+        return x_NV
+    return x_NV.masked_fill_(torch.arange(V, device=x_NV.device) >= n_true, -torch.inf)
 
 
 def _rows(logits_NV: Tensor) -> int:
