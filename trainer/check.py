@@ -1,21 +1,26 @@
-"""What can be refused of a run before torch is imported: on its ranks, and on a login node before it is sent."""
+"""Refuses a run before torch is imported: on its ranks, and on a login node before it is sent."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from conf.errors import UserError
-from data_pipeline.order.geometry import Geometry
-from trainer.checkpoint.find import check_model, model_of
+from data_pipeline.manifest import TOKENIZER
+from data_pipeline.order.plan import Plan
+from trainer.checkpoint.find import check_model, find_checkpoint, model_of
+from trainer.config.model import ModelConfig
 from trainer.config.optim import Kind
 from trainer.config.pretrain import PretrainConfig
-from trainer.config.tracking import check_tracking
-from trainer.config.train import Resume
+from trainer.config.tracking import TrackingConfig, check_tracking
+from trainer.config.train import Resume, TrainConfig
 from trainer.data.sources import Sources, check_cache, check_past, check_sources, open_sources, plan_run
 from trainer.distributed.world import World
 from trainer.engine.schedule import lr_at
-from trainer.init_from import check_init_from
 from trainer.plan.choose import resumed, settle
 from trainer.plan.layout_rules import check_layout
 from trainer.run.folder import RunFolder
@@ -23,49 +28,67 @@ from trainer.run.redact import refuse_secrets
 
 
 class Checked(NamedTuple):
-    """A run that may start: its config with nothing left open, and what was found on the way."""
+    """A run that may start: its config with nothing left open, its sources, and the checkpoint it resumes from."""
 
     cfg: PretrainConfig
-    geometry: Geometry
     sources: Sources
-    state: dict[str, Any]  # of the checkpoint that it goes on from, {} for a new run
-    chosen: str  # what the plan chose, in words; "" where nothing was open
+    state: dict[str, Any]  # of that checkpoint, {} for a new run
+    chosen: str  # the plan's choice, in words; "" if nothing was open
 
 
 def check(cfg: PretrainConfig, world: World) -> Checked:
     """Raises UserError for a run that cannot be: its layout, its data, its tracker, its past or its length."""
     cfg, chosen = settle(cfg, world)
-    geometry = check_layout(cfg, world.world_size)
+    check_layout(cfg, world.world_size)
     sources = open_sources(cfg.data)
-    check_sources(cfg, sources)
-    check_cache(cfg, sources, world)
+    check_sources(sources, cfg.model, cfg.eval.windows)
+    check_cache(cfg.data, sources, world, cfg.parallel.tp)
     check_tracking(cfg.tracking)
-    check_shown(cfg)
-    state = check_resume(cfg, sources)
+    refuse_secrets(asdict(cfg))
+    check_registry(cfg.tracking, cfg.model)
+    state = check_resume(cfg)
+    if state:
+        latest = RunFolder(cfg.run.dir).latest()
+        name = latest.name if latest else ""
+        check_past(cfg.data, sources, state.get("data", {}), seed=cfg.seed, checkpoint=name, run_dir=cfg.run.dir)
+    elif cfg.init_from is not None:
+        check_init_from(cfg.init_from, cfg.model, sources.any.root / TOKENIZER)
     if chosen:
         chosen += resumed(state.get("layout", {}))
     sources = sources._replace(past=state.get("data", {}).get("sources", {}))
-    plan = plan_run(cfg, sources, state)
-    tokens = plan.ledger.tokens(cfg.max_steps)
+    tokens = plan_for(cfg, sources, state).ledger.tokens(cfg.max_steps)
     lr_at(cfg.optim.schedule, cfg.optim.lr, step=0, max_steps=cfg.max_steps, tokens=0, step_tokens=0, end_tokens=tokens)
-    return Checked(cfg, geometry, sources, state, chosen)
+    return Checked(cfg, sources, state, chosen)
 
 
-def check_shown(cfg: PretrainConfig) -> None:
-    """Raises UserError for a config that cannot be shown, and for a model that a registry cannot hold."""
-    refuse_secrets(asdict(cfg))
-    if cfg.tracking.register is not None and cfg.model.sparse_layers:
+def plan_for(cfg: PretrainConfig, sources: Sources, state: Mapping[str, Any]) -> Plan:
+    """The plan of a run that resumes from this state, {} for a new run. Raises UserError as `plan_run`."""
+    return plan_run(
+        cfg.data,
+        sources,
+        state,
+        n_ctx=cfg.model.n_ctx,
+        tokens_per_step=cfg.tokens_per_step,
+        ramp=cfg.batch_ramp,
+        seed=cfg.seed,
+        max_steps=cfg.max_steps,
+    )
+
+
+def check_registry(tracking: TrackingConfig, model: ModelConfig) -> None:
+    """Raises UserError for a model that a registry cannot hold."""
+    if tracking.register is not None and model.sparse_layers:
         raise UserError(
-            f"tracking.register={cfg.tracking.register}, but a model of model.attention={cfg.model.attention} has no "
+            f"tracking.register={tracking.register}, but a model of model.attention={model.attention} has no "
             "Hugging Face files to register: give tracking.register=null"
         )
 
 
-def check_resume(cfg: PretrainConfig, sources: Sources) -> dict[str, Any]:
-    """The state to resume from, {} for a new run.
+def check_resume(cfg: TrainConfig) -> dict[str, Any]:
+    """The state of the checkpoint to resume from, {} for a new run.
 
     Raises:
-        UserError: the run folder is not what `resume` asks for, or holds another run.
+        UserError: the run folder is not of the kind that `resume` asks for, or holds another run.
     """
     folder = RunFolder(cfg.run.dir)
     latest = folder.latest()
@@ -74,20 +97,72 @@ def check_resume(cfg: PretrainConfig, sources: Sources) -> dict[str, Any]:
             raise UserError(
                 f"resume=must, but {cfg.run.dir} holds no checkpoint: give the run's own run.dir, or resume=auto"
             )
-        check_init_from(cfg, sources)
         return {}
     if cfg.resume is Resume.never:
         raise UserError(f"resume=never, but {cfg.run.dir} holds {latest.name}: give another run.name, or resume=auto")
     state = folder.state(latest)
     check_model(latest, model_of(latest, state), cfg.model)
-    if (then := state.get("optimizer", Kind.adamw.value)) != cfg.optim.kind.value:  # older ones do not say: all AdamW
+    optimizer = state.get("optimizer", Kind.adamw.value)  # older checkpoints do not say: all are AdamW's
+    if optimizer != cfg.optim.kind.value:
         raise UserError(
-            f"optim.kind={cfg.optim.kind.value}, but {latest.name} of {cfg.run.dir} has the moments of {then}: "
+            f"optim.kind={cfg.optim.kind.value}, but {latest.name} of {cfg.run.dir} has the moments of {optimizer}: "
             "give the old kind, or another run.name"
         )
-    check_past(cfg, sources, latest.name, state)
     if state.get("step", 0) > cfg.max_steps:
         raise UserError(
             f"max_steps={cfg.max_steps}, but {cfg.run.dir} is at step {state['step']}: give more, or another run.name"
         )
     return state
+
+
+def check_init_from(init_from: str, model: ModelConfig, tokenizer: Path) -> None:
+    """Check the checkpoint whose weights a new run starts from; its dropout and init_std may differ.
+
+    Raises:
+        UserError: no checkpoint there, one of another shape, or one whose tokens are not those of `tokenizer`, the
+            data's.
+    """
+    path = find_checkpoint(init_from, "init_from")
+    check_model(path, model_of(path, RunFolder.state(path)), model, "another init_from")
+    own = path / TOKENIZER
+    if own.is_file() and not same_vocabulary(own, tokenizer):
+        raise UserError(
+            f"init_from={init_from}: {own} is another vocabulary than the data's {tokenizer}: its weights know other "
+            f"tokens; write the shards with tokenizer={own}"
+        )
+
+
+def same_vocabulary(a: Path, b: Path) -> bool:
+    """Return True if two tokenizer.json make the same ids of every text: equal bytes, or equal in all that decides."""
+    raw_a, raw_b = a.read_bytes(), b.read_bytes()
+    if hashlib.sha256(raw_a).digest() == hashlib.sha256(raw_b).digest():
+        return True
+    try:
+        return _parts(raw_a) == _parts(raw_b)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
+
+
+def _parts(raw: bytes) -> dict[str, Any]:
+    """The parts that decide on ids, in one form: files of several years and libraries write the same differently."""
+    body = json.loads(raw)
+    model, added = body["model"], body["added_tokens"]
+    merges = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
+    ids = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
+    kind = {key: model.get(key) or None for key in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")}
+    return {
+        "ids": ids,
+        "merges": merges,
+        "kind": {**kind, "type": model.get("type", "BPE"), "byte_fallback": bool(model.get("byte_fallback"))},
+        "ignore_merges": bool(model.get("ignore_merges")),
+        "special": sorted(token["content"] for token in added if token["special"]),
+        "normalizer": body.get("normalizer"),
+        "pre_tokenizer": _pre_tokenizer(body.get("pre_tokenizer")),
+    }
+
+
+def _pre_tokenizer(body: Any) -> Any:
+    """ByteLevel's settings without its offsets, which are not ids, and with the regex that it has by default."""
+    if not isinstance(body, dict) or body.get("type") != "ByteLevel":
+        return body
+    return {"use_regex": True, **{key: value for key, value in body.items() if key != "trim_offsets"}}

@@ -1,4 +1,4 @@
-"""How fast a run is: tokens a second, MFU, peaks, the progress line. Torch only inside functions."""
+"""Speed of a run: tokens a second, MFU, memory peaks, the progress line. Torch only inside functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Speed:
-    """Tokens a second and MFU over the last `window` steps.
+    """Work a second and MFU over the last `window` steps. Work is tokens, or examples of a feed without fixed windows.
 
     `flops_per_token` is the model's (arithmetic.flops_per_token), `peak_flops` that of all ranks together, in FLOP/s.
     """
@@ -24,26 +24,27 @@ class Speed:
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self._clock = clock
-        self._steps: deque[tuple[float, int, float]] = deque(maxlen=window)  # (seconds, tokens, seconds of waiting)
+        self._steps: deque[tuple[float, int, float]] = deque(maxlen=window)  # (seconds, work, seconds of waiting)
         self._waited = 0.0
         self.start()
 
     def start(self) -> None:
-        """The clock runs from here: call it after what is no step (validation, a checkpoint)."""
+        """Start the clock: call it after everything that is no step (validation, a checkpoint)."""
         self._since = self._clock()
 
     def wait(self, seconds: float) -> None:
-        """Of the step that is under way, so long was waited for data."""
+        """Add seconds that the present step waited for data."""
         self._waited += seconds
 
-    def step(self, tokens: int) -> None:
-        """A step over `tokens` tokens, counted over all ranks, has just ended."""
+    def step(self, work: int) -> None:
+        """A step over so much work, counted over all ranks, has just ended."""
         now = self._clock()
-        self._steps.append((now - self._since, tokens, self._waited))
-        self._since, self._waited = now, 0.0
+        self._steps.append((now - self._since, work, self._waited))
+        self._since = now
+        self._waited = 0.0
 
     @property
-    def tokens_per_s(self) -> float:
+    def work_per_s(self) -> float:
         seconds = sum(s for s, *_ in self._steps)
         return sum(n for _, n, _ in self._steps) / seconds if seconds > 0 else 0.0
 
@@ -56,11 +57,11 @@ class Speed:
     @property
     def mfu(self) -> float:
         """Share of the peak that went into the model's own FLOPs, 0..1."""
-        return self.tokens_per_s * self._flops_per_token / self._peak_flops
+        return self.work_per_s * self._flops_per_token / self._peak_flops
 
-    def eta_s(self, tokens_left: int) -> float | None:
+    def eta_s(self, work_left: int) -> float | None:
         """Seconds of steps still to do; None before the first step. Validation and checkpoints come on top."""
-        return tokens_left / self.tokens_per_s if self.tokens_per_s else None
+        return work_left / self.work_per_s if self.work_per_s else None
 
 
 def progress_line(step: int, max_steps: int, metrics: Mapping[str, float], eta_s: float | None = None) -> str:

@@ -6,18 +6,28 @@ Everything that can be refused is refused here, before torch is imported.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from conf.frozen import freeze
 from conf.schema import run
-from trainer.check import check
+from data_pipeline.manifest import TOKENIZER
+from trainer.check import check, plan_for
 from trainer.config.pretrain import PretrainConfig
+from trainer.data.sources import Sources, fetch_s
 from trainer.distributed.world import read_world
 from trainer.run.signals import OF_THIS_PROCESS, Stopped
 
+if TYPE_CHECKING:
+    from trainer.data.shard_feed import ShardFeed
+    from trainer.engine.engine import Engine
+    from trainer.setup import Task
+
 
 def pretrain(cfg: PretrainConfig) -> None:
+    """Train a language model from shards."""
     world = read_world()
-    cfg, geometry, sources, _, chosen = check(cfg, world)
+    cfg, sources, _, chosen = check(cfg, world)
     if chosen and world.is_main:
         print(chosen, flush=True)
     from trainer.distributed.lost_ranks import ranks_lost
@@ -26,13 +36,36 @@ def pretrain(cfg: PretrainConfig) -> None:
     try:
         with (
             ranks_lost(world, cfg.watch.collective_s),
-            Trainer(cfg, freeze(cfg), world, geometry, sources) as trainer,
+            Trainer(cfg, freeze(cfg), world, language_model(cfg, sources)) as trainer,
         ):
             trainer.train()
     except Stopped as e:
         if world.is_main:
             print(e, file=sys.stderr, flush=True)
         sys.exit(e.code)
+
+
+def language_model(cfg: PretrainConfig, sources: Sources) -> Task:
+    """The task of pre-training: the language model's loss, over windows of shards."""
+    from trainer.data.shard_feed import ShardFeed
+    from trainer.objective.language_model import LanguageModel
+    from trainer.setup import Task
+
+    def feed(engine: Engine, state: Mapping[str, Any]) -> ShardFeed:
+        return ShardFeed(
+            cfg.data,
+            engine.mesh,
+            sources,
+            plan_for(cfg, sources, state),
+            step=state.get("step", 0),
+            n_ctx=cfg.model.n_ctx,
+            max_steps=cfg.max_steps,
+            micro_batch_size=int(cfg.micro_batch_size),
+            eval_windows=cfg.eval.windows,
+        )
+
+    tokenizer = sources.any.root / TOKENIZER
+    return Task(LanguageModel(), feed, cfg.eval.every, fetch_s(cfg.data, sources), tokenizer, sources.any.eot_id)
 
 
 if __name__ == "__main__":

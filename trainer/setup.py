@@ -1,41 +1,196 @@
-"""How a start of a run comes to its place: the run folder taken, the engine built, the ledger carried on."""
+"""Set up one start of a run: claim the folder, find the checkpoint, build the engine, the feed and the saver."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 
 from conf.errors import UserError
 from data_pipeline.files import publish
-from data_pipeline.order.geometry import Geometry
-from data_pipeline.order.plan import Plan
-from data_pipeline.order.stages import describe, rounding
-from trainer.checkpoint import load as checkpoint
+from trainer.checkpoint import load
 from trainer.checkpoint.find import find_checkpoint
-from trainer.config.model import ModelConfig
-from trainer.config.pretrain import PretrainConfig
-from trainer.data.sources import Sources
+from trainer.checkpoint.save import Saver
+from trainer.checkpoint.write import Writer, run_facts
+from trainer.config.optim import Unit
+from trainer.config.parallel import Precision
+from trainer.config.train import TrainConfig
+from trainer.data.feed import Feed, MakeFeed
 from trainer.distributed.collective import all_ranks
-from trainer.distributed.mesh import Mesh
-from trainer.engine.compile import describe_compile, prepare
+from trainer.distributed.mesh import Mesh, join_ranks, leave_ranks, wait_for_main
+from trainer.distributed.world import World
+from trainer.engine.compile import prepare
 from trainer.engine.engine import Engine, make_deterministic
 from trainer.health.recompute_check import check_recheck
-from trainer.hf.weights import hf_refusal
-from trainer.model import flex
-from trainer.model.arithmetic import param_count
+from trainer.health.rollback import Target
+from trainer.health.spike_guard import Guard
+from trainer.health.watchdog import Watch
+from trainer.metrics import Speed, peak_flops
+from trainer.model.arithmetic import flops_per_token
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
-from trainer.objective.language_model import LanguageModel
+from trainer.objective.objective import Objective
+from trainer.run import signals
 from trainer.run.folder import RunFolder
+from trainer.run.progress import Progress
+from trainer.run.signals import Stopped
+from trainer.step import Stepper
+from trainer.summary import run_summary
+from trainer.tracking.shipper import REGISTER_S
+from trainer.tracking.tracker import Status, Tracker
+
+
+@dataclass(frozen=True)
+class Task:
+    """The kind of a run, of which the trainer knows no more: what is minimised, and from which data.
+
+    `fetch_s`: seconds that a step may wait for data that is not local. `tokenizer`: copied into every checkpoint.
+    """
+
+    objective: Objective
+    feed: MakeFeed
+    eval_every: int = 0  # steps between validations; 0 = only at the end
+    fetch_s: float = 0.0
+    tokenizer: Path | None = None
+    eot_id: int | None = None  # the end-of-text token
+
+
+class Parts(NamedTuple):
+    """All that one start, or one rollback, builds anew."""
+
+    engine: Engine
+    feed: Feed
+    saver: Saver
+    stepper: Stepper
+
+
+class Start:
+    """All that one start of a run holds, and closes. `parts` depend on a checkpoint: a rollback builds them anew."""
+
+    def __init__(self, cfg: TrainConfig, config_text: str, world: World, task: Task) -> None:
+        self.cfg = cfg
+        self.config_text = config_text
+        self.task = task
+        self.signals = signals.OF_THIS_PROCESS
+        self.progress = Progress()
+        self.mesh = join_ranks(world, cfg.parallel, cfg.watch.collective_s)
+        self.run = RunFolder(cfg.run.dir)
+        self.tracker: Tracker | None = None  # on rank 0
+        self.generation, checkpoint = claim_run(self.run, self.mesh, config_text)
+        self.watch = Watch(cfg.watch, self.run, self.generation, world, self.progress, self._flush, task.fetch_s)
+        state = load.read_state(checkpoint) if checkpoint else {}
+        self.guard = Guard(cfg.guard, state.get("guard"))
+        dtype = torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16
+        self.speed = Speed(flops_per_token(cfg.model), peak_flops(self.mesh.device, dtype) * world.world_size)
+        self.step = 0
+        self.best_val_loss: float | None = None
+        self._open_parts = contextlib.ExitStack()
+        with contextlib.ExitStack() as undo:  # closes all that was opened if the rest fails
+            undo.push(self)
+            self.parts = self._build(checkpoint, state)
+            undo.pop_all()
+
+    def restart(self, target: Target) -> None:
+        """Build all parts anew, as a start from the target of a rollback would. Collective."""
+        self.parts.engine.close()
+        self.parts.saver.release()
+        self.progress.drain = lambda: None
+        self._open_parts.pop_all()
+        del self.parts
+        gc.collect()  # frees the old engine's memory before the new one takes as much
+        if self.mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.generation = target.generation
+        self.parts = self._build(target.checkpoint, target.state)
+
+    def _build(self, checkpoint: Path | None, state: Mapping[str, Any]) -> Parts:
+        """Build the parts from a checkpoint of this state; None: from the beginning. Collective."""
+        cfg = self.cfg
+        self.watch.generation = self.generation
+        self.step = state.get("step", 0)
+        self.best_val_loss = state.get("best_val_loss")
+        init_from = init_checkpoint(cfg.init_from, checkpoint)
+        engine = build_engine(cfg, self.task.objective, self.mesh, checkpoint, init_from)
+        feed = self.task.feed(engine, state)
+        self._open_parts.callback(feed.close)
+        check_feed(cfg, feed)
+        all_ranks(f"{self.run.root} takes no metrics", self._open_tracker)
+        self.show_plan(feed)
+        facts = run_facts(cfg.optim, cfg.model, cfg.parallel, cfg.precision, self.mesh)
+        writer = Writer(
+            cfg.model,
+            cfg.checkpoint,
+            self.mesh,
+            self.run,
+            self.generation,
+            self.config_text,
+            facts,
+            self.task.tokenizer,
+            self.task.eot_id,
+            self._flush,
+            self._published,
+        )
+        saver = Saver(engine, writer, self.progress.moved)
+        self._open_parts.callback(saver.close)
+        self.progress.drain = saver.drain
+        if self.mesh.world.is_main:
+            print(run_summary(cfg, self.mesh, feed, checkpoint, init_from), flush=True)
+        return Parts(engine, feed, saver, Stepper(cfg, engine, feed, self.guard, self.speed, self.progress))
+
+    def show_plan(self, feed: Feed) -> None:
+        """Draw the plan of the data anew, from this step on."""
+        if self.tracker is not None and feed.plan is not None:
+            self.tracker.show(feed.plan, self.step)
+
+    def _flush(self) -> None:
+        """Make the journal durable up to a checkpoint, so that a resumed run finds it. In the saver's thread."""
+        if self.tracker is not None:
+            self.tracker.flush()
+
+    def _published(self, path: Path, step: int, seconds: float) -> None:
+        """In the saver's thread, on rank 0."""
+        print(f"step {step}/{self.cfg.max_steps}  saved {path}", flush=True)
+        if self.tracker is not None:
+            with contextlib.suppress(UserError):  # the training thread meets it at its next row
+                self.tracker.log(step, {"checkpoint/write_s": seconds})
+
+    def _open_tracker(self) -> None:
+        if self.tracker is not None:
+            self.tracker.begin(self.generation, self.step)
+        elif self.mesh.world.is_main:
+            self.tracker = Tracker(self.cfg, self.run, self.generation, resumed_at=self.step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.signals.over()
+        self.progress.end()  # what closes and writes on is no hang
+        with contextlib.ExitStack() as rest:  # from the last to the first, each whatever the others raise
+            rest.callback(self.watch.close)
+            if self.tracker is not None:
+                rest.callback(self.tracker.close, Status.of(error))
+            rest.callback(self._open_parts.close)
+        if kind in (None, Stopped):  # after an error the other ranks may be gone: no collective any more
+            # rank 0 may wait for MLflow, and a launcher ends the other ranks some time after the first has ended
+            wait_for_main(self.mesh, f"closed {self.generation}", self.cfg.watch.start_s + REGISTER_S)
+            if kind is Stopped:
+                dist.barrier()  # a launcher ends the other ranks as soon as one ends with a code
+            leave_ranks(self.mesh)
 
 
 def claim_run(run: RunFolder, mesh: Mesh, config_text: str) -> tuple[int, Path | None]:
-    """Rank 0 takes the generation and freezes the config; then all ranks look for the last checkpoint.
+    """Take the next generation on rank 0 and freeze the config; then find the last checkpoint on all ranks.
 
     Raises:
-        UserError: on every rank, where the folder cannot be written or the ranks do not see the same checkpoint.
+        UserError: on every rank, if the folder cannot be written or the ranks do not see the same checkpoint.
     """
 
     def take() -> int:
@@ -46,8 +201,8 @@ def claim_run(run: RunFolder, mesh: Mesh, config_text: str) -> tuple[int, Path |
         return generation
 
     [generation, *_] = all_ranks(f"run.dir={run.root} cannot be used", take)
-    found = run.latest()
-    step = run.state(found)["step"] if found else 0
+    checkpoint = run.latest()
+    step = run.state(checkpoint)["step"] if checkpoint else 0
     bounds = torch.tensor([step, -step], device=mesh.device)
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
     if bounds[0] != -bounds[1]:
@@ -55,108 +210,50 @@ def claim_run(run: RunFolder, mesh: Mesh, config_text: str) -> tuple[int, Path |
             f"the ranks' last checkpoints in run.dir={run.root} go from step {-bounds[1]} to step {bounds[0]}: "
             "give a folder that all nodes share"
         )
-    return generation, found
+    return generation, checkpoint
 
 
-def init_checkpoint(cfg: PretrainConfig, found: Path | None) -> Path | None:
-    """The checkpoint whose weights a new run starts from, the same on all ranks; None where it has none. Collective.
+def init_checkpoint(init_from: str | None, checkpoint: Path | None) -> Path | None:
+    """The checkpoint whose weights a new run starts from, the same on all ranks; None if it has none. Collective.
 
-    Rank 0 looks, for the run that wrote it may be going on.
+    Rank 0 looks it up, for the run that wrote it may still be going on.
     """
-    given = cfg.init_from
-    if found is not None or given is None:
+    if checkpoint is not None or init_from is None:
         return None
-    looked = all_ranks(f"init_from={given} cannot be used", lambda: str(find_checkpoint(given, "init_from")))
-    return Path(looked[0])
+    paths = all_ranks(f"init_from={init_from} cannot be used", lambda: str(find_checkpoint(init_from, "init_from")))
+    return Path(paths[0])
 
 
-def build_engine(cfg: PretrainConfig, mesh: Mesh, found: Path | None, begin: Path | None = None) -> Engine:
-    """One path for fresh and resumed: weights into the plain module, ZeRO around it, then masters and moments.
+def build_engine(
+    cfg: TrainConfig, objective: Objective, mesh: Mesh, checkpoint: Path | None, init_from: Path | None = None
+) -> Engine:
+    """Load weights into the plain module, wrap it by ZeRO, then restore masters and moments.
 
-    From `found` come all of them, from `begin` the weights alone.
+    The same code serves a fresh start and a resumed one. `checkpoint` gives all of them, `init_from` the weights alone.
     """
-    check_recheck(cfg, mesh.device.type)
+    check_recheck(cfg.guard, cfg.deterministic, mesh.device.type)
     if cfg.deterministic and mesh.device.type == "cuda":  # a CPU always is
         make_deterministic()
     model = GPT(cfg.model, mesh, sequence_parallel=cfg.parallel.sequence_parallel, recompute=cfg.parallel.recompute)
     model.to(mesh.device)
-    weights = found or begin
-    if weights:
-        checkpoint.load_weights(weights, model, mesh)
+    if weights := checkpoint or init_from:
+        load.load_weights(weights, model, mesh)
     else:
         initialise(model, cfg.model, cfg.seed)
     prepare(model, cfg.precision, cfg.compile, cfg.parallel, mesh)
-    engine = Engine(model, LanguageModel(), cfg.optim, cfg.parallel, cfg.precision, mesh)
-    if found:
-        checkpoint.restore(found, engine)
+    engine = Engine(model, objective, cfg.optim, cfg.parallel, cfg.precision, mesh)
+    if checkpoint:
+        load.restore(checkpoint, engine)
     return engine
 
 
-def run_summary(
-    cfg: PretrainConfig,
-    geometry: Geometry,
-    mesh: Mesh,
-    sources: Sources,
-    plan: Plan,
-    found: Path | None,
-    begin: Path | None = None,
-) -> str:
-    """What the run is, and where its data goes; what of the data no window holds is counted."""
-    ledger, end = plan.ledger, plan.ledger.position(cfg.max_steps)
-    lines = [
-        f"{cfg.run.name}: {cfg.model.name}, {param_count(cfg.model):,} parameters in {cfg.precision.value} on "
-        f"{mesh.world.world_size} {mesh.device.type} ranks (dp={mesh.dp} tp={mesh.tp} "
-        f"ZeRO-{cfg.parallel.zero_stage})",
-        describe_compile(cfg.compile, cfg.parallel, mesh),
-        f"the run: {ledger.tokens(cfg.max_steps):,} tokens in {cfg.max_steps:,} steps",
-    ]
-    for name, train in sources.train.items():
-        n_ctx = cfg.model.n_ctx
-        windows = [s.windows(n_ctx) for s in train.shards]
-        unused = sum(s.tokens - (n_ctx * w + 1 if w else 0) for s, w in zip(train.shards, windows, strict=True))
-        lines.append(
-            f"data: {name}, {train.tokens:,} tokens = {sum(windows):,} windows, and {unused:,} tokens in tails too "
-            f"short for one; the run takes {plan.epoch(name, end):.2f} epochs"
+def check_feed(cfg: TrainConfig, feed: Feed) -> None:
+    """Raises UserError if the schedule counts what the feed does not, or if the run would end inside an iteration."""
+    if cfg.optim.schedule.unit is Unit.tokens and not feed.size(0).fixed:
+        raise UserError(
+            "optim.schedule.unit=tokens, but the examples of this run have no fixed number of tokens: give "
+            "optim.schedule.unit=steps"
         )
-    lines += [
-        f"data: from step {step} on, {tokens:,} tokens of {name} that make no window of the new n_ctx wait for its "
-        "next epoch"
-        for step, name, tokens in plan.unread()
-    ]
-    lines += attention_lines(cfg.model, mesh.device)
-    lines += describe(ledger, cfg.max_steps, geometry.dp, cfg.micro_batch_size)
-    lines += rounding(cfg.data)
-    lines.append(open_shards(sources, plan, mesh.dp))
-    lines.append(f"{cfg.run.dir}: {_start(cfg, found, begin)}")
-    return "\n  ".join(lines)
-
-
-def _start(cfg: PretrainConfig, found: Path | None, begin: Path | None) -> str:
-    if found:
-        passed = f"; init_from={cfg.init_from} is not read again" if cfg.init_from else ""
-        return f"goes on from {found.name}{passed}"
-    return f"starts from the weights of {begin}, with a fresh optimizer" if begin else "starts from nothing"
-
-
-def open_shards(sources: Sources, plan: Plan, dp: int) -> str:
-    """How many shards a rank holds at once, and their bytes: one of each source for each lane."""
-    lanes = plan.lanes // dp
-    largest = {name: max(s.tokens for s in m.shards) * m.numpy_dtype.itemsize for name, m in sources.train.items()}
-    mib = sum(lanes * size for size in largest.values()) >> 20
-    return f"data: {lanes * len(largest)} shards open at once on each data-parallel rank, at most {mib:,} MiB"
-
-
-def attention_lines(model: ModelConfig, device: torch.device) -> list[str]:
-    """Of a model with sparse attention: what computes it, and what its last checkpoint goes without."""
-    sparse, n = model.sparse_layers, model.n_ctx
-    if not sparse:
-        return []
-    how = "by FlexAttention, which skips what is masked"
-    if not flex.takes(device, n, n, model.head_dim, model.dropout):
-        how = "as dense attention under a mask, at a dense layer's cost"
-        if flex.takes(device, n, n, model.head_dim, 0.0):
-            how += f": FlexAttention has no dropout, and model.dropout={model.dropout}"
-    return [
-        f"attention: {model.attention}, {len(sparse)} of {model.n_layer} layers sparse, {how}",
-        f"the last checkpoint gets no Hugging Face files: {hf_refusal(model)}",
-    ]
+    if not feed.may_save(cfg.max_steps):
+        end = next(step for step in range(cfg.max_steps + 1, 2 * cfg.max_steps + 2) if feed.may_save(step))
+        raise UserError(f"max_steps={cfg.max_steps} is inside an iteration: give max_steps={end}, where one ends")

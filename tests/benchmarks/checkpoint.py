@@ -85,7 +85,8 @@ def saver(engine: TinyEngine, folder: Path, background: bool, written: list[floa
     def note(path, step, seconds):
         return written.append(seconds)
 
-    return Saver(engine, Writer(engine.cfg, engine.mesh, run, run.take_generation(), "", published=note))
+    cfg = engine.cfg
+    return Saver(engine, Writer(cfg.model, cfg.checkpoint, engine.mesh, run, run.take_generation(), "", published=note))
 
 
 def timed(function: Callable[[], Any]) -> float:

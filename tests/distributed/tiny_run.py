@@ -16,7 +16,7 @@ from data_pipeline.config import IGNORE, DataConfig, SourceConfig
 from data_pipeline.order.geometry import Geometry, batch_geometry
 from data_pipeline.stream.loader import Batch
 from trainer.checkpoint.save import Saver
-from trainer.checkpoint.write import Writer
+from trainer.checkpoint.write import Writer, run_facts
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.model import ModelConfig
 from trainer.config.optim import OptimConfig, ScheduleConfig, ScheduleKind
@@ -161,7 +161,9 @@ def saver(engine: TinyEngine, folder: Path) -> Saver:
     run = RunFolder(folder)
     if engine.mesh.world.is_main and not run.latest():
         run.take_generation()
-    return Saver(engine, Writer(engine.cfg, engine.mesh, run, 1, "a: 1\n"))
+    cfg = engine.cfg
+    facts = run_facts(cfg.optim, cfg.model, cfg.parallel, cfg.precision, engine.mesh)
+    return Saver(engine, Writer(cfg.model, cfg.checkpoint, engine.mesh, run, 1, "a: 1\n", facts))
 
 
 def one_step(engine: TinyEngine, step: int) -> tuple[float, float]:

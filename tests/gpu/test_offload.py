@@ -25,13 +25,14 @@ def xl(gib: int, zero: int) -> dict[str, Any]:
     from trainer.distributed.mesh import join_ranks
     from trainer.distributed.world import read_world
     from trainer.engine.fragments import owned
+    from trainer.objective.language_model import LanguageModel
     from trainer.setup import build_engine
 
     torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.get_device_properties(0).total_memory)
     shape = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "n_ctx": 1024, "vocab_size": 50257, "init_std": 0.02}
     cfg = run.config(zero=zero, precision="bf16", offload="cpu", recompute=Recompute.full.value, model=shape)
     mesh = join_ranks(read_world(), cfg.parallel)
-    engine = build_engine(cfg, mesh, None)
+    engine = build_engine(cfg, LanguageModel(), mesh, None)
     g, losses = torch.Generator().manual_seed(0), []
     tokens = torch.randint(1000, (2, 1025), generator=g)
     for _ in range(3):
@@ -59,6 +60,7 @@ def same_resume(folder: str) -> dict[str, Any]:
     from trainer.distributed.mesh import join_ranks
     from trainer.distributed.world import read_world
     from trainer.engine.engine import make_deterministic
+    from trainer.objective.language_model import LanguageModel
     from trainer.setup import build_engine
 
     make_deterministic()
@@ -66,11 +68,11 @@ def same_resume(folder: str) -> dict[str, Any]:
     out = {}
     for zero in (1, 2, 3):
         cfg = run.config(zero=zero, precision="bf16", offload="cpu")
-        engine = build_engine(cfg, run.geometry(cfg, 1), mesh, None)
+        engine = build_engine(cfg, LanguageModel(), mesh, None)
         run.curve(engine, range(AT))
         path = Path(save(engine, Path(folder) / str(zero)))
         went = going_on_digest(going_on(engine))
-        again = build_engine(cfg, run.geometry(cfg, 1), mesh, path)
+        again = build_engine(cfg, LanguageModel(), mesh, path)
         assert checkpoint.read_state(path)["optimizer_step"] == AT
         out[f"zero{zero}"] = [went, going_on_digest(going_on(again))]
     return out

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.data.feed import Feed
+from trainer.data.shard_feed import ShardFeed
 
 
 def sleeps_here(seconds: float) -> None:
@@ -18,15 +18,17 @@ def sleeps_here(seconds: float) -> None:
 
 
 def plant(rank: int, step: int, seconds: float, once: Path) -> None:
-    honest = Feed.next
+    honest = ShardFeed.next
+    steps = [0]  # done by this start
 
     def planted(self):  # type: ignore[no-untyped-def]
-        if self.mesh.world.rank == rank and self.loader.step == step and not once.exists():
+        if self.mesh.world.rank == rank and steps[0] == step and not once.exists():
             once.touch()
             sleeps_here(seconds)
+        steps[0] += 1
         return honest(self)
 
-    Feed.next = planted  # type: ignore[method-assign]
+    ShardFeed.next = planted  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

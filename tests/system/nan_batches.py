@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from torch import Tensor
 
 from conf.schema import run
-from data_pipeline.stream.loader import Batch
 from tests.system.plants import MARKER
 from trainer.config.pretrain import PretrainConfig
 from trainer.engine.engine import Engine
@@ -14,9 +16,9 @@ from trainer.pretrain import pretrain
 backward = Engine.backward
 
 
-def backward_or_nan(self: Engine, batch: Batch, global_valid_tokens: float | Tensor, last: bool) -> Tensor:
+def backward_or_nan(self: Engine, batch: Any, counts: Tensor, last: bool) -> Tensor:
     hit = bool((batch.tokens == MARKER).any())
-    return backward(self, batch, float("nan") if hit else global_valid_tokens, last)
+    return backward(self, batch, counts * (math.nan if hit else 1), last)
 
 
 if __name__ == "__main__":

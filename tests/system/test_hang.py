@@ -28,8 +28,8 @@ def test_a_rank_that_sleeps_is_named_with_its_place_and_the_next_start_goes_on_e
     folder = RunFolder(run)
     spots = {spot.rank: spot for spot in read_spots(folder.hang(1))}
     assert spots.keys() == {0, 1}
-    assert spots[sleeper].where.startswith("sleeps_here (tests/helpers/planted.py:")
-    assert spots[1 - sleeper].where.startswith("collective all_reduce, called by agree_on_step (trainer/loop.py:")
+    assert spots[sleeper].code.startswith("sleeps_here (tests/helpers/planted.py:")
+    assert spots[1 - sleeper].code.startswith("collective all_reduce, called by add_votes (trainer/vote.py:")
     for rank in (0, 1):
         stacks = (folder.hang(1) / f"rank-{rank:05d}.txt").read_text()
         assert stacks.count("Thread 0x") >= 3 and ("sleeps_here" in stacks) == (rank == sleeper)

@@ -28,11 +28,11 @@ from tests.helpers.ranks import ROOT
 from tests.system import runs
 from tests.system.runs import make_data
 from tests.system.test_order_of_a_run import documents_of
+from trainer.check import same_vocabulary
 from trainer.config.hf import ImportHfConfig
 from trainer.config.model import Norm
 from trainer.config.pretrain import PretrainConfig
 from trainer.import_hf import import_hf
-from trainer.init_from import same_vocabulary
 from trainer.pretrain import pretrain as check
 from trainer.run.journal import read_journal
 

@@ -1,6 +1,6 @@
 """A checkpoint's files: written raw, verified before use, read range by range. No DeepSpeed, no pickle.
 
-Everything that is read was written by someone else: names and sizes are checked before they are used.
+Files that are read may come from anyone: names and sizes are checked before they are used.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ CHUNK = 4 << 20  # bytes hashed and written at a time
 SYNC = 64 << 20  # bytes between two fsyncs: one at the end of a big file would be minutes in which it does not grow
 
 
-class Source(Mapping[str, Tensor]):
-    """A checkpoint's parameters: `source[name]` is the whole fp32 weight, `part` what one rank needs of any kind.
+class SavedWeights(Mapping[str, Tensor]):
+    """A checkpoint's parameters: `weights[name]` is the whole fp32 weight, `part` a slice of it or of a moment.
 
     Raises:
         UserError: an index that does not fit the model or the files.
@@ -45,7 +45,7 @@ class Source(Mapping[str, Tensor]):
         self._handles: dict[str, Any] = {}
         try:
             self.tp = max(1, int(self.index["tp"]))
-            self._where = self._read_index()
+            self._segments = self._read_index()
         except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
             raise self._damaged(f"{INDEX} ({e!r})") from None
 
@@ -104,7 +104,7 @@ class Source(Mapping[str, Tensor]):
 
     def _read(self, kind: str, name: str, tp_rank: int, start: int, length: int) -> Tensor:
         out = torch.empty(length, dtype=torch.float32)
-        for weights, moments, a, n in self._where[name, tp_rank]:
+        for weights, moments, a, n in self._segments[name, tp_rank]:
             low, high = max(a, start), min(a + n, start + length)
             if low < high:
                 file = weights if kind == "master" else moments
@@ -115,33 +115,33 @@ class Source(Mapping[str, Tensor]):
         try:
             if file not in self._handles:
                 self._handles[file] = safe_open(self.path / file, framework="pt")
-            found = self._handles[file].get_slice(key)
+            values = self._handles[file].get_slice(key)
         except (SafetensorError, OSError) as e:
             raise self._damaged(f"{file} ({e})") from None
-        if found.get_shape() != [length] or found.get_dtype() != "F32":
+        if values.get_shape() != [length] or values.get_dtype() != "F32":
             raise self._damaged(
-                f"{file}: {key} has {found.get_dtype()} {found.get_shape()}, {INDEX} says F32 [{length}]"
+                f"{file}: {key} has {values.get_dtype()} {values.get_shape()}, {INDEX} says F32 [{length}]"
             )
-        return found
+        return values
 
     def _read_index(self) -> dict[tuple[str, int], list[tuple[str, str, int, int]]]:
         """(parameter, tp rank) -> (weights file, moments file, start, length), which tile it and fit into the file."""
         ranks = [(r["tp_rank"], _name(r[WEIGHTS]), _name(r[MOMENTS]), r["fragments"]) for r in self.index["ranks"]]
         self.specs: dict[str, ParamSpec] = specs(self.cfg, self.tp)
-        where: dict[tuple[str, int], list[tuple[str, str, int, int]]] = {}
+        segments: dict[tuple[str, int], list[tuple[str, str, int, int]]] = {}
         for tp_rank, weights, moments, fragments in ranks:
             for name, start, length in fragments:
-                where.setdefault((name, tp_rank), []).append((weights, moments, int(start), int(length)))
+                segments.setdefault((name, tp_rank), []).append((weights, moments, int(start), int(length)))
             if 4 * sum(int(length) for _, _, length in fragments) > (self.path / weights).stat().st_size:
                 raise self._damaged(f"{weights} is shorter than {INDEX} says")
         for name, spec in self.specs.items():
             for tp_rank in _tp_ranks(spec, self.tp):
-                at = 0
-                for _, _, start, length in sorted(where.get((name, tp_rank), []), key=lambda f: f[2]):
-                    at = start + length if start == at and length > 0 else -1
-                if at != prod(_local_shape(spec, self.tp)):
+                end = 0
+                for _, _, start, length in sorted(segments.get((name, tp_rank), []), key=lambda f: f[2]):
+                    end = start + length if start == end and length > 0 else -1
+                if end != prod(_local_shape(spec, self.tp)):
                     raise self._damaged(f"{INDEX}: the fragments of {name} on tp rank {tp_rank} do not tile it")
-        return where
+        return segments
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self.path}: damaged: {what}: use another checkpoint")
@@ -166,8 +166,8 @@ def check_files(path: Path) -> dict[str, dict[str, Any]]:
         file = path / name
         size = file.stat().st_size if file.is_file() else None
         if size != info["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes, not {info['bytes']}"
-            raise UserError(f"{file} {found}: the checkpoint is damaged, use another one")
+            problem = "is missing" if size is None else f"has {size} bytes, not {info['bytes']}"
+            raise UserError(f"{file} {problem}: the checkpoint is damaged, use another one")
     return files
 
 
@@ -184,10 +184,10 @@ def verify(path: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """A safetensors file of fp32 tensors, streamed: no copy of the whole, hashed while it is written."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    offset = 0
     for name, t in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [at, at + 4 * t.numel()]}
-        at += 4 * t.numel()
+        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [offset, offset + 4 * t.numel()]}
+        offset += 4 * t.numel()
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 

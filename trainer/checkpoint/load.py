@@ -10,8 +10,8 @@
     model.safetensors config.json   the weights under Hugging Face's names, in the last checkpoint of a run
     manifest.json               bytes and sha256 of every other file
 
-Saving gathers nothing: ranks write side by side, and only names, sizes and errors are exchanged (save.py).
-Here checkpoints are read.
+Saving gathers nothing: all ranks write at once, and only names, sizes and errors are exchanged (save.py). This module
+reads checkpoints.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from conf.errors import UserError
-from trainer.checkpoint.files import FORMAT, MOMENTS, Source, check_files, verify
+from trainer.checkpoint.files import FORMAT, MOMENTS, SavedWeights, check_files, verify
 from trainer.checkpoint.find import check_model, model_of
 from trainer.config.model import ModelConfig
 from trainer.distributed.collective import all_ranks
@@ -49,11 +49,11 @@ def read_state(path: Path) -> dict[str, Any]:
     return {**state, "model": vars(model_of(path, state))}
 
 
-def assemble(path: Path) -> Source:
+def assemble(path: Path) -> SavedWeights:
     """The weights of a checkpoint by parameter name, fp32, in their true shapes; each is read when it is asked for."""
     files = check_files(path)
     verify(path, files, [f for f in files if not f.startswith(MOMENTS)])
-    return Source(path)
+    return SavedWeights(path)
 
 
 def load_weights(path: Path, model: GPT, mesh: Mesh) -> None:
@@ -79,7 +79,7 @@ def restore(path: Path, engine: Engine) -> None:
     set_optimizer_step(engine.adam, int(RunFolder.state(path)["optimizer_step"]))
 
 
-def _open(path: Path, cfg: ModelConfig, mesh: Mesh, wanted: Callable[[str], bool]) -> Source:
+def _open(path: Path, cfg: ModelConfig, mesh: Mesh, wanted: Callable[[str], bool]) -> SavedWeights:
     """A source whose files are verified, each by one rank."""
 
     def check() -> None:
@@ -87,6 +87,6 @@ def _open(path: Path, cfg: ModelConfig, mesh: Mesh, wanted: Callable[[str], bool
         verify(path, files, sorted(filter(wanted, files))[mesh.world.rank :: mesh.world.world_size])
 
     all_ranks(f"{path} cannot be loaded", check)
-    source = Source(path)
+    source = SavedWeights(path)
     check_model(path, source.cfg, cfg)
     return source

@@ -1,17 +1,17 @@
-"""Saving: each rank copies what it owns and trains on, while a thread of its own writes; rank 0's thread publishes.
+"""Saving: each rank copies the fragments it owns and trains on while a thread writes them; rank 0's thread publishes.
 
 No collective runs in a thread: NCCL and gloo want one order of collectives on all ranks, and training has its own. The
 threads meet in the folder that they write (trainer/checkpoint/write.py).
 
-An error is one rank's alone until the training threads speak of it, on three occasions: at the next step, where
-`failed` makes the count of its tokens NaN, as data that cannot be read does, so that all ranks refuse that step (with
-the one look at the device that they take anyway) and call `check`; at the next save; and at the end of the run. So it
-stops all of them with one UserError, and a run never ends well with a checkpoint that is not published.
+An error is known to one rank alone until the training threads exchange it, on three occasions: at the next step, whose
+vote carries `failed`, so that all ranks refuse that step and call `check`; at the next save; and at the end of the run.
+So it stops all of them with one UserError, and a run never ends well with a checkpoint that is not published.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import sys
 import threading
@@ -24,32 +24,33 @@ import torch.distributed as dist
 
 from conf.errors import TransientError, UserError
 from trainer.checkpoint.snapshot import Snapshot, bytes_of, check_room
-from trainer.checkpoint.write import ElsewhereError, FolderActivity, Save, Writer, describe
+from trainer.checkpoint.write import ElsewhereError, FolderActivity, Save, Writer, as_json
 from trainer.distributed.collective import all_ranks
 from trainer.engine.engine import Engine
 from trainer.engine.fragments import Fragment, get_optimizer_step, owned
 
-LAST_WAIT_S = 10.0  # after an error of the run: for ranks that write nothing any more, and may be dead
-LINGER_S = 30.0  # where the process is given up
-SILENCE_S = 10.0  # without any news in the folder: then a rank waits in a collective, where errors are told
+SILENCE_S = 10.0  # a folder that has not changed for so long is no longer waited for
+DRAIN_S = 30.0  # at most, when the process is given up
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time. `save`, `wait` and `check` are collective, and so is making one.
+    """Writes a run's checkpoints, one at a time. `save`, `wait` and `check` are collective, and so is making a Saver.
 
-    With checkpoint.background, `save` returns once what it saves is copied into host memory, about 12 bytes x
+    With checkpoint.background, `save` returns once its fragments are copied into host memory, about 12 bytes x
     parameters / world_size on each rank (snapshot.py); without, and at the end of the run, the same thread
-    reads the live weights and `save` waits. `moved` is called while `save` or `wait` waits and the folder changes.
+    reads the live weights and `save` waits. `on_progress` is called while `save` or `wait` waits and the folder
+    changes.
 
     Raises:
-        UserError: on every rank, where one has no memory for its copy.
+        UserError: on every rank, if one has no memory for its copy.
     """
 
-    def __init__(self, engine: Engine, writer: Writer, moved: Callable[[], None] = lambda: None) -> None:
-        self.engine, self.writer, self._moved = engine, writer, moved
-        self.background = writer.cfg.checkpoint.background
+    def __init__(self, engine: Engine, writer: Writer, on_progress: Callable[[], None] = lambda: None) -> None:
+        self.engine = engine
+        self.writer = writer
+        self._on_progress = on_progress
         self._snapshot: Snapshot | None = None
-        if self.background:
+        if writer.config.background:
             self._take_memory()
         self._save: Save | None = None  # in flight; on all ranks or on none
         self._thread = threading.Thread()
@@ -63,52 +64,95 @@ class Saver:
     def save(self, step: int, state: dict[str, Any], *, last: bool = False, back_to: int | None = None) -> None:
         """Write the checkpoint of `step`, once the one before it is published.
 
-        `state`: what the loop wants back, JSON; `val_loss` in it ranks checkpoints. `last` of the run: adds Hugging
+        `state`: JSON that the loop reads back; `val_loss` in it ranks checkpoints. `last` of the run: adds Hugging
         Face's files, and returns when it is published. `back_to`: see `Save`.
 
         Raises:
-            UserError: on every rank, when any could not write this one or the one before; those published stand.
+            UserError: on every rank, if any could not write this one or the one before; those published stay.
         """
         self.wait()
         engine, writer, started = self.engine, self.writer, time.monotonic()
-        aside = writer.run.aside(step, writer.generation)
-        all_ranks(_failed(step), lambda: _make(aside) if writer.mesh.world.is_main else None)
-        fragments = self._mine()
+        staging = writer.run.aside(step, writer.generation)
+        all_ranks(_failed(step), lambda: _make(staging) if writer.mesh.world.is_main else None)
+        fragments = self._fragments()
         if self._snapshot and not last:
             fragments = self._snapshot.take(fragments)
-        body = describe(writer.cfg, engine.mesh, step, get_optimizer_step(engine.adam), state)
-        save = Save(step, aside, fragments, body, last, started, back_to)
+        facts = {"step": step, "optimizer_step": get_optimizer_step(engine.adam), **writer.facts}
+        save = Save(step, staging, fragments, as_json({**state, **facts}), last, started, back_to)
         writer.abort.clear()
         thread = threading.Thread(target=self._run, args=(save,), name="checkpoint", daemon=True)
         thread.start()
-        self._save, self._thread = save, thread  # now there is something to wait for
-        if last or not self.background:
+        self._save = save  # from here on there is something to wait for
+        self._thread = thread
+        if last or not writer.config.background:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the save in flight is published; at once where there is none. Collective.
+        """Returns when the save in flight is published; at once if there is none. Collective.
 
-        As long as the folder changes, no rank waits in a collective, whose timeout would end the run.
+        While the folder changes, no rank waits in a collective, whose timeout would end the run.
 
         Raises:
-            UserError: on every rank, when any could not write; TransientError, where only disks are to blame.
+            UserError: on every rank, if any could not write; TransientError, if only disks are to blame.
         """
-        save = self._save
-        if save is None:
-            return
-        is_main, pulse = self.writer.mesh.world.is_main, FolderActivity(save.aside)
-        while self._thread.is_alive():
-            if pulse.silence_s() <= SILENCE_S:
-                self._moved()
-            elif is_main:
-                break
-            self._thread.join(0.05)
-        if not is_main and self._error is None:
-            self.writer.watch(save, SILENCE_S, self._moved)
-        self._finish(save)
+        if self._save is not None:
+            self._await(self._save)
+            self._finish(self._save)
+
+    def check(self) -> None:
+        """Raises UserError on every rank if a save has failed on any. Collective; waits for no save that has not."""
+        if self._save is not None and any(self._failures()):
+            self._finish(self._save)
+
+    def close(self) -> None:
+        """End after an error of the run, which all ranks may know or which may have killed some: no collective.
+
+        The save in flight is complete and may be worth hours: it is still published if all ranks write on. So no rank
+        leaves before: if one does, torchrun ends the others, and rank 0 has still to publish.
+        """
+        if (save := self._save) is not None:
+            self._await(save)
+            self.writer.abort.set()
+            self._thread.join()
+            if error := self._take_error(save):
+                print(f"{_failed(save.step)}: {error}", file=sys.stderr, flush=True)
+
+    def drain(self) -> None:
+        """Give the save in flight at most DRAIN_S while its folder changes, for a thread that then ends the process.
+
+        Files only. No rank leaves before, for a launcher then ends the others.
+        """
+
+        def wait(save: Save) -> None:
+            with contextlib.suppress(OSError):
+                self._await(save, DRAIN_S)
+
+        if (save := self._save) is not None:
+            waiting = threading.Thread(target=wait, args=(save,), daemon=True)  # a dead file server holds it, not us
+            waiting.start()
+            waiting.join(DRAIN_S)
+
+    def release(self) -> None:
+        """Drop the engine and the memory for its copies, once nothing is in flight and nothing will be."""
+        del self.engine
+        self._snapshot = None
+
+    def _await(self, save: Save, limit_s: float = math.inf) -> None:
+        """The one wait for a save: until it is settled or its folder is silent, and at most `limit_s`.
+
+        Settled means on rank 0 that its thread has ended, on others that this rank's thread has, and that the folder
+        shows the checkpoint published or given up.
+        """
+        activity, deadline = FolderActivity(save.staging), time.monotonic() + limit_s
+        is_main = self.writer.mesh.world.is_main
+        while time.monotonic() < deadline and activity.silence_s() <= SILENCE_S:
+            if not self._thread.is_alive() and (is_main or self.failed or self.writer.is_settled(save)):
+                return
+            self._on_progress()
+            time.sleep(0.05)
 
     def _finish(self, save: Save) -> None:
-        """All ranks speak of the save, which is at its end or has failed on one of them. Collective."""
+        """Exchange the errors of a save that is at its end or has failed on some rank. Collective."""
         if not self.writer.mesh.world.is_main:
             self._thread.join()
         failures = self._failures()
@@ -116,93 +160,54 @@ class Saver:
             self.writer.abort.set()
         self._thread.join()
         failures += self._failures()  # rank 0 may fail after all have written
-        error = self._forget(save)
+        error = self._take_error(save)
         if error is not None and not isinstance(error, (UserError, OSError)):
             raise error  # a defect of the program keeps its traceback
-        if any(failures):
-            found = [failure for failure in failures if failure]
-            passing = [p for _, p in found if p is not None]
-            kind = TransientError if passing and all(passing) else UserError
-            raise kind(f"{_failed(save.step)}: {found[0][0]}") from error
+        if reasons := [failure for failure in failures if failure]:
+            transient = [t for _, t in reasons if t is not None]
+            kind = TransientError if transient and all(transient) else UserError
+            raise kind(f"{_failed(save.step)}: {reasons[0][0]}") from error
 
-    def check(self) -> None:
-        """Raises UserError on every rank where a save has failed on any. Collective, and waits for no save else."""
-        if self._save is not None and any(self._failures()):
-            self._finish(self._save)
-
-    def close(self) -> None:
-        """After an error of the run, of which all ranks may know or some be dead: no collective.
-
-        What is in flight is complete and may be worth hours: it is still published, if all ranks write on. So no rank
-        goes before: where one does, torchrun ends the others, and rank 0 has still to publish.
-        """
-        if (save := self._save) is not None:
-            self.writer.patience_s = LAST_WAIT_S
-            self._thread.join()
-            if self._error is None and not self.writer.mesh.world.is_main:
-                self.writer.watch(save, LAST_WAIT_S)
-            if error := self._forget(save):
-                print(f"{_failed(save.step)}: {error}", file=sys.stderr, flush=True)
-
-    def linger(self) -> None:
-        """For a thread that ends the process at once: gives what is in flight LINGER_S, as long as its folder changes.
-
-        Files only. No rank goes before, for a launcher then ends the others.
-        """
-        if (save := self._save) is not None:
-            waiting = threading.Thread(target=self._linger, args=(save,), daemon=True)
-            waiting.start()
-            waiting.join(LINGER_S)
-
-    def _linger(self, save: Save) -> None:
-        with contextlib.suppress(OSError):
-            self.writer.watch(save, LAST_WAIT_S)
-
-    def release(self) -> None:
-        """Lets go of the engine and of the memory for its copies, once nothing is in flight and nothing will be."""
-        del self.engine
-        self._snapshot = None
-
-    def _forget(self, save: Save) -> Exception | None:
-        """Nothing is in flight any more. Returns why it failed here; then what was written goes."""
+    def _take_error(self, save: Save) -> Exception | None:
+        """The reason why the save in flight failed here, if it did. Nothing is in flight any more."""
         error = self._error
-        self._save = self._error = None
+        self._save = None
+        self._error = None
         if self.writer.mesh.world.is_main:
-            shutil.rmtree(save.aside, ignore_errors=True)  # no longer there where it is published
+            shutil.rmtree(save.staging, ignore_errors=True)  # no longer there if it is published
         return error
 
     def _failures(self) -> list[tuple[str, bool | None] | None]:
-        """For each rank where it has failed by now: why, and whether that may pass; None: another rank will say."""
+        """For each rank that has failed by now: the reason, and whether it is transient; None: another rank knows."""
         e = self._error
-        mine: tuple[str, bool | None] | None = None
+        failure: tuple[str, bool | None] | None = None
         if isinstance(e, ElsewhereError):
-            mine = (str(e), None)
+            failure = (str(e), None)
         elif e is not None:
             text = str(e) if isinstance(e, (UserError, OSError)) else repr(e)
-            mine = (f"{text} (rank {self.writer.mesh.world.rank})", isinstance(e, (TransientError, OSError)))
+            failure = (f"{text} (rank {self.writer.mesh.world.rank})", isinstance(e, (TransientError, OSError)))
         answers: list[tuple[str, bool | None] | None] = [None] * self.writer.mesh.world.world_size
-        dist.all_gather_object(answers, mine)
+        dist.all_gather_object(answers, failure)
         return answers
 
     def _take_memory(self) -> None:
-        """Room for this rank's copy, once all of its node's have been found to fit."""
+        """Allocate this rank's copy, once all copies of its node are known to fit."""
         what, world = "the run cannot save in the background", self.writer.mesh.world
-        sizes = all_ranks(what, lambda: bytes_of(self._mine()))
+        sizes = all_ranks(what, lambda: bytes_of(self._fragments()))
         if world.local_world_size is not None:  # torchrun's order: a node's ranks are neighbours
             sizes = sizes[world.rank - world.local_rank :][: world.local_world_size]
         all_ranks(what, lambda: check_room(sizes))
 
         def take() -> None:
-            self._snapshot = Snapshot(self._mine(), self.engine.mesh.device)
+            self._snapshot = Snapshot(self._fragments(), self.engine.mesh.device)
 
         all_ranks(what, take)
 
-    def _mine(self) -> list[Fragment]:
-        """What this rank writes. What is the same on all tp ranks, tp rank 0 writes."""
-        mesh = self.engine.mesh
-        spec = self.engine.specs
-        fragments = owned(self.engine.module, self.engine.adam)
-        return [f for f in fragments if mesh.tp_rank == 0 or spec[f.name].tp_dim is not None]
+    def _fragments(self) -> list[Fragment]:
+        """The fragments that this rank writes. Replicated parameters are written by tp rank 0."""
+        engine = self.engine
+        fragments = owned(engine.module, engine.adam)
+        return [f for f in fragments if engine.mesh.tp_rank == 0 or engine.specs[f.name].tp_dim is not None]
 
     def _run(self, save: Save) -> None:
         try:
@@ -211,9 +216,9 @@ class Saver:
             self._error = e
 
 
-def _make(aside: Path) -> None:
+def _make(staging: Path) -> None:
     try:
-        aside.mkdir(parents=True)
+        staging.mkdir(parents=True)
     except OSError as e:
         raise TransientError(str(e)) from None
 

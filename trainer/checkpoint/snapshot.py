@@ -2,8 +2,8 @@
 
 Memory: about 12 bytes x parameters / world_size on each rank (fp32 masters and AdamW's two moments), pinned where there
 is a GPU. Muon's matrices have one moment and take 8; and what all tp ranks hold alike, tp rank 0 alone copies, so that
-it takes more than the others. It is taken at the start of a run and kept to its end: a machine that has not enough of
-it says so before the first step and not at the first save, and no save waits for the kernel to find pages.
+it takes more than the others. The memory is allocated at the start of a run and kept to its end: a machine that lacks
+it is refused before the first step and not at the first save, and no save waits for the kernel to find pages.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from trainer.engine.fragments import Fragment
 
 
 class Snapshot:
-    """Room for one copy of these fragments, used again at each `take`."""
+    """Memory for one copy of these fragments, used again at each `take`."""
 
     def __init__(self, fragments: Sequence[Fragment], device: torch.device) -> None:
-        self._device, size = device, bytes_of(fragments)
+        self._device = device
+        size = bytes_of(fragments)
         try:
             self._buffer = torch.empty(size // 4, dtype=torch.float32)
             self._buffer.zero_()  # now the pages are there
@@ -42,12 +43,12 @@ class Snapshot:
 
         Waits for the device once, and only here: what is still to be computed on its stream is in the copy.
         """
-        at, copies = 0, []
+        offset, copies = 0, []
         for f in fragments:
             views = {}
             for kind, view in f.views.items():
-                views[kind] = self._buffer[at : at + f.length].copy_(view, non_blocking=True)
-                at += f.length
+                views[kind] = self._buffer[offset : offset + f.length].copy_(view, non_blocking=True)
+                offset += f.length
             copies.append(replace(f, views=views))
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
@@ -55,20 +56,20 @@ class Snapshot:
 
 
 def bytes_of(fragments: Sequence[Fragment]) -> int:
-    """What a snapshot of these takes of host memory."""
+    """Bytes of host memory that a snapshot of these takes."""
     return 4 * sum(f.length * len(f.views) for f in fragments)
 
 
 def check_room(sizes: Sequence[int], meminfo: Path = Path("/proc/meminfo")) -> None:
-    """Raises UserError where the snapshots of a node's ranks, `sizes` bytes, are more than it has memory left.
+    """Raises UserError if the snapshots of a node's ranks, `sizes` bytes, need more memory than is available there.
 
-    To be asked before any of them is taken: the kernel promises more than it has, and kills who uses it.
+    Call it before any of them is allocated: the kernel promises more than it has, and kills the process that uses it.
     """
     try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)
+        match = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)
     except OSError:  # no Linux
         return
-    if found and sum(sizes) > (available := int(found[1]) << 10):
+    if match and sum(sizes) > (available := int(match[1]) << 10):
         raise UserError(_no_room(sum(sizes), f"{len(sizes)} ranks of this node, {available:,} bytes are available"))
 
 
@@ -80,15 +81,15 @@ def _no_room(size: int, why: str) -> str:
 
 
 def _pin(buffer: torch.Tensor) -> Callable[[], None]:
-    """Lock the pages of `buffer` for the GPU's own copying; returns what lets go of them, to be called before it goes.
+    """Lock the pages of `buffer` for copies by the GPU; returns the function that unlocks them before it is freed.
 
     Registered, not allocated pinned: torch's pinned allocator rounds up to a power of two, for GPT-2 XL on one GPU from
     18.7 GB to 32 GB.
     """
-    cudart, address = torch.cuda.cudart(), buffer.data_ptr()
-    if cudart.cudaHostRegister(address, buffer.nbytes, 0) != cudart.cudaError.success:
+    cudart, pointer = torch.cuda.cudart(), buffer.data_ptr()
+    if cudart.cudaHostRegister(pointer, buffer.nbytes, 0) != cudart.cudaError.success:
         raise UserError(
             f"{buffer.nbytes:,} bytes of host memory for the snapshot of a checkpoint cannot be pinned: raise "
             "`ulimit -l`, or give checkpoint.background=false"
         )
-    return lambda: cudart.cudaHostUnregister(address)
+    return lambda: cudart.cudaHostUnregister(pointer)

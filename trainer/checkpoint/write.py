@@ -1,18 +1,17 @@
-"""What a checkpoint's threads do, one on each rank: files, and nothing else. trainer/checkpoint/save.py starts them.
+"""The threads that write a checkpoint, one on each rank: files alone, no collective. save.py starts them.
 
     rank r: weights-r, moments-r, fsync -> rank-r.json
     rank 0: the same -> waits for every rank-*.json -> index, state, manifest, fsync -> journal
                      -> fence, rename, `latest` -> prune
 
-A rank's `rank-*.json` is its part of the index, or its error. Training threads that wait look at the folder too: an
-empty file `failed` tells them that nothing will come of it.
+A rank's `rank-*.json` is its part of the index, or its error. Training threads that wait read the folder too: an empty
+file `failed` says that the checkpoint is given up.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 import threading
 import time
@@ -25,9 +24,11 @@ from typing import Any
 from conf.errors import UserError
 from data_pipeline.files import fsync_folder, read_json
 from data_pipeline.manifest import TOKENIZER
-from trainer.checkpoint.files import FORMAT, INDEX, MANIFEST, MOMENTS, Source, write_file, write_safetensors
+from trainer.checkpoint.files import FORMAT, INDEX, MANIFEST, MOMENTS, SavedWeights, write_file, write_safetensors
+from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.model import ModelConfig
-from trainer.config.pretrain import PretrainConfig
+from trainer.config.optim import OptimConfig
+from trainer.config.parallel import ParallelConfig, Precision
 from trainer.distributed.mesh import Mesh
 from trainer.engine.fragments import Fragment
 from trainer.hf.weights import hf_config, hf_refusal, to_hf
@@ -39,18 +40,18 @@ PACKAGES = ("gradus", "torch", "deepspeed", "megatron-core", "safetensors")
 
 
 class ElsewhereError(UserError):
-    """What another rank's thread has said: its text names that rank."""
+    """An error of another rank's thread; its text names that rank."""
 
 
 @dataclass(frozen=True)
 class Save:
-    """One checkpoint on its way. `fragments`: what this rank writes; `last` of the run: with Hugging Face's files.
+    """One checkpoint in flight. `fragments`: those that this rank writes; `last` of the run: with Hugging Face's files.
 
-    `back_to`: a checkpoint of so many steps or fewer stays, for the guard to go back to; None: none has to.
+    `back_to`: a checkpoint of so many steps or fewer is kept, for the guard to roll back to; None: none has to be.
     """
 
     step: int
-    aside: Path
+    staging: Path  # the folder that gets the checkpoint's name when it is complete
     fragments: list[Fragment]
     state: bytes
     last: bool
@@ -60,23 +61,28 @@ class Save:
 
 @dataclass
 class Writer:
-    """One rank's writing for all of a run. `eot_id`: the end-of-text token, for Hugging Face's config.
+    """Writes one rank's part of every checkpoint of a run.
 
-    `flush`: called on rank 0 before a checkpoint is published; what it makes durable, a resumed run finds.
-    `published`: called on rank 0 with the checkpoint, its step and the seconds since its save began.
+    Args:
+        facts: the part of state.json that all checkpoints share (`run_facts`).
+        eot_id: the end-of-text token, for Hugging Face's config.
+        flush: called on rank 0 before a checkpoint is published; a resumed run finds what it makes durable.
+        published: called on rank 0 with the checkpoint, its step and the seconds since its save began.
+        abort: set when no rank is to wait for another any more, for one has failed or is gone.
     """
 
-    cfg: PretrainConfig
+    model: ModelConfig
+    config: CheckpointConfig
     mesh: Mesh
     run: RunFolder
     generation: int
     config_text: str
+    facts: dict[str, Any] = field(default_factory=dict)
     tokenizer: Path | None = None
     eot_id: int | None = None
     flush: Callable[[], None] = lambda: None
     published: Callable[[Path, int, float], None] = lambda *_: None
-    abort: threading.Event = field(default_factory=threading.Event)  # another rank has failed: wait for no one
-    patience_s: float = math.inf  # how long rank 0's thread waits while nothing happens in the folder
+    abort: threading.Event = field(default_factory=threading.Event)
 
     def write(self, save: Save) -> None:
         """Returns when this rank's part is safe on disk, on rank 0 when the checkpoint is published.
@@ -88,30 +94,20 @@ class Writer:
         try:
             self._write_part(save, rank)
             if rank == 0:
-                self._publish(save, self._collect(save.aside))
+                self._publish(save, self._collect(save.staging))
         except Exception as e:
             with contextlib.suppress(OSError):
-                (save.aside / FAILED).touch()
+                (save.staging / FAILED).touch()
             if isinstance(e, (UserError, OSError)):
                 self.run.fence(self.generation)  # a newer start clears the folder: then it is that, no missing file
             raise
 
-    def watch(self, save: Save, patience_s: float, moved: Callable[[], None] = lambda: None) -> None:
-        """Returns when the checkpoint is published or given up, or when for `patience_s` nothing happened to it.
-
-        `moved`: called while it goes on.
-
-        For a rank whose own part is written. No collective: those have a timeout, and a slow disk is no error.
-        """
-        pulse = FolderActivity(save.aside)
-        while not self.run.settled(save.step, self.generation) and not (save.aside / FAILED).exists():
-            if pulse.silence_s() > patience_s:
-                return
-            moved()
-            time.sleep(0.05)
+    def is_settled(self, save: Save) -> bool:
+        """Return True if the checkpoint is published or given up, as far as the folder shows."""
+        return self.run.settled(save.step, self.generation) or (save.staging / FAILED).exists()
 
     def _write_part(self, save: Save, rank: int) -> None:
-        """This rank's files, then its note for rank 0. After an error the files go: they may be what fills the disk."""
+        """Write this rank's files, then its note for rank 0. After an error, delete the files: the disk may be full."""
         names = {prefix: f"{prefix}-{rank:05d}.safetensors" for prefix in (WEIGHTS, MOMENTS)}
         tensors = {f"{kind}/{f.name}": view for f in save.fragments for kind, view in f.views.items()}
         kinds = {
@@ -120,83 +116,85 @@ class Writer:
         }
         try:
             part = {
-                "files": {name: write_safetensors(save.aside / name, kinds[prefix]) for prefix, name in names.items()},
+                "files": {
+                    name: write_safetensors(save.staging / name, kinds[prefix]) for prefix, name in names.items()
+                },
                 "tp_rank": self.mesh.tp_rank,
                 **names,
                 "fragments": [[f.name, f.start, f.length] for f in save.fragments],
             }
-            _note(save.aside, rank, part)
+            _note(save.staging, rank, part)
         except Exception as e:
             with contextlib.suppress(OSError, UserError):  # then rank 0 hears of it from its training thread
                 for name in names.values():
-                    (save.aside / name).unlink(missing_ok=True)
-                _note(save.aside, rank, {"error": str(e) or repr(e)})
+                    (save.staging / name).unlink(missing_ok=True)
+                _note(save.staging, rank, {"error": str(e) or repr(e)})
             raise
 
-    def _collect(self, aside: Path) -> list[dict[str, Any]]:
+    def _collect(self, staging: Path) -> list[dict[str, Any]]:
         """Every rank's part of the index, when all have written."""
         world_size = self.mesh.world.world_size
         parts: dict[int, dict[str, Any]] = {}
-        pulse: FolderActivity | None = None
-        while len(parts) < world_size:
-            there = {path.name for path in aside.iterdir()}
+        while True:
+            names = {path.name for path in staging.iterdir()}
             for rank in range(world_size):
-                if rank not in parts and _note_name(rank) in there:
-                    parts[rank] = read_json(aside / _note_name(rank), DAMAGED)
+                if rank not in parts and _note_name(rank) in names:
+                    parts[rank] = read_json(staging / _note_name(rank), DAMAGED)
                     if "error" in parts[rank]:
                         raise ElsewhereError(f"{parts[rank]['error']} (rank {rank})")
-            if self.patience_s < math.inf:
-                pulse = pulse or FolderActivity(aside)  # patience begins when the run ends
-                missing = [rank for rank in range(world_size) if rank not in parts]
-                if pulse.silence_s() > self.patience_s:
-                    raise UserError(f"the run is at its end, and ranks {missing} have not written theirs")
-            if len(parts) < world_size and self.abort.wait(0.05):
-                raise ElsewhereError("another rank could not write")
+            missing = [rank for rank in range(world_size) if rank not in parts]
+            if not missing:
+                break
+            if self.abort.wait(0.05):
+                raise ElsewhereError(f"ranks {missing} have not written theirs, and nobody waits for them any more")
         for rank in range(world_size):
-            (aside / _note_name(rank)).unlink()
+            (staging / _note_name(rank)).unlink()
         return [parts[rank] for rank in range(world_size)]
 
     def _publish(self, save: Save, parts: list[dict[str, Any]]) -> None:
-        """The files that are one for all ranks, and the rename that makes a checkpoint of the folder."""
-        aside, cfg = save.aside, self.cfg
+        """Write the files that all ranks share, and rename the folder to the checkpoint."""
+        staging = save.staging
         files = {name: info for part in parts for name, info in part.pop("files").items()}
         text = {
-            INDEX: as_json(_index(cfg.model, self.mesh.tp, parts)),
+            INDEX: as_json(_index(self.model, self.mesh.tp, parts)),
             STATE: save.state,
             "config.yaml": self.config_text.encode(),
         }
         if self.tokenizer is not None:
             text[TOKENIZER] = self.tokenizer.read_bytes()
-        files |= {name: write_file(aside / name, [body]) for name, body in text.items()}
-        if save.last and hf_refusal(cfg.model) is None:  # the introduction has said it
-            files |= _write_hf(aside, cfg.model, self.eot_id)
-        write_file(aside / MANIFEST, [as_json({"format": FORMAT, "files": dict(sorted(files.items()))})])
-        fsync_folder(aside)
+        files |= {name: write_file(staging / name, [body]) for name, body in text.items()}
+        if save.last and hf_refusal(self.model) is None:  # the run's summary has said it
+            files |= _write_hf(staging, self.model, self.eot_id)
+        write_file(staging / MANIFEST, [as_json({"format": FORMAT, "files": dict(sorted(files.items()))})])
+        fsync_folder(staging)
         self.flush()
-        path = self.run.publish(aside, save.step, self.generation)
-        _afterwards("its line is not told", lambda: self.published(path, save.step, time.monotonic() - save.started))
+        path = self.run.publish(staging, save.step, self.generation)
+        _afterwards("its line is not printed", lambda: self.published(path, save.step, time.monotonic() - save.started))
         _afterwards("an old one is not removed", lambda: self._prune(save))
 
     def _prune(self, save: Save) -> None:
-        kept, every = self.cfg.checkpoint, self.cfg.checkpoint.every_steps
-        also = None if save.back_to is None else self.run.before(save.back_to, every)
-        self.run.prune(kept.keep, kept.keep_best, also)
+        also = None if save.back_to is None else self.run.before(save.back_to, self.config.every_steps)
+        self.run.prune(self.config.keep, self.config.keep_best, also)
 
 
 class FolderActivity:
-    """Whether a folder that others write into still changes."""
+    """Measures for how long a folder that others write into has not changed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._since = self._looked = time.monotonic()
+        self._since = time.monotonic()
+        self._looked = self._since
         self._state = self._look()
 
     def silence_s(self) -> float:
         """Seconds since it was last seen to change. Looks at most once a second: each look asks for every file."""
         now = time.monotonic()
         if now - self._looked >= 1.0:
-            before, self._state, self._looked = self._state, self._look(), now
-            self._since = self._since if self._state == before else now
+            self._looked = now
+            state = self._look()
+            if state != self._state:
+                self._state = state
+                self._since = now
         return now - self._since
 
     def _look(self) -> tuple[int, int]:
@@ -211,7 +209,7 @@ class FolderActivity:
 
 
 def _afterwards(what: str, function: Callable[[], object]) -> None:
-    """What follows a published checkpoint: it stands, whatever becomes of this."""
+    """Run what follows a published checkpoint, which stays whatever this raises."""
     try:
         function()
     except (UserError, OSError) as e:
@@ -219,40 +217,33 @@ def _afterwards(what: str, function: Callable[[], object]) -> None:
             print(f"checkpoint: {what}: {e}", file=sys.stderr, flush=True)
 
 
-def describe(cfg: PretrainConfig, mesh: Mesh, step: int, optimizer_step: int, state: dict[str, Any]) -> bytes:
-    """state.json: what the loop wants back, and what this checkpoint is of."""
-    body = {
-        **state,
+def run_facts(
+    optim: OptimConfig, model: ModelConfig, parallel: ParallelConfig, precision: Precision, mesh: Mesh
+) -> dict[str, Any]:
+    """The part of state.json that all checkpoints of a start share."""
+    return {
         "format": FORMAT,
-        "step": step,
-        "optimizer": cfg.optim.kind.value,
-        "optimizer_step": optimizer_step,
-        "model": {**asdict(cfg.model), "norm": cfg.model.norm.value},
-        "layout": {
-            "dp": mesh.dp,
-            "tp": mesh.tp,
-            "zero_stage": cfg.parallel.zero_stage,
-            "precision": cfg.precision.value,
-        },
+        "optimizer": optim.kind.value,
+        "model": {**asdict(model), "norm": model.norm.value},
+        "layout": {"dp": mesh.dp, "tp": mesh.tp, "zero_stage": parallel.zero_stage, "precision": precision.value},
         "versions": {name: _version(name) for name in PACKAGES},
     }
-    return as_json(body)
 
 
 def _note_name(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 
 
-def _note(aside: Path, rank: int, body: dict[str, Any]) -> None:
-    """Whole or not at all: rank 0 is looking."""
-    half = aside / f".{_note_name(rank)}"
+def _note(staging: Path, rank: int, body: dict[str, Any]) -> None:
+    """Write the note whole or not at all: rank 0 may read it at any moment."""
+    half = staging / f".{_note_name(rank)}"
     write_file(half, [as_json(body)])
-    half.rename(aside / _note_name(rank))
+    half.rename(staging / _note_name(rank))
 
 
 def _write_hf(folder: Path, cfg: ModelConfig, eot_id: int | None) -> dict[str, dict[str, Any]]:
     """Hugging Face's two files, from the fragments that all ranks have just written."""
-    weights = to_hf(dict(Source(folder)), cfg)
+    weights = to_hf(dict(SavedWeights(folder)), cfg)
     return {
         "model.safetensors": write_safetensors(folder / "model.safetensors", weights),
         "config.json": write_file(folder / "config.json", [as_json(hf_config(cfg, eot_id))]),

@@ -1,4 +1,4 @@
-"""What a run is fed: sources, the feed of batches, sharing inside a tensor-parallel group.
+"""Data of a run: the protocol of feeds, the feed of shards, and the sharing of batches in a tensor-parallel group.
 
-In: the data settings. Out: batches with their position. Start with `feed.py`.
+In: the data settings. Out: batches with their positions. Start with `feed.py`.
 """

@@ -1,6 +1,6 @@
-"""What a run reads: its sources opened, held against the model, the run's past and the node's disk, and planned.
+"""The sources of a run: opened, checked against the model, the run's past and the node's disk, and planned.
 
-All of it before torch is imported.
+Without torch: all of it is refused before torch is imported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from conf.errors import UserError
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, RampConfig
 from data_pipeline.manifest import TOKENIZER, Manifest
 from data_pipeline.order.ledger import Ledger
 from data_pipeline.order.plan import Plan
@@ -20,7 +20,7 @@ from data_pipeline.order.stages import plan_ledger
 from data_pipeline.remote.cache import Cache
 from data_pipeline.remote.mirror import NoSource
 from data_pipeline.remote.source import open_cache, open_source
-from trainer.config.pretrain import PretrainConfig
+from trainer.config.model import ModelConfig
 from trainer.distributed.world import World
 
 
@@ -30,7 +30,7 @@ class Sources(NamedTuple):
     train: dict[str, Manifest]
     val: dict[str, Manifest]
     cache: Cache | None  # of what is not a local folder
-    past: Mapping[str, Any] = MappingProxyType({})  # what the run's checkpoint says of the sources that it was fed
+    past: Mapping[str, Any] = MappingProxyType({})  # the sources that the run was fed, by its checkpoint
 
     @property
     def any(self) -> Manifest:
@@ -41,22 +41,23 @@ class Sources(NamedTuple):
 def open_sources(cfg: DataConfig) -> Sources:
     """Raises UserError where a source is missing, damaged or out of reach, or none has validation data."""
     cache = open_cache(cfg)
-    found, none = Sources({}, {}, cache), None
+    sources = Sources({}, {}, cache)
+    no_val = None
     for name in cfg.sources:
         try:
-            found.train[name] = open_source(cfg.location(name, "train"), cache)
+            sources.train[name] = open_source(cfg.location(name, "train"), cache)
         except NoSource as e:
             raise UserError(f"data.sources.{name}: {e}") from None
         try:
-            found.val[name] = open_source(cfg.location(name, "val"), cache)
+            sources.val[name] = open_source(cfg.location(name, "val"), cache)
         except NoSource as e:
-            none = e
-    if not found.val:
-        raise none or UserError("data.sources is empty")
-    return found
+            no_val = e
+    if not sources.val:
+        raise no_val or UserError("data.sources is empty")
+    return sources
 
 
-def check_sources(cfg: PretrainConfig, sources: Sources) -> None:
+def check_sources(sources: Sources, model: ModelConfig, eval_windows: int | None) -> None:
     """Raises UserError where the shards do not fit the model or one another."""
     one = sources.any
     for manifest in (*sources.train.values(), *sources.val.values()):
@@ -65,38 +66,38 @@ def check_sources(cfg: PretrainConfig, sources: Sources) -> None:
             raise UserError(f"{one.root} and {manifest.root} were written with different tokenizers: write both anew")
         if not tokenizer.is_file() or hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest.tokenizer_sha256:
             raise UserError(f"{tokenizer} is not the tokenizer that the shards were written with: put it back")
-        if manifest.vocab_size != cfg.model.vocab_size:
+        if manifest.vocab_size != model.vocab_size:
             raise UserError(
-                f"{manifest.root} was written with a vocabulary of {manifest.vocab_size}, model={cfg.model.name} has "
-                f"model.vocab_size={cfg.model.vocab_size}: give model.vocab_size={manifest.vocab_size}, "
+                f"{manifest.root} was written with a vocabulary of {manifest.vocab_size}, model={model.name} has "
+                f"model.vocab_size={model.vocab_size}: give model.vocab_size={manifest.vocab_size}, "
                 "or shards of another tokenizer"
             )
-        have, n_ctx = sum(shard.windows(cfg.model.n_ctx) for shard in manifest.shards), cfg.model.n_ctx
-        if not have:
+        windows = sum(shard.windows(model.n_ctx) for shard in manifest.shards)
+        if not windows:
             raise UserError(
                 f"{manifest.root} holds {manifest.tokens} tokens in {len(manifest.shards)} shards, none with a window "
-                f"of model.n_ctx={n_ctx} + 1 tokens: give a smaller model.n_ctx, more text, or no val"
+                f"of model.n_ctx={model.n_ctx} + 1 tokens: give a smaller model.n_ctx, more text, or no val"
             )
-        if manifest in sources.val.values() and cfg.eval.windows is not None and not 0 < cfg.eval.windows <= have:
+        if manifest in sources.val.values() and eval_windows is not None and not 0 < eval_windows <= windows:
             raise UserError(
-                f"eval.windows={cfg.eval.windows}, but {manifest.root} holds {have} windows: "
-                f"give 1 to {have}, or null for all (a source may do without val)"
+                f"eval.windows={eval_windows}, but {manifest.root} holds {windows} windows: "
+                f"give 1 to {windows}, or null for all (a source may do without val)"
             )
 
 
-def check_cache(cfg: PretrainConfig, sources: Sources, world: World) -> None:
+def check_cache(data: DataConfig, sources: Sources, world: World, tp: int) -> None:
     """Raises UserError where the cache of a node cannot hold the shards that its ranks use at once.
 
     A lane is in one shard of each source while another is read ahead for it. Lanes may share a shard, so what counts is
     as many of the source's largest shards, or all of them where there are fewer.
     """
-    afar = {name: m for name, m in sources.train.items() if m.origin is not None}
-    if sources.cache is None or not afar:
+    remote = {name: m for name, m in sources.train.items() if m.origin is not None}
+    if sources.cache is None or not remote:
         return
-    here = world.local_world_size or world.world_size
-    readers = max(1, here // cfg.parallel.tp)  # the first rank of each tensor-parallel group reads
-    lanes = readers * cfg.data.lanes // (world.world_size // cfg.parallel.tp)
-    held = {name: sorted((s.bytes for s in m.shards), reverse=True)[: 2 * lanes] for name, m in afar.items()}
+    ranks = world.local_world_size or world.world_size
+    readers = max(1, ranks // tp)  # the first rank of each tensor-parallel group reads
+    lanes = readers * data.lanes // (world.world_size // tp)
+    held = {name: sorted((s.bytes for s in m.shards), reverse=True)[: 2 * lanes] for name, m in remote.items()}
     need = sum(map(sum, held.values()))
     if need <= sources.cache.limit:
         return
@@ -104,82 +105,89 @@ def check_cache(cfg: PretrainConfig, sources: Sources, world: World) -> None:
     alone = "" if world.local_world_size else ", all of them, for LOCAL_WORLD_SIZE is not set"
     tenths = -(-need * 10 // 2**30)
     raise UserError(
-        f"data.cache.limit_gib={cfg.data.cache.limit_gib:g} ({sources.cache.limit:,} bytes) cannot hold what the "
-        f"{here} ranks of a node{alone}, {readers} of which read {lanes} of data.lanes={cfg.data.lanes}, use at once, "
+        f"data.cache.limit_gib={data.cache.limit_gib:g} ({sources.cache.limit:,} bytes) cannot hold what the "
+        f"{ranks} ranks of a node{alone}, {readers} of which read {lanes} of data.lanes={data.lanes}, use at once, "
         f"one shard of each source for a lane and the next: {each} = {need:,} bytes: give data.cache.limit_gib="
         f"{tenths / 10:g}, fewer data.lanes (a new run), smaller shards (shard_tokens) or more nodes"
     )
 
 
 def fetch_s(cfg: DataConfig, sources: Sources) -> float:
-    """How long a step may wait for a remote source before that is an error; 0 where all are local folders."""
-    afar = any(m.origin is not None for m in (*sources.train.values(), *sources.val.values()))
-    return cfg.fetch.timeout_s * (cfg.fetch.retries + 2) if afar else 0.0
+    """Seconds that a step may wait for a remote source before that is an error; 0 if all are local folders."""
+    remote = any(m.origin is not None for m in (*sources.train.values(), *sources.val.values()))
+    return cfg.fetch.timeout_s * (cfg.fetch.retries + 2) if remote else 0.0
 
 
-def plan_run(cfg: PretrainConfig, sources: Sources, state: Mapping[str, Any]) -> Plan:
-    """The plan of the whole run: what its checkpoint's state says it has done, then what the config asks for.
+def plan_run(
+    data: DataConfig,
+    sources: Sources,
+    state: Mapping[str, Any],
+    *,
+    n_ctx: int,
+    tokens_per_step: int,
+    ramp: RampConfig,
+    seed: int,
+    max_steps: int,
+) -> Plan:
+    """The plan of the whole run: the steps done by its checkpoint's state, then those that the config asks for.
 
     Raises:
         UserError: stages or a ramp that cannot be, or as `plan_of`.
     """
     past = Ledger.from_json(state["data"]["ledger"]) if state else None
     ledger = plan_ledger(
-        cfg.data,
-        n_ctx=cfg.model.n_ctx,
-        tokens_per_step=cfg.tokens_per_step,
-        ramp=cfg.batch_ramp,
-        past=past,
-        step=state.get("step", 0),
+        data, n_ctx=n_ctx, tokens_per_step=tokens_per_step, ramp=ramp, past=past, step=state.get("step", 0)
     )
-    return plan_of(cfg, sources, ledger)
+    return plan_of(data, sources, ledger, seed=seed, max_steps=max_steps)
 
 
-def plan_of(cfg: PretrainConfig, sources: Sources, ledger: Ledger) -> Plan:
+def plan_of(data: DataConfig, sources: Sources, ledger: Ledger, *, seed: int, max_steps: int) -> Plan:
     """Raises UserError where `max_epochs` would be passed: at the start, or when a lost shard leaves too little."""
     tokens = {name: [shard.tokens for shard in m.shards] for name, m in sources.train.items()}
-    plan = Plan(tokens, ledger, lanes=cfg.data.lanes, seed=cfg.seed)
-    for name, source in cfg.data.sources.items():
-        most = source.max_epochs
-        if most is not None and plan.passes(name, ledger.position(cfg.max_steps)) > most:
-            step = bisect_left(
-                range(cfg.max_steps), True, key=lambda s: plan.passes(name, ledger.position(s + 1)) > most
-            )
+    plan = Plan(tokens, ledger, lanes=data.lanes, seed=seed)
+    for name, source in data.sources.items():
+        limit = source.max_epochs
+        if limit is not None and plan.passes(name, ledger.position(max_steps)) > limit:
+            step = bisect_left(range(max_steps), True, key=lambda s: plan.passes(name, ledger.position(s + 1)) > limit)
             raise UserError(
-                f"data.sources.{name}.max_epochs={most}: its {sources.train[name].tokens:,} tokens are used up in step "
-                f"{step} of max_steps={cfg.max_steps} ({plan.epoch(name, ledger.position(cfg.max_steps)):.2f} epochs "
+                f"data.sources.{name}.max_epochs={limit}: its {sources.train[name].tokens:,} tokens are used up in "
+                f"step {step} of max_steps={max_steps} ({plan.epoch(name, ledger.position(max_steps)):.2f} epochs "
                 f"by then): give max_steps={step}, a smaller weight, more text, or more max_epochs"
             )
     return plan
 
 
-def data_state(cfg: PretrainConfig, sources: Sources, plan: Plan, step: int) -> dict[str, Any]:
-    """What a checkpoint keeps of the data: all that `Plan` needs, and where the sources were."""
-    found = {
+def data_state(sources: Sources, plan: Plan, step: int) -> dict[str, Any]:
+    """The data state that a checkpoint keeps: all that `Plan` needs, and the paths of the sources."""
+    named = {
         name: {"sha256": m.sha256, "path": str(m.origin or m.root.absolute())} for name, m in sources.train.items()
     }
     return {
-        "seed": cfg.seed,
-        "lanes": cfg.data.lanes,
+        "seed": plan.seed,
+        "lanes": plan.lanes,
         "position": plan.ledger.position(step),
-        "sources": {**sources.past, **found},  # those that the config no longer names too: their windows were served
+        "sources": {**sources.past, **named},  # those that the config no longer names too: their windows were served
         "ledger": plan.ledger.to_json(),
     }
 
 
-def check_past(cfg: PretrainConfig, sources: Sources, checkpoint: str, state: Mapping[str, Any]) -> None:
-    """Raises UserError where the order of the data that `checkpoint` was trained on is no longer to be had."""
-    data = state.get("data", {})
+def check_past(
+    data: DataConfig, sources: Sources, past: Mapping[str, Any], *, seed: int, checkpoint: str, run_dir: str
+) -> None:
+    """Raises UserError where the order of the data, in which `checkpoint` was trained, can no longer be followed.
+
+    `past`: the data state of that checkpoint.
+    """
     pairs: dict[str, tuple[Any, Any]] = {
-        "seed": (cfg.seed, data.get("seed")),
-        "data.lanes": (cfg.data.lanes, data.get("lanes")),
+        "seed": (seed, past.get("seed")),
+        "data.lanes": (data.lanes, past.get("lanes")),
     }
-    for name, found in data.get("sources", {}).items():
+    for name, source in past.get("sources", {}).items():
         if name in sources.train:
-            pairs[f"data.sources.{name}"] = (sources.train[name].sha256, found["sha256"])
+            pairs[f"data.sources.{name}"] = (sources.train[name].sha256, source["sha256"])
     for knob, (now, then) in pairs.items():
         if now != then:
             raise UserError(
-                f"{knob} is {now}, {checkpoint} of {cfg.run.dir} was trained with {then}: "
-                "the order of the data hangs on it; give the old value, or another run.name"
+                f"{knob} is {now}, {checkpoint} of {run_dir} was trained with {then}: "
+                "the order of the data depends on it; give the old value, or another run.name"
             )

@@ -1,9 +1,9 @@
-"""What a run's ranks were in when it came no further: each writes its place and its stacks, one writes the report.
+"""The report of a hang: each rank writes its place in the code and its stacks, one writes the report.
 
-    hangs/gen-0001/rank-00003.txt   the finding of a rank in one line, then the stacks of all its threads
-    hangs/gen-0001/report.txt       first line: who is waited for; then which ranks are where
+    hangs/gen-0001/rank-00003.txt   a rank's place in one line, then the stacks of all its threads
+    hangs/gen-0001/report.txt       first line: the ranks that the others wait for; then the ranks at each place
 
-The folder itself tells the other ranks to write theirs at the same moment.
+The folder itself makes the other ranks write theirs at the same moment.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ _SPOT = re.compile(r"rank (\d+) on (.+?): (\d+) steps done, (\w+) for (\d+) s, i
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a rank is. `seconds`: since its step, or phase, began; `where`: see `place`."""
+    """The place of a rank. `seconds`: since its step, or phase, began; `code`: see `stack_location.place`."""
 
     rank: int
     host: str
     step: int
     phase: str
     seconds: float
-    where: str
+    code: str
 
     def line(self) -> str:
         return (
             f"rank {self.rank} on {self.host}: {self.step} steps done, {self.phase} for {self.seconds:.0f} s, "
-            f"in {self.where}"
+            f"in {self.code}"
         )
 
 
 def write_stacks(folder: Path, spot: Spot) -> None:
-    """This rank's file, whole or not at all. `folder` is made where it is not."""
+    """Write this rank's file, whole or not at all. Makes `folder` if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank-{spot.rank:05d}.txt"
     half = path.with_name(f".{path.name}.tmp")
@@ -54,41 +54,42 @@ def write_stacks(folder: Path, spot: Spot) -> None:
 
 
 def read_spots(folder: Path) -> list[Spot]:
-    """Of the ranks that have written theirs, in order."""
+    """The places of the ranks that have written theirs, in order."""
     spots = []
     for path in sorted(folder.glob("rank-*.txt")):
         with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as f:
-            if found := _SPOT.fullmatch(f.readline(4096).rstrip("\n")):
-                rank, host, step, phase, seconds, where = found.groups()
-                spots.append(Spot(int(rank), host, int(step), phase, float(seconds), where))
+            if match := _SPOT.fullmatch(f.readline(4096).rstrip("\n")):
+                rank, host, step, phase, seconds, code = match.groups()
+                spots.append(Spot(int(rank), host, int(step), phase, float(seconds), code))
     return spots
 
 
 def report(spots: list[Spot], silent: dict[int, str], limit_s: float) -> str:
-    """Who is waited for, in the first line; then each place with its ranks. `silent`: host of ranks that wrote nothing.
+    """The ranks that the others wait for, in the first line; then each place with its ranks.
 
-    The ranks that are waited for are those that are not in the collective that most are in. Where none is in one, most
-    ranks' place is it: NCCL only queues a collective, and a rank waits where it first reads what comes of it.
+    `silent`: the hosts of ranks that wrote nothing. The others wait in the collective that most ranks are in; if no
+    rank is in one, at the place of most ranks: NCCL only queues a collective, and a rank waits when it first reads the
+    result.
     """
-    places: dict[str, list[Spot]] = defaultdict(list)
+    groups: dict[str, list[Spot]] = defaultdict(list)
     for spot in spots:
-        places[spot.where].append(spot)
-    most = [where for where, group in places.items() if 1 < len(group) > len(spots) / 2]
-    collectives = [where for where in places if where.startswith(COLLECTIVE)]
-    waiting = max(collectives or most, key=lambda w: len(places[w]), default="")
-    late = [spot for where, group in places.items() if where != waiting for spot in group]
+        groups[spot.code].append(spot)
+    majority = [code for code, group in groups.items() if 1 < len(group) > len(spots) / 2]
+    collectives = [code for code in groups if code.startswith(COLLECTIVE)]
+    waiting = max(collectives or majority, key=lambda code: len(groups[code]), default="")
+    late = [spot for code, group in groups.items() if code != waiting for spot in group]
     if silent:
         who = "; ".join(f"rank {rank} on {host} does not answer" for rank, host in silent.items())
     elif not waiting:
-        who = "no rank waits for another; " + "; ".join(f"{_them(group)} in {w}" for w, group in places.items())
+        who = "no rank waits for another; " + "; ".join(f"{_them(group)} in {code}" for code, group in groups.items())
     elif late:
-        who = "waiting for " + "; ".join(f"rank {s.rank} on {s.host}, which is in {s.where}" for s in late[:8])
+        who = "waiting for " + "; ".join(f"rank {s.rank} on {s.host}, which is in {s.code}" for s in late[:8])
     else:
         who = f"all ranks are in {waiting}: the network between them, or a device"
     longest = max((spot.seconds for spot in spots), default=limit_s)
     step = min((spot.step for spot in spots), default=0)
     lines = [f"hang: {longest:.0f} s after step {step} without another (limit {limit_s:.0f} s): {who}"]
-    lines += [f"  {_them(group)}: {where}" for where, group in places.items()]
+    lines += [f"  {_them(group)}: {code}" for code, group in groups.items()]
     return "\n".join(lines)
 
 
@@ -98,15 +99,15 @@ def _them(group: list[Spot]) -> str:
 
 
 def publish_report(folder: Path, rank: int, text: str) -> bool:
-    """True on the one rank whose report it is."""
-    mine = folder / f".report.rank-{rank:05d}.tmp"
-    mine.write_text(text + "\n", encoding="utf-8")
+    """Publish this rank's report unless another rank has published one; returns True if it did."""
+    own = folder / f".report.rank-{rank:05d}.tmp"
+    own.write_text(text + "\n", encoding="utf-8")
     try:
-        os.link(mine, folder / "report.txt")  # whole, and only once
+        os.link(own, folder / "report.txt")  # whole, and only once
     except FileExistsError:
         return False
     finally:
-        mine.unlink(missing_ok=True)
+        own.unlink(missing_ok=True)
     return True
 
 

@@ -1,4 +1,4 @@
-"""Whether a rank computes the same twice: every so often one micro step's loss and gradients, made again.
+"""A check of the hardware: every so often one micro step's loss and gradients are computed twice and compared.
 
 A processor or memory that is wrong now and then raises no error; its numbers go into everyone's weights. What is made
 twice from the same weights, batch and dropout seed must have the same bits: on a CPU always, on a GPU under
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
-from data_pipeline.stream.loader import Batch
-from trainer.config.pretrain import PretrainConfig
+from trainer.config.health import GuardConfig
+from trainer.data.feed import AnyBatch
 from trainer.distributed.collective import all_ranks
 from trainer.distributed.seeds import seed_dropout
 from trainer.engine.engine import Engine, to_device
@@ -25,7 +25,7 @@ from trainer.engine.engine import Engine, to_device
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
-def recheck(engine: Engine, every: int, run_seed: int, step: int, batch: Batch) -> None:
+def recheck(engine: Engine, every: int, run_seed: int, step: int, batch: AnyBatch) -> None:
     """Compute a micro step of `step` twice, if one is due: each `every` steps, 0 for never. Collective.
 
     Raises:
@@ -41,7 +41,7 @@ def recheck(engine: Engine, every: int, run_seed: int, step: int, batch: Batch) 
     all_ranks(what, lambda: compare(engine, batch, seed))
 
 
-def compare(engine: Engine, batch: Batch, seed: Callable[[], None]) -> None:
+def compare(engine: Engine, batch: AnyBatch, seed: Callable[[], None]) -> None:
     """Raises UserError where two passes over one batch differ in a bit."""
     first, second = (_fingerprint(engine, batch, seed) for _ in range(2))
     names = ["the loss", *(f"the gradient of {name}" for name, _ in engine.module.named_parameters())]
@@ -53,16 +53,16 @@ def compare(engine: Engine, batch: Batch, seed: Callable[[], None]) -> None:
         )
 
 
-def check_recheck(cfg: PretrainConfig, device: str) -> None:
-    """Raises UserError where two passes need not be equal on this kind of device."""
-    if cfg.guard.recheck_every and device == "cuda" and not cfg.deterministic:
+def check_recheck(guard: GuardConfig, deterministic: bool, device: str) -> None:
+    """Raises UserError if two passes need not be equal on this kind of device."""
+    if guard.recheck_every and device == "cuda" and not deterministic:
         raise UserError(
-            f"guard.recheck_every={cfg.guard.recheck_every} on a GPU without deterministic=true: kernels add in any "
+            f"guard.recheck_every={guard.recheck_every} on a GPU without deterministic=true: kernels add in any "
             "order, so that two passes differ anyway; give deterministic=true, or guard.recheck_every=0"
         )
 
 
-def _fingerprint(engine: Engine, batch: Batch, seed: Callable[[], None]) -> Tensor:
+def _fingerprint(engine: Engine, batch: AnyBatch, seed: Callable[[], None]) -> Tensor:
     """[1 + parameters] int64, of the loss and of each gradient."""
     seed()
     sums = engine.module(engine.objective.sums, to_device(batch, engine.mesh.device))

@@ -1,104 +1,71 @@
-"""Going back: the run's last good checkpoint, the windows since then jumped over, as a new start in this process.
+"""A rollback: return to the run's last good checkpoint and go on behind the bad data, as a new start in this process.
 
-The mesh stays, since a process cannot meet its gloo groups a second time; the engine, the feed and the saver are made
-anew, as a start makes them. So what follows is what a start from that checkpoint with that ledger would do.
+The mesh stays, since a process cannot create its gloo groups a second time; the engine, the feed and the saver are
+built anew, as a start builds them. So the run continues as a start from that checkpoint with that data state would.
 
-    saver waits -> all ranks make the plan -> `latest` moves back, later checkpoints go -> a new generation
-    -> old engine away -> as any start
+    saver waits -> all ranks agree on the target -> `latest` moves back, later checkpoints are deleted
+    -> a new generation -> old engine freed -> as any start
 
-Killed before the first checkpoint after it, the run resumes from the same checkpoint, meets the same steps, judges them
-the same and goes back the same way: nothing of a rollback has to be remembered that the checkpoints do not hold.
+Killed before its next checkpoint, the run resumes from the same checkpoint, meets the same steps, judges them the same
+and rolls back the same way: a rollback stores nothing that the checkpoints do not hold.
 """
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-import torch
-
-from data_pipeline.order.plan import Plan
-from trainer.checkpoint import load as checkpoint
-from trainer.data.sources import plan_of
+from trainer.checkpoint.load import read_state
+from trainer.data.feed import Feed
 from trainer.distributed.collective import all_ranks
-from trainer.run.progress import SAVE
-
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
-
-
-def maybe_roll_back(t: Trainer) -> bool:
-    """After a bad step, the last before `t.step`: says so, and goes back where there were too many. Collective."""
-    if t.mesh.world.is_main:
-        print(f"guard: {t.guard.told()}", flush=True)
-    if not t.guard.must_roll_back(t.step):
-        return False
-    with t.progress.phase(SAVE):
-        roll_back(t)
-    t.progress.begin(t.step)
-    return True
+from trainer.distributed.mesh import Mesh
+from trainer.health.spike_guard import Guard
+from trainer.run.folder import RunFolder
 
 
-def roll_back(t: Trainer) -> None:
-    """Go back before the bad steps, which end at `t.step`. Collective.
+class Target(NamedTuple):
+    """The start that a rollback continues as."""
+
+    checkpoint: Path | None  # None: the beginning of the run
+    state: dict[str, Any]  # the checkpoint's, with the data state behind the jump
+    generation: int
+
+
+def roll_back(
+    mesh: Mesh, run: RunFolder, guard: Guard, feed: Feed, *, step: int, every_steps: int, generation: int
+) -> Target:
+    """Move the run folder and the guard back before the bad steps, which end at `step`. Collective.
+
+    `every_steps`: between two checkpoints. Nothing may be in flight.
 
     Raises:
-        UserError: on every rank: it has gone back as often as it may, no data is left behind the jump, or what a start
-            may raise.
+        UserError: on every rank, before anything has moved: the run has rolled back as often as it may, or too little
+            data is left behind the jump.
     """
-    check_skips(t)
-    t.guard.refuse_another(t.step)
-    t.feed.close()
-    t.saver.wait()
-    what = f"run.dir={t.run.root} cannot go back"
-    name = all_ranks(what, lambda: _goal(t))[0]
-    found = t.run.checkpoints / name if name else None
-    ahead: list[tuple[dict[str, Any], Plan]] = []
-    all_ranks(what, lambda: ahead.append(_ahead(t, found)))  # nothing has moved where one of them cannot
-    [(state, plan)] = ahead
-    generation = next(g for g in all_ranks(what, lambda: _move(t, found)) if g)
-    to, before = state.get("step", 0), t.plan.ledger
-    t.guard.roll_back(state.get("guard"), to, (before.position(to), before.position(t.step)))
-    if t.mesh.world.is_main:
-        print(f"guard: {t.guard.told()}", flush=True)
-    _free_engine(t)
-    t.generation = generation
-    t.stand(found, state, plan)
-    t.speed.start()
+    guard.refuse_another(step)
+    what = f"run.dir={run.root} cannot go back"
+    is_main = mesh.world.is_main
 
+    def choose() -> str | None:
+        checkpoint = run.before(guard.first_bad(step), every_steps) if is_main else None
+        return checkpoint.name if checkpoint else None
 
-def check_skips(t: Trainer) -> None:
-    """Raises TransientError on every rank where not all have skipped the same steps. Collective."""
-    t.guard.check(float(t.agree_on_step([], None)[-1]), t.mesh.world.world_size)
+    def look_ahead() -> dict[str, Any]:
+        state = read_state(checkpoint) if checkpoint else {}
+        return {**state, "data": feed.jump(state.get("step", 0), step)}
 
+    def move() -> int | None:
+        if not is_main:
+            return None
+        if deleted := run.go_back(checkpoint, generation):
+            print(f"guard: removed, as made of the bad steps: {', '.join(p.name for p in deleted)}", flush=True)
+        return run.take_generation()
 
-def _goal(t: Trainer) -> str | None:
-    """The name of the checkpoint to go back to, of rank 0; None for the beginning, and elsewhere."""
-    to = t.run.before(t.guard.first_bad(t.step), t.cfg.checkpoint.every_steps) if t.mesh.world.is_main else None
-    return to.name if to else None
-
-
-def _ahead(t: Trainer, found: Path | None) -> tuple[dict[str, Any], Plan]:
-    """The state to go back to and the plan from there on. Raises UserError where either cannot be."""
-    state = checkpoint.read_state(found) if found else {}
-    return state, plan_of(t.cfg, t.sources, t.plan.ledger.jump(state.get("step", 0), t.step))
-
-
-def _move(t: Trainer, to: Path | None) -> int | None:
-    """Rank 0: the run's pointer and a new generation, which is returned."""
-    if not t.mesh.world.is_main:
-        return None
-    if gone := t.run.go_back(to, t.generation):
-        print(f"guard: removed, as made of the bad steps: {', '.join(p.name for p in gone)}", flush=True)
-    return t.run.take_generation()
-
-
-def _free_engine(t: Trainer) -> None:
-    """The old engine's memory, before the new one takes as much."""
-    t.engine.close()
-    t.saver.release()
-    del t.engine
-    gc.collect()
-    if t.mesh.device.type == "cuda":
-        torch.cuda.empty_cache()
+    name = all_ranks(what, choose)[0]
+    checkpoint = run.checkpoints / name if name else None
+    state = all_ranks(what, look_ahead)[mesh.world.rank]
+    new_generation = all_ranks(what, move)[0]
+    assert new_generation is not None
+    first = state.get("step", 0)
+    guard.roll_back(state.get("guard"), first, (feed.position(first), feed.position(step)))
+    return Target(checkpoint, state, new_generation)

@@ -1,4 +1,4 @@
-"""Whether a step's update is made, and when the run goes back to a checkpoint instead. Standard library only.
+"""The guard: skips a step whose loss or gradient jumps, and rolls the run back after several. Standard library only.
 
 A step is bad where its loss or gradient norm is not finite, or stands far above what the last accepted steps had: z =
 (x - median) / scale of the loss and of the logarithm of the norm, where scale is 1.4826 x the median deviation from the
@@ -7,8 +7,8 @@ median (a normal distribution's standard deviation) and at least FLOOR. Only upw
 All ranks must judge alike, for a step that some take and others do not splits the model. They judge by two numbers that
 come out of all-reduces, and so as the same bits on every rank of a group, and by a history of such numbers. With tensor
 parallelism the loss is reduced in one group for each tp rank; its terms are the same there, and so is their sum as long
-as the groups add in the same order. Should they not, or should a machine compute wrongly, `check` tells: each step's
-first all-reduce carries how many steps each rank has skipped.
+as the groups add in the same order. If they do not, or if a machine computes wrongly, `check` says so: each step's vote
+carries the number of steps that each rank has skipped.
 
 The history is small, and lies in every checkpoint: `recent`, at most `window` pairs; of the events all rollbacks and
 the last EVENTS skipped steps; and how many were skipped in all.
@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from conf.errors import TransientError, UserError
-from data_pipeline.order.ledger import Ledger
 from trainer.config.health import GuardConfig
+from trainer.data.step_size import StepSize
 
 LOSS_FLOOR = 0.02  # nats: noise below is no spike, however flat the history
 NORM_FLOOR = 0.2  # of log norm: with spike_z=12, a norm of 11 times the median at least
@@ -35,7 +35,7 @@ Event = dict[str, Any]
 
 
 class Guard:
-    """What has been seen of a run's steps. `history`: what `to_json` gave, None for a new run.
+    """The history of a run's steps, and its judgement of the next one. `history`: from `to_json`, None for a new run.
 
     Raises:
         UserError: a history that `to_json` did not make.
@@ -52,16 +52,18 @@ class Guard:
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise _damaged(e) from None
 
-    def enter(self, ledger: Ledger, step: int) -> None:
-        """Before a step is judged: all begins anew where its mixture or its windows' length is another than the last
-        one's, or its batch less than half, for a mean over fewer windows is noisier."""
-        here, last = ledger.segment(step), ledger.segment(max(0, step - 1))
-        smaller = 2 * here.windows_per_step < last.windows_per_step
-        if smaller or (here.n_ctx, here.weights) != (last.n_ctx, last.weights):
+    def enter(self, now: StepSize, before: StepSize) -> None:
+        """Before a step of size `now` is judged: forget the history if its losses compare badly with those `before`.
+
+        That is after a change of the mixture or the length, or if the batch is less than half, for a mean over fewer
+        examples is noisier.
+        """
+        smaller = 2 * now.examples < before.examples
+        if smaller or (now.n_ctx, now.mixture) != (before.n_ctx, before.mixture):
             self.recent.clear()
 
     def judge(self, loss: float, norm: float) -> str | None:
-        """Why a step of this loss (nats) and global gradient norm is bad; None where it is not. Changes nothing."""
+        """The reason why a step of this loss (nats) and global gradient norm is bad; None if it is good."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return NON_FINITE
         if not self.cfg.spike_z or len(self.recent) < self.cfg.min_steps:
@@ -72,29 +74,25 @@ class Guard:
             return GRADIENT_SPIKE
         return None
 
-    def accepts(self, told: Callable[[], Sequence[float]], norm: float) -> bool:
-        """For the engine, between the norm and the update; `told` gives the loss first."""
-        return self.judge(told()[0], norm) is None
-
     def record(self, step: int, position: int, loss: float, norm: float) -> str | None:
-        """Take a step, whose first window is at `position`, into the history; returns why it was skipped, if it was."""
-        why = self.judge(loss, norm)
-        if why is None:
+        """Add a step, which drew from `position` on, to the history; returns the reason if it was skipped."""
+        reason = self.judge(loss, norm)
+        if reason is None:
             self.recent.append((loss, norm))
             return None
         numbers = {"loss": _finite(loss), "norm": _finite(norm)}
         self.skipped += 1
-        self.events.append({"step": step, "position": position, **numbers, "why": why, "did": SKIPPED})
+        self.events.append({"step": step, "position": position, **numbers, "why": reason, "did": SKIPPED})
         old = [e for e in self.events if e["did"] == SKIPPED][: -max(EVENTS, self.cfg.skips)]
         self.events = [e for e in self.events if not any(e is gone for gone in old)]
-        return why
+        return reason
 
     def must_roll_back(self, step: int) -> bool:
-        """Whether too many of the steps before `step` were bad."""
+        """Return True if too many of the steps before `step` were bad."""
         return len(self._episode(step)) >= self.cfg.skips
 
     def first_bad(self, step: int) -> int:
-        """The first bad step among the last ones before `step`, and `step` where there is none."""
+        """The first bad step among the last ones before `step`, or `step` if there is none."""
         return min((e["step"] for e in self._episode(step)), default=step)
 
     @property
@@ -102,25 +100,25 @@ class Guard:
         return [e for e in self.events if e["did"] == ROLLED_BACK]
 
     def refuse_another(self, step: int) -> None:
-        """Raises UserError, the report, where the run has gone back as often as it may."""
+        """Raises UserError, a report, if the run has gone back as often as it may."""
         if len(self.rollbacks) < self.cfg.max_rollbacks:
             return
-        told = "; ".join(describe(e) for e in [*self.rollbacks, *self._episode(step)])
+        events = "; ".join(explain(e) for e in [*self.rollbacks, *self._episode(step)])
         raise UserError(
             f"guard: {self.cfg.skips} bad steps among the last {self.cfg.within}, and the run has gone back "
-            f"{len(self.rollbacks)} times of guard.max_rollbacks={self.cfg.max_rollbacks}: {told}: give a lower "
+            f"{len(self.rollbacks)} times of guard.max_rollbacks={self.cfg.max_rollbacks}: {events}: give a lower "
             "optim.lr or a longer optim.schedule.warmup, or look at what the steps were fed (python -m "
             f"data_pipeline.order checkpoint=RUN steps={self.first_bad(step)}:{step}); then resume, with more "
             "guard.max_rollbacks"
         )
 
     def roll_back(self, history: Mapping[str, Any] | None, to: int, jumped: tuple[int, int]) -> None:
-        """The last event's step sends the run back to the checkpoint of step `to`, whose history this is."""
+        """Record that the last event sends the run back to the checkpoint of step `to`, whose history this is."""
         self.recent = _recent(self.cfg, history)
         self.events.append({**self.events[-1], "did": ROLLED_BACK, "to": to, "jumped": list(jumped)})
 
     def check(self, skipped: float, ranks: int) -> None:
-        """Raises TransientError where `skipped`, the sum over so many ranks, says that another one judged otherwise."""
+        """Raises TransientError if `skipped`, the sum over so many ranks, shows that another one judged otherwise."""
         if skipped != ranks * self.skipped:
             raise TransientError(
                 f"the ranks have not skipped the same steps ({self.skipped} on this one, so {ranks * self.skipped} "
@@ -128,32 +126,32 @@ class Guard:
                 "the last checkpoint is of before"
             )
 
-    def told(self) -> str:
+    def last_event(self) -> str:
         """The last event in words."""
-        return describe(self.events[-1])
+        return explain(self.events[-1])
 
     def to_json(self) -> dict[str, Any]:
         return {"recent": [list(pair) for pair in self.recent], "events": self.events, "skipped": self.skipped}
 
     def _episode(self, step: int) -> list[Event]:
-        """The bad steps among the last `within` before `step`; what came before a rollback is done with."""
+        """The bad steps among the last `within` before `step`, since the last rollback."""
         since = max((n for n, e in enumerate(self.events, 1) if e["did"] == ROLLED_BACK), default=0)
         return [e for e in self.events[since:] if e["step"] >= step - self.cfg.within]
 
 
 def robust_z(x: float, history: Sequence[float], floor: float) -> float:
-    """How many robust standard deviations, of at least `floor`, `x` is above the median of the history."""
+    """The distance of `x` above the median of the history, in robust standard deviations of at least `floor`."""
     middle = median(history)
     return (x - middle) / max(1.4826 * median(abs(h - middle) for h in history), floor)
 
 
-def describe(event: Event) -> str:
+def explain(event: Event) -> str:
     """An event in words."""
     loss, norm = ("not finite" if event[k] is None else f"{event[k]:.4g}" for k in ("loss", "norm"))
-    what = f"step {event['step']} (windows from {event['position']}, {event['why']}, loss {loss}, norm {norm})"
+    text = f"step {event['step']} (windows from {event['position']}, {event['why']}, loss {loss}, norm {norm})"
     if event["did"] == SKIPPED:
-        return f"{what} skipped"
-    return f"{what} sent the run back to step {event['to']}, over windows {event['jumped'][0]} to {event['jumped'][1]}"
+        return f"{text} skipped"
+    return f"{text} sent the run back to step {event['to']}, over windows {event['jumped'][0]} to {event['jumped'][1]}"
 
 
 def _recent(cfg: GuardConfig, history: Mapping[str, Any] | None) -> deque[tuple[float, float]]:
@@ -173,5 +171,5 @@ def _log(norm: float) -> float:
 
 
 def _finite(x: float) -> float | None:
-    """JSON has no word for the others."""
+    """None for inf and nan, which JSON does not have."""
     return x if math.isfinite(x) else None

@@ -1,4 +1,4 @@
-"""Which ranks make the others wait, by their heartbeats."""
+"""Slow ranks, which make the others wait, found by their heartbeats."""
 
 from __future__ import annotations
 

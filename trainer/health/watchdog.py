@@ -1,11 +1,11 @@
-"""Tells where each rank is, and ends a run that comes no further.
+"""Watchdog: writes each rank's heartbeat and ends a run that has stopped making progress.
 
-A step may take watch.hang_factor times the median of the last ones, and at least watch.hang_min_s; what is no step,
-watch.start_s; the end of a run has no limit here. After that the rank writes its stacks, the others see the folder and
-write theirs, one writes the report, and all end with HUNG: whoever started them starts again from the last checkpoint
-(launch/supervise.py).
+A step may take watch.hang_factor times the median of the last ones, and at least watch.hang_min_s; everything else may
+take watch.start_s; the end of a run has no limit here. After that the rank writes its stacks, the others see the folder
+and write theirs, one writes the report, and all end with HUNG: their supervisor starts them again from the last
+checkpoint (launch/supervise.py).
 
-Two threads on each rank. One touches no file, so that a file server that errs or hangs neither stops it nor is taken
+Each rank has two threads. One touches no file, so that a file server that fails or hangs neither stops it nor is taken
 for a hang; it knows the limits and ends the process. The other writes heartbeats and looks for the others' folder.
 """
 
@@ -28,29 +28,32 @@ from trainer.health.stragglers import Stragglers, say
 from trainer.run.exit_codes import HUNG
 from trainer.run.folder import RunFolder
 from trainer.run.heartbeat import Heartbeat, read_heartbeats, write_heartbeat
-from trainer.run.progress import END, STEP, At, Progress
+from trainer.run.progress import END, STEP, Progress
 from trainer.run.stack_location import place_of
 
 TICK_S = 1.0
-ASLEEP = 5.0  # ticks: a thread that was away for longer was not run at all, nor was training
+ASLEEP = 5.0  # ticks: if this thread was not run for longer, training was not either
 ANSWER_S = 10.0  # for the other ranks' stacks
 FILES_S = 5.0  # for the run folder to take the report, and for the journal
-LINGER_S = 60.0  # the saver has its own, shorter limit
+DRAIN_S = 60.0  # the saver has its own, shorter limit
 BACKSTOP_S, BACKSTOP = 3600.0, 10  # seconds, x the limit, the longer of both: see `Watch._watch`
 
 
-def limit_s(cfg: WatchConfig, at: At, step_s: float | None, fetch_s: float = 0.0) -> float:
-    """Seconds that a rank may stay where it is. `step_s`: the median of the last steps, None before the second;
-    `fetch_s`: what a remote source may take on top of a step."""
-    if at.phase == END:
+def limit_s(cfg: WatchConfig, phase: str, step_s: float | None, fetch_s: float = 0.0) -> float:
+    """Seconds that a rank may stay in this step or phase.
+
+    `step_s`: the median of the last steps, None before the second. `fetch_s`: the time that a remote source may take on
+    top of a step.
+    """
+    if phase == END:
         return math.inf
-    if at.phase != STEP or step_s is None:
+    if phase != STEP or step_s is None:
         return max(cfg.start_s, fetch_s)
     return max(cfg.hang_min_s, cfg.hang_factor * step_s) + fetch_s
 
 
 class Watch:
-    """Begins in the training thread. `generation` may change where a run starts anew in place."""
+    """The two threads, started from the training thread. A rollback sets another `generation`."""
 
     def __init__(
         self,
@@ -62,9 +65,15 @@ class Watch:
         flush: Callable[[], None],
         fetch_s: float = 0.0,
     ) -> None:
-        self.cfg, self.run, self.generation, self.world, self.progress = cfg, run, generation, world, progress
-        self._flush, self._fetch_s = flush, fetch_s
-        self._training, self._host = threading.get_ident(), socket.gethostname()
+        self.cfg = cfg
+        self.run = run
+        self.generation = generation
+        self.world = world
+        self.progress = progress
+        self._flush = flush
+        self._fetch_s = fetch_s
+        self._training = threading.get_ident()
+        self._host = socket.gethostname()
         self._closed = threading.Event()
         self._others_hang = False
         self._tick_s = min(TICK_S, cfg.beat_s)
@@ -85,20 +94,23 @@ class Watch:
             thread.join(FILES_S)
 
     def _watch(self) -> None:
-        """No file is touched. Where the training thread hangs and holds the GIL, this thread does not run, and
-        faulthandler ends the process: late, for it goes by the clock, which goes on while a process is stopped."""
+        """Ends the process at the limit, without touching a file.
+
+        If the training thread hangs and holds the GIL, this thread does not run, and faulthandler ends the process:
+        late, for it goes by the clock, which goes on while a process is stopped.
+        """
         awake = before = time.monotonic()
         while not self._closed.wait(self._tick_s):
-            now, at = time.monotonic(), self.progress.at
+            now, state = time.monotonic(), self.progress.at
             if now - before > ASLEEP * self._tick_s:
-                awake = now  # SIGSTOP, or a host without time for us: what stood still is no hang
+                awake = now  # SIGSTOP, or a host without time for this process: no hang
             before = now
-            limit = limit_s(self.cfg, at, self.progress.step_s, self._fetch_s)
+            limit = limit_s(self.cfg, state.phase, self.progress.step_s, self._fetch_s)
             if limit == math.inf:
                 faulthandler.cancel_dump_traceback_later()
                 continue
             faulthandler.dump_traceback_later(max(BACKSTOP_S, BACKSTOP * limit), exit=True)
-            if self._others_hang or now - max(awake, at.since) > limit:
+            if self._others_hang or now - max(awake, state.since) > limit:
                 self._end(limit)
         faulthandler.cancel_dump_traceback_later()
 
@@ -121,29 +133,29 @@ class Watch:
     def _write(self) -> None:
         if self.run.newest_generation() > self.generation:
             return  # a stranded start: the files are the newer one's
-        at, now = self.progress.at, time.time()
-        since = now - (time.monotonic() - at.since)
-        mine = (self.world.rank, self._host, os.getpid(), self.generation, now, at.step, at.phase, since)
-        write_heartbeat(self.run.heartbeats, Heartbeat(*mine, self.progress.step_s, self.progress.own_s))
+        state, now = self.progress.at, time.time()
+        since = now - (time.monotonic() - state.since)
+        facts = (self.world.rank, self._host, os.getpid(), self.generation, now, state.step, state.phase, since)
+        write_heartbeat(self.run.heartbeats, Heartbeat(*facts, self.progress.step_s, self.progress.own_s))
         if self.world.is_main:
             self.stragglers.look(read_heartbeats(self.run.heartbeats))
 
     def _spot(self) -> Spot:
-        at = self.progress.at
-        seconds = time.monotonic() - at.since
-        return Spot(self.world.rank, self._host, at.step, at.phase, seconds, place_of(self._training))
+        state = self.progress.at
+        seconds = time.monotonic() - state.since
+        return Spot(self.world.rank, self._host, state.step, state.phase, seconds, place_of(self._training))
 
     def _end(self, limit: float) -> None:
-        """Stacks, report, journal, the checkpoint in flight, each as far as it can be had in its time; then the end."""
+        """Write stacks, report, journal and the checkpoint in flight, each within its time; then end the process."""
         spot = self._spot()
-        if not _within(ANSWER_S + FILES_S, partial(self._tell, spot, limit)):
+        if not _within(ANSWER_S + FILES_S, partial(self._report, spot, limit)):
             say(f"hang, and {self.run.hang(self.generation)} takes no report: {spot.line()}")
         _within(FILES_S, self._flush)
-        _within(LINGER_S, self.progress.linger)
-        time.sleep(0.5)  # a launcher ends the others as soon as one ends, and one of them may be telling
+        _within(DRAIN_S, self.progress.drain)
+        time.sleep(0.5)  # a launcher ends the others as soon as one ends, and one of them may be writing the report
         os._exit(HUNG)
 
-    def _tell(self, spot: Spot, limit: float) -> None:
+    def _report(self, spot: Spot, limit: float) -> None:
         folder, rank = self.run.hang(self.generation), self.world.rank
         write_stacks(folder, spot)
         deadline = time.monotonic() + ANSWER_S
@@ -157,7 +169,7 @@ class Watch:
 
 
 def _within(seconds: float, function: Callable[[], None]) -> bool:
-    """Whether it came to its end in that time. Of a process that is given up: errors only say no."""
+    """Run a function in a thread; True if it ended well in that time. An error is no more than a False."""
     done = threading.Event()
 
     def run() -> None:

@@ -32,7 +32,7 @@ class Progress:
         self._own: deque[float] = deque(maxlen=WINDOW)
         self.step_s: float | None = None  # median of the last steps; None before the second
         self.own_s: float | None = None  # of this rank's own part of them
-        self.linger: Callable[[], None] = lambda: None  # for who ends the process at once: a moment for the checkpoint
+        self.drain: Callable[[], None] = lambda: None  # a moment for the checkpoint, before the process is ended
         self._work = (0, 0)  # what the steps of the median are of: tokens, n_ctx
 
     @contextmanager

@@ -26,10 +26,17 @@ AGAIN_S = 2.0  # a launcher may tell a rank twice in a moment, itself and throug
 
 
 class Stopped(Exception):
-    """No error: all ranks have agreed, and the checkpoint is published."""
+    """No error: all ranks have agreed, and the checkpoint is published.
 
-    def __init__(self, number: signal.Signals, step: int, saved: Path | None) -> None:
-        super().__init__(f"stopped by {number.name} after step {step}, saved {saved}")
+    `whole` is False if the run left an iteration of its feed unfinished: then `saved` is of an earlier step.
+    """
+
+    def __init__(self, number: signal.Signals, step: int, saved: Path | None, *, whole: bool = True) -> None:
+        how = f"saved {saved}"
+        if not whole:
+            resumed = saved or "the beginning"
+            how = f"inside an iteration that watch.stop_s was too short for: the run goes on from {resumed}"
+        super().__init__(f"stopped by {number.name} after step {step}, {how}")
         self.code = CODES[number]
 
 
@@ -96,7 +103,7 @@ class Signals:
         name = next(iter(self.got)).name
         if at.phase == START and at.step == self._first:
             end(CODES[next(iter(self.got))], f"{name} in the first step: nothing to save, nothing lost")
-        progress.linger()
+        progress.drain()
         end(
             ALONE,
             f"{name} after step {at.step}, and the other ranks did not agree to stop within {limit_s:.0f} s "

@@ -20,7 +20,7 @@ from conf.errors import UserError
 from data_pipeline.tokenizer.tokenizer import Tokenizer, train_bpe
 from tests.helpers.hf_models import SIZE, hf_model, save
 from tests.helpers.ranks import ROOT
-from trainer.checkpoint.files import Source
+from trainer.checkpoint.files import SavedWeights
 from trainer.checkpoint.find import model_of
 from trainer.config.hf import ExportHfConfig, ImportHfConfig
 from trainer.config.model import Norm
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 def imported(source: Path, out: Path) -> dict[str, Tensor]:
     import_hf(ImportHfConfig(str(source), str(out)))
-    return dict(Source(out))
+    return dict(SavedWeights(out))
 
 
 def logits_of(checkpoint: Path, tokens: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def test_speed_counts_the_window_and_not_what_is_no_step() -> None:
         speed.step(1000)
         clock.now += 50.0  # validation
         speed.start()
-    assert speed.tokens_per_s == pytest.approx(2000 / 5)
+    assert speed.work_per_s == pytest.approx(2000 / 5)
     assert speed.mfu == pytest.approx(2000 / 5 * 6e6 / 1e12)
     assert speed.eta_s(8000) == pytest.approx(20.0)
 

@@ -13,7 +13,7 @@ import torch
 
 from tests.distributed import tiny_run as run
 from tests.helpers.ranks import run_ranks
-from trainer.checkpoint.files import Source
+from trainer.checkpoint.files import SavedWeights
 
 HERE = "tests.distributed.trainer.checkpoint.test_reshape"
 AT, THERE, BACK = 3, 2, 2  # steps before the canonical checkpoint, on another layout, and back on one process
@@ -83,9 +83,9 @@ def test_every_layout_goes_on_from_one_checkpoint_and_leads_back(tmp_path: Path)
         found |= run_ranks(ranks, f"{HERE}:go_on", **given, timeout_s=400)[0]
     assert list(found) == LAYOUTS
     [back] = run_ranks(1, f"{HERE}:come_back", found=found)
-    first = Source(Path(whole["path"]))
+    first = SavedWeights(Path(whole["path"]))
     for name in LAYOUTS:
-        again = Source(Path(found[name]["untouched"]))
+        again = SavedWeights(Path(found[name]["untouched"]))
         for kind in ("master", "exp_avg", "exp_avg_sq"):
             for parameter in first:
                 assert torch.equal(again.full(kind, parameter), first.full(kind, parameter)), (name, kind, parameter)

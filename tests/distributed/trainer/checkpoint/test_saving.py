@@ -23,7 +23,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.seeds import seeded
 from tests.system.runs import TINY, make_data
 from trainer.checkpoint import save as saving
-from trainer.checkpoint.files import Source
+from trainer.checkpoint.files import SavedWeights
 from trainer.config.pretrain import PretrainConfig
 from trainer.loop import Trainer
 from trainer.model.specs import specs, to_local
@@ -48,7 +48,7 @@ def both_ways(folder: str) -> dict[str, Any]:
             engine = run.build(run.config(**how), mesh)
             run.curve(engine, range(2))
             for background in (False, True):
-                engine.cfg.checkpoint.background = background
+                engine.cfg.checkpoint.background = background  # the writer reads it
                 saver = run.saver(engine, Path(folder) / name / str(background))
                 go = hold(saver) if background else None
                 saver.save(2, STATE, last=not background)
@@ -61,7 +61,7 @@ def both_ways(folder: str) -> dict[str, Any]:
         return {
             "failing": failing(engine, Path(folder) / "failing"),
             "stranded": stranded(engine, Path(folder) / "stranded"),
-            **{how: closed(engine, Path(folder) / how, how) for how in ("close", "linger")},
+            **{how: closed(engine, Path(folder) / how, how) for how in ("close", "drain")},
             "slow": slow(engine, Path(folder) / "slow"),
             "no memory": no_memory(engine, Path(folder) / "memory"),
             "memory": run.saver(engine, Path(folder) / "memory")._snapshot.nbytes,
@@ -141,7 +141,7 @@ def slow(engine: Any, folder: Path) -> list[bool]:
     """Rank 1's disk is slow: was the checkpoint published whenever this rank went into a collective over it? And did
     the wait say that it is no hang?"""
     saver, published, moved = run.saver(engine, folder), [], threading.Event()
-    saver._moved = moved.set
+    saver._on_progress = moved.set
     ask = saver._failures
 
     def asked() -> Any:
@@ -217,7 +217,7 @@ def test_a_save_in_flight_publishes_nothing_over_a_newer_start(ranks: list[Any])
 
 
 def test_a_save_in_flight_is_published_when_the_run_ends_by_an_error(ranks: list[Any]) -> None:
-    for how in ("close", "linger"):
+    for how in ("close", "drain"):
         assert [got[how] for got in ranks] == [["latest", "step-00000001.gen-0001"]] * 2
 
 
@@ -242,9 +242,10 @@ def test_what_a_run_holds_is_closed_even_if_its_last_save_is_a_defect_or_there_i
     def close(*how: Any) -> None:
         closed.append(how)
 
-    parts = {name: SimpleNamespace(close=close) for name in ("tracker", "watch", *["feed"] * begun)}
-    parts |= {"signals": Signals(), "progress": (progress := Progress())}
-    parts |= {"saver": SimpleNamespace(close=defect)} if begun else {}
+    parts: dict[str, Any] = {name: SimpleNamespace(close=close) for name in ("tracker", "watch")}
+    parts |= {"signals": Signals(), "progress": (progress := Progress()), "_open_parts": contextlib.ExitStack()}
+    for opened in (close, defect) if begun else ():
+        parts["_open_parts"].callback(opened)
     with pytest.raises(ZeroDivisionError) if begun else nullcontext():
         Trainer.__exit__(SimpleNamespace(**parts), UserError, UserError(), None)  # type: ignore[arg-type]
     assert closed == [*[()] * begun, (Status.failed,), ()]
@@ -254,17 +255,17 @@ def test_what_a_run_holds_is_closed_even_if_its_last_save_is_a_defect_or_there_i
 def start_without_saver(run_dir: str, data: str) -> dict[str, Any]:
     """The second half of a start fails: the error, and the threads that live on."""
     from conf.schema import load
-    from trainer import loop
+    from trainer import setup
     from trainer.data.sources import open_sources
     from trainer.distributed.world import read_world
-    from trainer.plan.layout_rules import check_layout
+    from trainer.pretrain import language_model
 
     def refuse(*_: Any) -> None:
         raise UserError("no memory")
 
-    loop.Saver = refuse  # type: ignore[assignment, misc]
+    setup.Saver = refuse  # type: ignore[assignment, misc]
     cfg, world = load(PretrainConfig, [*TINY, f"run.dir={run_dir}", f"data.path={data}", "max_steps=3"]), read_world()
-    error = error_of(lambda: Trainer(cfg, "", world, check_layout(cfg, 1), open_sources(cfg.data)))
+    error = error_of(lambda: Trainer(cfg, "", world, language_model(cfg, open_sources(cfg.data))))
     return {"error": error, "alive": [thread.name for thread in threading.enumerate()]}
 
 
@@ -286,7 +287,7 @@ def test_a_range_of_another_layout_is_the_same_elements_of_the_whole_and_reads_n
 ) -> None:
     read: list[int] = []
 
-    class Counting(Source):
+    class Counting(SavedWeights):
         def _read(self, kind: str, name: str, tp_rank: int, start: int, length: int) -> torch.Tensor:
             read.append(length)
             return super()._read(kind, name, tp_rank, start, length)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from conf.errors import TransientError, UserError
 from tests.helpers.ranks import run_ranks
 
@@ -11,7 +9,7 @@ from tests.helpers.ranks import run_ranks
 def ends() -> list[str]:
     """How `agree` ends on this rank of a tensor-parallel pair whose reader, rank 0, has an error of either kind."""
     from trainer.config.parallel import ParallelConfig
-    from trainer.data.feed import Feed
+    from trainer.data.feed import agree
     from trainer.distributed.mesh import join_ranks, leave_ranks
     from trainer.distributed.world import read_world
 
@@ -20,7 +18,7 @@ def ends() -> list[str]:
     for kind in (TransientError, UserError):
         mine = kind("no answer") if mesh.tp_rank == 0 else UserError("no answer")  # the channel carries the text alone
         try:
-            Feed.agree(SimpleNamespace(mesh=mesh), mine)  # type: ignore[arg-type]
+            agree(mesh, mine)
         except UserError as e:
             found.append(f"{type(e).__name__}: {e}")
     leave_ranks(mesh)

@@ -34,31 +34,29 @@ def train(data: str, run: str, how: tuple[str, ...], lost: int | None, at: int, 
     `at` on."""
     from conf.errors import UserError
     from conf.schema import load
-    from trainer.data.sources import open_sources, plan_of
+    from trainer.data.sources import open_sources
     from trainer.distributed.world import read_world
     from trainer.engine.fragments import get_optimizer_step
     from trainer.loop import Trainer
-    from trainer.plan.layout_rules import check_layout
+    from trainer.pretrain import language_model
 
     os.environ["MASTER_PORT"] = str(port)  # a second meeting in the same place hangs
     common = (*mixture(Path(data), {"some": 1}), f"run.dir={run}", f"max_steps={at + 3}", "data.on_bad_shard=skip")
     wide = ("model.dropout=0.1", "model.n_embd=128")  # so that ZeRO-3 partitions the embedding truly
     cfg, world = load(PretrainConfig, [*TINY, *common, *wide, *how]), read_world()
-    sources = open_sources(cfg.data)
-    with Trainer(cfg, "", world, check_layout(cfg, world.world_size), sources) as trainer:
+    with Trainer(cfg, "", world, language_model(cfg, open_sources(cfg.data))) as trainer:
         if lost is not None:
-            feed = trainer.data.feed
-            feed.plan = plan_of(cfg, sources, feed.plan.ledger.lose(at, "some", lost))
-            feed.close()
-            feed.loader = feed._open(trainer.step)
+            feed: Any = trainer.parts.feed
+            feed.plan = feed._plan_of(feed.plan.ledger.lose(at, "some", lost))
+            feed.retire(None)  # reads anew, by the plan as it is now
         try:
             trainer.train()
         except UserError as e:
             return {"error": str(e)}
         return {
-            "digest": tiny_run.digest(trainer.engine.engine),
-            "updates": get_optimizer_step(trainer.engine.engine.adam),
-            "ledger": trainer.plan.ledger.to_json(),
+            "digest": tiny_run.digest(trainer.parts.engine),
+            "updates": get_optimizer_step(trainer.parts.engine.adam),
+            "ledger": trainer.parts.feed.state(trainer.step)["ledger"],
         }
 
 

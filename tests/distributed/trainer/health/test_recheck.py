@@ -107,8 +107,8 @@ def test_what_cannot_be_made_twice_by_torch_alone_is_refused_before_any_work() -
             check_layout(cfg, 2)
     cfg = run.config()
     cfg.guard = GuardConfig(recheck_every=5)
-    check_recheck(cfg, "cpu")
+    check_recheck(cfg.guard, cfg.deterministic, "cpu")
     with pytest.raises(UserError, match="deterministic=true"):
-        check_recheck(cfg, "cuda")
+        check_recheck(cfg.guard, cfg.deterministic, "cuda")
     cfg.deterministic = True
-    check_recheck(cfg, "cuda")
+    check_recheck(cfg.guard, cfg.deterministic, "cuda")

@@ -5,6 +5,7 @@ Twice to one step; stopped by a signal on the way; and not at all where no data 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import weakref
@@ -37,35 +38,37 @@ def on_two_ranks(root: str, ports: list[int]) -> dict[str, Any]:
 
 
 def gone_back(root: str, run: str, how: tuple[str, ...], port: int, then: Any = None) -> dict[str, Any]:
-    """A whole run in this process, and how many numbers of its old engines were alive once they were given back."""
+    """A whole run in this process, and how many numbers of its old engines were alive when the new ones were built."""
 
+    from trainer import setup
     from trainer.engine import engine
-    from trainer.health import rollback
 
     os.environ["MASTER_PORT"] = str(port)
-    backward, free, old = engine.Engine.backward, rollback._free_engine, list[Any]()
+    backward, build, old, refs = engine.Engine.backward, setup.build_engine, list[Any](), list[Any]()
 
-    def backward_or_nan(self: Any, batch: Any, valid: Any, last: bool) -> Any:
-        return backward(self, batch, float("nan") if bool((batch.tokens == MARKER).any()) else valid, last)
+    def backward_or_nan(self: Any, batch: Any, counts: Any, last: bool) -> Any:
+        return backward(self, batch, counts * (math.nan if bool((batch.tokens == MARKER).any()) else 1), last)
 
-    def counted(t: Any) -> None:
-        adam, parameters = t.engine.adam, [weakref.ref(p) for p in t.engine.module.parameters()]
-        flats = [weakref.ref(p) for group in adam.param_groups for p in group["params"]]
-        flats += [weakref.ref(x) for state in adam.state.values() for x in state.values()]
-        assert len(flats) >= 3 and len(parameters) > 10
-        del adam
-        free(t)
-        old.append(sum(x.numel() for ref in [*parameters, *flats] if (x := ref()) is not None))
-        if then:
-            then(t)
+    def counted(*args: Any) -> Any:
+        if refs:  # of the engine before
+            old.append(sum(x.numel() for ref in refs if (x := ref()) is not None))
+            if then:
+                then(args[2])
+        made = build(*args)
+        refs[:] = [weakref.ref(p) for p in made.module.parameters()]
+        assert len(refs) > 10
+        refs.extend(weakref.ref(p) for group in made.adam.param_groups for p in group["params"])
+        refs.extend(weakref.ref(x) for state in made.adam.state.values() for x in state.values())
+        return made
 
-    engine.Engine.backward, rollback._free_engine = backward_or_nan, counted  # type: ignore[method-assign]
+    engine.Engine.backward, setup.build_engine = backward_or_nan, counted  # type: ignore[method-assign]
     try:
         with trainer_of(root, run, how) as t:
             t.train()
-            return {"ledger": t.plan.ledger.to_json(), "alive": old, "skipped": t.guard.skipped, "step": t.step}
+            ledger = t.parts.feed.state(t.step)["ledger"]
+            return {"ledger": ledger, "alive": old, "skipped": t.guard.skipped, "step": t.step}
     finally:
-        engine.Engine.backward, rollback._free_engine = backward, free  # type: ignore[method-assign]
+        engine.Engine.backward, setup.build_engine = backward, build  # type: ignore[method-assign]
 
 
 def signalled(root: str, run: str, ports: list[int]) -> dict[str, Any]:
@@ -74,8 +77,8 @@ def signalled(root: str, run: str, ports: list[int]) -> dict[str, Any]:
 
     said = []
 
-    def tell(t: Any) -> None:
-        if t.mesh.world.rank == 1:
+    def tell(mesh: Any) -> None:
+        if mesh.world.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     for _ in range(2):
@@ -92,17 +95,17 @@ def signalled(root: str, run: str, ports: list[int]) -> dict[str, Any]:
 def no_data(root: str, port: int) -> dict[str, Any]:
     """The run has data for its steps, but not for a jump too: what it says, and its folder before and after."""
     from conf.errors import UserError
-    from trainer.health import rollback
+    from trainer.data.shard_feed import ShardFeed
     from trainer.run.folder import RunFolder
 
     run, folders = RunFolder(f"{root}/no data"), list[Any]()
-    goal = rollback._goal
+    jump = ShardFeed.jump
 
-    def looked(t: Any) -> Any:
+    def looked(self: Any, step: int, end: int) -> Any:
         folders.append(folder(run))
-        return goal(t)
+        return jump(self, step, end)
 
-    rollback._goal = looked
+    ShardFeed.jump = looked  # type: ignore[method-assign]
     try:
         gone_back(
             root,
@@ -114,7 +117,7 @@ def no_data(root: str, port: int) -> dict[str, Any]:
     except UserError as e:
         error = str(e)
     finally:
-        rollback._goal = goal
+        ShardFeed.jump = jump  # type: ignore[method-assign]
     return {"error": error, "before": folders[0], "after": folder(run)}
 
 
@@ -127,14 +130,14 @@ def trainer_of(root: str, run: str, how: tuple[str, ...]) -> Any:
     from trainer.data.sources import open_sources
     from trainer.distributed.world import read_world
     from trainer.loop import Trainer
-    from trainer.plan.layout_rules import check_layout
+    from trainer.pretrain import language_model
 
     wide = ("model.dropout=0.1", "model.n_embd=128")  # so that ZeRO-3 partitions the embedding truly
     cfg, world = (
         load(PretrainConfig, [*TINY, f"data.path={root}/data", f"run.dir={run}", *HOW, *wide, *how]),
         read_world(),
     )
-    return Trainer(cfg, "", world, check_layout(cfg, world.world_size), open_sources(cfg.data))
+    return Trainer(cfg, "", world, language_model(cfg, open_sources(cfg.data)))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,8 +30,7 @@ def check(root: Path, train: dict[str, Manifest], world: World, limit: int, tp: 
     given = {"data.cache.dir": f"{root}/cache", "data.cache.limit_gib": limit / 2**30, "data.lanes": LANES}
     overrides = ["experiment=demo", "data.path=none", f"run.dir={root}", *(f"{k}={v}" for k, v in given.items())]
     cfg: PretrainConfig = load(PretrainConfig, overrides)
-    cfg = replace(cfg, parallel=replace(cfg.parallel, tp=tp))
-    check_cache(cfg, Sources(train, {}, Cache(cfg.data.cache, FetchConfig())), world)
+    check_cache(cfg.data, Sources(train, {}, Cache(cfg.data.cache, FetchConfig())), world, tp)
 
 
 # world size, ranks of a node (None: not said), tp -> lanes that are read on a node

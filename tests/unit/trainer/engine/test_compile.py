@@ -293,5 +293,5 @@ def test_fp8_is_refused_where_it_cannot_be() -> None:
 def test_numbers_come_to_the_host_as_they_were() -> None:
     there = to_device([1.5, float("nan"), 3e300], torch.device("cpu"))
     assert there.dtype == torch.float64
-    told = AsyncCopy(there)
-    assert str(told.numbers()) == "[1.5, nan, 3e+300]"
+    copy = AsyncCopy(there)
+    assert str(copy.values()) == "[1.5, nan, 3e+300]"

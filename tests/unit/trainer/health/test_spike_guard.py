@@ -12,11 +12,12 @@ import pytest
 
 from conf.errors import TransientError, UserError
 from data_pipeline.config import DataConfig, RampConfig, SourceConfig, StageConfig
-from data_pipeline.order.ledger import Ledger
+from data_pipeline.order.ledger import Ledger, Segment
 from data_pipeline.order.plan import Plan
 from data_pipeline.order.stages import plan_ledger
 from tests.helpers.seeds import seeded
 from trainer.config.health import GuardConfig
+from trainer.data.step_size import StepSize
 from trainer.health.spike_guard import EVENTS, Guard
 
 NAN, INF = math.nan, math.inf
@@ -76,6 +77,10 @@ def test_nothing_but_what_is_not_finite_is_bad_in_the_first_steps() -> None:
     assert guard.record(3, 3, 3.0, 1.0) is None and guard.judge(1e9, 1.0) == "loss spike"
 
 
+def size_of(segment: Segment) -> StepSize:
+    return StepSize(segment.windows_per_step, segment.n_ctx, 0, mixture=segment.weights)
+
+
 def test_a_stage_of_other_windows_or_weights_or_far_fewer_of_them_is_judged_anew_and_a_ramp_is_not() -> None:
     guard = Guard(GuardConfig(min_steps=2, window=8))
     ledger = Ledger.start(4, 16, {"a": 1}).then(3, windows_per_step=8).lose(5, "a", 0)
@@ -83,7 +88,7 @@ def test_a_stage_of_other_windows_or_weights_or_far_fewer_of_them_is_judged_anew
     ledger = ledger.then(15, windows_per_step=12).then(17, windows_per_step=5)
     lengths = []
     for step in range(19):
-        guard.enter(ledger, step)
+        guard.enter(*(size_of(ledger.segment(s)) for s in (step, max(0, step - 1))))
         lengths.append(len(guard.recent))
         guard.record(step, ledger.position(step), 3.0, 1.0)
     assert lengths == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 0, 1, 2, 3, 4, 5, 0, 1]

@@ -22,7 +22,7 @@ from trainer.health.hang_report import Spot, publish_report, read_spots, report,
 from trainer.health.stragglers import AGAIN_S, LONG_S, Stragglers
 from trainer.health.watchdog import limit_s
 from trainer.run.heartbeat import Heartbeat, read_heartbeats, write_heartbeat
-from trainer.run.progress import END, SAVE, START, STEP, VALIDATE, At, Progress
+from trainer.run.progress import END, SAVE, START, STEP, VALIDATE, Progress
 from trainer.run.signals import CODES, Signals, agreed
 from trainer.run.stack_location import place_of
 
@@ -36,13 +36,13 @@ def beat(rank: int, own_s: float | None = 1.0, generation: int = 1) -> Heartbeat
 
 def test_a_step_may_take_a_multiple_of_the_median_and_what_is_no_step_its_own_time() -> None:
     for phase in (START, VALIDATE, SAVE):
-        assert limit_s(CFG, At(phase, 5, 0.0), 1.0) == 100
-    assert limit_s(CFG, At(STEP, 5, 0.0), None) == 100, "nothing is known of a step yet"
-    assert limit_s(CFG, At(STEP, 5, 0.0), 1.0) == 10
-    assert limit_s(CFG, At(STEP, 5, 0.0), 30.0) == 120
-    assert limit_s(CFG, At(STEP, 5, 0.0), 1.0, fetch_s=50) == 60, "a remote source may be slow, and is no hang"
-    assert limit_s(CFG, At(START, 5, 0.0), None, fetch_s=500) == 500
-    assert limit_s(CFG, At(END, 5, 0.0), 1.0, fetch_s=50) == math.inf
+        assert limit_s(CFG, phase, 1.0) == 100
+    assert limit_s(CFG, STEP, None) == 100, "nothing is known of a step yet"
+    assert limit_s(CFG, STEP, 1.0) == 10
+    assert limit_s(CFG, STEP, 30.0) == 120
+    assert limit_s(CFG, STEP, 1.0, fetch_s=50) == 60, "a remote source may be slow, and is no hang"
+    assert limit_s(CFG, START, None, fetch_s=500) == 500
+    assert limit_s(CFG, END, 1.0, fetch_s=50) == math.inf
 
 
 def test_the_watch_is_first_by_default_and_says_where_it_is_not() -> None:
@@ -140,7 +140,7 @@ def test_a_rank_that_waits_is_in_the_collective_and_a_peer_that_is_gone_is_one_l
     ]
     assert [p.wait(100) for p in ranks] == [0, 0]
     waiting, line = json.loads((tmp_path / "0").read_text())
-    assert waiting.startswith("collective all_gather_object, called by together (trainer/checkpoint/load.py:")
+    assert waiting.startswith("collective all_gather_object, called by all_ranks (trainer/distributed/collective.py:")
     assert line.startswith("rank 0 of 2 on ") and "lost the connection to another rank: " in line and waiting in line
 
 
@@ -245,7 +245,7 @@ def blocks(self):
     time.sleep(1000)
 if ill:
     RunFolder.newest_generation = {"stale": stale, "blocks": blocks}[ill]
-progress.linger = lambda: Path(sys.argv[1], "lingered").touch()
+progress.drain = lambda: Path(sys.argv[1], "lingered").touch()
 watch = Watch(cfg, run, generation, World(0, 1, 0), progress, lambda: Path(sys.argv[1], "flushed").touch())
 print("up", flush=True)
 for line in sys.stdin:
@@ -310,7 +310,7 @@ from trainer.run.progress import Progress
 from trainer.run.signals import Signals
 progress, signals = Progress(), Signals().install()
 progress.begin(7)
-progress.linger = lambda: print("lingered", flush=True)
+progress.drain = lambda: print("lingered", flush=True)
 signals.train(progress, 0.2)
 progress.begin(int(sys.argv[1]))
 signal.raise_signal(signal.SIGUSR1)

@@ -21,7 +21,7 @@ from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 from trainer.model.mask import attention_bias, patterns
 from trainer.objective.language_model import lm_loss
-from trainer.setup import attention_lines
+from trainer.summary import attention_lines
 
 CFG = ModelConfig(name="t", n_layer=4, n_head=4, n_embd=64, n_ctx=40, vocab_size=200, init_std=0.2)
 NUMBERS = {"band": 6, "stride": 8, "summary": 3}

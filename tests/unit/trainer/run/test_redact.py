@@ -14,7 +14,6 @@ from conf.errors import UserError
 from conf.schema import load
 from docs.generate_config import ROOTS
 from tests.test_configs import NEEDED
-from trainer.check import check_shown
 from trainer.config.pretrain import PretrainConfig
 from trainer.run.environment import gather
 from trainer.run.folder import RunFolder
@@ -106,7 +105,7 @@ def test_a_config_with_a_secret_is_refused_before_it_is_frozen(value: str) -> No
     secret = letters(24)
     cfg = load(PretrainConfig, ["data.path=d", "max_steps=10", value.format(secret)])
     with pytest.raises(UserError, match="holds what looks like a password") as caught:
-        check_shown(cfg)
+        refuse_secrets(asdict(cfg))
     assert secret not in str(caught.value)
 
 

@@ -14,7 +14,7 @@ from conf.errors import UserError
 from conf.frozen import freeze
 from conf.schema import load
 from tests.helpers.ranks import ROOT
-from trainer.check import check_shown
+from trainer.check import check_registry
 from trainer.config.pretrain import PretrainConfig
 from trainer.config.tracking import TrackerName, TrackingConfig, check_tracking, tracking_uri, ui_command
 from trainer.run.code_version import code_version
@@ -207,9 +207,9 @@ def test_a_tracking_that_cannot_be_is_one_line(override: str, line: str) -> None
 
 
 def test_a_model_that_no_registry_can_hold_is_refused_before_training(tmp_path: Path) -> None:
-    sparse = ["model.attention=DB", "model.band=4", "tracking.register=mine"]
+    cfg = config(tmp_path, "model.attention=DB", "model.band=4", "tracking.register=mine")
     with pytest.raises(UserError, match=r"tracking.register=mine, but a model of model.attention=DB"):
-        check_shown(config(tmp_path, *sparse))
+        check_registry(cfg.tracking, cfg.model)
     with pytest.raises(UserError, match=r"tracking.register=mine needs MLflow's registry"):
         config(tmp_path, "tracking=none", "tracking.register=mine")
 

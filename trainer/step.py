@@ -1,0 +1,115 @@
+"""One optimizer step: batches, vote, gradient, judgement, update. The host waits for the device once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conf.errors import UserError
+from trainer.config.train import TrainConfig
+from trainer.data.feed import AnyBatch, Feed
+from trainer.distributed.device_copies import AsyncCopy, ComputeTimer
+from trainer.distributed.seeds import seed_dropout
+from trainer.engine.engine import Engine, NonFiniteError
+from trainer.engine.schedule import lr_at
+from trainer.health.recompute_check import recheck
+from trainer.health.spike_guard import Guard
+from trainer.metrics import Speed
+from trainer.run.progress import Progress
+from trainer.vote import Vote, add_votes, gradient_counts
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of one step.
+
+    `loss`: the objective, by its weights over `terms`, each a mean over all ranks (nats per token for a language
+    model). `grad_norm`: global, before clipping. `vote`: the sum of all ranks' votes; if `vote.failed`, no weight has
+    changed. `error`: why this rank had no batches.
+    """
+
+    loss: float
+    terms: dict[str, float]
+    grad_norm: float
+    lr: float
+    vote: Vote
+    error: UserError | None
+
+
+class Stepper:
+    """Makes the steps of one engine and one feed. Collective."""
+
+    def __init__(
+        self, cfg: TrainConfig, engine: Engine, feed: Feed, guard: Guard, speed: Speed, progress: Progress
+    ) -> None:
+        self.cfg = cfg
+        self.engine = engine
+        self.feed = feed
+        self.guard = guard
+        self.speed = speed
+        self.progress = progress
+        self._timer = ComputeTimer(engine.mesh.device)
+
+    def step(self, step: int, wishes: Callable[[], Vote]) -> Outcome:
+        """Make the update after `step` updates, unless a rank has failed or the guard refuses it.
+
+        `wishes`: called once the batches are there, for this rank's vote, whose counts and `failed` are completed here.
+        """
+        engine, objective = self.engine, self.engine.objective
+        started = time.monotonic()
+        batches, error = self.feed.next()
+        waited = time.monotonic() - started
+        self.speed.wait(waited)
+        votes = add_votes(self._vote(wishes(), batches, error), engine.mesh)
+        counts = gradient_counts(votes, len(objective.terms))
+        recheck(engine, self.cfg.guard.recheck_every, self.cfg.seed, step, batches[0])
+        self._timer.start()
+        sums = self._backward(step, batches, counts)
+        self.progress.own(self._timer.stop(waited))
+        losses = (sums / counts).where(counts != 0, 0.0)
+        dist.all_reduce(losses, group=engine.mesh.dp_group)
+        numbers = AsyncCopy(torch.cat([losses, votes]))  # on the host before the norm is
+
+        def loss() -> float:
+            return sum(w * x for w, x in zip(objective.weights, numbers.values(), strict=False))
+
+        lr = self._lr(step)
+        try:
+            grad_norm = engine.step(lr, lambda norm: self.guard.judge(loss(), norm) is None)
+        except NonFiniteError as e:
+            grad_norm = e.norm
+        values = numbers.values()
+        terms = dict(zip(objective.terms, values, strict=False))
+        return Outcome(loss(), terms, grad_norm, lr, Vote.unpack(values[len(terms) :]), error)
+
+    def _vote(self, wishes: Vote, batches: Sequence[AnyBatch], error: UserError | None) -> Vote:
+        counts = tuple(0.0 for _ in self.engine.objective.terms)
+        if self.engine.mesh.tp_rank == 0:
+            counts = tuple(map(sum, zip(*(self.engine.objective.counts(batch) for batch in batches), strict=True)))
+        return replace(wishes, counts=counts, failed=float(error is not None or wishes.failed > 0))
+
+    def _backward(self, step: int, batches: Sequence[AnyBatch], counts: Tensor) -> Tensor:
+        """The sums [terms] over this rank's micro batches, fp32."""
+        sums = torch.zeros(len(counts), device=counts.device)
+        for micro_step, batch in enumerate(batches):
+            seed_dropout(self.engine.mesh, self.cfg.seed, step, micro_step)
+            sums += self.engine.backward(batch, counts, last=micro_step + 1 == len(batches))
+        return sums
+
+    def _lr(self, step: int) -> float:
+        optim, size = self.cfg.optim, self.feed.size(step)
+        end = self.feed.size(self.cfg.max_steps).done
+        return lr_at(
+            optim.schedule,
+            optim.lr,
+            step=step,
+            max_steps=self.cfg.max_steps,
+            tokens=size.done,
+            step_tokens=size.work,
+            end_tokens=end,
+        )

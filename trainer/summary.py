@@ -1,0 +1,87 @@
+"""The lines that a run prints and the rows that it logs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from trainer.config.model import ModelConfig
+from trainer.config.train import TrainConfig
+from trainer.data.feed import Feed
+from trainer.distributed.mesh import Mesh
+from trainer.engine.compile import describe_compile
+from trainer.hf.weights import hf_refusal
+from trainer.metrics import Speed, peak_memory_gib
+from trainer.model import flex
+from trainer.model.arithmetic import param_count
+from trainer.step import Outcome
+
+
+def run_summary(cfg: TrainConfig, mesh: Mesh, feed: Feed, checkpoint: Path | None, init_from: Path | None) -> str:
+    """The model, the layout, the data and the start of a run."""
+    work = feed.size(cfg.max_steps).done
+    unit = "tokens" if feed.size(0).fixed else "examples"
+    lines = [
+        f"{cfg.run.name}: {cfg.model.name}, {param_count(cfg.model):,} parameters in {cfg.precision.value} on "
+        f"{mesh.world.world_size} {mesh.device.type} ranks (dp={mesh.dp} tp={mesh.tp} "
+        f"ZeRO-{cfg.parallel.zero_stage})",
+        describe_compile(cfg.compile, cfg.parallel, mesh),
+        f"the run: {work:,} {unit} in {cfg.max_steps:,} steps",
+        *attention_lines(cfg.model, mesh.device),
+        *feed.summary(),
+        f"{cfg.run.dir}: {_start(cfg.init_from, checkpoint, init_from)}",
+    ]
+    return "\n  ".join(lines)
+
+
+def attention_lines(model: ModelConfig, device: torch.device) -> list[str]:
+    """For a model with sparse attention: the kernel that computes it, and the files its last checkpoint lacks."""
+    sparse, n = model.sparse_layers, model.n_ctx
+    if not sparse:
+        return []
+    how = "by FlexAttention, which skips what is masked"
+    if not flex.takes(device, n, n, model.head_dim, model.dropout):
+        how = "as dense attention under a mask, at a dense layer's cost"
+        if flex.takes(device, n, n, model.head_dim, 0.0):
+            how += f": FlexAttention has no dropout, and model.dropout={model.dropout}"
+    return [
+        f"attention: {model.attention}, {len(sparse)} of {model.n_layer} layers sparse, {how}",
+        f"the last checkpoint gets no Hugging Face files: {hf_refusal(model)}",
+    ]
+
+
+def step_row(
+    outcome: Outcome, speed: Speed, memory_of: torch.device, *, fixed: bool, skipped: bool
+) -> dict[str, float]:
+    """The metrics of one step, without those of the data. `fixed`: work is counted in tokens (see `StepSize`)."""
+    row = {
+        "train/loss": outcome.loss,
+        **({f"train/loss/{name}": x for name, x in outcome.terms.items()} if len(outcome.terms) > 1 else {}),
+        "optim/lr": outcome.lr,
+        "optim/grad_norm": outcome.grad_norm,
+        **({"speed/tokens_per_s": speed.work_per_s, "speed/mfu": speed.mfu} if fixed else {}),
+        **({} if fixed else {"speed/examples_per_s": speed.work_per_s}),
+        "speed/loader_wait": speed.wait_share,
+        "memory/peak_gib": peak_memory_gib(memory_of),
+    }
+    return {**row, "guard/skipped": 1} if skipped else row
+
+
+def validation_row(loss: float, losses: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a validation: the loss, and that of each set if there are several."""
+    return {"val/loss": loss, **({f"val/loss/{name}": x for name, x in losses.items()} if len(losses) > 1 else {})}
+
+
+def validation_line(step: int, max_steps: int, loss: float, losses: Mapping[str, float]) -> str:
+    """`step 100/1500  val loss 3.4120`, with the loss of each set if there are several."""
+    each = "".join(f"  {name} {x:.4f}" for name, x in losses.items()) if len(losses) > 1 else ""
+    return f"step {step}/{max_steps}  val loss {loss:.4f}{each}"
+
+
+def _start(given: str | None, checkpoint: Path | None, init_from: Path | None) -> str:
+    if checkpoint:
+        ignored = f"; init_from={given} is not read again" if given else ""
+        return f"goes on from {checkpoint.name}{ignored}"
+    return f"starts from the weights of {init_from}, with a fresh optimizer" if init_from else "starts from nothing"
