@@ -125,7 +125,7 @@ def test_a_run_with_spikes_repeats_itself_after_kills(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_batches_that_give_nan_are_jumped_over_from_the_very_beginning_on(tmp_path: Path, clean: float) -> None:
+def test_nan_batches_are_jumped_over_from_the_beginning(tmp_path: Path, clean: float) -> None:
     """The first before any checkpoint: back to the beginning; the second to a checkpoint."""
     how = (*GUARD, "max_steps=40", "parallel.zero_stage=3")
     data = make_plants(tmp_path / "data", {2: "marker", 3: "marker", 22: "marker", 25: "marker"}, 1, *how)
@@ -141,7 +141,8 @@ def test_batches_that_give_nan_are_jumped_over_from_the_very_beginning_on(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_that_has_gone_back_often_enough_stops_with_the_report(tmp_path: Path) -> None:
+def test_guard_max_rollbacks_ends_the_run_with_a_report(tmp_path: Path) -> None:
+    """The report names every rollback."""
     how = (*GUARD, "max_steps=40", "guard.max_rollbacks=1")
     data = make_plants(tmp_path / "data", dict.fromkeys((6, 7, 9, 10), "marker"), 1, *how)
     for code, err in finish(start(tmp_path / "run", f"data.path={data}", *how, ranks=2, entry=NAN)):

@@ -18,7 +18,8 @@ QUICK = ("watch.beat_s=0.2", "watch.hang_min_s=4", "watch.hang_factor=3")
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_rank_that_sleeps_is_named_with_its_place_and_the_next_start_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_hung_rank_is_named_and_the_run_restarts(tmp_path: Path) -> None:
+    """With its place in the code; the next start goes on bit for bit."""
     sleeper, step = random.randrange(2), random.randrange(5, 9)
     common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=12", *QUICK)
     run = tmp_path / "run"

@@ -43,7 +43,8 @@ def kill_a_rank(process: subprocess.Popen[str], run: Path, after: int, step: int
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_ten_kills_of_any_rank_at_random_moments_change_no_bit_and_leave_no_damaged_checkpoint(tmp_path: Path) -> None:
+def test_ten_kills_at_random_moments_change_no_bit(tmp_path: Path) -> None:
+    """And leave no damaged checkpoint."""
     rng, kills, steps = random.Random(seeded()), 10, 200
     common = (f"data.path={make_data(tmp_path / 'data')}", f"max_steps={steps}", "model.dropout=0.1")
     saving = ("checkpoint.every_steps=2", "checkpoint.keep=1000", "watch.beat_s=0.05")
@@ -74,7 +75,8 @@ def test_ten_kills_of_any_rank_at_random_moments_change_no_bit_and_leave_no_dama
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_start_that_was_asleep_while_another_went_on_publishes_nothing(tmp_path: Path) -> None:
+def test_a_start_that_slept_publishes_nothing(tmp_path: Path) -> None:
+    """Another start has taken the run over."""
     common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=30", "checkpoint.keep=1000")
     run = tmp_path / "run"
     first = start(run, *common, ranks=2)

@@ -40,7 +40,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return Home(tmp_path_factory.mktemp("lost"))
 
 
-def test_a_lost_shard_stops_all_ranks_before_the_step_that_needs_it_and_is_named(home: Home) -> None:
+def test_a_lost_shard_stops_all_ranks_and_is_named(home: Home) -> None:
+    """Before the step that needs it."""
     words = [said[-1].splitlines()[-1] for said in home.said]
     assert all(word.startswith("error: ") for word in words), words
     assert any(str(home.shard) in word for word in words), words
@@ -48,7 +49,8 @@ def test_a_lost_shard_stops_all_ranks_before_the_step_that_needs_it_and_is_named
     assert [step for step, _ in story(home.root / "stop")] == list(range(1, home.step + 1))
 
 
-def test_with_skip_both_ranks_go_on_without_a_lost_shard_from_the_same_step_on(home: Home) -> None:
+def test_skip_goes_on_without_a_lost_shard(home: Home) -> None:
+    """On both ranks from the same step on."""
     run = home.root / "skip"
     told = state(run)
     assert told["step"] == told["optimizer_step"] == len(story(run)) == STEPS
@@ -85,7 +87,7 @@ def test_tensor_parallel_ranks_skip_what_their_reader_has_lost(home: Home) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_shard_that_is_deleted_under_a_running_run_is_skipped_when_it_is_needed(tmp_path: Path) -> None:
+def test_a_shard_deleted_during_a_run_is_skipped(tmp_path: Path) -> None:
     """So late that neither rank can have read any of it ahead."""
     data = make_mixture(tmp_path / "data", {"web": [12] * 70})
     lost, step = shard_first_needed_near(data, {"web": 1}, 160)

@@ -30,7 +30,8 @@ def signal_at(processes: list[subprocess.Popen[str]], run: Path, step: int, rank
     processes[rank].send_signal(number)
 
 
-def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path: Path) -> None:
+    """The run resumes bit for bit."""
     rng = random.Random(seeded())
     rank, at, steps = rng.randrange(2), rng.randrange(2, 8), 40
     common = (f"data.path={make_data(tmp_path / 'data')}", f"max_steps={steps}", "checkpoint.every_steps=0")
@@ -67,7 +68,8 @@ def test_a_signal_before_the_first_step_ends_the_process_at_once(tmp_path: Path,
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_without_agreement_the_rank_that_got_the_signal_ends_and_saves_nothing(tmp_path: Path) -> None:
+def test_without_agreement_a_signal_saves_nothing(tmp_path: Path) -> None:
+    """The rank that got it ends; the last checkpoint stays."""
     asleep = random.randrange(2)
     common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=20", "checkpoint.every_steps=0", "watch.stop_s=2")
     planted = f"plant={asleep}:4:1000"

@@ -57,7 +57,8 @@ def test_resume_is_exact_after_kills_at_random_steps(tmp_path: Path, precision: 
     check_kills(tmp_path, at, 36, f"precision={precision}", f"parallel.zero_stage={zero}", "checkpoint.every_steps=3")
 
 
-def test_what_resume_asks_for_is_held_and_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
+def test_resume_is_obeyed_and_a_finished_run_unchanged(tmp_path: Path) -> None:
+    """resume=must and never are held."""
     common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=3", "checkpoint.every_minutes=1e-9")
     [(code, err)] = finish(start(tmp_path / "run", *common, "resume=must"))
     assert code == 2 and "holds no checkpoint" in err
@@ -90,7 +91,8 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_another_layout_goes_on_with_the_same_windows_and_the_loss_within_rounding(tmp_path: Path) -> None:
+def test_another_layout_resumes_within_rounding(tmp_path: Path) -> None:
+    """With the same windows."""
     common = (f"data.path={make_data(tmp_path / 'data')}", "eval.every=4", "optim.schedule.kind=constant")
     pretrain(tmp_path / "whole", *common, "max_steps=16")
     run = tmp_path / "run"
@@ -106,7 +108,8 @@ def test_another_layout_goes_on_with_the_same_windows_and_the_loss_within_roundi
 
 
 @pytest.mark.slow
-def test_a_batch_size_that_changes_goes_on_from_the_same_position(tmp_path: Path) -> None:
+def test_another_batch_size_resumes_at_the_same_position(tmp_path: Path) -> None:
+    """No window is repeated or left out."""
     common = (f"data.path={make_data(tmp_path / 'data')}",)
     pretrain(tmp_path / "run", *common, "max_steps=3")
     pretrain(tmp_path / "run", *common, "max_steps=5", "tokens_per_step=1024")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from conf.errors import UserError
 from trainer.data.feed import AnyBatch, Feed, agree
+from trainer.distributed.device_copies import to_device
 from trainer.engine.engine import Engine
 
 
@@ -39,7 +40,7 @@ def _loss_on(
         on_progress()
         unread = unread or error
         totals[:terms] += engine.evaluate(batch)
-        totals[terms:] += totals.new_tensor([*objective.counts(batch), float(error is not None)])
+        totals[terms:] += to_device([*objective.counts(batch), float(error is not None)], mesh.device)
     dist.all_reduce(totals, group=mesh.dp_group)
     dist.broadcast(totals, src=0)  # whether this is the best loss is decided on equal bits
     *numbers, failed = totals.tolist()

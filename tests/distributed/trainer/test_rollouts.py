@@ -190,7 +190,7 @@ def test_a_stop_signal_finishes_the_iteration(whole: Path, tmp_path: Path) -> No
     assert story(run) == story(whole)
 
 
-def test_a_stop_signal_with_too_little_grace_names_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_stop_signal_with_too_little_grace(tmp_path: Path) -> None:
     """Three steps of two seconds do not fit into watch.stop_s=1."""
     said = start(tmp_path / "run", "max_steps=12", "checkpoint.every_steps=3", "watch.stop_s=1", stop=3, pause_s=2)
     assert said.startswith("stopped by SIGTERM after step 5, inside an iteration") and "step-00000003" in said

@@ -75,7 +75,8 @@ def test_cpu_peak_and_memory_are_measured_in_flops_and_gib() -> None:
     assert 0.05 < peak_memory_gib(cpu) < 1000
 
 
-def test_a_longer_device_name_is_looked_up_before_a_shorter_one_that_it_contains() -> None:
+def test_longer_device_names_are_looked_up_first() -> None:
+    """A shorter name may be a part of a longer one."""
     names = list(PEAK_TFLOPS)
     assert [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if a in b] == []
 

@@ -201,7 +201,8 @@ def test_a_checkpoint_that_changed_layout_on_its_way_is_the_same(
     assert on_one[f"{name} -> one rank"] == direct, "a reshape through another layout lost bits"
 
 
-def test_one_rank_that_cannot_write_stops_all_and_the_last_checkpoint_stays(on_two: list[Any]) -> None:
+def test_one_rank_that_cannot_write_stops_all(on_two: list[Any]) -> None:
+    """The last checkpoint stays."""
     for got in (answer["one rank's disk is full"] for answer in on_two):
         assert "File too large" in got["error"] and "rank 1" in got["error"] and "\n" not in got["error"]
         assert got["latest"] == got["first"] and got["left"] == ["latest", got["first"]]

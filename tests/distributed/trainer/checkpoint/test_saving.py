@@ -199,7 +199,8 @@ def test_a_background_save_holds_the_bytes_of_a_blocking_one(name: str, ranks: l
         assert body == blocking[file], file
 
 
-def test_a_rank_that_cannot_even_say_that_it_failed_stops_all_at_the_next_step(ranks: list[Any]) -> None:
+def test_a_rank_that_cannot_report_its_error_stops_all(ranks: list[Any]) -> None:
+    """At the next step: its training thread reports the error, not its files."""
     assert [got["failing"]["flagged"] for got in ranks] == [False, True]
     for got in (answer["failing"] for answer in ranks):
         assert "may pass: the checkpoint of step 2 is not written" in got["error"] and got["error"].endswith(
@@ -216,16 +217,19 @@ def test_a_save_in_flight_publishes_nothing_over_a_newer_start(ranks: list[Any])
         assert got["left"] == []
 
 
-def test_a_save_in_flight_is_published_when_the_run_ends_by_an_error(ranks: list[Any]) -> None:
+def test_a_save_in_flight_is_published_after_an_error(ranks: list[Any]) -> None:
+    """Before any rank leaves, for a launcher then ends the others."""
     for how in ("close", "drain"):
         assert [got[how] for got in ranks] == [["latest", "step-00000001.gen-0001"]] * 2
 
 
-def test_no_rank_waits_in_a_collective_while_another_still_writes(ranks: list[Any]) -> None:
+def test_no_rank_waits_in_a_collective_for_a_slow_disk(ranks: list[Any]) -> None:
+    """And the wait reports its progress to the watchdog."""
     assert [got["slow"] for got in ranks] == [[True, True, True]] * 2
 
 
-def test_a_rank_without_memory_for_its_copy_ends_all_before_the_first_step(ranks: list[Any]) -> None:
+def test_no_memory_for_a_copy_ends_all_before_step_1(ranks: list[Any]) -> None:
+    """No rank is left behind by one that finds no room."""
     parameters = sum(prod(spec.padded) for spec in specs(run.model_config(), tp=1).values())
     for got in (answer["no memory"] for answer in ranks):
         assert f"{12 * parameters:,} bytes of host memory" in got and "2 ranks of this node, 1,024 bytes" in got, got
@@ -233,7 +237,8 @@ def test_a_rank_without_memory_for_its_copy_ends_all_before_the_first_step(ranks
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_what_a_run_holds_is_closed_even_if_its_last_save_is_a_defect_or_there_is_none_yet(begun: bool) -> None:
+def test_everything_is_closed_even_if_the_last_save_raises(begun: bool) -> None:
+    """Also if the start failed before there was a feed or a saver."""
     closed: list[Any] = []
 
     def defect() -> None:
@@ -277,14 +282,14 @@ def test_a_start_that_fails_halfway_closes_what_it_has_begun(tmp_path: Path) -> 
     assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_snapshot_takes_twelve_bytes_a_parameter_over_the_world(ranks: list[Any]) -> None:
+def test_the_snapshot_takes_twelve_bytes_a_parameter(ranks: list[Any]) -> None:
+    """Over all ranks together."""
     parameters = sum(prod(spec.padded) for spec in specs(run.model_config(), tp=1).values())
     assert sum(got["memory"] for got in ranks) == 12 * parameters
 
 
-def test_a_range_of_another_layout_is_the_same_elements_of_the_whole_and_reads_no_more(
-    ranks: list[Any], folder: Path
-) -> None:
+def test_a_slice_for_another_layout_reads_no_more_than_it(ranks: list[Any], folder: Path) -> None:
+    """It has the same elements as the whole parameter."""
     read: list[int] = []
 
     class Counting(SavedWeights):

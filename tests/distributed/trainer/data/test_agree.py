@@ -25,7 +25,8 @@ def ends() -> list[str]:
     return found
 
 
-def test_a_reader_that_gets_no_answer_lets_its_whole_group_be_tried_again() -> None:
+def test_a_transient_error_of_a_reader_is_its_groups() -> None:
+    """So that the supervisor tries again."""
     assert (
         run_ranks(2, "tests.distributed.trainer.data.test_agree:ends")
         == [["TransientError: no answer", "UserError: no answer"]] * 2

@@ -88,9 +88,10 @@ def runs(
     return root, lost, at, request.param, run_ranks(2, "tests.distributed.trainer.data.test_retire:pairs", **told)
 
 
-def test_the_step_that_is_made_again_is_the_step_that_was_made_once(
+def test_a_repeated_step_equals_one_made_once(
     runs: tuple[Path, int, int, set[str], list[Found]],
 ) -> None:
+    """Weights, moments and ledger are those of a run without the lost shard."""
     root, lost, at, cases, ranks = runs
     for case in cases:
         for found in ranks:

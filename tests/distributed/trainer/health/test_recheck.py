@@ -89,14 +89,16 @@ def test_a_step_made_twice_is_the_same_and_disturbs_nothing(case: str, two: list
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_wrong_number_on_one_rank_stops_all_and_names_rank_and_host(case: str, two: list[dict[str, Any]]) -> None:
+def test_one_wrong_number_stops_all_and_names_the_rank(case: str, two: list[dict[str, Any]]) -> None:
+    """With its host."""
     for rank in two:
         said = rank[case]["error"]
         assert "step 1 computed twice is not the same" in said and said.endswith("(rank 1)")
         assert f"host {socket.gethostname()}, device cpu: " in said and " numbers, the " in said
 
 
-def test_what_cannot_be_made_twice_by_torch_alone_is_refused_before_any_work() -> None:
+def test_layouts_that_cannot_be_rechecked_are_refused() -> None:
+    """Before any work: torch alone cannot compute them twice."""
     from trainer.health.recompute_check import check_recheck
 
     for how, why in (({"tp": 2}, "parallel.tp=2"), ({"zero": 3}, "parallel.zero_stage=3")):

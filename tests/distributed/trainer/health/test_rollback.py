@@ -161,7 +161,8 @@ def places(found: dict[str, Any]) -> list[tuple[int, int]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_rollbacks_to_one_step_give_the_old_engines_back_and_go_on_over_the_bad_windows(ranks: list[Any]) -> None:
+def test_rollbacks_free_old_engines_and_jump_bad_windows(ranks: list[Any]) -> None:
+    """Twice to one step, in every wrapper."""
     for found in ranks:
         for case, got in found["cases"].items():
             assert got["alive"] == [0, 0], f"{case}: {got['alive']} numbers of the old engines are still there"
@@ -171,9 +172,8 @@ def test_rollbacks_to_one_step_give_the_old_engines_back_and_go_on_over_the_bad_
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_signal_while_the_run_goes_back_stops_it_after_the_next_step_and_it_resumes_as_if_never_stopped(
-    root: Path, ranks: list[Any]
-) -> None:
+def test_a_signal_during_a_rollback_stops_after_a_step(root: Path, ranks: list[Any]) -> None:
+    """The run resumes as if it had never been stopped."""
     for found in ranks:
         got = found["signal"]
         assert len(got["said"]) == 2 and all("stopped by SIGTERM after step 4, saved " in said for said in got["said"])
@@ -183,7 +183,8 @@ def test_a_signal_while_the_run_goes_back_stops_it_after_the_next_step_and_it_re
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_that_has_no_data_left_to_go_on_with_stops_before_anything_has_moved(ranks: list[Any]) -> None:
+def test_no_data_behind_a_jump_stops_before_any_change(ranks: list[Any]) -> None:
+    """The run folder is as it was."""
     for found in ranks:
         got = found["no data"]
         assert "cannot go back: data.sources.shards.max_epochs=1: " in got["error"]

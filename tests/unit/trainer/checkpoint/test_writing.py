@@ -16,7 +16,8 @@ from trainer.checkpoint.write import FolderActivity
 from trainer.engine.fragments import Fragment
 
 
-def test_a_copy_that_no_machine_holds_is_one_line_with_its_bytes_and_the_way_out() -> None:
+def test_a_copy_too_big_for_the_machine_is_one_line() -> None:
+    """With its bytes and the way out."""
     huge = [Fragment("w", 0, 1 << 58, {"master": torch.empty(0)})]
     assert bytes_of(huge) == 1 << 60
     for take in (lambda: Snapshot(huge, torch.device("cpu")), lambda: check_room([1 << 59, 1 << 59])):

@@ -40,7 +40,8 @@ def verdict(history: list[tuple[float, float]], cfg: GuardConfig, loss: float, n
     return None
 
 
-def test_steps_are_judged_by_the_robust_score_of_the_accepted_ones() -> None:
+def test_steps_are_judged_by_a_robust_score() -> None:
+    """The score of the accepted steps, against the rule written out in numpy."""
     rng = random.Random(seeded())
     found = set()
     for _ in range(60):
@@ -60,7 +61,8 @@ def test_steps_are_judged_by_the_robust_score_of_the_accepted_ones() -> None:
     assert found == {None, "non-finite", "loss spike", "gradient spike"}
 
 
-def test_a_flat_history_and_its_noise_are_no_spikes_and_a_fall_is_none() -> None:
+def test_noise_of_a_flat_history_is_no_spike() -> None:
+    """Neither is a fall of the loss."""
     guard = Guard(GuardConfig())
     for step in range(64):
         guard.record(step, step, 2.0, 0.5)
@@ -69,7 +71,8 @@ def test_a_flat_history_and_its_noise_are_no_spikes_and_a_fall_is_none() -> None
     assert guard.judge(2.3, 0.5) == "loss spike" and guard.judge(2.0, 6.0) == "gradient spike"
 
 
-def test_nothing_but_what_is_not_finite_is_bad_in_the_first_steps() -> None:
+def test_only_non_finite_is_bad_in_the_first_steps() -> None:
+    """A spike is judged from guard.min_steps on."""
     guard = Guard(GuardConfig(min_steps=4, window=8))
     for step in range(3):
         assert guard.record(step, step, 3.0, 1.0) is None
@@ -81,7 +84,8 @@ def size_of(segment: Segment) -> StepSize:
     return StepSize(segment.windows_per_step, segment.n_ctx, 0, mixture=segment.weights)
 
 
-def test_a_stage_of_other_windows_or_weights_or_far_fewer_of_them_is_judged_anew_and_a_ramp_is_not() -> None:
+def test_which_changes_of_a_step_begin_a_new_history() -> None:
+    """Other windows, other weights or far fewer windows do; a ramp does not."""
     guard = Guard(GuardConfig(min_steps=2, window=8))
     ledger = Ledger.start(4, 16, {"a": 1}).then(3, windows_per_step=8).lose(5, "a", 0)
     ledger = ledger.then(8, n_ctx=32).then(11, weights={"a": 1, "b": 1}).then(13, windows_per_step=4)
@@ -94,7 +98,8 @@ def test_a_stage_of_other_windows_or_weights_or_far_fewer_of_them_is_judged_anew
     assert lengths == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 0, 1, 2, 3, 4, 5, 0, 1]
 
 
-def test_many_bad_steps_near_one_another_send_the_run_back_and_far_ones_do_not() -> None:
+def test_bad_steps_near_one_another_send_the_run_back() -> None:
+    """Bad steps that lie far apart do not."""
     guard = Guard(GuardConfig(skips=3, within=10))
     for step in range(100):
         bad = step in {5, 10, 30, 41, 52, 60, 68, 69}
@@ -116,7 +121,8 @@ def test_many_bad_steps_near_one_another_send_the_run_back_and_far_ones_do_not()
     }
 
 
-def test_the_history_comes_back_from_json_bit_for_bit_and_stays_small() -> None:
+def test_the_history_survives_json_and_stays_small() -> None:
+    """Bit for bit."""
     rng = random.Random(seeded())
     cfg = GuardConfig(spike_z=6, window=16, min_steps=4, max_rollbacks=2000)
     guard = Guard(cfg)
@@ -144,7 +150,8 @@ def test_a_damaged_history_is_refused(history: Any) -> None:
         Guard(GuardConfig(), history)
 
 
-def test_ranks_that_skipped_other_steps_are_an_error_and_the_report_names_every_event() -> None:
+def test_ranks_that_skipped_other_steps_are_an_error() -> None:
+    """And the report of a run that ends names every event."""
     guard = Guard(GuardConfig(skips=1, within=1, max_rollbacks=1))
     guard.check(0, 4)
     guard.record(7, 56, NAN, 1.0)
@@ -182,7 +189,8 @@ def tokens_of(ledger: Ledger, step: int) -> set[tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize(("to", "end"), [(0, 1), (0, 11), (4, 5), (4, 8), (6, 12), (3, 12), (9, 10), (11, 14)])
-def test_a_jump_keeps_what_is_planned_and_serves_no_window_of_the_steps_that_it_gives_up(to: int, end: int) -> None:
+def test_a_jump_keeps_the_plan_and_serves_nothing_bad(to: int, end: int) -> None:
+    """No window of the steps that it gives up is served again."""
     plan = planned().lose(2, "b", 2)
     jumped = plan.jump(to, end)
     assert jumped.position(to) == plan.position(end)
@@ -205,7 +213,8 @@ def test_a_jump_keeps_what_is_planned_and_serves_no_window_of_the_steps_that_it_
 @pytest.mark.parametrize(
     ("to", "end", "resumed"), [(0, 3, 0), (0, 3, 2), (4, 8, 4), (4, 8, 5), (6, 12, 6), (6, 12, 25)]
 )
-def test_a_run_that_resumes_after_a_jump_or_at_its_very_step_has_the_same_plan(to: int, end: int, resumed: int) -> None:
+def test_a_run_resumed_after_a_jump_has_the_same_plan(to: int, end: int, resumed: int) -> None:
+    """Also if it resumes at the very step of the jump."""
     jumped = planned().jump(to, end)
     assert planned(Ledger.from_json(jumped.to_json()), resumed) == jumped
     twice = jumped.jump(max(to, 5), end + 4)

@@ -34,7 +34,8 @@ def beat(rank: int, own_s: float | None = 1.0, generation: int = 1) -> Heartbeat
     return Heartbeat(rank, f"n{rank}", 100 + rank, generation, now, 7, STEP, now, 2.0, own_s)
 
 
-def test_a_step_may_take_a_multiple_of_the_median_and_what_is_no_step_its_own_time() -> None:
+def test_limits_of_steps_and_phases() -> None:
+    """A step may take a multiple of the median; any other phase has its own limit."""
     for phase in (START, VALIDATE, SAVE):
         assert limit_s(CFG, phase, 1.0) == 100
     assert limit_s(CFG, STEP, None) == 100, "nothing is known of a step yet"
@@ -69,7 +70,8 @@ def test_the_median_is_of_steps_alone() -> None:
     assert progress.step_s is not None and progress.step_s < 0.1
 
 
-def test_steps_of_much_more_work_or_of_another_length_begin_a_new_median() -> None:
+def test_much_more_work_begins_a_new_median() -> None:
+    """So does another length of the windows, which compiles anew."""
     progress = Progress()
     progress.begin(0)
     for step in range(1, 4):
@@ -128,7 +130,8 @@ def places_in_a_collective() -> list[str]:
     return found
 
 
-def test_a_rank_that_waits_is_in_the_collective_and_a_peer_that_is_gone_is_one_line(tmp_path: Path) -> None:
+def test_a_waiting_rank_is_in_the_collective(tmp_path: Path) -> None:
+    """And the error of a peer that is gone is one line."""
     code = (
         "import json, sys, tests.unit.trainer.health.test_watchdog as t; found = t.places_in_a_collective(); "
         "open(sys.argv[1], 'w').write(json.dumps(found)); import os; os._exit(0)"
@@ -168,7 +171,8 @@ def test_the_report_names_who_is_not_where_most_wait() -> None:
     assert "no rank waits for another" in report(spots(norm, norm, asleep, asleep), {}, 10)
 
 
-def test_stacks_come_back_as_they_were_found_and_one_rank_reports(tmp_path: Path) -> None:
+def test_stacks_are_read_as_written_and_one_rank_reports(tmp_path: Path) -> None:
+    """Places of ranks survive the file, and only one report is published."""
     folder = tmp_path / "hangs" / "gen-0001"
     spots = [Spot(r, "host, with comma", r, SAVE, 3.0, "f (a.py:1), called by g (b.py:2)") for r in range(3)]
     for spot in spots:
@@ -264,7 +268,8 @@ def waiting(run: Path, limit_s: float, ill: str = "") -> subprocess.Popen[str]:
     return process
 
 
-def test_a_process_that_was_stopped_for_longer_than_twice_the_limit_is_not_hung(tmp_path: Path) -> None:
+def test_a_stopped_process_is_not_hung(tmp_path: Path) -> None:
+    """Not even after twice the limit: SIGSTOP is no hang."""
     process = waiting(tmp_path, 2.0)
     while not read_heartbeats(tmp_path / "heartbeats"):
         time.sleep(0.02)
@@ -278,9 +283,8 @@ def test_a_process_that_was_stopped_for_longer_than_twice_the_limit_is_not_hung(
 
 
 @pytest.mark.parametrize("ill", ["", "stale", "blocks"])
-def test_a_process_that_comes_no_further_flushes_and_ends_with_86_whatever_the_run_folder_does(
-    tmp_path: Path, ill: str
-) -> None:
+def test_a_hung_process_flushes_and_ends_with_86(tmp_path: Path, ill: str) -> None:
+    """Whatever the file system of the run folder does."""
     process = waiting(tmp_path, 2.5, ill)
     assert process.wait(60) == 86
     assert (tmp_path / "flushed").exists() and (tmp_path / "lingered").exists()
@@ -325,9 +329,8 @@ time.sleep(60)
         (8, 87, "lingered\n", "error: SIGUSR1 after step 8, and the other ranks did not agree to stop within 0 s "),
     ],
 )
-def test_a_signal_without_agreement_loses_nothing_in_the_first_step_alone(
-    step: int, code: int, out: str, said: str
-) -> None:
+def test_a_signal_without_agreement(step: int, code: int, out: str, said: str) -> None:
+    """Nothing is lost in the first step; later the last checkpoint stays."""
     words = [sys.executable, "-c", ALONE_AT, str(step)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (code, out)
