@@ -14,10 +14,10 @@ from data_pipeline.manifest import TOKENIZER
 from data_pipeline.order.plan import Plan
 from trainer.checkpoint.find import check_model, find_checkpoint, model_of
 from trainer.config.model import ModelConfig
-from trainer.config.optim import Kind
+from trainer.config.optim import Kind, OptimConfig
 from trainer.config.pretrain import PretrainConfig
 from trainer.config.tracking import TrackingConfig, check_tracking
-from trainer.config.train import Resume, TrainConfig
+from trainer.config.train import Resume
 from trainer.data.sources import Sources, check_cache, check_past, check_sources, open_sources, plan_run
 from trainer.distributed.world import World
 from trainer.engine.schedule import lr_at
@@ -46,7 +46,7 @@ def check(cfg: PretrainConfig, world: World) -> Checked:
     check_tracking(cfg.tracking)
     refuse_secrets(asdict(cfg))
     check_registry(cfg.tracking, cfg.model)
-    state = check_resume(cfg)
+    state = check_resume(cfg.resume, cfg.run.dir, cfg.model, cfg.optim, cfg.max_steps)
     if state:
         latest = RunFolder(cfg.run.dir).latest()
         name = latest.name if latest else ""
@@ -84,33 +84,35 @@ def check_registry(tracking: TrackingConfig, model: ModelConfig) -> None:
         )
 
 
-def check_resume(cfg: TrainConfig) -> dict[str, Any]:
+def check_resume(
+    resume: Resume, run_dir: str, model: ModelConfig, optim: OptimConfig, max_steps: int
+) -> dict[str, Any]:
     """The state of the checkpoint to resume from, {} for a new run.
 
     Raises:
         UserError: the run folder is not of the kind that `resume` asks for, or holds another run.
     """
-    folder = RunFolder(cfg.run.dir)
+    folder = RunFolder(run_dir)
     latest = folder.latest()
     if latest is None:
-        if cfg.resume is Resume.must:
+        if resume is Resume.must:
             raise UserError(
-                f"resume=must, but {cfg.run.dir} holds no checkpoint: give the run's own run.dir, or resume=auto"
+                f"resume=must, but {run_dir} holds no checkpoint: give the run's own run.dir, or resume=auto"
             )
         return {}
-    if cfg.resume is Resume.never:
-        raise UserError(f"resume=never, but {cfg.run.dir} holds {latest.name}: give another run.name, or resume=auto")
+    if resume is Resume.never:
+        raise UserError(f"resume=never, but {run_dir} holds {latest.name}: give another run.name, or resume=auto")
     state = folder.state(latest)
-    check_model(latest, model_of(latest, state), cfg.model)
+    check_model(latest, model_of(latest, state), model)
     optimizer = state.get("optimizer", Kind.adamw.value)  # older checkpoints do not say: all are AdamW's
-    if optimizer != cfg.optim.kind.value:
+    if optimizer != optim.kind.value:
         raise UserError(
-            f"optim.kind={cfg.optim.kind.value}, but {latest.name} of {cfg.run.dir} has the moments of {optimizer}: "
+            f"optim.kind={optim.kind.value}, but {latest.name} of {run_dir} has the moments of {optimizer}: "
             "give the old kind, or another run.name"
         )
-    if state.get("step", 0) > cfg.max_steps:
+    if state.get("step", 0) > max_steps:
         raise UserError(
-            f"max_steps={cfg.max_steps}, but {cfg.run.dir} is at step {state['step']}: give more, or another run.name"
+            f"max_steps={max_steps}, but {run_dir} is at step {state['step']}: give more, or another run.name"
         )
     return state
 

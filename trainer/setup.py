@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from trainer.checkpoint import load
 from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.write import Writer, run_facts
-from trainer.config.optim import Unit
+from trainer.config.optim import ScheduleConfig, Unit
 from trainer.config.parallel import Precision
 from trainer.config.train import TrainConfig
 from trainer.data.feed import Feed, MakeFeed
@@ -120,7 +121,7 @@ class Start:
         engine = build_engine(cfg, self.task.objective, self.mesh, checkpoint, init_from)
         feed = self.task.feed(engine, state)
         self._open_parts.callback(feed.close)
-        check_feed(cfg, feed)
+        check_feed(cfg.optim.schedule, cfg.max_steps, feed)
         all_ranks(f"{self.run.root} takes no metrics", self._open_tracker)
         self.show_plan(feed)
         facts = run_facts(cfg.optim, cfg.model, cfg.parallel, cfg.precision, self.mesh)
@@ -142,7 +143,18 @@ class Start:
         self.progress.drain = saver.drain
         if self.mesh.world.is_main:
             print(run_summary(cfg, self.mesh, feed, checkpoint, init_from), flush=True)
-        return Parts(engine, feed, saver, Stepper(cfg, engine, feed, self.guard, self.speed, self.progress))
+        stepper = Stepper(
+            engine,
+            feed,
+            self.guard,
+            self.speed,
+            self.progress,
+            optim=cfg.optim,
+            recheck_every=cfg.guard.recheck_every,
+            seed=cfg.seed,
+            max_steps=cfg.max_steps,
+        )
+        return Parts(engine, feed, saver, stepper)
 
     def show_plan(self, feed: Feed) -> None:
         """Draw the plan of the data anew, from this step on."""
@@ -247,13 +259,13 @@ def build_engine(
     return engine
 
 
-def check_feed(cfg: TrainConfig, feed: Feed) -> None:
+def check_feed(schedule: ScheduleConfig, max_steps: int, feed: Feed) -> None:
     """Raises UserError if the schedule counts what the feed does not, or if the run would end inside an iteration."""
-    if cfg.optim.schedule.unit is Unit.tokens and not feed.size(0).fixed:
+    if schedule.unit is Unit.tokens and not feed.size(0).fixed:
         raise UserError(
             "optim.schedule.unit=tokens, but the examples of this run have no fixed number of tokens: give "
             "optim.schedule.unit=steps"
         )
-    if not feed.may_save(cfg.max_steps):
-        end = next(step for step in range(cfg.max_steps + 1, 2 * cfg.max_steps + 2) if feed.may_save(step))
-        raise UserError(f"max_steps={cfg.max_steps} is inside an iteration: give max_steps={end}, where one ends")
+    if not feed.may_save(max_steps):
+        end = next(step for step in itertools.count(max_steps) if feed.may_save(step))
+        raise UserError(f"max_steps={max_steps} is inside an iteration: give max_steps={end}, where one ends")

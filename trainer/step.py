@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.errors import UserError
-from trainer.config.train import TrainConfig
+from trainer.config.optim import OptimConfig
 from trainer.data.feed import AnyBatch, Feed
 from trainer.distributed.device_copies import AsyncCopy, ComputeTimer
 from trainer.distributed.seeds import seed_dropout
@@ -41,19 +41,22 @@ class Outcome:
     error: UserError | None
 
 
+@dataclass
 class Stepper:
     """Makes the steps of one engine and one feed. Collective."""
 
-    def __init__(
-        self, cfg: TrainConfig, engine: Engine, feed: Feed, guard: Guard, speed: Speed, progress: Progress
-    ) -> None:
-        self.cfg = cfg
-        self.engine = engine
-        self.feed = feed
-        self.guard = guard
-        self.speed = speed
-        self.progress = progress
-        self._timer = ComputeTimer(engine.mesh.device)
+    engine: Engine
+    feed: Feed
+    guard: Guard
+    speed: Speed
+    progress: Progress
+    optim: OptimConfig
+    recheck_every: int  # steps; 0 = never
+    seed: int
+    max_steps: int
+
+    def __post_init__(self) -> None:
+        self._timer = ComputeTimer(self.engine.mesh.device)
 
     def step(self, step: int, wishes: Callable[[], Vote]) -> Outcome:
         """Make the update after `step` updates, unless a rank has failed or the guard refuses it.
@@ -67,7 +70,7 @@ class Stepper:
         self.speed.wait(waited)
         votes = add_votes(self._vote(wishes(), batches, error), engine.mesh)
         counts = gradient_counts(votes, len(objective.terms))
-        recheck(engine, self.cfg.guard.recheck_every, self.cfg.seed, step, batches[0])
+        recheck(engine, self.recheck_every, self.seed, step, batches[0])
         self._timer.start()
         sums = self._backward(step, batches, counts)
         self.progress.own(self._timer.stop(waited))
@@ -97,19 +100,18 @@ class Stepper:
         """The sums [terms] over this rank's micro batches, fp32."""
         sums = torch.zeros(len(counts), device=counts.device)
         for micro_step, batch in enumerate(batches):
-            seed_dropout(self.engine.mesh, self.cfg.seed, step, micro_step)
+            seed_dropout(self.engine.mesh, self.seed, step, micro_step)
             sums += self.engine.backward(batch, counts, last=micro_step + 1 == len(batches))
         return sums
 
     def _lr(self, step: int) -> float:
-        optim, size = self.cfg.optim, self.feed.size(step)
-        end = self.feed.size(self.cfg.max_steps).done
+        size = self.feed.size(step)
         return lr_at(
-            optim.schedule,
-            optim.lr,
+            self.optim.schedule,
+            self.optim.lr,
             step=step,
-            max_steps=self.cfg.max_steps,
+            max_steps=self.max_steps,
             tokens=size.done,
             step_tokens=size.work,
-            end_tokens=end,
+            end_tokens=self.feed.size(self.max_steps).done,
         )

@@ -55,7 +55,7 @@ class TrainConfig:
         at_least_one(self, "micro_batch_size", "max_steps", "log_every")
 
 
-def at_least_one(cfg: TrainConfig, *keys: str) -> None:
+def at_least_one(cfg: object, *keys: str) -> None:
     """Raises UserError naming the first key whose number is below 1."""
     for key in keys:
         if getattr(cfg, key) != AUTO and getattr(cfg, key) < 1:
