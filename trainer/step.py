@@ -21,7 +21,7 @@ from trainer.health.recompute_check import recheck
 from trainer.health.spike_guard import Guard
 from trainer.metrics import Speed
 from trainer.run.progress import Progress
-from trainer.vote import Vote, add_votes, gradient_counts
+from trainer.vote import Vote, add_votes, gradient_counts, kinds_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Stepper:
 
         `wishes`: called once the batches are there, for this rank's vote, whose counts and `failed` are completed here.
         """
-        engine, objective = self.engine, self.engine.objective
+        engine, objective, ranks = self.engine, self.engine.objective, self.engine.mesh.world.world_size
         started = time.monotonic()
         batches, error = self.feed.next()
         waited = time.monotonic() - started
@@ -78,23 +78,32 @@ class Stepper:
         dist.all_reduce(losses, group=engine.mesh.dp_group)
         numbers = AsyncCopy(torch.cat([losses, votes]))  # on the host before the norm is
 
-        def loss() -> float:
-            return sum(w * x for w, x in zip(objective.weights, numbers.values(), strict=False))
+        def read() -> tuple[float, dict[str, float], Vote]:
+            values = numbers.values()
+            terms = dict(zip(objective.terms, values, strict=False))
+            loss = sum(weight * terms[name] for name, weight in zip(objective.terms, objective.weights, strict=True))
+            return loss, terms, Vote.unpack(values[len(terms) :])
+
+        def accept(norm: float) -> bool:
+            loss, _, vote = read()
+            return vote.same_kinds(ranks) and self.guard.judge(loss, norm) is None
 
         lr = self._lr(step)
         try:
-            grad_norm = engine.step(lr, lambda norm: self.guard.judge(loss(), norm) is None)
+            grad_norm = engine.step(lr, accept)
         except NonFiniteError as e:
             grad_norm = e.norm
-        values = numbers.values()
-        terms = dict(zip(objective.terms, values, strict=False))
-        return Outcome(loss(), terms, grad_norm, lr, Vote.unpack(values[len(terms) :]), error)
+        loss, terms, vote = read()
+        if not vote.same_kinds(ranks):
+            raise RuntimeError(f"step {step}: the feed gives ranks micro batches of other kinds or numbers")
+        return Outcome(loss, terms, grad_norm, lr, vote, error)
 
     def _vote(self, wishes: Vote, batches: Sequence[AnyBatch], error: UserError | None) -> Vote:
         counts = tuple(0.0 for _ in self.engine.objective.terms)
         if self.engine.mesh.tp_rank == 0:
             counts = tuple(map(sum, zip(*(self.engine.objective.counts(batch) for batch in batches), strict=True)))
-        return replace(wishes, counts=counts, failed=float(error is not None or wishes.failed > 0))
+        failed = float(error is not None or wishes.failed > 0)
+        return replace(wishes, counts=counts, kinds=kinds_of(batches), failed=failed)
 
     def _backward(self, step: int, batches: Sequence[AnyBatch], counts: Tensor) -> Tensor:
         """The sums [terms] over this rank's micro batches, fp32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class Vote:
     `counts`: of the objective's terms, in this rank's batches. `failed`: its batches could not be read, or its
     checkpoint in flight could not be written. `save`: the clock asks for a checkpoint. `overdue`: the grace after a
     stop signal is over. `stops`: the signals it got, in the order of `signals.CODES`. `skipped`: steps that its guard
-    has skipped.
+    has skipped. `kinds`: a number for the kinds of its micro batches, and its square (`kinds_of`).
     """
 
     counts: tuple[float, ...]
@@ -30,16 +31,30 @@ class Vote:
     overdue: float = 0.0
     stops: tuple[float, ...] = (0.0,) * len(CODES)
     skipped: float = 0.0
+    kinds: tuple[float, float] = (0.0, 0.0)
 
     def pack(self) -> list[float]:
         """The numbers to add over ranks; the counts come first, then `failed`."""
-        return [*self.counts, self.failed, self.save, self.overdue, self.skipped, *self.stops]
+        return [*self.counts, self.failed, self.save, self.overdue, self.skipped, *self.kinds, *self.stops]
 
     @classmethod
     def unpack(cls, numbers: Sequence[float]) -> Vote:
         """The inverse of `pack`."""
-        *counts, failed, save, overdue, skipped = numbers[: -len(CODES)]
-        return cls(tuple(counts), failed, save, overdue, tuple(numbers[-len(CODES) :]), skipped)
+        *counts, failed, save, overdue, skipped, kinds, squares = numbers[: -len(CODES)]
+        return cls(tuple(counts), failed, save, overdue, tuple(numbers[-len(CODES) :]), skipped, (kinds, squares))
+
+    def same_kinds(self, ranks: int) -> bool:
+        """True if the votes of so many ranks, whose sum this is, have the same `kinds`: their variance is 0."""
+        return ranks * self.kinds[1] == self.kinds[0] ** 2
+
+
+def kinds_of(batches: Sequence[object]) -> tuple[float, float]:
+    """A number below 2^16 for the types of a step's micro batches, in order; and its square.
+
+    Exact in fp64 when they are added over up to 1,024 ranks.
+    """
+    number = zlib.crc32(" ".join(type(batch).__name__ for batch in batches).encode()) & 0xFFFF
+    return float(number), float(number**2)
 
 
 def add_votes(vote: Vote, mesh: Mesh) -> Tensor:

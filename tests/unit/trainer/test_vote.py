@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import random
 from dataclasses import fields
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from tests.helpers.seeds import seeded
 from trainer.run.signals import CODES
-from trainer.vote import Vote, gradient_counts
+from trainer.vote import Vote, gradient_counts, kinds_of
 
 
 def random_vote(rng: random.Random, terms: int) -> Vote:
     flags = [float(rng.random() < 0.3) for _ in range(3)]
     stops = tuple(float(rng.random() < 0.3) for _ in CODES)
-    return Vote(tuple(float(rng.randrange(10**6)) for _ in range(terms)), *flags, stops, float(rng.randrange(9)))
+    counts, kinds = (tuple(float(rng.randrange(10**6)) for _ in range(n)) for n in (terms, 2))
+    return Vote(counts, *flags, stops, float(rng.randrange(9)), kinds)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("terms", [1, 2, 5])
@@ -31,6 +33,23 @@ def test_the_sum_of_packed_votes_is_the_vote_of_sums(terms: int) -> None:
             added = tuple(sum(column) for column in zip(*values, strict=True)) if many else sum(values)
             assert getattr(total, field.name) == added, field.name
         assert Vote.unpack(votes[0].pack()) == votes[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 1024])
+def test_ranks_with_other_kinds_of_micro_batches_are_found(ranks: int) -> None:
+    """One rank of many, with another type, another order or another number of micro batches."""
+
+    class A(NamedTuple):
+        x: int
+
+    class B(NamedTuple):
+        x: int
+
+    usual = [A(0), A(1), B(2)]
+    for other in ([A(0), B(1), A(2)], [A(0), A(1)], [B(0)] * 3, usual):
+        numbers = [kinds_of(other), *[kinds_of(usual)] * (ranks - 1)]
+        total = Vote((1.0,), kinds=(sum(n for n, _ in numbers), sum(n for _, n in numbers)))
+        assert total.same_kinds(ranks) == (ranks == 1 or other is usual)
 
 
 def test_the_counts_of_a_failed_step_are_nan_for_the_gradient_alone() -> None:
