@@ -97,7 +97,8 @@ class RollOuts:
 
 def train(run: str, how: list[str], bad: list[int], kill: int = -1, stop: int = -1, pause_s: float = 0.0) -> Any:
     """A start of a run: what it says when it is stopped. Rank 1 ends at step `kill`, and is told to at step `stop`."""
-    from conf.schema import freeze, load
+    from conf.frozen import freeze
+    from conf.schema import load
     from trainer.distributed.world import read_world
     from trainer.loop import Trainer
     from trainer.objective.language_model import LanguageModel
