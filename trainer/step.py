@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,8 +30,8 @@ class Outcome:
     """The result of one step.
 
     `loss`: the objective, by its weights over `terms`, each a mean over all ranks (nats per token for a language
-    model). `grad_norm`: global, before clipping. `vote`: the sum of all ranks' votes; if `vote.failed`, no weight has
-    changed. `error`: why this rank had no batches.
+    model); NaN if nothing counts. `grad_norm`: global, before clipping. `vote`: the sum of all ranks' votes; if
+    `vote.failed`, no weight has changed. `error`: why this rank had no batches.
     """
 
     loss: float
@@ -81,8 +82,9 @@ class Stepper:
         def read() -> tuple[float, dict[str, float], Vote]:
             values = numbers.values()
             terms = dict(zip(objective.terms, values, strict=False))
+            vote = Vote.unpack(values[len(terms) :])
             loss = sum(weight * terms[name] for name, weight in zip(objective.terms, objective.weights, strict=True))
-            return loss, terms, Vote.unpack(values[len(terms) :])
+            return loss if any(vote.counts) else math.nan, terms, vote
 
         def accept(norm: float) -> bool:
             loss, _, vote = read()

@@ -11,6 +11,7 @@ from conf.errors import UserError
 from trainer.data.feed import AnyBatch, Feed, agree
 from trainer.distributed.device_copies import to_device
 from trainer.engine.engine import Engine
+from trainer.objective.objective import weighted_loss
 
 
 def validate(
@@ -46,5 +47,4 @@ def _loss_on(
     *numbers, failed = totals.tolist()
     if failed:
         agree(mesh, unread)
-    terms_of = zip(objective.weights, numbers[:terms], numbers[terms:], strict=True)
-    return sum(weight * (total / count if count else 0.0) for weight, total, count in terms_of)
+    return weighted_loss(objective, numbers[:terms], numbers[terms:])
