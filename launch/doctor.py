@@ -25,14 +25,14 @@ from launch.ssh.launcher import hosts_of, needed_programs
 from trainer.config.pretrain import PretrainConfig
 from trainer.config.tracking import TrackerName, TrackingConfig
 from trainer.diagnostics import machine
-from trainer.diagnostics.check_result import Finding, State
+from trainer.diagnostics.check_result import CheckResult, State
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK_S, DISK_S, SERVICE_S, DATA_S = 20.0, 60.0, 20.0, 120.0
 DISK = "the disk hangs: look at its server (mount, df), or give another run.dir"
 
 
-def look(cfg: DoctorConfig, command: list[str] | None) -> list[Finding]:
+def look(cfg: DoctorConfig, command: list[str] | None) -> list[CheckResult]:
     """`command`: what follows the `--`; None where there is none.
 
     Raises:
@@ -110,11 +110,11 @@ def run_checks_of(cfg: DoctorConfig, train: PretrainConfig | None, run_dir: Path
     return checks
 
 
-def one(function: Callable[[], Finding]) -> Callable[[], Iterable[Finding]]:
+def one(function: Callable[[], CheckResult]) -> Callable[[], Iterable[CheckResult]]:
     return lambda: [function()]
 
 
-def report(results: list[Finding], as_json: bool) -> int:
+def report(results: list[CheckResult], as_json: bool) -> int:
     """Print them; the exit code."""
     failed = any(result.state is State.fail for result in results)
     if as_json:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.files import GIB
-from trainer.diagnostics.check_result import Finding, fail, ok, warn
+from trainer.diagnostics.check_result import CheckResult, fail, ok, warn
 from trainer.diagnostics.machine import write_speed
 
 MEMORY = ("tmpfs", "ramfs")
@@ -20,7 +20,7 @@ LITTLE_GIB = 10  # free, where nobody says what the run writes
 SLOW_MB_S = 50
 
 
-def run_folder(path: Path, needed: int | None, nodes: int) -> Iterator[Finding]:
+def run_folder(path: Path, needed: int | None, nodes: int) -> Iterator[CheckResult]:
     """`needed`: bytes of the run's checkpoints, None where no run is given; `nodes` are to share the folder."""
     above = next(p for p in (path, *path.parents) if p.exists())
     text = f"{path}" if above == path else f"{path}, to be made in {above},"
@@ -39,7 +39,7 @@ def run_folder(path: Path, needed: int | None, nodes: int) -> Iterator[Finding]:
         shutil.rmtree(probe, ignore_errors=True)
 
 
-def space(folder: Path, needed: int | None) -> Finding:
+def space(folder: Path, needed: int | None) -> CheckResult:
     room = os.statvfs(folder)
     free = room.f_bavail * room.f_frsize
     text = f"{free / GIB:,.1f} GiB free"
@@ -52,7 +52,7 @@ def space(folder: Path, needed: int | None) -> Finding:
     return ok("run.dir space", text) if free >= 2 * needed else warn("run.dir space", text, cure)
 
 
-def file_system(folder: Path, nodes: int, mounts: Path = Path("/proc/self/mounts")) -> Finding:
+def file_system(folder: Path, nodes: int, mounts: Path = Path("/proc/self/mounts")) -> CheckResult:
     """Warns of a folder that other nodes cannot see, or that is lost with the machine, by its file system."""
     kind, mount_point = mounted(folder, mounts)
     text = f"{kind}, mounted at {mount_point}"
@@ -78,7 +78,7 @@ def mounted(folder: Path, mounts: Path) -> tuple[str, str]:
     return best
 
 
-def semantics(probe: Path) -> Iterator[Finding]:
+def semantics(probe: Path) -> Iterator[CheckResult]:
     """The trainer takes generations by exclusive create, publishes by rename, and locks the tracker's state."""
     broken = [name for name, works in (("exclusive create", _exclusive), ("rename", _rename)) if not works(probe)]
     if broken:
@@ -134,7 +134,7 @@ def _flock(probe: Path) -> bool:
         return False
 
 
-def speed(probe: Path) -> Finding:
+def speed(probe: Path) -> CheckResult:
     try:
         rate = write_speed(probe)
     except OSError as e:

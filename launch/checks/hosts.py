@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.diagnostics.check_result import Finding, fail, ok, warn
+from trainer.diagnostics.check_result import CheckResult, fail, ok, warn
 
 CONNECT_S = 5
 SKEW_S = 1.0
@@ -36,7 +36,7 @@ print(json.dumps({"time": time.time()}), flush=True)
 """
 
 
-def programs(names: Sequence[str]) -> Finding:
+def programs(names: Sequence[str]) -> CheckResult:
     absent = [name for name in names if shutil.which(name) is None]
     if absent:
         wanted = dict.fromkeys(PACKAGES.get(name, name) for name in absent)
@@ -44,7 +44,7 @@ def programs(names: Sequence[str]) -> Finding:
     return ok("programs", ", ".join(names))
 
 
-def reachable(name: str, root: Path) -> Finding:
+def reachable(name: str, root: Path) -> CheckResult:
     """One host, asked over ssh with the same Python and checkout paths as here."""
     what = f"host {name}"
     probe = [sys.executable, "-c", PROBE, str(root)]

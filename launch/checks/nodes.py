@@ -15,17 +15,17 @@ from pathlib import Path
 
 from conf.frozen import literal
 from launch.config import DoctorConfig
-from trainer.diagnostics.check_result import Finding, fail, from_json
+from trainer.diagnostics.check_result import CheckResult, fail, from_json
 from trainer.plan.hardware import CPU
 from trainer.run.nvidia_smi import nvidia_smi
 
 CPU_RANKS = 2  # of a node without GPUs
-STAGES = 9  # of trainer.diagnostics.node_check, each with its own time limit
+STAGES = 7  # of trainer.diagnostics.node_check, each with its own time limit
 START_S = 120.0  # to import torch on all of them
 NAME = "nodes"
 
 
-def examine_nodes(cfg: DoctorConfig, root: Path) -> list[Finding]:
+def examine_nodes(cfg: DoctorConfig, root: Path) -> list[CheckResult]:
     """The results that rank 0 of the check prints; where it prints none, one failure with the launcher's last words."""
     argv, limit_s = command(cfg), START_S + STAGES * cfg.timeout_s
     env = {**os.environ, **cfg.cluster.env, **({"DS_ACCELERATOR": CPU} if cfg.cluster.gpu == CPU else {})}
@@ -92,7 +92,7 @@ def gpus_of_a_node(env: Mapping[str, str], wanted: int) -> int:
     return count if visible is None else min(count, len([v for v in visible.split(",") if v not in ("", "-1")]))
 
 
-def read(out: str) -> list[Finding] | None:
+def read(out: str) -> list[CheckResult] | None:
     """The findings in the last line that holds some: libraries print into the same stream."""
     for line in reversed(out.splitlines()):
         with suppress(ValueError, TypeError, KeyError):

@@ -15,13 +15,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from trainer.diagnostics.check_result import Finding, fail, ok, warn
+from trainer.diagnostics.check_result import CheckResult, fail, ok, warn
 
 SHOWN = ("torch", "deepspeed", "megatron-core", "webdataset", "hydra-core", "mlflow")
 GIT_S = 10.0
 
 
-def python_version(root: Path) -> Finding:
+def python_version(root: Path) -> CheckResult:
     required = _project(root).get("requires-python", ">=3.11")
     ours = f"{platform.python_version()} at {sys.executable}"
     if Version(platform.python_version()) in SpecifierSet(required):
@@ -29,7 +29,7 @@ def python_version(root: Path) -> Finding:
     return fail("python", f"{ours}, the project needs {required}", "make a virtual environment with such a Python")
 
 
-def packages(root: Path, extras: tuple[str, ...]) -> Iterator[Finding]:
+def packages(root: Path, extras: tuple[str, ...]) -> Iterator[CheckResult]:
     """Against what pyproject.toml asks for, and against the versions that constraints.txt says were tested together."""
     installed, amiss = {}, []
     for need in _needs(root, extras):
@@ -57,7 +57,7 @@ def packages(root: Path, extras: tuple[str, ...]) -> Iterator[Finding]:
         yield ok("tested versions", "those of constraints.txt")
 
 
-def checkout(root: Path) -> Finding:
+def checkout(root: Path) -> CheckResult:
     """Warns of code without a commit: a run's frozen version could not be found again."""
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
     if commit is None:

@@ -8,13 +8,13 @@ from launch.preflight import preflight
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.model import ModelConfig
 from trainer.config.pretrain import PretrainConfig
-from trainer.diagnostics.check_result import Finding, fail, ok
+from trainer.diagnostics.check_result import CheckResult, fail, ok
 from trainer.model.arithmetic import param_count
 
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weights and two moments
 
 
-def trainable(cfg: PretrainConfig, cluster: ClusterConfig) -> Finding:
+def trainable(cfg: PretrainConfig, cluster: ClusterConfig) -> CheckResult:
     """All that its ranks would refuse."""
     try:
         _, lines = preflight(cfg, cluster)

@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from trainer.diagnostics.check_result import Finding, fail, from_json
+from trainer.diagnostics.check_result import CheckResult, fail, from_json
 
 MOST = 1 << 20  # bytes of what a check may say
 
 
 class Check(NamedTuple):
     name: str
-    look: Callable[[], Iterable[Finding]]
+    look: Callable[[], Iterable[CheckResult]]
     limit_s: float
     late: str = "look at what it waits for, and try again"  # what to do where the limit is reached
 
 
-def run_checks(checks: Sequence[Check]) -> list[Finding]:
+def run_checks(checks: Sequence[Check]) -> list[CheckResult]:
     """The results of all checks, in order; an exception, or no answer within its limit, fails that check alone."""
     said = {i: bytearray() for i in range(len(checks))}
     started, late = time.monotonic(), set[int]()
@@ -93,7 +93,7 @@ def _end(pid: int) -> None:
         return
 
 
-def _findings(check: Check, said: bytes, late: bool) -> list[Finding]:
+def _findings(check: Check, said: bytes, late: bool) -> list[CheckResult]:
     if late:
         return [fail(check.name, f"no answer within {check.limit_s:g} s", check.late)]
     try:

@@ -15,14 +15,14 @@ from conf.errors import UserError
 from data_pipeline.config import DataConfig
 from trainer.config.tracking import TrackerName, TrackingConfig, check_tracking, tracking_uri
 from trainer.data.sources import open_sources
-from trainer.diagnostics.check_result import Finding, fail, ok, warn
+from trainer.diagnostics.check_result import CheckResult, fail, ok, warn
 
 ANSWER_S = 5.0
 MOST = 1024  # bytes of an answer
 NAME = "tracking"
 
 
-def tracking(cfg: TrackingConfig, run_dir: Path) -> Finding:
+def tracking(cfg: TrackingConfig, run_dir: Path) -> CheckResult:
     if cfg.name is TrackerName.none:
         return ok(NAME, "none: metrics.jsonl in the run folder only")
     try:
@@ -37,7 +37,7 @@ def tracking(cfg: TrackingConfig, run_dir: Path) -> Finding:
     return warn(NAME, f"{uri.partition('://')[0]}: not tried here", "start a short run with it first")
 
 
-def server(uri: str) -> Finding:
+def server(uri: str) -> CheckResult:
     """MLflow's own health and version pages. A run goes on while it is away: what waits is sent later."""
     cure = "start the server, mend tracking.uri, or track with `tracking=none`; a run waits for it without stopping"
     try:
@@ -64,7 +64,7 @@ def _ask(url: str) -> str:
         return answer.read(MOST).decode("ascii", "replace").strip()
 
 
-def database(path: Path) -> Finding:
+def database(path: Path) -> CheckResult:
     """A file of SQLite that can be written, or a folder in which one can be made."""
     above = next(p for p in (path.parent, *path.parent.parents) if p.exists())
     try:
@@ -89,7 +89,7 @@ def database(path: Path) -> Finding:
     return ok(NAME, f"{path} can be written")
 
 
-def data(cfg: DataConfig) -> Iterator[Finding]:
+def data(cfg: DataConfig) -> Iterator[CheckResult]:
     """The manifests of all sources."""
     try:
         sources = open_sources(cfg)

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 
 from launch.cluster_config import ClusterConfig, SlurmConfig, seconds
-from trainer.diagnostics.check_result import Finding, fail, ok
+from trainer.diagnostics.check_result import CheckResult, fail, ok
 from trainer.plan.hardware import CPU
 
 PROGRAMS = ("sbatch", "srun", "scontrol", "sinfo")
@@ -18,14 +18,14 @@ FIELDS = "%R|%P|%a|%l|%D|%T|%G"  # partition, with * where it is the default, up
 USABLE = ("idle", "mixed", "allocated", "completing", "planned", "reserved")
 
 
-def commands() -> Finding:
+def commands() -> CheckResult:
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     if absent:
         return fail("slurm commands", f"not in PATH: {', '.join(absent)}", "log in to a login node, or load its module")
     return ok("slurm commands", ", ".join(PROGRAMS))
 
 
-def controller() -> Finding:
+def controller() -> CheckResult:
     """Of a controller and its backups one must be up."""
     said = _said(["scontrol", "ping"])
     if re.search(r"\bis UP\b", said):
@@ -33,7 +33,7 @@ def controller() -> Finding:
     return fail("slurm controller", said or "says nothing", "ask the cluster's administrators; scontrol ping")
 
 
-def partition(cluster: ClusterConfig, slurm: SlurmConfig) -> Iterator[Finding]:
+def partition(cluster: ClusterConfig, slurm: SlurmConfig) -> Iterator[CheckResult]:
     """That it exists, is up, lets a job run as long as asked, and has as many nodes and GPUs as asked."""
     table = [row for line in _said(["sinfo", "-h", "-o", FIELDS]).splitlines() if len(row := line.split("|")) == 7]
     names = sorted({row[0] for row in table})
@@ -50,7 +50,7 @@ def partition(cluster: ClusterConfig, slurm: SlurmConfig) -> Iterator[Finding]:
             yield _partition(name, rows, cluster, slurm)
 
 
-def _partition(name: str, rows: Sequence[list[str]], cluster: ClusterConfig, slurm: SlurmConfig) -> Finding:
+def _partition(name: str, rows: Sequence[list[str]], cluster: ClusterConfig, slurm: SlurmConfig) -> CheckResult:
     up, limit = rows[0][2], rows[0][3]
     usable = [row for row in rows if row[5].rstrip("*~#!%$@^-+") in USABLE and not row[5].endswith("*")]
     nodes = sum(int(row[4]) for row in usable)

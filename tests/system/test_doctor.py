@@ -35,7 +35,7 @@ def test_two_ranks_of_this_machine_are_examined(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert {n for n, f in found.items() if f["state"] == "fail"} == set()
     assert "all 2 came" in found["ranks"]["found"]
-    assert "128 MiB" in found["all-reduce inside a node"]["found"]
+    assert "sums over 2 ranks are right" in found["all-reduce inside a node"]["found"]
     assert found["run.dir"]["state"] == "ok" and "MB/s" in found["run.dir speed"]["found"]
     assert list(tmp_path.iterdir()) == []  # what was made for it is gone
     (tmp_path / "file").write_text("in the way")
@@ -85,7 +85,7 @@ def test_in_a_real_slurm(tmp_path: Path) -> None:
         assert {n for n, f in found.items() if f["state"] == "fail"} == set(), (found, done.stderr)
         assert "all 4 came to n1:" in found["ranks"]["found"] and "on 2 nodes: n1, n2" in found["ranks"]["found"]
         assert "2 ranks" in found["all-reduce between the nodes"]["found"]
-        assert "on n2" in found["clock"]["found"] and "2 nodes at once" in found["run.dir speed"]["found"]
+        assert "on n2" in found["clock"]["found"] and "every rank reads" in found["run.dir"]["found"]
     gone = findings(run(login, env).stdout)  # the controller has stopped
     assert gone["slurm controller"]["state"] == "fail" and gone["partition"]["state"] == "fail", gone
 

@@ -1,7 +1,7 @@
 """Entry: `python -m trainer.diagnostics.node_check run.dir=...` on every rank; rank 0 prints one JSON object.
 
-launch.doctor node=true starts it, through srun or torchrun. The ranks meet at each measurement in a store, so that one
-that does not come is named; an error on one rank is brought there, and holds nobody up.
+launch.doctor node=true starts it, through srun or torchrun. The ranks meet in a store at each check, so that a missing
+rank is named; an error on one rank is sent there too, and delays nobody.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from conf.schema import run
 from trainer.config.node_check import NodeCheckConfig
 from trainer.diagnostics import machine
-from trainer.diagnostics.check_result import Finding, State, fail
-from trainer.diagnostics.node_findings import came_findings, group_finding, measured_findings
+from trainer.diagnostics.check_result import CheckResult, State, fail
+from trainer.diagnostics.node_results import group_result, measured_results, node_results
 from trainer.distributed.world import World, read_world
 from trainer.run.code_version import code_version
 from trainer.run.nvidia_smi import nvidia_smi
@@ -38,52 +38,49 @@ def node_check(cfg: NodeCheckConfig) -> None:
     facts = own_facts(world)  # nvidia-smi's memory before any rank starts on a GPU
     from trainer.diagnostics.node_store import Meeting, MissedError  # from here on torch
 
-    findings: list[Finding] = []
+    results: list[CheckResult] = []
     try:
-        meeting = Meeting(world, cfg.timeout_s)
-        examine(cfg, meeting, facts, findings)
+        examine(cfg, Meeting(world, cfg.timeout_s), facts, results)
     except MissedError as e:
-        findings.append(fail("ranks", str(e), "look at those ranks' output and nodes; timeout_s= gives them longer"))
-    except (RuntimeError, OSError, ValueError) as e:  # torch's are the first, of a store that went away too
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        results.append(fail("ranks", str(e), "look at those ranks' output and nodes; timeout_s= gives them longer"))
+    except (RuntimeError, OSError, ValueError) as e:  # torch's are the first, also of a store that has gone
+        server = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         cure = "open the firewall between the nodes, and mend what the name of the first node stands for"
-        findings.append(fail("ranks", f"rank {world.rank} on {facts['host']} and {where}: {e}", cure))
-    failed = [finding for finding in findings if finding.state is State.fail]
+        results.append(fail("ranks", f"rank {world.rank} on {facts['host']} and {server}: {e}", cure))
+    failed = [result for result in results if result.state is State.fail]
     if world.is_main:
-        print(json.dumps({"findings": [finding.as_json() for finding in findings]}), flush=True)
+        print(json.dumps({"findings": [result.as_json() for result in results]}), flush=True)
     elif failed:
         print("\n".join(map(str, failed)), file=sys.stderr, flush=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(bool(failed))  # a group that lost a rank would hold the interpreter's end up
+    os._exit(bool(failed))  # a group that lost a rank would delay the interpreter's end
 
 
-def examine(cfg: NodeCheckConfig, meeting: Meeting, facts: dict[str, Any], findings: list[Finding]) -> None:
-    """Fill `findings`, which stand also where a rank is missed half-way."""
+def examine(cfg: NodeCheckConfig, meeting: Meeting, own: dict[str, Any], results: list[CheckResult]) -> None:
+    """Fill `results`, which are kept if a rank is missed half-way."""
     from trainer.diagnostics import node_measure
     from trainer.diagnostics.node_store import nodes_of
 
-    world = meeting.world
-    device = node_measure.device_of(world)
-    facts["torch_gpus"] = 0 if device.type == "cpu" else node_measure.torch.cuda.device_count()
-    came = meeting.gather("start", facts)
-    nodes = nodes_of([fact["local_rank"] for fact in came])
-    findings += came_findings(cfg, came, nodes, meeting.address)
+    device = node_measure.device_of(meeting.world)
+    own["torch_gpus"] = 0 if device.type == "cpu" else node_measure.torch.cuda.device_count()
+    facts = meeting.gather("start", own)
+    nodes = nodes_of([fact["local_rank"] for fact in facts])
+    results += node_results(cfg, facts, nodes, meeting.server)
     joined = meeting.gather("process group", tried(lambda: node_measure.join(meeting, device)))
-    findings.append(group_finding(came, joined))
-    works = not any(joined)
-    told: dict[str, list[Any]] = {"matmul": meeting.gather("matmul", tried(lambda: node_measure.matmul(device)))}
-    if works and world.world_size > 1:
-        measured = tried(lambda: node_measure.all_reduces(nodes, world.rank, device, cfg.timeout_s))
-        told["all-reduce"] = meeting.gather("all-reduce", measured)
+    results.append(group_result(facts, joined))
+    measured = {"matmul": meeting.gather("matmul", tried(lambda: node_measure.matmul(device)))}
+    if not any(joined) and len(facts) > 1:
+        sums = tried(lambda: node_measure.all_reduces(nodes, meeting.world.rank, device, cfg.timeout_s))
+        measured["all-reduce"] = meeting.gather("all-reduce", sums)
     firsts = [node[0] for node in nodes]
-    told["clock"] = meeting.gather("clock", tried(lambda: meeting.clocks(firsts[1:])))
-    told["disk"] = disk(Path(cfg.run.dir).absolute(), meeting)
-    findings += measured_findings(cfg, came, nodes, told)
+    measured["clock"] = meeting.gather("clock", tried(lambda: meeting.clocks(firsts[1:])))
+    measured["disk"] = shared_folder(Path(cfg.run.dir).absolute(), meeting)
+    results += measured_results(cfg, facts, nodes, measured)
 
 
 def tried(function: Callable[[], Any]) -> Any:
-    """What it returns, or {"failed": why}."""
+    """The function's value, or {"failed": reason}."""
     try:
         return function()
     except Exception as e:  # whatever it is, the other ranks must hear of it
@@ -91,7 +88,7 @@ def tried(function: Callable[[], Any]) -> Any:
 
 
 def own_facts(world: World) -> dict[str, Any]:
-    """Of this rank, and of its node where it is the first there."""
+    """Facts about this rank, and about its node if it is the first there."""
     first = world.local_rank == 0
     addresses = machine.own_addresses()
     git = {"commit": commit()} if first else {}  # four commands, on a disk that all nodes may share
@@ -105,13 +102,14 @@ def own_facts(world: World) -> dict[str, Any]:
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "smi": nvidia_smi(*SMI) if first else [],
         "versions": {"python": python_version(), **{name: _version(name) for name in PACKAGES}, **git},
-        "machine": [finding.as_json() for finding in checks],
+        "machine": [result.as_json() for result in checks],
     }
 
 
 def commit() -> str:
-    found, _ = code_version()
-    return f"{found['commit']}{' changed' if found['dirty'] else ''}" if "commit" in found else "no checkout"
+    """The commit of the checkout, with " changed" if files differ from it."""
+    code, _ = code_version()
+    return f"{code['commit']}{' changed' if code['dirty'] else ''}" if "commit" in code else "no checkout"
 
 
 def _version(name: str) -> str:
@@ -121,8 +119,8 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def disk(folder: Path, meeting: Meeting) -> list[Any]:
-    """By rank: whether it reads what rank 0 wrote into the run folder, and MB/s that all nodes write there at once."""
+def shared_folder(folder: Path, meeting: Meeting) -> list[Any]:
+    """By rank: True if it reads in the run folder what rank 0 wrote there."""
     made: list[Path] = []
     mark = folder / f".doctor-{secrets.token_hex(8)}"
     nonce = secrets.token_hex(16)
@@ -138,16 +136,11 @@ def disk(folder: Path, meeting: Meeting) -> list[Any]:
         wrote = meeting.gather("run folder", tried(write))[0]
         if "failed" in wrote:
             return [wrote] * meeting.world.world_size
-        seen = tried(lambda: Path(wrote["mark"]).read_text() == wrote["nonce"])
-        every = meeting.gather("run folder's mark", seen)
-        if not all(s is True for s in every):
-            return every
-        rate = tried(lambda: machine.write_speed(folder)) if meeting.world.local_rank == 0 else None
-        return meeting.gather("run folder's speed", rate)
+        return meeting.gather("run folder's mark", tried(lambda: Path(wrote["mark"]).read_text() == wrote["nonce"]))
     finally:
-        with suppress(OSError):  # a folder that cannot be used is told of above
+        with suppress(OSError):  # the results tell of a folder that cannot be used
             mark.unlink(missing_ok=True)
-            for path in made:  # what was made for this, where nothing else has come to lie in it
+            for path in made:  # folders made for this, unless something else lies in them by now
                 path.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""Where the ranks of a node check meet: a key-value store at MASTER_ADDR. It works before, and without, collectives."""
+"""The meeting point of a node check: a key-value store at MASTER_ADDR. It works before, and without, collectives."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ TURNS = 8  # round trips, of which the quickest counts
 
 
 class MissedError(Exception):
-    """Ranks that did not come in time; its text names them, and those that came."""
+    """Ranks did not come in time; the text names them, and those that came."""
 
 
 class Meeting:
+    """Gathers values of all ranks, each within `timeout_s`."""
+
     def __init__(self, world: World, timeout_s: float) -> None:
         """Raises RuntimeError (torch's DistError): rank 0's address does not answer, or cannot be listened at."""
-        self.world, self.timeout_s = world, timeout_s
-        self.address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
-        host, _, port = self.address.rpartition(":")
+        self.world = world
+        self.timeout_s = timeout_s
+        self.server = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+        host, _, port = self.server.rpartition(":")
         listens = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun's agent does
         limit = timedelta(seconds=timeout_s)
         self.store = dist.TCPStore(host, int(port), world.world_size, listens, limit, wait_for_workers=False)
 
     def gather(self, name: str, value: Any) -> list[Any]:
-        """What every rank brings to the place `name`, by rank, on all ranks. It is a barrier, too.
+        """The values that the ranks bring under `name`, by rank, on all ranks. It is a barrier, too.
 
         Raises:
-            MissedError: on rank 0; on the others also where rank 0 does not come.
+            MissedError: on rank 0; on the others also if rank 0 does not come.
         """
         self.store.set(f"{name}/{self.world.rank}", json.dumps(value))
         if self.world.is_main:
@@ -45,8 +48,8 @@ class Meeting:
                 self.store.wait([f"{name}/all"], timedelta(seconds=2 * self.timeout_s + 10))
             except RuntimeError as e:
                 raise MissedError(f"rank 0 did not come to {name!r}: {e}") from None
-        found: list[Any] = json.loads(self.store.get(f"{name}/all"))
-        return found
+        values: list[Any] = json.loads(self.store.get(f"{name}/all"))
+        return values
 
     def _wait(self, name: str, keys: list[str]) -> None:
         deadline = time.monotonic() + self.timeout_s
@@ -62,12 +65,12 @@ class Meeting:
                 ) from None
 
     def clocks(self, ranks: list[int]) -> dict[int, tuple[float, float]]:
-        """On rank 0, for each of `ranks`: (seconds its clock is ahead of rank 0's, the most that this is wrong by).
+        """On rank 0, for each of `ranks`: (seconds its clock is ahead of rank 0's, bound of the error).
 
-        The time that a rank answers lies between the question and the answer's coming: its middle is taken, and half of
-        the quickest round trip bounds the error. All ranks call it; those that are not asked return at once.
+        A rank's answer lies between the question and the answer's arrival: the middle is taken, and half of the
+        quickest round trip bounds the error. All ranks call it; those that are not in `ranks` return at once.
         """
-        found: dict[int, tuple[float, float]] = {}
+        skews: dict[int, tuple[float, float]] = {}
         for rank in ranks:
             for turn in range(TURNS):
                 ping, pong = f"ping/{rank}/{turn}", f"pong/{rank}/{turn}"
@@ -77,16 +80,16 @@ class Meeting:
                     theirs = float(self.store.get(pong))
                     came = time.time()
                     error = (came - sent) / 2
-                    if rank not in found or error < found[rank][1]:
-                        found[rank] = (theirs - (sent + came) / 2, error)
+                    if rank not in skews or error < skews[rank][1]:
+                        skews[rank] = (theirs - (sent + came) / 2, error)
                 elif self.world.rank == rank:
                     self.store.get(ping)
                     self.store.set(pong, repr(time.time()))
-        return found
+        return skews
 
 
 def ranges(numbers: list[int]) -> str:
-    """0-3, 7"""
+    """The numbers in words, such as "0-3, 7"; "none" for no numbers."""
     parts: list[list[int]] = []
     for n in sorted(numbers):
         if parts and n == parts[-1][-1] + 1:

@@ -23,12 +23,12 @@ from tests.helpers.http_server import serving, wait_for
 from tests.helpers.ranks import ROOT
 from trainer.config.tracking import TrackerName, TrackingConfig
 from trainer.diagnostics import machine
-from trainer.diagnostics.check_result import MOST, Finding, State, fail, ok
+from trainer.diagnostics.check_result import MAX_CHARS, CheckResult, State, fail, ok
 
 NEVER = "doctor-has-no-such-package"
 
 
-def states(findings: list[Finding] | Iterator[Finding]) -> dict[str, str]:
+def states(findings: list[CheckResult] | Iterator[CheckResult]) -> dict[str, str]:
     return {finding.name: finding.state.value for finding in findings}
 
 
@@ -54,17 +54,17 @@ needs_mount = pytest.mark.skipif(not can_mount(), reason="mounting a tmpfs takes
 
 
 def test_each_check_has_its_own_limit_and_its_own_failure(tmp_path: Path) -> None:
-    def hang() -> list[Finding]:
+    def hang() -> list[CheckResult]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         child = subprocess.Popen(["sleep", "1000"])
         (tmp_path / "pid").write_text(str(child.pid))
         child.wait()
         return []
 
-    def broken() -> list[Finding]:
+    def broken() -> list[CheckResult]:
         raise ZeroDivisionError("a bug")
 
-    def killed() -> list[Finding]:
+    def killed() -> list[CheckResult]:
         os.kill(os.getpid(), signal.SIGKILL)
         return []
 
@@ -74,7 +74,7 @@ def test_each_check_has_its_own_limit_and_its_own_failure(tmp_path: Path) -> Non
     found = run_checks([*checks, Check("fine", lambda: two, 20)])
     assert time.monotonic() - begin < 20  # the limits of the others are not waited for
     assert found[0] == fail("hang", "no answer within 2 s", "wake it")
-    assert "ZeroDivisionError: a bug" in found[1].found and "died" in found[2].found
+    assert "ZeroDivisionError: a bug" in found[1].text and "died" in found[2].text
     assert found[3:] == two
     assert states(found[:3]) == {"hang": "fail", "broken": "fail", "killed": "fail"}
     stat = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")  # what the check had started is gone too
@@ -97,8 +97,8 @@ def test_sigterm_ends_what_the_doctor_started(tmp_path: Path) -> None:
 
 
 def test_what_another_machine_says_is_one_line_and_bounded() -> None:
-    found = ok("x", "a\x1b[31mred\n\x00" + "b" * 10_000).found
-    assert found.startswith("a?[31mred ?bbb") and len(found) <= MOST + 1 and "\n" not in found
+    found = ok("x", "a\x1b[31mred\n\x00" + "b" * 10_000).text
+    assert found.startswith("a?[31mred ?bbb") and len(found) <= MAX_CHARS + 1 and "\n" not in found
 
 
 # --- packages and checkout
@@ -121,13 +121,13 @@ def test_packages_are_held_against_pyproject_and_constraints(tmp_path: Path) -> 
     good = project(tmp_path / "p", ["hydra-core~=1.3", f"{NEVER}; python_version < '3'"], {"hydra-core": hydra})
     assert states(packages.packages(good, ())) == {"packages": "ok", "tested versions": "ok"}
     [without, _] = packages.packages(good, ("tracking",))
-    assert without.state is State.fail and NEVER in without.found and "[tracking]" in without.cure
+    assert without.state is State.fail and NEVER in without.text and "[tracking]" in without.cure
     other = project(tmp_path / "p", ["hydra-core>=1"], {"hydra-core": "1.0.99"})
     [_, pinned] = packages.packages(other, ())
-    assert pinned.state is State.warn and f"hydra-core {hydra} (tested: 1.0.99)" in pinned.found
+    assert pinned.state is State.warn and f"hydra-core {hydra} (tested: 1.0.99)" in pinned.text
     old = project(tmp_path / "p", ["hydra-core>=99"], {})
     [needed] = packages.packages(old, ())
-    assert needed.state is State.fail and f"hydra-core is {hydra}, not >=99" in needed.found
+    assert needed.state is State.fail and f"hydra-core is {hydra}, not >=99" in needed.text
     assert states(packages.packages(ROOT, ("tracking",)))["packages"] == "ok"
 
 
@@ -135,7 +135,7 @@ def test_python_is_held_against_what_the_project_needs(tmp_path: Path) -> None:
     assert packages.python_version(ROOT).state is State.ok
     (tmp_path / "pyproject.toml").write_text('[project]\nrequires-python = ">=4"\n')
     found = packages.python_version(tmp_path)
-    assert found.state is State.fail and ">=4" in found.found
+    assert found.state is State.fail and ">=4" in found.text
 
 
 def test_a_checkout_with_changes_has_no_name(tmp_path: Path) -> None:
@@ -145,10 +145,10 @@ def test_a_checkout_with_changes_has_no_name(tmp_path: Path) -> None:
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *words], check=True)
     clean = packages.checkout(tmp_path)
-    assert clean.state is State.ok and "nothing changed" in clean.found
+    assert clean.state is State.ok and "nothing changed" in clean.text
     (tmp_path / "a b").write_text("2")
     dirty = packages.checkout(tmp_path)
-    assert dirty.state is State.warn and "1 changed files" in dirty.found and "a b" in dirty.found
+    assert dirty.state is State.warn and "1 changed files" in dirty.text and "a b" in dirty.text
 
 
 # --- this machine
@@ -162,7 +162,7 @@ def test_shared_memory_wants_a_gibibyte(tmp_path: Path) -> None:
 def test_shared_memory_by_the_size_of_a_real_one(tmp_path: Path) -> None:
     with tmpfs(tmp_path / "small", "size=64m") as small:
         found = machine.shared_memory(small)
-        assert found.state is State.warn and "0.06 GiB" in found.found and "size=1G" in found.cure
+        assert found.state is State.warn and "0.06 GiB" in found.text and "size=1G" in found.cure
     with tmpfs(tmp_path / "big", "size=1g") as big:
         assert machine.shared_memory(big).state is State.ok
         (big / "left").write_bytes(bytes(1 << 20))
@@ -207,7 +207,7 @@ def test_a_run_folder_that_can_be_used_is_left_as_it_was(tmp_path: Path) -> None
 def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     [found] = folder.run_folder(tmp_path / "file" / "run", None, 1)
-    assert found.state is State.fail and "Not a directory" in found.found
+    assert found.state is State.fail and "Not a directory" in found.text
 
 
 def test_room_is_held_against_what_the_checkpoints_take(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_run_folder_in_memory_full_or_read_only(tmp_path: Path) -> None:
         assert found["run.dir speed"] == "fail"  # there is no room for what is written
         subprocess.run(["mount", "-o", "remount,ro", str(memory)], check=True)
         [found_ro] = folder.run_folder(memory / "run", None, 1)
-        assert found_ro.state is State.fail and "Read-only" in found_ro.found
+        assert found_ro.state is State.fail and "Read-only" in found_ro.text
 
 
 def test_a_disk_of_one_machine_is_no_place_for_a_run_of_several(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_disk_of_one_machine_is_no_place_for_a_run_of_several(tmp_path: Path) 
 # --- the tracker
 
 
-def tracked(uri: str) -> Finding:
+def tracked(uri: str) -> CheckResult:
     return services.tracking(TrackingConfig(TrackerName.mlflow, uri), Path("runs/a"))
 
 
@@ -258,14 +258,14 @@ def test_a_server_answers_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert tracked(server.url).state is State.warn
         server.always("health", "401")
         found = tracked(server.url)
-        assert found.state is State.fail and "401" in found.found and "MLFLOW_TRACKING_USERNAME" in found.cure
+        assert found.state is State.fail and "401" in found.text and "MLFLOW_TRACKING_USERNAME" in found.cure
         server.always("health", "hang")
         found = tracked(server.url)
-        assert found.state is State.fail and "timed out" in found.found
+        assert found.state is State.fail and "timed out" in found.text
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # bound, and nobody listens
         found = tracked(f"http://127.0.0.1:{closed.getsockname()[1]}")
-        assert found.state is State.fail and "refused" in found.found
+        assert found.state is State.fail and "refused" in found.text
     secret = tracked("http://me:hunter2@127.0.0.1:1")
     assert secret.state is State.fail and "hunter2" not in str(secret)
     assert services.tracking(TrackingConfig(TrackerName.none), Path("runs/a")).state is State.ok
@@ -283,7 +283,7 @@ def test_a_database_can_be_written_or_not(tmp_path: Path) -> None:
     assert tracked(f"sqlite:///{path}").state is State.ok
     connection.execute("BEGIN EXCLUSIVE")
     found = tracked(f"sqlite:///{path}")
-    assert found.state is State.fail and "locked" in found.found
+    assert found.state is State.fail and "locked" in found.text
     connection.close()
     assert tracked(f"sqlite:///{path}/below/mlflow.db").state is State.fail
 
@@ -294,7 +294,7 @@ def test_a_database_can_be_written_or_not(tmp_path: Path) -> None:
 def test_without_slurm_in_the_path_its_commands_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     found = slurm.commands()
-    assert found.state is State.fail and "sbatch, srun, scontrol, sinfo" in found.found
+    assert found.state is State.fail and "sbatch, srun, scontrol, sinfo" in found.text
 
 
 def test_a_partition_without_a_limit_lets_a_job_run_for_ever() -> None:
@@ -335,7 +335,7 @@ def test_the_command_says_what_fails_and_how_it_ends(tmp_path: Path) -> None:
 # --- hosts
 
 
-def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Finding:
+def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> CheckResult:
     """What is found of a host whose ssh is `body`, a shell script that gets the command as "$last"."""
     program = tmp_path / "ssh"
     program.write_text(f"#!/bin/sh\nfor last; do :; done\n{body}\n")
@@ -346,20 +346,20 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Finding:
 
 def test_a_host_with_the_same_python_code_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = ssh(tmp_path, monkeypatch, 'sh -c "$last"')
-    assert found.state is State.ok and "same Python and code" in found.found
+    assert found.state is State.ok and "same Python and code" in found.text
 
 
 def test_a_host_whose_clock_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text("import time\ntrue = time.time\ntime.time = lambda: true() - 77\n")
     found = ssh(tmp_path, monkeypatch, f'PYTHONPATH={tmp_path} sh -c "$last"')
-    assert found.state is State.warn and "clock -7" in found.found and "NTP" in found.cure
+    assert found.state is State.warn and "clock -7" in found.text and "NTP" in found.cure
 
 
 def test_a_host_with_another_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = ssh(
         tmp_path, monkeypatch, f'cd / && sh -c "$(echo "$last" | sed "s, {ROOT}$, /,")"'
     )  # the last word: the interpreter may lie in it
-    assert found.state is State.fail and "commit None, here" in found.found
+    assert found.state is State.fail and "commit None, here" in found.text
 
 
 @pytest.mark.parametrize(
@@ -375,4 +375,4 @@ def test_a_host_that_does_not_do_what_it_must(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, words: str, cure: str
 ) -> None:
     found = ssh(tmp_path, monkeypatch, body)
-    assert found.state is State.fail and words in found.found and cure in found.cure
+    assert found.state is State.fail and words in found.text and cure in found.cure
