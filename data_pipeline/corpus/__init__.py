@@ -1,4 +1,4 @@
 """Raw inputs to documents: text files, JSON lines, Parquet, EPUB, tars of text, Python's own prose.
 
-In: files named by a `CorpusConfig`. Out: `Record`s, or a reason why one is dropped. Start with `read.py`.
+In: the files of a `CorpusConfig`. Out: `Document`s, and a `Dropped` for each record without one. Start with `read.py`.
 """

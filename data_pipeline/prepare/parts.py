@@ -159,7 +159,8 @@ class PartReader:
                 held += max(MIN_RECORD, self.report.taken.bytes - before)
                 if held >= self.part_bytes:
                     return
-            mark.file, mark.position = mark.file + 1, 0
+            mark.file += 1
+            mark.position = 0
         mark.last = True
 
     def _count_tokens(self, doc: Document) -> None:

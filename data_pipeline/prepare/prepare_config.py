@@ -1,4 +1,4 @@
-"""What a user may say about making shards, and what is refused before any work starts. Standard library only."""
+"""Settings of `python -m data_pipeline.prepare.run`, and their checks before any work starts. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from conf.errors import MISSING, UserError
 from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
 from data_pipeline.prepare.quality.config import QualityTrainConfig
 from data_pipeline.prepare.recipe_config import RecipeConfig
+from data_pipeline.shards.shards_config import PackingConfig
 
 
 @dataclass
 class RawConfig(CorpusConfig):
-    """A corpus and what is done to it."""
+    """A corpus and its recipe."""
 
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
@@ -42,10 +43,10 @@ class RawConfig(CorpusConfig):
 
 @dataclass
 class CorporaConfig(RawConfig):
-    """A corpus, or several, each with a recipe of its own."""
+    """A corpus, or several, each with its own recipe."""
 
     sources: dict[str, RawConfig] = field(default_factory=dict)  # in this order; each is made in output/NAME
-    quality: QualityTrainConfig | None = None  # trained before the first source that is scored by what it makes
+    quality: QualityTrainConfig | None = None  # trained before the first source that uses its model
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,14 +78,14 @@ class Executor(Enum):
 
 @dataclass
 class ExecutorConfig:
-    """Who runs the tasks. What comes out does not depend on it."""
+    """The executor of the tasks. The output does not depend on it."""
 
     name: Executor = Executor.local
     workers: int = 0  # tasks at a time; 0 = local: one for each core, slurm and ray: all
     memory_gib: int = 4  # slurm and ray: of each task
     partition: str | None = None  # slurm
     time: str = "24:00:00"  # slurm: limit of a task
-    setup: str | None = None  # slurm: a line of shell before the task, which makes this Python the one that runs
+    setup: str | None = None  # slurm: a line of shell before the task, which selects this Python
     sbatch: dict[str, str] = field(default_factory=dict)  # slurm: more options of sbatch, without their dashes
 
     def __post_init__(self) -> None:
@@ -98,6 +99,13 @@ class ExecutorConfig:
 
 
 @dataclass
+class RecipeShardsConfig(PackingConfig):
+    """Shards of a recipe's documents, in output/shards; `data_pipeline.shards write` makes them later as well."""
+
+    write: bool = False  # make them as the last stage
+
+
+@dataclass
 class PrepareConfig:
     """`python -m data_pipeline.prepare.run`: raw archives, links or books to documents, and a report."""
 
@@ -105,10 +113,13 @@ class PrepareConfig:
     input: str | None = None  # a file, a folder (searched through), a glob or a URL; corpora of several: sources' paths
     output: str = MISSING  # receives documents/, report.json and report.html
     tokenizer: str | None = "gpt2"  # counts tokens for the report and for lengths; null = they are not counted
+    shards: RecipeShardsConfig = field(default_factory=RecipeShardsConfig)
     task_mib: float = 64.0  # small files are put together in tasks of at least this size
-    part_mib: float = 64.0  # of pages or text, after which a task publishes its documents; a restart goes on from there
+    part_mib: float = 64.0  # of pages or text, after which a task publishes its documents; a restart continues there
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
 
     def __post_init__(self) -> None:
         if not (0 < self.part_mib < float("inf") and 0 < self.task_mib < float("inf")):
             raise UserError(f"part_mib={self.part_mib} and task_mib={self.task_mib}: give sizes above 0")
+        if self.shards.write and self.tokenizer is None:
+            raise UserError("shards.write=true, but tokenizer=null: shards hold token ids, give a tokenizer")

@@ -1,6 +1,6 @@
-"""What a user may say about turning raw archives into documents: the steps of a recipe and their thresholds.
+"""Settings of a recipe: its steps and their thresholds.
 
-A step that is null is not taken. The values with their sources stand in conf/rules/ and conf/corpus/. Standard library
+A step that is null is left out. The values and their sources are in conf/rules/ and conf/corpus/. Standard library
 only.
 """
 
@@ -19,7 +19,7 @@ class Extractor(Enum):
 
 @dataclass
 class LimitsConfig:
-    """What one record may cost; beyond it the record is dropped and counted."""
+    """Limits of one record; a record beyond them is dropped and counted."""
 
     page_mib: float = 16.0  # of a page, decompressed
     ratio: float = 200.0  # decompressed to compressed bytes, of what is larger than 1 MiB
@@ -34,33 +34,33 @@ class LimitsConfig:
 
 @dataclass
 class LinksConfig:
-    """WebText's way to its pages: links that people voted for."""
+    """WebText's links to its pages, which people voted for."""
 
     min_score: int = 3  # karma of the submission
     pages: str | None = None  # WARC files that hold the pages: a file, a folder or a glob; null = fetch them
     until: str | None = None  # no submission of a later day: YYYY-MM-DD
-    skip_hosts: list[str] = field(default_factory=list)  # with all that lies below them
-    skip_endings: list[str] = field(default_factory=list)  # of a URL's path: what is no page of text
+    skip_hosts: list[str] = field(default_factory=list)  # with their subdomains
+    skip_endings: list[str] = field(default_factory=list)  # of a URL's path: files that are no page of text
     over_18: bool = False  # take links that are marked as for adults
 
 
 @dataclass
 class FetchPagesConfig:
-    """How pages are asked for: as few at a time as a guest asks."""
+    """Settings of the fetcher, which asks each host for one page at a time."""
 
     agent: str = ""  # NAME (ADDRESS) under which pages are asked for; robots.txt is read for it; must be given to fetch
-    files: int = 16  # WARC files that are made, each by one task; the hosts are divided among them
-    per_host_s: float = 2.0  # between two requests to one host, or what its robots.txt says where that is more
+    files: int = 16  # WARC files to make, each by one task; the hosts are divided among them
+    per_host_s: float = 2.0  # between two requests to one host, or more if its robots.txt says so
     timeout_s: float = 20.0  # for one page
     page_mib: float = 10.0
     retries: int = 2
     connections: int = 32  # hosts that one task asks at a time
-    private: bool = False  # also ask addresses that are not public, such as a mirror of one's own
+    private: bool = False  # also ask addresses that are not public, such as your own mirror
 
     def __post_init__(self) -> None:
-        for key, least in {"files": 1, "retries": 0, "connections": 1}.items():
-            if isinstance(value := getattr(self, key), int) and value < least:
-                raise UserError(f"fetch.{key}={value}: give at least {least}")
+        for key, lowest in {"files": 1, "retries": 0, "connections": 1}.items():
+            if isinstance(value := getattr(self, key), int) and value < lowest:
+                raise UserError(f"fetch.{key}={value}: give at least {lowest}")
         for key in ("per_host_s", "timeout_s", "page_mib"):
             value = getattr(self, key)
             if isinstance(value, int | float) and not 0 < value < float("inf"):
@@ -69,9 +69,9 @@ class FetchPagesConfig:
 
 @dataclass
 class UrlConfig:
-    """Which addresses are refused."""
+    """The addresses to refuse."""
 
-    domains: list[str] = field(default_factory=list)  # with all that lies below them
+    domains: list[str] = field(default_factory=list)  # with their subdomains
     blocklists: list[str] = field(default_factory=list)  # files with a domain on each line, as UT1's
     words: list[str] = field(default_factory=list)  # files with a word on each line; a URL that has one is refused
 
@@ -141,7 +141,7 @@ class FineWebConfig:
 
 @dataclass
 class BadWordsConfig:
-    """C4's list; a document with one of its words is dropped, but for a share."""
+    """C4's list; documents with one of its words are dropped, except for a share."""
 
     file: str = MISSING
     keep: float = 0.0  # of those that have one
@@ -158,8 +158,8 @@ class LengthConfig:
 
     def __post_init__(self) -> None:
         given = f"length.min_chars={self.min_chars}, max_chars={self.max_chars} and min_tokens={self.min_tokens}"
-        most = self.min_chars if self.max_chars is None else self.max_chars
-        if not 0 <= self.min_chars <= most or self.min_tokens < 0:
+        longest = self.min_chars if self.max_chars is None else self.max_chars
+        if not 0 <= self.min_chars <= longest or self.min_tokens < 0:
             raise UserError(f"{given}: give 0 or more, and max_chars of at least min_chars")
 
 
@@ -195,12 +195,12 @@ class MinHashConfig:
 
 @dataclass
 class DedupConfig:
-    """Of those that are alike one is kept: of the best quality score, then the oldest, then the first."""
+    """Of similar documents one is kept: with the best quality score, then the oldest, then the first."""
 
     url: bool = False  # the same address
     text: bool = False  # the same text, but for case, punctuation and spaces
     minhash: MinHashConfig | None = None
-    against: list[str] = field(default_factory=list)  # outputs of other recipes: what is in them is removed from this
+    against: list[str] = field(default_factory=list)  # outputs of other recipes: their documents are removed from this
     memory_gib: float = 3.0  # of the decision; past it, keys are read from disk in several rounds
 
     def __post_init__(self) -> None:
@@ -213,18 +213,17 @@ class DecontaminateConfig:
     """GPT-3's appendix C: text of the evaluation sets is cut out of the documents."""
 
     sets: list[str] = MISSING  # each a file, a folder or a glob: .jsonl, .jsonl.gz, .jsonl.zst or .txt
-    text_keys: list[str] = field(default_factory=lambda: ["text"])  # of the JSON lines, those that are there
+    text_keys: list[str] = field(default_factory=lambda: ["text"])  # of the JSON lines, if present
     ngram: int = 13  # words
-    window: int = 200  # characters that go with it on each side
+    window: int = 200  # characters that are cut with it on each side
     min_chars: int = 200  # a shorter piece is dropped
     max_pieces: int = 10  # a document in more is dropped
     max_documents: int = 10  # an n-gram in more documents is a common phrase
 
     def __post_init__(self) -> None:
-        least = {"ngram": 1, "window": 0, "min_chars": 0, "max_pieces": 1, "max_documents": 1}
-        for key, low in least.items():
-            if getattr(self, key) < low:
-                raise UserError(f"decontaminate.{key}={getattr(self, key)}: give at least {low}")
+        for key, lowest in {"ngram": 1, "window": 0, "min_chars": 0, "max_pieces": 1, "max_documents": 1}.items():
+            if getattr(self, key) < lowest:
+                raise UserError(f"decontaminate.{key}={getattr(self, key)}: give at least {lowest}")
         if not self.sets or not self.text_keys:
             raise UserError(
                 f"decontaminate: sets={self.sets} and text_keys={self.text_keys}: give at least one of each"
@@ -233,7 +232,7 @@ class DecontaminateConfig:
 
 @dataclass
 class PiiConfig:
-    """What is masked as FineWeb masks it."""
+    """The personal data to mask, as FineWeb masks it."""
 
     email: bool = True
     ip: bool = True
@@ -242,7 +241,7 @@ class PiiConfig:
 
 @dataclass
 class RecipeConfig:
-    """The steps, in the order in which they are taken."""
+    """The steps, in the order of their execution."""
 
     links: LinksConfig | None = None
     fetch: FetchPagesConfig | None = None

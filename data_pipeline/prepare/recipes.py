@@ -14,12 +14,13 @@ Penedo et al. 2024 (FineWeb), figures 1 and 9; Brown et al. 2020, appendices A a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from data_pipeline.corpus.corpus_config import CorpusFormat
+from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.corpus.remote_inputs import inputs_at
 from data_pipeline.prepare.decontaminate.decontaminate import Decontaminate
@@ -27,7 +28,7 @@ from data_pipeline.prepare.dedup.clusters import SUMMARY
 from data_pipeline.prepare.extract.extract import Extract
 from data_pipeline.prepare.funnel import write_report
 from data_pipeline.prepare.parts import Parts, TokenCount
-from data_pipeline.prepare.prepare_config import PrepareConfig, RawConfig
+from data_pipeline.prepare.prepare_config import Executor, PrepareConfig, RawConfig
 from data_pipeline.prepare.quality.model import Quality
 from data_pipeline.prepare.quality.train import train
 from data_pipeline.prepare.readers import PublishedFiles, read_published, reader_of, tasks_of
@@ -55,6 +56,8 @@ from data_pipeline.prepare.stages import (
 from data_pipeline.prepare.step import Step
 from data_pipeline.prepare.web.links import LINKS, Linked, end_of
 from data_pipeline.prepare.web.robots import token
+from data_pipeline.shards.shards_config import ShardsConfig
+from data_pipeline.shards.write import write as write_shards
 
 MIB = 1 << 20
 
@@ -138,7 +141,22 @@ def of_corpus(corpus: RawConfig, cfg: PrepareConfig, out: Path) -> Iterator[tupl
         stages.append(Stage("finish", last, tasks))
     marks = [(name, work / name) for name in ("links", "fetch", "filter", "finish")]
     stages.append(stage("report", write_report, corpus.name, out, marks, more))
+    if cfg.shards.write:
+        stages.append(replace(stage("shards", write_shards, shards_of(corpus, cfg, out)), repeat=True))
     yield from ((work / "logs" / s.name.replace(" ", "-"), s) for s in stages)
+
+
+def shards_of(corpus: RawConfig, cfg: PrepareConfig, out: Path) -> ShardsConfig:
+    """The settings of `shards write` for the documents of a recipe, to OUT/shards."""
+    return ShardsConfig(
+        corpus=CorpusConfig(corpus.name, CorpusFormat.jsonl, str(out / "documents")),
+        tokenizer=str(cfg.tokenizer),
+        output=str(out / "shards"),
+        workers=cfg.executor.workers if cfg.executor.name is Executor.local else 1,  # a task on a cluster has one core
+        val_fraction=cfg.shards.val_fraction,
+        shard_tokens=cfg.shards.shard_tokens,
+        block_tokens=cfg.shards.block_tokens,
+    )
 
 
 def source_of(

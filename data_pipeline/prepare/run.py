@@ -3,6 +3,8 @@
     python -m data_pipeline.prepare.run corpus=common_crawl input=CC-MAIN-2024-22/ output=crawl
     python -m data_pipeline.shards write corpus=jsonl corpus.path=crawl/documents tokenizer=gpt2 output=data/crawl
 
+or, with shards in crawl/shards, in one command: python -m data_pipeline.prepare.run ... shards.write=true
+
 The same command continues where a killed one stopped. docs/corpus.md explains the steps and the report.
 """
 
@@ -53,7 +55,7 @@ def prepare(cfg: PrepareConfig) -> None:
 def plan(cfg: PrepareConfig) -> dict[str, Any]:
     """Everything that the documents depend on, by dotted keys."""
     body = asdict(cfg)
-    for key in ("output", "executor", "input"):
+    for key in ("output", "executor", "input", "shards"):  # shards have a plan of their own
         del body[key]
     listed = [(key, path, inputs_at(path, key)) for key, path in inputs_of(cfg)]
     listed += [(key, path, files_at(path, key)) for key, path in files_of(cfg)]

@@ -36,6 +36,7 @@ class Stage:
     name: str
     step: PipelineStep
     tasks: int
+    repeat: bool = False  # run it even if it is complete: it checks that itself
 
 
 def stage(name: str, work: Callable[..., None], *args: object, tasks: int | None = None) -> Stage:

@@ -35,21 +35,30 @@ class BpeCodeConfig:
 
 
 @dataclass
-class ShardsConfig:
-    """`python -m data_pipeline.shards write`: documents to tar shards with manifests."""
+class PackingConfig:
+    """Sizes and validation share of shards."""
 
-    corpus: CorpusConfig = MISSING
-    tokenizer: str = MISSING  # "gpt2", or a folder (or file) that holds a tokenizer
-    output: str = MISSING  # receives train/ and val/
     val_fraction: float = 0.01  # of the documents, chosen by content hash
     shard_tokens: int = 5_000_000  # a shard is closed at the first document past this many tokens
     block_tokens: int = 65_536  # one tar member holds about this many tokens: the unit of reading and of checksums
-    workers: int = 0  # processes; 0 = one for each core
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"val_fraction={self.val_fraction}: give a share of the documents, 0 <= val_fraction < 1")
         _check_sizes(self.block_tokens, self.shard_tokens)
+
+
+@dataclass
+class ShardsConfig(PackingConfig):
+    """`python -m data_pipeline.shards write`: documents to tar shards with manifests."""
+
+    corpus: CorpusConfig = MISSING
+    tokenizer: str = MISSING  # "gpt2", or a folder (or file) that holds a tokenizer
+    output: str = MISSING  # receives train/ and val/
+    workers: int = 0  # processes; 0 = one for each core
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.workers < 0:
             raise UserError(f"workers={self.workers}: give the number of processes, or 0 for one for each core")
 

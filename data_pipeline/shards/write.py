@@ -100,7 +100,8 @@ class ShardWriter:
         # TarWriter sorts: the .npy is the last member, padded to whole records, and the tokens are the end of it.
         offset = self.tar.tarstream.offset + -len(npy) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE + len(npy) - ids.nbytes
         self.blocks.append(Block(f"{key}.npy", len(ids), zlib.crc32(ids.tobytes()), offset))
-        self.held, self.held_tokens = [], 0
+        self.held = []
+        self.held_tokens = 0
 
 
 def write(cfg: ShardsConfig) -> None:

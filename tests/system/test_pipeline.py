@@ -79,7 +79,8 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(run: Path) -> None:
     ]
 
 
-def test_a_prompt_that_does_not_fit_or_a_wrong_id_is_refused_in_one_line(run: Path) -> None:
+def test_a_wrong_prompt_is_refused_in_one_line(run: Path) -> None:
+    """A prompt that does not fit, an id outside the vocabulary, no prompt, no file."""
     for args, message in {
         ("prompt_ids=[[1,2,3]]", "max_new_tokens=62"): "n_ctx=64",
         ("prompt_ids=[[1,512]]", "max_new_tokens=1"): "token id 512",

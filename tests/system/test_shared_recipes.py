@@ -192,7 +192,8 @@ def test_pages_are_fetched_once_whatever_is_run_again(tmp_path: Path) -> None:
         assert Counter(path for _, _, path in server.asked) == asked and result(out) == made, f"seed {seed}"
 
 
-def test_books_of_text_and_epub_and_tables_and_lines_are_documents(shared_data: Path, tmp_path: Path) -> None:
+def test_books_tables_and_lines_are_documents(shared_data: Path, tmp_path: Path) -> None:
+    """Books as text and EPUB, Parquet tables and JSON lines."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

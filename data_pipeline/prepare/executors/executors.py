@@ -83,7 +83,7 @@ class Quiet(LocalPipelineExecutor):
 
 def local(logs: Path, stage: Stage, cfg: ExecutorConfig) -> Quiet:
     workers = min(stage.tasks, cfg.workers or len(os.sched_getaffinity(0)))
-    return Quiet([stage.step], tasks=stage.tasks, workers=workers, logging_dir=str(logs))
+    return Quiet([stage.step], stage.tasks, workers, logging_dir=str(logs), skip_completed=not stage.repeat)
 
 
 class After(PipelineStep):
@@ -133,6 +133,7 @@ def submit(stages: Sequence[tuple[Path, Stage]], cfg: ExecutorConfig) -> None:
             sbatch_args={"kill-on-invalid-dep": "yes", **cfg.sbatch},
             depends=before,
             logging_dir=str(logs),
+            skip_completed=not stage.repeat,
         )
         after = [After(logs, stage.tasks)]
         try:

@@ -32,7 +32,8 @@ def read(file: Input, start: int = 0, stop: int | None = None) -> list[tuple[Doc
     return list(parquet.read(file, "web", "text", "id", 1000, start, stop))
 
 
-def test_rows_are_documents_with_their_address_and_date_or_have_a_reason(tmp_path: Path) -> None:
+def test_rows_are_documents_or_have_a_reason(tmp_path: Path) -> None:
+    """A row becomes a document with its URL and date, or a reason."""
     day = datetime.datetime(2020, 1, 2, tzinfo=datetime.UTC)
     file = write(
         tmp_path / "a.parquet",

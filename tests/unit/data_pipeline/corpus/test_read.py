@@ -41,7 +41,8 @@ def write_jsonl(path: Path, *lines: object) -> Path:
     return path
 
 
-def test_a_folder_gives_one_document_a_file_in_sorted_order_byte_for_byte(tmp_path: Path) -> None:
+def test_a_folder_gives_one_document_per_file(tmp_path: Path) -> None:
+    """In sorted order, byte for byte."""
     (tmp_path / "b").mkdir()
     for name, text in {"b/2.md": "zwei\r\n", "a.txt": "\ufeffeins", "c": "drei"}.items():
         (tmp_path / name).write_bytes(text.encode())
@@ -54,7 +55,8 @@ def test_a_folder_gives_one_document_a_file_in_sorted_order_byte_for_byte(tmp_pa
     assert not report.dropped
 
 
-def test_a_file_that_is_not_utf8_and_an_empty_one_are_counted_and_skipped_with_a_reason(tmp_path: Path) -> None:
+def test_bad_and_empty_files_are_counted_with_a_reason(tmp_path: Path) -> None:
+    """A file that is not UTF-8 and an empty one are skipped and counted."""
     (tmp_path / "good.txt").write_text("text")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "blank.txt").write_text(" \n")
@@ -71,7 +73,8 @@ def test_a_file_that_is_not_utf8_and_an_empty_one_are_counted_and_skipped_with_a
     assert report.summary() == "1 kept; dropped: 1 empty, 1 not UTF-8"
 
 
-def test_a_glob_and_a_single_file_name_documents_relative_to_their_folder(tmp_path: Path) -> None:
+def test_names_are_relative_to_the_folder_of_a_glob(tmp_path: Path) -> None:
+    """A glob and a single file give names relative to their folder."""
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.txt").write_text("a")
     (tmp_path / "x" / "b.md").write_text("b")
@@ -87,7 +90,8 @@ def test_hidden_files_are_left_alone_in_a_glob_as_in_a_folder(tmp_path: Path) ->
         assert [d.id for d in read_all(corpus(where))[0]] == ["a.txt"]
 
 
-def test_links_to_folders_are_followed_and_no_folder_is_read_twice(tmp_path: Path) -> None:
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    """Links to folders are followed, also in a circle, and no folder is read twice."""
     (tmp_path / "in" / "b").mkdir(parents=True)
     (tmp_path / "out").mkdir()
     (tmp_path / "in" / "b" / "1.txt").write_text("one")
@@ -174,7 +178,8 @@ def test_a_truncated_archive_gives_what_is_whole_and_says_so(tmp_path: Path, suf
     assert [s["id"] for s in report.samples[reason]] == [f"a.jsonl{suffix}:{len(found) + 1}"]
 
 
-def test_several_zstd_frames_and_gzip_members_in_one_file_are_all_read(tmp_path: Path) -> None:
+def test_all_frames_and_members_of_a_file_are_read(tmp_path: Path) -> None:
+    """Several zstd frames or gzip members in one file."""
     for suffix in (".gz", ".zst"):
         path = write_jsonl(tmp_path / f"a.jsonl{suffix}", {"text": "x"})
         path.write_bytes(path.read_bytes() * 3)

@@ -130,7 +130,8 @@ def test_what_cannot_be_had_is_one_line_that_names_it(server: Server, tmp_path: 
             inputs_at(url)
 
 
-def test_a_folder_a_glob_and_a_file_of_fsspecs_are_listed_with_their_sizes(tmp_path: Path) -> None:
+def test_fsspec_inputs_are_listed_with_their_sizes(tmp_path: Path) -> None:
+    """A folder, a glob and a file of fsspec's."""
     where, fs = f"/{secrets.token_hex(4)}", fsspec.filesystem("memory")
     files = {f"{where}/x/b.warc.gz": os.urandom(3000), f"{where}/x/y/a.warc.gz": b"a", f"{where}/z.txt": b""}
     for path, body in files.items():

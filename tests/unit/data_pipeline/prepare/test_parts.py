@@ -120,9 +120,10 @@ def test_a_stage_stopped_at_any_record_goes_on_to_the_same_bytes(files: list[Inp
     assert stops > 4 and content(tmp_path / "stopped") == expected
 
 
-def test_a_stage_killed_between_two_publications_goes_on_to_the_same_bytes(
+def test_a_kill_between_publications_costs_no_bytes(
     files: list[Input], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A stage killed between two publications continues to the same bytes."""
     stage(tmp_path / "whole", files).run()
     save, count = Mark.save, [0]
 
@@ -165,7 +166,8 @@ def test_documents_of_an_earlier_stage_that_are_damaged_are_told(tmp_path: Path,
         list(read_published(None, Input(path, path.name, 0, 0), 0))
 
 
-def test_tokens_that_an_earlier_stage_counted_are_not_counted_again(tmp_path: Path) -> None:
+def test_counted_tokens_are_not_counted_again(tmp_path: Path) -> None:
+    """Of a text that an earlier stage counted, and of a page."""
     docs = [
         Document("a b", "0"),
         Document("a b c", "1", metadata={"tokens": 7}),
@@ -185,7 +187,8 @@ def test_tokens_that_an_earlier_stage_counted_are_not_counted_again(tmp_path: Pa
     assert [doc.metadata.get("tokens") for doc in given] == [2, 7, None] and asked == ["a b"]
 
 
-def test_a_bar_of_links_is_as_wide_as_the_most_documents_and_the_summary_names_submissions(tmp_path: Path) -> None:
+def test_a_report_of_links_names_submissions(tmp_path: Path) -> None:
+    """Bars are relative to the largest count, and the summary names submissions."""
     links, pages = Report(), Report()
     links.taken.documents, pages.taken.documents, pages.given.documents = 4, 1000, 500
     body = {"corpus": "w", "funnel": [row_of("links", "links", links), row_of("filter", "read", pages)]}

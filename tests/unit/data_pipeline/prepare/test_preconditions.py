@@ -74,7 +74,8 @@ def test_what_is_missing_is_said_in_a_line_and_nothing_is_begun(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_within_its_input_or_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+def test_an_output_within_its_input_is_refused(tmp_path: Path) -> None:
+    """So is an output in the place of a file."""
     source = lines(tmp_path / "in" / "a.jsonl", {"a": "a text"})
     with pytest.raises(UserError, match=rf"output={source.parent}/out lies in input={source.parent}, which is all"):
         made(source.parent / "out", f"input={source.parent}")
@@ -112,7 +113,8 @@ def several(*sources: str) -> list[str]:
     return ["corpus=jsonl", "corpus.format=several", "input=null", "tokenizer=null", "output=out", *each]
 
 
-def test_a_source_is_compared_with_those_that_are_made_before_it_alone() -> None:
+def test_a_source_is_compared_with_earlier_ones_only() -> None:
+    """A source may be compared only with sources that are made before it."""
     check(load(PrepareConfig, [*several("a", "b"), "corpus.sources.b.recipe.dedup.against=[out/a]"]))
     for other in ("a", "b"):
         with pytest.raises(UserError, match=rf"sources.a.recipe.dedup.against: no out/{other}/work/duplicates"):
@@ -124,7 +126,8 @@ def test_several_corpora_have_recipes_of_their_own_alone() -> None:
         load(PrepareConfig, [*several("a"), "corpus.recipe.pii.phone=true"])
 
 
-def test_a_corpus_of_which_nothing_is_left_is_no_error_and_compares_with_others(tmp_path: Path) -> None:
+def test_a_corpus_may_lose_all_its_documents(tmp_path: Path) -> None:
+    """A corpus without a document left is no error, and others compare with it."""
     source, dedup = lines(tmp_path / "a.jsonl", {"a": "a text", "b": "other words"}), "corpus.recipe.dedup.text=true"
     empty = made(tmp_path / "empty", f"input={source}", dedup, "corpus.recipe.length.min_chars=100")
     assert (kept_ids(empty), drops(empty)) == ([], {"too few characters": 2})

@@ -66,7 +66,7 @@ def test_a_text_beyond_the_limit_is_dropped_with_its_knob(tmp_path: Path) -> Non
     assert found == [(Dropped("it is larger than limits.page_mib", "long.txt"), 1)]
 
 
-def test_pages_that_were_fetched_need_not_have_the_links_own_address(tmp_path: Path) -> None:
+def test_fetched_pages_may_have_another_url(tmp_path: Path) -> None:
     """A redirect leads to another; in archives of others, pages that no link leads to are left out."""
     fetched, given = RecipeConfig(links=LinksConfig()), RecipeConfig(links=LinksConfig(pages="pages.warc.gz"))
     assert [step.name for step in filters(fetched, tmp_path)] == []

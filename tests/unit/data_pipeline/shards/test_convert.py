@@ -171,9 +171,8 @@ def test_a_file_with_llm_cs_header_says_its_width_itself(
 
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(60_000, np.uint16), (70_000, np.int32)])
-def test_megatrons_own_files_come_in_and_what_goes_out_megatron_reads(
-    home: Path, tmp_path: Path, vocab: int, dtype: type
-) -> None:
+def test_megatron_files_come_in_and_go_out(home: Path, tmp_path: Path, vocab: int, dtype: type) -> None:
+    """Megatron's own files are imported, and Megatron reads what is exported."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     seed = seeded()
@@ -209,9 +208,8 @@ MDS: dict[str, Callable[[np.ndarray], bytes]] = {
 
 @pytest.mark.parametrize("compression", [None, "gz", "zstd:3"])
 @pytest.mark.parametrize("encoding", MDS)
-def test_each_encoding_and_compression_of_mds_gives_the_samples_as_documents(
-    home: Path, tmp_path: Path, encoding: str, compression: str | None
-) -> None:
+def test_mds_samples_are_documents(home: Path, tmp_path: Path, encoding: str, compression: str | None) -> None:
+    """Of each encoding and compression."""
     seed = seeded()
     documents = random_documents(seed)
     if encoding.endswith(":200"):
@@ -305,15 +303,15 @@ def test_lines_of_ids_are_documents_and_what_is_none_is_counted(
     assert report["train"] == {"documents": 3, "tokens": 9} and report["val"] == {"documents": 0, "tokens": 0}
 
 
-def test_a_vocabulary_without_end_of_text_cuts_nothing_and_adds_nothing(home: Path, tmp_path: Path) -> None:
+def test_without_end_of_text_nothing_is_cut_or_added(home: Path, tmp_path: Path) -> None:
+    """A vocabulary without end-of-text cuts no document and adds no token."""
     np.arange(256, dtype=np.uint16).tofile(tmp_path / "a.bin")
     convert.import_(config(home, tmp_path / "a.bin", tmp_path / "out", "nanogpt", 256))
     assert documents_of(tmp_path / "out/train") == {"a.bin:0": list(range(256))}
 
 
-def test_a_document_that_is_too_long_is_counted_and_the_others_stay(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_too_long_document_is_counted(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other documents stay."""
     documents = [np.array([*range(n), EOT]) for n in (20, 200, 30, 0, 201)]
     (tmp_path / "in").mkdir()
     write_megatron(tmp_path / "in/x", documents, np.uint16, np.random.default_rng(0))
@@ -328,9 +326,8 @@ def test_a_document_that_is_too_long_is_counted_and_the_others_stay(
         assert report["dropped"] == {tokens.TOO_LONG: {"count": 2, "examples": ["x.bin:1", "x.bin:4"]}}
 
 
-def test_an_import_that_stops_before_any_publication_goes_on_and_ends_with_the_same_bytes(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_import_ends_with_the_same_bytes(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each publication in turn is the one that a kill prevents."""
     seed = seeded()
     np.concatenate(random_documents(seed)).astype(np.uint16).tofile(tmp_path / "a.bin")
     monkeypatch.setattr(convert, "TASK", 500)
@@ -355,9 +352,8 @@ def test_an_import_that_stops_before_any_publication_goes_on_and_ends_with_the_s
         shards.write(ShardsConfig(corpus, str(home / "60000.json"), str(out / "train")))
 
 
-def test_an_export_that_stops_leaves_nothing_and_a_damaged_source_is_not_exported(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_export_leaves_nothing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a damaged source exported."""
     np.concatenate(random_documents(0)).astype(np.uint16).tofile(tmp_path / "a.bin")
     convert.import_(config(home, tmp_path / "a.bin", tmp_path / "out", "nanogpt"))
     cfg = ExportConfig(str(tmp_path / "out/train"), str(tmp_path / "new/b.bin"), ExportFormat.megatron)
@@ -379,7 +375,8 @@ def test_an_export_that_stops_leaves_nothing_and_a_damaged_source_is_not_exporte
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_a_thousand_tokens_a_document_cost_at_most_two_bytes_and_a_tenth_each(home: Path, tmp_path: Path) -> None:
+def test_a_token_costs_about_two_bytes(home: Path, tmp_path: Path) -> None:
+    """In documents of a thousand tokens, at most 2.1 bytes each."""
     ids = np.random.default_rng(0).integers(257, 60_000, 1_000_000).astype(np.uint16)
     ids[999::1000] = EOT
     ids.tofile(tmp_path / "openwebtext.bin")

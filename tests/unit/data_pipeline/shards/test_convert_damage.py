@@ -222,9 +222,8 @@ KINDS = {"llmc": "nanogpt", "mds_gz": "mds", **{kind: kind for kind in ("nanogpt
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_or_crafted_file_is_one_line_and_takes_no_memory(
-    damage: str, home: Path, healthy: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_file_is_one_line_and_no_memory(damage: str, home: Path, healthy: Path, tmp_path: Path) -> None:
+    """A damaged or crafted file is refused in one line, in bounded memory."""
     kind, spoil, message = DAMAGES[damage]
     shutil.copytree(healthy / kind, tmp_path / kind)
     spoil(tmp_path)

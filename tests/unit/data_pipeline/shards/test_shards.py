@@ -80,7 +80,8 @@ def tree(root: Path) -> dict[str, str]:
     }
 
 
-def test_every_document_is_there_once_with_its_tokens_and_where_it_came_from(home: Path, written: Path) -> None:
+def test_every_document_is_in_the_shards_once(home: Path, written: Path) -> None:
+    """With its tokens and its origin, in the split that the hash of its text gives."""
     tokenizer, texts, seen = Tokenizer.load(home), texts_of(home), {}
     lines = enumerate((home / "corpus.jsonl").read_text().splitlines(), 1)
     line_of = {json.loads(line).get("id"): n for n, line in lines if line != "{broken"}
@@ -131,16 +132,15 @@ def test_any_number_of_workers_writes_the_same_bytes(
         assert tree(tmp_path / "one" / split) == tree(written / split)
 
 
-def test_a_larger_val_fraction_takes_what_a_smaller_one_took_and_none_takes_nothing(home: Path) -> None:
+def test_a_larger_val_fraction_keeps_the_smaller_one(home: Path) -> None:
+    """A larger val_fraction takes what a smaller one took, and 0 takes nothing."""
     texts = list(texts_of(home).values())
     assert {encode.split_of(t, 0.0) for t in texts} == {"train"}
     small = {t for t in texts if encode.split_of(t, 0.1) == "val"}
     assert small < {t for t in texts if encode.split_of(t, 0.3) == "val"}
 
 
-def test_a_write_that_stops_before_any_publication_goes_on_and_ends_with_the_same_bytes(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_write_ends_with_the_same_bytes(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rename in turn is the one that a kill forestalls; shards that were finished are not touched again."""
     sizes = {"shard_tokens": 6000, "val_fraction": 0.2}
     shards.write(config(home, tmp_path / "whole", **sizes))
@@ -163,9 +163,8 @@ def test_a_write_that_stops_before_any_publication_goes_on_and_ends_with_the_sam
     assert published >= 3 * sum(name.endswith(".tar") for name in expected) + 6  # and manifests, report, progress
 
 
-def test_what_write_wrote_is_read_back_as_the_texts_tokens_with_the_separator_between(
-    home: Path, written: Path
-) -> None:
+def test_shards_read_back_as_the_tokens_of_the_texts(home: Path, written: Path) -> None:
+    """With the separator between them, by shard and by window."""
     tokenizer, texts = Tokenizer.load(home), texts_of(home)
     order: dict[str, list[int | None]] = {"train": [], "val": []}
     for text in texts.values():
@@ -181,7 +180,8 @@ def test_what_write_wrote_is_read_back_as_the_texts_tokens_with_the_separator_be
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on_where_it_was_and_leaves_no_process(home: Path, tmp_path: Path) -> None:
+def test_a_killed_command_continues(home: Path, tmp_path: Path) -> None:
+    """It continues where it was killed, and leaves no process."""
     texts = texts_of(home).values()
     (home / "long").mkdir()
     for part in range(4):
@@ -273,9 +273,11 @@ def test_splits_that_cannot_be_used_say_so(home: Path, tmp_path: Path, capsys: p
     shards.write(config(home, tmp_path / "empty"))  # nothing was lost there, so another plan may begin
 
 
-def test_a_killed_worker_and_a_full_disk_are_one_line_and_keep_what_is_finished(
+def test_a_killed_worker_and_a_full_disk_are_one_line(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Finished shards are kept."""
+
     def full(aside: Path, path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
@@ -293,9 +295,10 @@ def die(task: encode.Task) -> None:
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
-def test_ids_take_two_bytes_as_long_as_all_fit_and_a_vocabulary_without_separator_stores_none(
+def test_ids_take_two_bytes_while_all_fit(
     tmp_path: Path, vocab_size: int, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And a vocabulary without separator stores none."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("ab" * 10)
     body = json.loads(train_bpe(["abab"], 257).raw)
