@@ -13,7 +13,8 @@ import stat
 import struct
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from posixpath import dirname, join, normpath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -128,17 +129,10 @@ def _check_directory(path: Path) -> None:
 
 def _inside(package: str, href: str) -> str:
     """The name in the ZIP of the file that `package` refers to as `href`."""
-    parts: list[str] = [*PurePosixPath(package).parent.parts]
-    if not href or urlsplit(href).scheme or href.startswith("/"):
+    name = normpath(join(dirname(package), unquote(urlsplit(href).path)))
+    if not href or urlsplit(href).scheme or href.startswith("/") or name.startswith(("/", "../")) or name == "..":
         raise BadBook("an EPUB that names a file outside of it")
-    for part in unquote(urlsplit(href).path).split("/"):
-        if part == "..":
-            if not parts:
-                raise BadBook("an EPUB that names a file outside of it")
-            parts.pop()
-        elif part not in ("", "."):
-            parts.append(part)
-    return "/".join(parts)
+    return name
 
 
 def _xml(body: bytes) -> Any:

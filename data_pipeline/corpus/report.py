@@ -86,11 +86,6 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, body: dict[str, Any]) -> Report:
-        dropped = {reason: Tally(**tally) for reason, tally in body["dropped"].items()}
-        return cls(**body | {"taken": Tally(**body["taken"]), "given": Tally(**body["given"]), "dropped": dropped})
-
     def totals(self) -> dict[str, Any]:
         """The counts of a reader as JSON, each reason with the paths of its first records."""
         drops = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from data_pipeline.corpus.document import Document, Dropped
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.corpus.report import Report
 from data_pipeline.corpus.workers import follow_parent
-from data_pipeline.files import publish, publish_json, read_json
+from data_pipeline.files import from_json, publish, publish_json, read_json
 from data_pipeline.prepare.step import CountTokens, Step
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
@@ -44,12 +44,12 @@ class Mark:
     passages: dict[str, Report] = field(default_factory=dict)  # of each step, by its name
 
     def save(self, path: Path) -> None:
-        publish_json(path, vars(self) | {"passages": {name: p.to_json() for name, p in self.passages.items()}})
+        publish_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Mark:
-        body = read_json(path, "delete the output and begin anew")
-        return cls(**body | {"passages": {name: Report.from_json(p) for name, p in body["passages"].items()}})
+        cure = "delete the output and begin anew"
+        return from_json(cls, read_json(path, cure), path, cure)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from conf.errors import MISSING, UserError
 
@@ -27,9 +28,7 @@ class LimitsConfig:
     memory_gib: float = 1.0  # of the process that extracts
 
     def __post_init__(self) -> None:
-        for key in ("page_mib", "ratio", "seconds", "memory_gib"):
-            if not 0 < getattr(self, key) < float("inf"):
-                raise UserError(f"limits.{key}={getattr(self, key)}: give a number above 0")
+        _check_positive("limits", self, "page_mib", "ratio", "seconds", "memory_gib")
 
 
 @dataclass
@@ -58,13 +57,8 @@ class FetchPagesConfig:
     private: bool = False  # also ask addresses that are not public, such as your own mirror
 
     def __post_init__(self) -> None:
-        for key, lowest in {"files": 1, "retries": 0, "connections": 1}.items():
-            if isinstance(value := getattr(self, key), int) and value < lowest:
-                raise UserError(f"fetch.{key}={value}: give at least {lowest}")
-        for key in ("per_host_s", "timeout_s", "page_mib"):
-            value = getattr(self, key)
-            if isinstance(value, int | float) and not 0 < value < float("inf"):
-                raise UserError(f"fetch.{key}={value}: give a number above 0")
+        _check_lowest("fetch", self, files=1, retries=0, connections=1)
+        _check_positive("fetch", self, "per_host_s", "timeout_s", "page_mib")
 
 
 @dataclass
@@ -204,8 +198,7 @@ class DedupConfig:
     memory_gib: float = 3.0  # of the decision; past it, keys are read from disk in several rounds
 
     def __post_init__(self) -> None:
-        if not 0 < self.memory_gib < float("inf"):
-            raise UserError(f"dedup.memory_gib={self.memory_gib}: give a number above 0")
+        _check_positive("dedup", self, "memory_gib")
 
 
 @dataclass
@@ -221,9 +214,7 @@ class DecontaminateConfig:
     max_documents: int = 10  # an n-gram in more documents is a common phrase
 
     def __post_init__(self) -> None:
-        for key, lowest in {"ngram": 1, "window": 0, "min_chars": 0, "max_pieces": 1, "max_documents": 1}.items():
-            if getattr(self, key) < lowest:
-                raise UserError(f"decontaminate.{key}={getattr(self, key)}: give at least {lowest}")
+        _check_lowest("decontaminate", self, ngram=1, window=0, min_chars=0, max_pieces=1, max_documents=1)
         if not self.sets or not self.text_keys:
             raise UserError(
                 f"decontaminate: sets={self.sets} and text_keys={self.text_keys}: give at least one of each"
@@ -264,6 +255,20 @@ class RecipeConfig:
 def check_alpha(key: str, alpha: float) -> None:
     if not 0 < alpha < float("inf"):
         raise UserError(f"{key}={alpha}: give a number above 0; 9 is GPT-3's")
+
+
+def _check_positive(section: str, cfg: Any, *keys: str) -> None:
+    for key in keys:
+        value = getattr(cfg, key)
+        if isinstance(value, int | float) and not 0 < value < float("inf"):  # in YAML a value may still be ???
+            raise UserError(f"{section}.{key}={value}: give a number above 0")
+
+
+def _check_lowest(section: str, cfg: Any, **lowest: int) -> None:
+    for key, low in lowest.items():
+        value = getattr(cfg, key)
+        if isinstance(value, int) and value < low:
+            raise UserError(f"{section}.{key}={value}: give at least {low}")
 
 
 def _check_share(key: str, share: float) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from conf.errors import UserError
 from data_pipeline.corpus.inputs import Input
-from data_pipeline.files import publish_json, read_json
+from data_pipeline.files import from_json, publish_json, read_json
 from data_pipeline.manifest import REPORT, SPLITS, Manifest, ShardInfo, write_manifest
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
@@ -38,6 +38,8 @@ class Finished:
 
 @dataclass
 class Progress:
+    """The plan and the finished shards of each split, as progress.json has them."""
+
     folder: Path
     plan: dict[str, Any]
     shards: dict[str, list[Finished]]
@@ -61,21 +63,12 @@ class Progress:
             progress.save()
             return progress
         cure = "delete the folder and write the shards anew"
-        body = read_json(path, cure)
-        try:
-            shards = {
-                split: [Finished(ShardInfo(**f["info"]), tuple(f["end"]), f["unknown"]) for f in finished]
-                for split, finished in body["shards"].items()
-            }
-            begun, done = {**body["plan"]}, body["done"]
-        except (KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{path}: damaged ({e!r}): {cure}") from None
-        if not any(shards.values()):  # nothing is lost by another plan
-            begun, shards = plan, {split: [] for split in splits}
-        refuse_other_plan(folder, begun, plan)
-        if set(shards) != set(splits):
-            raise UserError(f"{path}: damaged (shards of {', '.join(shards)}): {cure}")
-        progress = cls(folder, plan, shards, done)
+        progress = from_json(cls, read_json(path, cure), path, cure, folder=folder)
+        if not any(progress.shards.values()):  # nothing is lost by another plan
+            progress = cls(folder, plan, {split: [] for split in splits}, progress.done)
+        refuse_other_plan(folder, progress.plan, plan)
+        if set(progress.shards) != set(splits):
+            raise UserError(f"{path}: damaged (shards of {', '.join(progress.shards)}): {cure}")
         progress._check_shards()
         return progress
 

@@ -16,13 +16,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
-from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
 from conf.errors import UserError
@@ -31,6 +30,7 @@ from data_pipeline.prepare.executors import on_ray
 from data_pipeline.prepare.parts import Mark, Parts
 from data_pipeline.prepare.prepare_config import Executor, ExecutorConfig
 from data_pipeline.prepare.stages import Stage
+from data_pipeline.prepare.step import Call
 
 
 def execute(stages: Sequence[tuple[Path, Stage]], cfg: ExecutorConfig) -> None:
@@ -86,26 +86,15 @@ def local(logs: Path, stage: Stage, cfg: ExecutorConfig) -> Quiet:
     return Quiet([stage.step], stage.tasks, workers, logging_dir=str(logs), skip_completed=not stage.repeat)
 
 
-class After(PipelineStep):
-    """Stops a job whose stage starts too early: Slurm's dependency covers only the last array of the stage before.
+def require_complete(logs: Path, tasks: int) -> None:
+    """Stop a job whose stage starts too early: Slurm's dependency covers only the last array of the stage before.
 
     Raises:
         UserError: a task of the stage before is not complete.
     """
-
-    type = "stage"
-    name = "after"
-
-    def __init__(self, logs: Path, tasks: int) -> None:
-        super().__init__()
-        self.logs = logs
-        self.tasks = tasks
-
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
-        for task in range(self.tasks):
-            if not (self.logs / "completions" / f"{task:05d}").exists():
-                raise UserError(f"task {task} of the stage before is not complete: see {self.logs / 'slurm_logs'}")
-        return data
+    for task in range(tasks):
+        if not (logs / "completions" / f"{task:05d}").exists():
+            raise UserError(f"task {task} of the stage before is not complete: see {logs / 'slurm_logs'}")
 
 
 def submit(stages: Sequence[tuple[Path, Stage]], cfg: ExecutorConfig) -> None:
@@ -113,7 +102,7 @@ def submit(stages: Sequence[tuple[Path, Stage]], cfg: ExecutorConfig) -> None:
     if not shutil.which("sbatch"):
         raise UserError("executor=slurm: no sbatch here: run it on a machine that submits to the cluster")
     before: SlurmPipelineExecutor | None = None
-    after: list[After] = []
+    after: list[Call] = []
     this_python = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
     for logs, stage in stages:
         if any(c.isspace() for c in str(logs.resolve())):
@@ -135,7 +124,7 @@ def submit(stages: Sequence[tuple[Path, Stage]], cfg: ExecutorConfig) -> None:
             logging_dir=str(logs),
             skip_completed=not stage.repeat,
         )
-        after = [After(logs, stage.tasks)]
+        after = [Call("after", partial(require_complete, logs, stage.tasks), numbered=False)]
         try:
             before.launch_job()
         except subprocess.CalledProcessError as e:

@@ -11,7 +11,7 @@ import pytest
 from datatrove.pipeline.base import PipelineStep
 
 from conf.errors import TransientError, UserError
-from data_pipeline.prepare.executors.executors import After, execute
+from data_pipeline.prepare.executors.executors import execute, require_complete
 from data_pipeline.prepare.prepare_config import Executor, ExecutorConfig
 from data_pipeline.prepare.stages import Stage
 
@@ -80,6 +80,6 @@ def test_a_job_that_slurm_lets_go_too_early_stops(tmp_path: Path) -> None:
     for task in (0, 2):
         (done / f"{task:05d}").touch()
     with pytest.raises(UserError, match="task 1 of the stage before is not complete"):
-        After(tmp_path, 3).run()
+        require_complete(tmp_path, 3)
     (done / "00001").touch()
-    After(tmp_path, 3).run()
+    require_complete(tmp_path, 3)

@@ -18,7 +18,7 @@ from conf.errors import UserError
 from data_pipeline import files
 from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
 from data_pipeline.manifest import index_path, read_index, read_manifest
-from data_pipeline.shards import convert
+from data_pipeline.shards import convert, pieces
 from data_pipeline.shards import token_files as tokens
 from data_pipeline.shards import write as shards
 from data_pipeline.shards.shards_config import (
@@ -316,7 +316,8 @@ def test_a_too_long_document_is_counted(home: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "in").mkdir()
     write_megatron(tmp_path / "in/x", documents, np.uint16, np.random.default_rng(0))
     np.concatenate(documents).astype(np.uint16).tofile(tmp_path / "x.bin")
-    monkeypatch.setattr(tokens, "MAX_TOKENS", 100)
+    for module in (tokens, pieces):
+        monkeypatch.setattr(module, "MAX_TOKENS", 100)
     monkeypatch.setattr(tokens, "CHUNK", 64)
     for kind, source in (("megatron", "in/x"), ("nanogpt", "x.bin")):
         convert.import_(config(home, tmp_path / source, tmp_path / kind, kind))
@@ -349,7 +350,7 @@ def test_a_stopped_import_ends_with_the_same_bytes(home: Path, tmp_path: Path, m
         convert.import_(config(home, tmp_path / "a.bin", out, "nanogpt", block_tokens=600))
     corpus = CorpusConfig(name="text", format=CorpusFormat.text, path=str(home))
     with pytest.raises(UserError, match=r"train was begun with .*: give another output="):
-        shards.write(ShardsConfig(corpus, str(home / "60000.json"), str(out / "train")))
+        shards.write(ShardsConfig(corpus=corpus, tokenizer=str(home / "60000.json"), output=str(out / "train")))
 
 
 def test_a_stopped_export_leaves_nothing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
