@@ -23,10 +23,11 @@ SIZES = {"val_fraction": 0.2, "shard_tokens": 400, "block_tokens": 100}
 
 
 def recipe(folder: Path, *more: str, **sizes: float) -> PrepareConfig:
-    """Over 60 lines of JSON, of which one is damaged."""
-    texts = [f"{i} " * (5 + i % 7) for i in range(60)]
-    train_bpe(texts, 300).save(folder)
-    (folder / "in.jsonl").write_text("\n".join([json.dumps({"text": text}) for text in texts] + ["{damaged"]))
+    """Over 60 lines of JSON, and one that is damaged."""
+    if not (folder / "in.jsonl").exists():
+        texts = [f"{i} " * (5 + i % 7) for i in range(60)]
+        train_bpe(texts, 300).save(folder)
+        (folder / "in.jsonl").write_text("\n".join([*(json.dumps({"text": text}) for text in texts), "{damaged"]))
     given = [f"shards.{key}={value}" for key, value in (SIZES | sizes).items()]
     paths = [f"input={folder / 'in.jsonl'}", f"output={folder / 'out'}", f"tokenizer={folder}"]
     return load(PrepareConfig, ["corpus=jsonl", *paths, "executor.workers=1", *given, *more])
