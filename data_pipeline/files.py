@@ -25,14 +25,18 @@ def publish_json(path: Path, body: dict[str, Any]) -> None:
     publish(path, (json.dumps(body, ensure_ascii=False, indent=1) + "\n").encode())
 
 
-def publish(path: Path, data: bytes) -> None:
-    """Write a staging file, fsync it, rename it: a reader sees the old file or the new one, never half of one."""
+def publish(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write a staging file and rename it: a reader sees the old file or the new one, never half of one.
+
+    durable: fsync both steps, so that the new file also outlives a crash of the machine.
+    """
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with staging.open("wb") as f:
         f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    rename(staging, path)
+        if durable:
+            f.flush()
+            os.fsync(f.fileno())
+    rename(staging, path) if durable else staging.replace(path)
 
 
 def rename(staging: Path, path: Path) -> None:

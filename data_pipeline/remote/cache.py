@@ -29,7 +29,7 @@ from typing import TypeVar
 
 from conf.errors import TransientError, UserError
 from data_pipeline.config import CacheConfig, FetchConfig
-from data_pipeline.files import GIB
+from data_pipeline.files import GIB, publish
 from data_pipeline.manifest import ShardIndex
 from data_pipeline.remote.backends import Backend, backend_of
 
@@ -121,15 +121,10 @@ class Cache:
         """Write a small file of a shard, whole or not at all, and make room for it. Not fsynced: readers check it."""
         path = self.dir / "shards" / key / name
 
-        def make() -> None:
-            staging = path.with_name(f".{name}.{os.getpid()}.tmp")
-            staging.write_bytes(body)
-            staging.replace(path)
-
         with self._locked():
             self._make_room(len(body))
             with self._growing(path):
-                self.writing(make, locked=True)
+                self.writing(partial(publish, path, body, durable=False), locked=True)
 
     def writing(self, write: Callable[[], T], locked: bool = False) -> T:
         """`write()`, tried again with one shard less while the disk is full."""
