@@ -1,4 +1,5 @@
-"""Entry: `python -m trainer.export_hf checkpoint=RUN out=DIR`: a checkpoint as transformers opens it. Its door.
+"""Entry: `python -m trainer.export_hf checkpoint=RUN out=DIR`: a checkpoint as transformers opens it. The one file
+that imports transformers.
 
 Nothing is at `out` before transformers has opened the written folder and made of it, on CPU in fp32, the logits that
 our model makes of the checkpoint, and the same tokens of the same text.
@@ -49,9 +50,9 @@ def export_hf(cfg: ExportHfConfig) -> None:
             "or give compare=false, and compare where it is"
         )
     tokenizer = read_tokenizer(checkpoint)
-    with new_folder(cfg.out) as aside:
-        write(aside, checkpoint, model, tokenizer)
-        done = compare(aside, checkpoint, model, tokenizer) if cfg.compare else "not compared (compare=false)"
+    with new_folder(cfg.out) as staging:
+        write(staging, checkpoint, model, tokenizer)
+        done = compare(staging, checkpoint, model, tokenizer) if cfg.compare else "not compared (compare=false)"
     print(f"{cfg.out}: {model.name}, {param_count(model):,} parameters, from {checkpoint}\n  {done}")
     if tokenizer is None:
         print(f"  {checkpoint} has no {TOKENIZER}: none is written, AutoTokenizer finds nothing")
@@ -79,7 +80,7 @@ def write(folder: Path, checkpoint: Path, cfg: ModelConfig, tokenizer: Tokenizer
 
 
 def tokenizer_config(cfg: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What makes AutoTokenizer take tokenizer.json as it is: the class that has no vocabulary of its own."""
+    """Settings with which AutoTokenizer takes tokenizer.json as it is: a class without a vocabulary of its own."""
     special = {"eos_token": tokenizer.eot_id, "bos_token": tokenizer.eot_id, "unk_token": tokenizer.unk_id}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -90,7 +91,7 @@ def tokenizer_config(cfg: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def compare(folder: Path, checkpoint: Path, cfg: ModelConfig, tokenizer: Tokenizer | None) -> str:
-    """What was compared, in words.
+    """Compare logits and tokens with transformers'; returns a summary in words.
 
     Raises:
         UserError: logits that differ by more than TOLERANCE, or another tokenisation of TEXTS.
@@ -122,11 +123,12 @@ def _same_tokens(folder: Path, tokenizer: Tokenizer) -> list[list[int]]:
 
     theirs, out = AutoTokenizer.from_pretrained(folder), []
     for text in TEXTS:
-        ids, found = tokenizer.encode(text), theirs(text, add_special_tokens=False)["input_ids"]
-        if ids != found:
+        ids = tokenizer.encode(text)
+        their_ids = theirs(text, add_special_tokens=False)["input_ids"]
+        if ids != their_ids:
             raise UserError(
-                f"AutoTokenizer makes {len(found)} other tokens of {text!r} than our {len(ids)}: nothing is written; "
-                f"{TOKENIZER} of the checkpoint says what transformers does not do"
+                f"AutoTokenizer makes {len(their_ids)} other tokens of {text!r} than our {len(ids)}: nothing is "
+                f"written; {TOKENIZER} of the checkpoint says what transformers does not do"
             )
         out.append(ids)
     return out

@@ -31,14 +31,14 @@ LONG = {"F16": "float16", "BF16": "bfloat16"}
 def import_hf(cfg: ImportHfConfig) -> None:
     folder = HfFolder(Path(cfg.source))
     tokenizer = folder.tokenizer()
-    with new_folder(cfg.out) as aside:
+    with new_folder(cfg.out) as staging:
         from trainer.hf.weights import from_hf  # from here on torch
 
         try:
             weights = from_hf(folder.tensors(), folder.cfg)
         except UserError as e:
             raise UserError(str(e) if str(folder.path) in str(e) else f"source={cfg.source}: {e}") from None
-        write_checkpoint(aside, folder.cfg, weights, tokenizer.raw if tokenizer else None)
+        write_checkpoint(staging, folder.cfg, weights, tokenizer.raw if tokenizer else None)
     model = folder.cfg
     print(f"{cfg.out}: {model.name}, {param_count(model):,} parameters, {model.norm.value}-norm, at step 0")
     for dtype, n in sorted(folder.converted.items()):

@@ -11,8 +11,8 @@ from conf.errors import TransientError
 from trainer.distributed.world import World
 from trainer.run.stack_location import place_of_error
 
-# What gloo, NCCL and torch's store say of other ranks; all else (sizes that differ, CUDA's errors, memory, a port in
-# use) is this rank's own.
+# Messages of gloo, NCCL and torch's store about other ranks; all else (sizes that differ, CUDA's errors, memory, a port
+# in use) is this rank's own.
 SILENT = re.compile(
     "timed out (waiting|after|connecting)|before timing out|connection timed out|wait timeout|operation timeout",
     re.IGNORECASE,
@@ -29,7 +29,7 @@ GONE = re.compile(
 
 @contextmanager
 def ranks_lost(world: World, timeout_s: float) -> Iterator[None]:
-    """What torch says inside when other ranks do not answer, or are gone, becomes one line that a user understands.
+    """Turn torch's errors about ranks that are silent or gone into one line that a user understands.
 
     Any other error of a collective is a defect, and keeps its traceback.
 
@@ -45,10 +45,10 @@ def ranks_lost(world: World, timeout_s: float) -> Iterator[None]:
             raise
         me = f"rank {world.rank} of {world.world_size} on {socket.gethostname()}"
         if silent:
-            told = (
+            line = (
                 f"{me} waited for the other ranks for watch.collective_s={timeout_s:g} s and got no answer: a host or "
                 "its network is gone, or a rank hangs"
             )
         else:
-            told = f"{me} lost the connection to another rank: that one, or its host, has ended; what it said tells why"
-        raise TransientError(f"{told}; in {place_of_error(e.__traceback__)} ({text[:300]})") from e
+            line = f"{me} lost the connection to another rank: that one, or its host, has ended; what it said tells why"
+        raise TransientError(f"{line}; in {place_of_error(e.__traceback__)} ({text[:300]})") from e

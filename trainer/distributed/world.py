@@ -28,7 +28,7 @@ OPENMPI = {
     "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
     "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
 }
-"""What mpirun sets, which says neither where rank 0 is nor at which port."""
+"""Open MPI's names. mpirun sets neither rank 0's address nor its port."""
 
 
 def read_world() -> World:
@@ -48,18 +48,18 @@ def read_world() -> World:
                 "or give mpirun MASTER_ADDR and MASTER_PORT with -x"
             )
         os.environ.update({k: os.environ[name] for k, name in OPENMPI.items()})
-    found = [k for k in keys if k in os.environ]
-    if not found:
+    known = [k for k in keys if k in os.environ]
+    if not known:
         import socket
 
         with socket.socket() as s:  # port 0: the kernel's choice, so that runs side by side do not meet
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    elif len(found) < len(keys):
-        missing = ", ".join(k for k in keys if k not in found)
+    elif len(known) < len(keys):
+        missing = ", ".join(k for k in keys if k not in known)
         raise UserError(
-            f"{', '.join(found)} in the environment but not {missing}: start with torchrun or deepspeed, or unset them"
+            f"{', '.join(known)} in the environment but not {missing}: start with torchrun or deepspeed, or unset them"
         )
     # torchrun's name, and DeepSpeed's launcher's
     size = next((k for k in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if k in os.environ), None)
@@ -75,8 +75,8 @@ def read_world() -> World:
     return world
 
 
-def environment(world: World, address: str, port: int) -> dict[str, str]:
-    """What a launcher sets for a rank, for `read_world` and for torch; rank 0 is at `address`."""
+def environment(world: World, master: str, port: int) -> dict[str, str]:
+    """The variables that a launcher sets for a rank, for `read_world` and torch; rank 0 is on the host `master`."""
     names = {"RANK": world.rank, "WORLD_SIZE": world.world_size, "LOCAL_RANK": world.local_rank}
     local = {} if world.local_world_size is None else {"LOCAL_WORLD_SIZE": world.local_world_size}
-    return {k: str(v) for k, v in {**names, **local, "MASTER_ADDR": address, "MASTER_PORT": port}.items()}
+    return {k: str(v) for k, v in {**names, **local, "MASTER_ADDR": master, "MASTER_PORT": port}.items()}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from conf.errors import TransientError, UserError
 from data_pipeline.files import fsync_folder, read_json
 from data_pipeline.manifest import TOKENIZER
-from trainer.hf.config import MASKS, PREFIX, model_from_hf
+from trainer.hf.settings import MASKS, PREFIX, model_from_hf
 from trainer.model.arithmetic import param_count
 
 if TYPE_CHECKING:
@@ -54,8 +54,10 @@ class HfFolder:
         self.files = self._files()
         self.converted: dict[str, int] = {}  # dtype that is not fp32: tensors of it
         self._seen: set[str] = set()
-        self._found = 0  # elements
-        self._most = param_count(self.cfg) + self.cfg.vocab_size * self.cfg.n_embd  # the tied head may be there too
+        self._elements = 0
+        self._max_elements = (
+            param_count(self.cfg) + self.cfg.vocab_size * self.cfg.n_embd
+        )  # the tied head may be there too
 
     def tensors(self) -> dict[str, Tensor]:
         """Every weight by its name in the files, fp32, without what old files carry beside them.
@@ -83,25 +85,26 @@ class HfFolder:
         return out
 
     def _wanted(self, file: str, opened: Any, named: set[str] | None) -> list[str]:
-        """The names of a file's weights, once what its header says of them can be."""
-        path, names = self.path / file, set(opened.keys())
+        """The names of a file's weights, after its header is checked."""
+        path = self.path / file
+        names = set(opened.keys())
         if named is not None and names != named:
             raise UserError(f"{path}: it or {INDEX} has {_few(names ^ named)}, not both: fetch them anew")
         wanted = sorted(name for name in names if not name.endswith(MASKS))
         for name in wanted:
-            found = opened.get_slice(name)
-            if found.get_dtype() not in DTYPES:
+            tensor = opened.get_slice(name)
+            if tensor.get_dtype() not in DTYPES:
                 raise UserError(
-                    f"{path}: {_short(name)} is {found.get_dtype()}: save it as float32, float16 or bfloat16"
+                    f"{path}: {_short(name)} is {tensor.get_dtype()}: save it as float32, float16 or bfloat16"
                 )
-            if found.get_dtype() != "F32":
-                self.converted[found.get_dtype()] = self.converted.get(found.get_dtype(), 0) + 1
+            if tensor.get_dtype() != "F32":
+                self.converted[tensor.get_dtype()] = self.converted.get(tensor.get_dtype(), 0) + 1
             bare = name.removeprefix(PREFIX)
             if bare in self._seen:
                 raise UserError(f"{path}: {_short(bare)} is there twice, with and without {PREFIX!r} before it")
             self._seen.add(bare)
-            self._found += prod(found.get_shape())
-        if self._found > self._most:
+            self._elements += prod(tensor.get_shape())
+        if self._elements > self._max_elements:
             raise UserError(f"{path}: it brings more than the {param_count(self.cfg):,} parameters that {CONFIG} says")
         return wanted
 
@@ -147,7 +150,7 @@ class HfFolder:
         """The file's size and its header's are asked before anyone maps or reads as much."""
         path, cfg = self.path / file, self.cfg
         masks = cfg.n_layer * (cfg.n_ctx**2 + 1) + cfg.n_ctx
-        if path.stat().st_size > 4 * (self._most + masks) + HEADER_BYTES:
+        if path.stat().st_size > 4 * (self._max_elements + masks) + HEADER_BYTES:
             raise UserError(
                 f"{path} has {path.stat().st_size:,} bytes, more than the {param_count(cfg):,} parameters that "
                 f"{CONFIG} says can take: one of the two is of another model"
@@ -181,22 +184,24 @@ def new_folder(out: str) -> Iterator[Path]:
         UserError: `out` is there already, or the disk refuses.
     """
     final = Path(out)
-    aside = final.with_name(f".{final.name}.tmp")
+    staging = final.with_name(f".{final.name}.tmp")
     if not final.name or final.exists() or final.is_symlink():
         raise UserError(f"out={out} is there already: give a folder that is not")
     try:
-        aside.mkdir(parents=True)
+        staging.mkdir(parents=True)
     except FileExistsError:
-        raise UserError(f"{aside} is there: another command writes out={out}, or was killed: remove it then") from None
+        raise UserError(
+            f"{staging} is there: another command writes out={out}, or was killed: remove it then"
+        ) from None
     except OSError as e:
         raise UserError(f"out={out}: {e.strerror}: give a folder that can be written") from None
     try:
-        yield aside
-        fsync_folder(aside)
-        aside.rename(final)
+        yield staging
+        fsync_folder(staging)
+        staging.rename(final)
         fsync_folder(final.parent)
     except BaseException as e:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         if isinstance(e, UserError) and isinstance(e.__context__, OSError):  # of write_file, which speaks of runs
             kind = TransientError if isinstance(e, TransientError) else UserError
             raise kind(f"out={out}: {e.__context__.strerror}: give a disk with room") from None

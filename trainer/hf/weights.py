@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from trainer.config.model import ModelConfig, Norm
-from trainer.hf.config import MASKS, PREFIX
+from trainer.hf.settings import MASKS, PREFIX
 from trainer.model.specs import specs
 
 POST_NORM_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
@@ -21,7 +21,7 @@ HEAD = "lm_head.weight"
 
 
 def hf_refusal(cfg: ModelConfig) -> str | None:
-    """Why Hugging Face's formats cannot hold a model, in one line; None where they can."""
+    """The reason why Hugging Face's formats cannot hold a model, in one line; None if they can."""
     if not cfg.sparse_layers:
         return None
     numbers = {"band": cfg.band, "stride": cfg.stride, "summary": cfg.summary}
@@ -71,7 +71,7 @@ def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
 
 
 def hf_config(cfg: ModelConfig, eot_id: int | None = None) -> dict[str, Any]:
-    """What `config.json` says beside the weights; `eot_id` is where transformers' own `generate` stops."""
+    """The content of `config.json`; transformers' own `generate` stops at `eot_id`."""
     shared = {
         "vocab_size": cfg.vocab_size,
         "n_positions": cfg.n_ctx,

@@ -23,7 +23,9 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float, mesh: Mesh, sequence_parallel: bool) -> None:
         super().__init__()
-        self.p, self.mesh, self.local = p, mesh, sequence_parallel
+        self.p = p
+        self.mesh = mesh
+        self.local = sequence_parallel
 
     def forward(self, x_TBC: Tensor) -> Tensor:
         if not self.training or not self.p:
@@ -35,7 +37,7 @@ class Dropout(nn.Module):
 
 
 def mark_sequence_parallel(module: nn.Module, sequence_parallel: bool) -> None:
-    """Say of replicated parameters whether each tp rank's gradient covers its part of the sequence only."""
+    """Mark replicated parameters by whether each tp rank's gradient covers only its part of the sequence."""
     for p in module.parameters():
         p.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 

@@ -20,7 +20,7 @@ from conf.errors import UserError
 from trainer.model.linear import Linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-LEAST = 1e-30  # of a scale's numerator: zeros are divided by something
+TINY = 1e-30  # the smallest numerator of a scale: a tensor of zeros is divided by it
 CAPABILITY = (8, 9)  # Ada and Hopper; older GPUs have no such products
 
 
@@ -70,9 +70,9 @@ class _Fp8Linear(torch.autograd.Function):
 
 def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(x / scale in an fp8 dtype, scale): an fp32 scalar, so that x ≈ first x second."""
-    most = torch.finfo(dtype).max
-    scale = x.abs().amax().float().clamp(min=LEAST) / most
-    return (x.float() / scale).clamp(-most, most).to(dtype), scale
+    largest = torch.finfo(dtype).max
+    scale = x.abs().amax().float().clamp(min=TINY) / largest
+    return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
 def _product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, *, fast: bool) -> Tensor:

@@ -50,7 +50,8 @@ class GPT(nn.Module):
         selective = recompute is Recompute.selective
         self.h = nn.ModuleList(Block(cfg, layer, mesh, split, selective) for layer in range(cfg.n_layer))
         self.ln_f = layer_norm(cfg, split) if cfg.norm is Norm.pre else nn.Identity()
-        self.run_block, self.run_loss = run_block, run_loss  # compiled.compile_model replaces them
+        self.run_block = run_block  # compile.compile_model replaces both
+        self.run_loss = run_loss
 
     def forward(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """`function(self, *args)`, such as an objective's sums: DeepSpeed's hooks surround a module's forward."""
@@ -167,5 +168,5 @@ def run_block(block: nn.Module, x_TBC: Tensor, mask: Mask) -> Tensor:
 
 
 def run_loss(wte: TiedEmbedding, x_TBC: Tensor, labels_TB: Tensor, mesh: Mesh) -> Tensor:
-    """The head and the loss: together they are where logits live."""
+    """The head and the loss in one function, so that logits live nowhere else."""
     return token_loss(wte(x_TBC, head=True), labels_TB, mesh, wte.n_true)

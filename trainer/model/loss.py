@@ -62,7 +62,8 @@ class _VocabLoss(torch.autograd.Function):
             dist.all_reduce(both_2N, group=group)
             z_N, below_max_N = both_2N.unbind()
         log_z_N = z_N.log()
-        ctx.n_true, ctx.divides = n_true, group is not None
+        ctx.n_true = n_true
+        ctx.divides = group is not None
         ctx.save_for_backward(logits_NV, label_N1, valid_N, max_N, z_N if ctx.divides else log_z_N)
         return (log_z_N + below_max_N).where(valid_N, 0.0).sum()
 
@@ -82,7 +83,7 @@ class _VocabLoss(torch.autograd.Function):
 
 
 def _fp32(logits_NV: Tensor, n_true: int) -> Tensor:
-    """A copy in fp32, -inf where no token is."""
+    """A copy in fp32, -inf in the padding."""
     V = logits_NV.shape[-1]
     x_NV = logits_NV.to(torch.float32, copy=True)
     if n_true == V:
@@ -91,5 +92,5 @@ def _fp32(logits_NV: Tensor, n_true: int) -> Tensor:
 
 
 def _rows(logits_NV: Tensor) -> int:
-    """Tokens of a chunk. All of them where a compiler fuses what is done to a logit."""
+    """Tokens of a chunk. All of them if a compiler fuses the operations on a logit."""
     return len(logits_NV) if torch.compiler.is_compiling() else max(1, LOSS_CHUNK_BYTES // (4 * logits_NV.shape[-1]))

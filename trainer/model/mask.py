@@ -30,7 +30,7 @@ def attention_bias(
     pattern: Pattern = DENSE,
     positions_BT: Tensor | None = None,
 ) -> Tensor | None:
-    """What is added to attention's scores: 0 where a token may look, -inf elsewhere; built once for a pattern's layers.
+    """The bias on attention's scores: 0 where a token sees another, else -inf; built once for a pattern's layers.
 
     A token looks at what `pattern` says, with `segment_ids_BT` at its own segment only, where the pattern starts anew
     (then T = S). The queries are the last T of the S positions, or with `positions_BT` those of each row.

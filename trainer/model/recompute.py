@@ -1,4 +1,4 @@
-"""Selective recompute: what a cheap function put out is not kept for backward, but made again there.
+"""Selective recompute: the output of a cheap function is not kept for backward, but made again there.
 
 `torch.utils.checkpoint` around the function and the linear that uses it would do as much at tp = 1. At tp > 1 it would
 run megatron-core's linears again, products and gathers of the sequence included; this never does.
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 def making_again(y: Tensor, make: Callable[[Tensor], Tensor], x: Tensor, on: bool) -> AbstractContextManager[object]:
-    """Inside, whoever keeps `y` = make(x) for its backward gets it from `make` again; all else is kept as ever.
+    """Operations inside that keep `y` = make(x) for their backward get it from `make` again; all else is kept.
 
     `make` draws no random numbers, and keeps `x` for its own backward anyway (LayerNorm, GELU): so `y` is all that is
-    saved. A compiled graph is left alone: there `compiled.py` has the compiler do the same.
+    saved. A compiled graph is left alone: there `engine/compile.py` makes the compiler do the same.
     """
     if not on or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return nullcontext()

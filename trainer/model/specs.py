@@ -1,6 +1,6 @@
-"""Where each parameter lies: its true global shape, its padded one, and the dimension that tensor parallelism splits.
+"""Layout of each parameter: its true global shape, its padded one, and the dimension that tensor parallelism splits.
 
-All padding stands at the end of the split dimension: whole heads of `c_attn` and `c_proj`, rows of `wte`. What is saved
+All padding is at the end of the split dimension: whole heads of `c_attn` and `c_proj`, rows of `wte`. What is saved
 has the true shape.
 """
 
@@ -62,7 +62,7 @@ def _norm(name: str, c: int) -> dict[str, ParamSpec]:
 
 
 def to_local(full: Tensor, spec: ParamSpec, tp_rank: int, tp: int) -> Tensor:
-    """What rank `tp_rank` of `tp` holds of a parameter of true shape: its slice, zeros where the padding is."""
+    """The slice that rank `tp_rank` of `tp` holds of a parameter of true shape, with zeros as padding."""
     if spec.tp_dim is None:
         return full
     size = spec.padded[spec.tp_dim] // tp

@@ -1,4 +1,4 @@
-"""What a config.json of Hugging Face's GPT-2 or OpenAI GPT says, as our model. Standard library only.
+"""The settings of a Hugging Face config.json (GPT-2 or OpenAI GPT) as our model. Standard library only.
 
 Someone else wrote it: whatever changes what the model computes is checked, and no number makes anyone allocate.
 """
@@ -14,7 +14,7 @@ from trainer.config.model import ModelConfig, Norm
 PREFIX = "transformer."  # of tensors' names
 MASKS = (".attn.bias", ".attn.masked_bias", "position_ids")  # constants that old files carry
 NORMS = {"gpt2": Norm.pre, "openai-gpt": Norm.post}
-MOST = {"n_layer": 1000, "n_head": 1000, "n_embd": 100_000, "n_positions": 1_000_000, "vocab_size": 10_000_000}
+LIMITS = {"n_layer": 1000, "n_head": 1000, "n_embd": 100_000, "n_positions": 1_000_000, "vocab_size": 10_000_000}
 DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 DEFAULTS = {**dict.fromkeys(DROPOUTS, 0.1), "layer_norm_epsilon": 1e-5, "initializer_range": 0.02}  # transformers' own
 ONLY: dict[str, dict[str, tuple[Any, ...]]] = {  # what our model can be; the first is what is not said
@@ -52,11 +52,11 @@ def model_from_hf(config: Mapping[str, Any], name: str) -> tuple[ModelConfig, li
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in NORMS:
         raise UserError(f"model_type={_show(kind)}: give a model of {' or '.join(NORMS)}")
-    size = {key: _size(config, key) for key in MOST}
+    size = {key: _size(config, key) for key in LIMITS}
     for key, only in {**ONLY[kind], **ONLY_BOTH}.items():
-        found = config.get(key, only[0])
-        if not any(found == value and type(found) is type(value) for value in only):
-            raise UserError(f"{key}={_show(found)}: our {kind} has {key}={_show(only[0])} only")
+        given = config.get(key, only[0])
+        if not any(given == value and type(given) is type(value) for value in only):
+            raise UserError(f"{key}={_show(given)}: our {kind} has {key}={_show(only[0])} only")
     if config.get("n_ctx", size["n_positions"]) != size["n_positions"]:
         raise UserError(f"n_ctx={_show(config['n_ctx'])} is not n_positions={size['n_positions']}: make them equal")
     if config.get("n_inner") not in (None, 4 * size["n_embd"]):
@@ -65,7 +65,7 @@ def model_from_hf(config: Mapping[str, Any], name: str) -> tuple[ModelConfig, li
     if len({real[key] for key in DROPOUTS}) > 1:
         said = ", ".join(f"{key}={real[key]}" for key in DROPOUTS)
         raise UserError(f"{said}: our model has one dropout: write one value into all three, 0 if it is not to train")
-    known = {*MOST, *DEFAULTS, *ONLY[kind], *ONLY_BOTH, *SAID_ELSEWHERE, "n_ctx", "n_inner"}
+    known = {*LIMITS, *DEFAULTS, *ONLY[kind], *ONLY_BOTH, *SAID_ELSEWHERE, "n_ctx", "n_inner"}
     cfg = ModelConfig(
         name=name,
         n_layer=size["n_layer"],
@@ -83,8 +83,8 @@ def model_from_hf(config: Mapping[str, Any], name: str) -> tuple[ModelConfig, li
 
 def _size(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    if type(value) is not int or not 1 <= value <= MOST[key]:
-        raise UserError(f"{key}={_show(value)}: give a whole number from 1 to {MOST[key]:,}")
+    if type(value) is not int or not 1 <= value <= LIMITS[key]:
+        raise UserError(f"{key}={_show(value)}: give a whole number from 1 to {LIMITS[key]:,}")
     return value
 
 
