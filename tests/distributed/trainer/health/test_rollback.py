@@ -151,7 +151,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(root: Path) -> list[dict[str, Any]]:
     ports = [free_port() for _ in range(len(CASES) + 4)]
     return run_ranks(
-        2, "tests.distributed.trainer.health.test_rollback:on_two_ranks", timeout_s=500, root=str(root), ports=ports
+        2, "tests.distributed.trainer.health.test_rollback:on_two_ranks", timeout_s=1500, root=str(root), ports=ports
     )
 
 
@@ -160,7 +160,7 @@ def places(found: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_rollbacks_free_old_engines_and_jump_bad_windows(ranks: list[Any]) -> None:
     """Twice to one step, in every wrapper."""
     for found in ranks:
@@ -171,7 +171,7 @@ def test_rollbacks_free_old_engines_and_jump_bad_windows(ranks: list[Any]) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_signal_during_a_rollback_stops_after_a_step(root: Path, ranks: list[Any]) -> None:
     """The run resumes as if it had never been stopped."""
     for found in ranks:
@@ -182,7 +182,7 @@ def test_a_signal_during_a_rollback_stops_after_a_step(root: Path, ranks: list[A
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_no_data_behind_a_jump_stops_before_any_change(ranks: list[Any]) -> None:
     """The run folder is as it was."""
     for found in ranks:
