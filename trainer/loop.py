@@ -45,7 +45,7 @@ class Trainer(Start):
         """
         cfg = self.cfg
         self.speed.start()
-        self.progress.begin(self.step)
+        self.progress.start(self.step)
         self.signals.train(self.progress, cfg.watch.stop_s)
         while self.step < cfg.max_steps:
             outcome, skipped = self._update()
@@ -114,7 +114,7 @@ class Trainer(Start):
 
     def _evaluate(self) -> None:
         with self.progress.phase(VALIDATE):
-            self.val_loss, losses = validate(self.parts.engine, self.parts.feed, self.step, self.progress.moved)
+            self.val_loss, losses = validate(self.parts.engine, self.parts.feed, self.step, self.progress.touch)
             self.eval_due = False
             if self.tracker is not None:
                 self.tracker.log(self.step, validation_row(self.val_loss, losses))
@@ -188,7 +188,7 @@ class Trainer(Start):
             self.save_due = False
             self.saved_at = time.monotonic()
             self.speed.start()
-        self.progress.begin(self.step)
+        self.progress.start(self.step)
         return True
 
     def _report_guard(self) -> None:

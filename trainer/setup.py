@@ -138,7 +138,7 @@ class Start:
             self._flush,
             self._published,
         )
-        saver = Saver(engine, writer, self.progress.moved)
+        saver = Saver(engine, writer, self.progress.touch)
         self._open_parts.callback(saver.close)
         self.progress.drain = saver.drain
         if self.mesh.world.is_main:
@@ -175,7 +175,7 @@ class Start:
 
     def _open_tracker(self) -> None:
         if self.tracker is not None:
-            self.tracker.begin(self.generation, self.step)
+            self.tracker.restart(self.generation, self.step)
         elif self.mesh.world.is_main:
             self.tracker = Tracker(self.cfg, self.run, self.generation, resumed_at=self.step)
 

@@ -72,7 +72,7 @@ class Saver:
         """
         self.wait()
         engine, writer, started = self.engine, self.writer, time.monotonic()
-        staging = writer.run.aside(step, writer.generation)
+        staging = writer.run.staging(step, writer.generation)
         all_ranks(_failed(step), lambda: _make(staging) if writer.mesh.world.is_main else None)
         fragments = self._fragments()
         if self._snapshot and not last:

@@ -101,7 +101,7 @@ class Watch:
         """
         awake = before = time.monotonic()
         while not self._closed.wait(self._tick_s):
-            now, state = time.monotonic(), self.progress.at
+            now, state = time.monotonic(), self.progress.state
             if now - before > ASLEEP * self._tick_s:
                 awake = now  # SIGSTOP, or a host without time for this process: no hang
             before = now
@@ -120,7 +120,7 @@ class Watch:
             try:
                 if not self._others_hang and self.run.hang(self.generation).exists():
                     self._others_hang = True
-                    if self.progress.at.phase == END:  # it answers, and ends as it was about to
+                    if self.progress.state.phase == END:  # it answers, and ends as it was about to
                         write_stacks(self.run.hang(self.generation), self._spot())
                 if time.monotonic() - beaten >= self.cfg.beat_s:
                     beaten = time.monotonic()
@@ -133,7 +133,7 @@ class Watch:
     def _write(self) -> None:
         if self.run.newest_generation() > self.generation:
             return  # a stranded start: the files are the newer one's
-        state, now = self.progress.at, time.time()
+        state, now = self.progress.state, time.time()
         since = now - (time.monotonic() - state.since)
         facts = (self.world.rank, self._host, os.getpid(), self.generation, now, state.step, state.phase, since)
         write_heartbeat(self.run.heartbeats, Heartbeat(*facts, self.progress.step_s, self.progress.own_s))
@@ -141,7 +141,7 @@ class Watch:
             self.stragglers.look(read_heartbeats(self.run.heartbeats))
 
     def _spot(self) -> Spot:
-        state = self.progress.at
+        state = self.progress.state
         seconds = time.monotonic() - state.since
         return Spot(self.world.rank, self._host, state.step, state.phase, seconds, place_of(self._training))
 

@@ -91,11 +91,11 @@ class RunFolder:
         return max((int(p.name) for p in self.generations.glob("*") if p.name.isdecimal()), default=0)
 
     def hang(self, generation: int) -> Path:
-        """Where the stacks of a start lie that came no further."""
+        """The folder of the stacks of a start that hung."""
         return self.root / "hangs" / f"gen-{generation:04d}"
 
     def hang_report(self, generation: int) -> Path:
-        """Which ranks were where; its first line is the finding."""
+        """The report of a hang; its first line names the ranks that are waited for."""
         return self.hang(generation) / "report.txt"
 
     def fence(self, generation: int) -> None:
@@ -108,19 +108,19 @@ class RunFolder:
             )
 
     def checkpoint(self, step: int, generation: int) -> Path:
-        """Where the checkpoint of `step` lies once it is published."""
+        """The folder of the checkpoint of `step` once it is published."""
         return self.checkpoints / f"step-{step:08d}.gen-{generation:04d}"
 
-    def aside(self, step: int, generation: int) -> Path:
-        """Where it is written before."""
+    def staging(self, step: int, generation: int) -> Path:
+        """The folder that it is written into before."""
         final = self.checkpoint(step, generation)
         return final.with_name(f".{final.name}.tmp")
 
-    def publish(self, aside: Path, step: int, generation: int) -> Path:
+    def publish(self, staging: Path, step: int, generation: int) -> Path:
         """Turn a complete, fsynced folder into the run's latest checkpoint: fence, rename, move the pointer."""
         self.fence(generation)
         final = self.checkpoint(step, generation)
-        aside.rename(final)
+        staging.rename(final)
         fsync_folder(self.checkpoints)
         self._point_to(final)
         return final
@@ -141,13 +141,13 @@ class RunFolder:
         One of those that are due each `every` steps, where there are such: those by the clock or a signal may come
         anywhere, and a run that is done again is to find the same one.
         """
-        found = [p for p in self.published() if step_of(p) <= step]
-        due = [p for p in found if every and step_of(p) % every == 0]
-        return max(reversed(due or found), key=step_of, default=None)  # of equal steps the newest start's
+        older = [p for p in self.published() if step_of(p) <= step]
+        due = [p for p in older if every and step_of(p) % every == 0]
+        return max(reversed(due or older), key=step_of, default=None)  # of equal steps the newest start's
 
     def settled(self, step: int, generation: int) -> bool:
-        """Whether the checkpoint is no longer on its way: removed, or published and the pointer moved to it."""
-        if self.aside(step, generation).exists():
+        """Return True if the checkpoint is no longer in flight: removed, or published and the pointer moved to it."""
+        if self.staging(step, generation).exists():
             return False
         final = self.checkpoint(step, generation)
         try:
@@ -174,8 +174,8 @@ class RunFolder:
 
     def published(self) -> list[Path]:
         """All checkpoints, in the order of (start, step): the last is the newest."""
-        found = [(m, p) for p in self.checkpoints.glob("step-*") if p.is_dir() and (m := _NAME.fullmatch(p.name))]
-        return [p for m, p in sorted(found, key=lambda x: (int(x[0][2]), int(x[0][1])))]
+        named = [(m, p) for p in self.checkpoints.glob("step-*") if p.is_dir() and (m := _NAME.fullmatch(p.name))]
+        return [p for m, p in sorted(named, key=lambda x: (int(x[0][2]), int(x[0][1])))]
 
     def prune(self, keep: int, best: bool, also: Path | None = None) -> list[Path]:
         """Delete all but the newest `keep`, the latest, `also` and, if `best`, that of the lowest `val_loss`."""

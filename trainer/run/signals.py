@@ -63,7 +63,8 @@ class Signals:
 
     def train(self, progress: Progress, stop_s: float) -> None:
         """From here on a signal waits for the ranks' agreement: `stop_s` seconds beyond the step that is under way."""
-        self._stop_s, self._first = stop_s, progress.at.step
+        self._stop_s = stop_s
+        self._first = progress.state.step
         self.progress = progress
 
     def over(self) -> None:
@@ -88,25 +89,25 @@ class Signals:
         if self.progress is None:
             end(CODES[number], f"{number.name} before the first step: nothing to save, nothing lost")
         insisted = number is not signal.SIGUSR1 and any(
-            now - at > AGAIN_S for other, at in self.got.items() if other is not signal.SIGUSR1
+            now - since > AGAIN_S for other, since in self.got.items() if other is not signal.SIGUSR1
         )
         if insisted and (not self._over or number is signal.SIGINT):
             end(CODES[number], f"a second {number.name}: ends at once, the last checkpoint stands")
         self.got.setdefault(number, now)
 
     def _check(self, progress: Progress) -> None:
-        """Ends the process where the ranks had the time to agree and have not: one of them is gone, or hangs."""
-        at, first = progress.at, min(self.got.values())
+        """End the process if the ranks had the time to agree and have not: one of them is gone, or hangs."""
+        state, first = progress.state, min(self.got.values())
         limit_s = self._stop_s + (progress.step_s or 0.0)
-        if at.phase not in (START, STEP) or time.monotonic() - max(first, at.since) <= limit_s:
+        if state.phase not in (START, STEP) or time.monotonic() - max(first, state.since) <= limit_s:
             return
         name = next(iter(self.got)).name
-        if at.phase == START and at.step == self._first:
+        if state.phase == START and state.step == self._first:
             end(CODES[next(iter(self.got))], f"{name} in the first step: nothing to save, nothing lost")
         progress.drain()
         end(
             ALONE,
-            f"{name} after step {at.step}, and the other ranks did not agree to stop within {limit_s:.0f} s "
+            f"{name} after step {state.step}, and the other ranks did not agree to stop within {limit_s:.0f} s "
             f"(watch.stop_s={self._stop_s:g}): ends and saves nothing, the last checkpoint stands",
         )
 

@@ -32,7 +32,7 @@ class Tracker:
     def __init__(self, cfg: TrainConfig, folder: RunFolder, generation: int, resumed_at: int) -> None:
         check_tracking(cfg.tracking)
         self._writer = JournalWriter(folder.metrics)
-        self.begin(generation, resumed_at)
+        self.restart(generation, resumed_at)
         self._plot = MixturePlot(folder.mixture, cfg.run.name, cfg.max_steps)
         mlflow = cfg.tracking.name is TrackerName.mlflow
         self._shipper = Shipper(cfg.tracking, cfg.run.name, asdict(cfg), folder) if mlflow else None
@@ -42,7 +42,7 @@ class Tracker:
         period_s = cfg.tracking.system_s
         self._system = SystemMetrics(period_s, self._log_system) if period_s else None
 
-    def begin(self, generation: int, resumed_at: int) -> None:
+    def restart(self, generation: int, resumed_at: int) -> None:
         """Log to a new start from now on; steps after `resumed_at` of earlier ones are superseded."""
         self.generation = generation
         self._last: tuple[int, int] | None = None  # the newest (step, generation) that was logged

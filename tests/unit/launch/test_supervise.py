@@ -84,7 +84,7 @@ def test_crash_loop_ends_with_the_first_cause_in_one_line(tmp_path: Path) -> Non
 def test_failures_between_new_checkpoints_are_not_counted(tmp_path: Path) -> None:
     """Five failures with max_restarts=1: each start published a checkpoint, until the sixth succeeds."""
     program = PUBLISH + (
-        "aside = folder.aside(step, generation)\n"
+        "aside = folder.staging(step, generation)\n"
         "aside.mkdir()\n"
         "folder.publish(aside, step, generation)\n"
         "sys.exit(0 if step == 600 else 1)\n"
@@ -259,7 +259,7 @@ def test_a_hangs_finding_is_the_cause(tmp_path: Path) -> None:
 
 
 SAVE = """
-aside = folder.aside(step, generation)
+aside = folder.staging(step, generation)
 aside.mkdir()
 folder.publish(aside, step, generation)
 """

@@ -254,7 +254,7 @@ def test_everything_is_closed_even_if_the_last_save_raises(begun: bool) -> None:
     with pytest.raises(ZeroDivisionError) if begun else nullcontext():
         Trainer.__exit__(SimpleNamespace(**parts), UserError, UserError(), None)  # type: ignore[arg-type]
     assert closed == [*[()] * begun, (Status.failed,), ()]
-    assert progress.at.phase == END, "what closes is no hang"
+    assert progress.state.phase == END, "what closes is no hang"
 
 
 def start_without_saver(run_dir: str, data: str) -> dict[str, Any]:

@@ -57,35 +57,35 @@ def test_the_watch_is_first_by_default_and_says_where_it_is_not() -> None:
 
 def test_the_median_is_of_steps_alone() -> None:
     progress = Progress()
-    progress.begin(5)
+    progress.start(5)
     time.sleep(0.2)
     progress.step_done(6)
     assert progress.step_s is None, "the first step of a start compiles"
     progress.step_done(7)
     with progress.phase(SAVE):
-        assert progress.at.phase == SAVE
+        assert progress.state.phase == SAVE
         time.sleep(0.2)
     progress.step_done(8)
-    assert progress.at.phase == STEP and progress.at.step == 8
+    assert progress.state.phase == STEP and progress.state.step == 8
     assert progress.step_s is not None and progress.step_s < 0.1
 
 
 def test_much_more_work_begins_a_new_median() -> None:
     """So does another length of the windows, which compiles anew."""
     progress = Progress()
-    progress.begin(0)
+    progress.start(0)
     for step in range(1, 4):
         progress.next_takes(1000 + step, 64)  # a ramp, slowly
         progress.step_done(step)
-    assert progress.step_s is not None and progress.at.phase == STEP
+    assert progress.step_s is not None and progress.state.phase == STEP
     for work in ((2000, 64), (2000, 128), (2000, 64)):
         progress.next_takes(*work)
-        assert (progress.step_s, progress.at.phase, progress.at.step) == (None, START, step)
+        assert (progress.step_s, progress.state.phase, progress.state.step) == (None, START, step)
         for _ in range(2):
             step += 1
             progress.step_done(step)
             progress.next_takes(*work)
-        assert progress.step_s is not None and progress.at.phase == STEP
+        assert progress.step_s is not None and progress.state.phase == STEP
 
 
 def own_place(ready: threading.Event, go: threading.Event) -> None:
@@ -313,10 +313,10 @@ import signal, sys, time
 from trainer.run.progress import Progress
 from trainer.run.signals import Signals
 progress, signals = Progress(), Signals().install()
-progress.begin(7)
+progress.start(7)
 progress.drain = lambda: print("lingered", flush=True)
 signals.train(progress, 0.2)
-progress.begin(int(sys.argv[1]))
+progress.start(int(sys.argv[1]))
 signal.raise_signal(signal.SIGUSR1)
 time.sleep(60)
 """

@@ -17,7 +17,7 @@ from trainer.run.folder import RunFolder
 
 
 def publish(run: RunFolder, step: int, generation: int, val_loss: float | None = None) -> Path:
-    aside = run.aside(step, generation)
+    aside = run.staging(step, generation)
     aside.mkdir()
     (aside / "state.json").write_text(json.dumps({"step": step, "val_loss": val_loss}))
     return run.publish(aside, step, generation)
@@ -76,9 +76,9 @@ def test_a_stranded_start_publishes_nothing_over_a_newer_one(run: RunFolder) -> 
 
 
 def test_a_checkpoint_is_settled_when_it_is_gone_or_the_pointer_names_it(run: RunFolder) -> None:
-    run.aside(20, 1).mkdir()
+    run.staging(20, 1).mkdir()
     assert not run.settled(20, 1)
-    run.aside(20, 1).rename(run.checkpoint(20, 1))
+    run.staging(20, 1).rename(run.checkpoint(20, 1))
     assert not run.settled(20, 1)
     run.pointer.write_text(f"{run.checkpoint(10, 1).name}\n")
     assert not run.settled(20, 1)
@@ -88,8 +88,8 @@ def test_a_checkpoint_is_settled_when_it_is_gone_or_the_pointer_names_it(run: Ru
 
 def test_what_was_never_published_is_ignored_and_removed_by_the_next_start(run: RunFolder) -> None:
     kept = publish(run, 10, 1)
-    run.aside(20, 1).mkdir()
-    (run.aside(20, 1) / "weights").write_text("half")
+    run.staging(20, 1).mkdir()
+    (run.staging(20, 1) / "weights").write_text("half")
     (run.checkpoints / ".latest.tmp").write_text("half")
     assert run.latest() == kept and names(run) == [kept.name]
     run.take_generation()
@@ -98,8 +98,8 @@ def test_what_was_never_published_is_ignored_and_removed_by_the_next_start(run: 
 
 def test_a_crash_between_rename_and_pointer_leaves_the_one_before(run: RunFolder) -> None:
     kept = publish(run, 10, 1)
-    run.aside(20, 1).mkdir()
-    run.aside(20, 1).rename(run.checkpoint(20, 1))
+    run.staging(20, 1).mkdir()
+    run.staging(20, 1).rename(run.checkpoint(20, 1))
     assert run.latest() == kept
     run.take_generation()
     assert publish(run, 20, 2) == run.latest()

@@ -133,7 +133,7 @@ def test_a_start_tells_its_generation_and_its_system_once_a_step(tmp_path: Path)
                 time.sleep(0.01)
             tracker.log(step - 1, {"checkpoint/write_s": 1.0})  # from the saver's thread, of an older step
             time.sleep(0.03)
-        tracker.begin(2 * turn + 2, 5 * turn + 3)  # a rollback: no step done yet that they could be of
+        tracker.restart(2 * turn + 2, 5 * turn + 3)  # a rollback: no step done yet that they could be of
         time.sleep(0.05)
         tracker.close()
     rows = [row for row, _ in read_rows(folder.metrics)]
