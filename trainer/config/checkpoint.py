@@ -1,4 +1,4 @@
-"""When checkpoints are written, and what is done with one. Standard library only."""
+"""Settings of checkpoints: when they are written, and which are kept. Standard library only."""
 
 from __future__ import annotations
 

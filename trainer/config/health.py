@@ -1,4 +1,4 @@
-"""What is done when a run goes wrong by itself: a rank that comes no further, numbers that are none.
+"""Settings for a run that fails by itself: ranks that make no progress, losses that are not numbers.
 
 Standard library only.
 """
@@ -13,9 +13,10 @@ from conf.errors import UserError
 
 @dataclass
 class WatchConfig:
-    """When a run is taken for hung, and how ranks wait for one another.
+    """The time limits after which a run counts as hung, and those of ranks that wait for one another.
 
-    The watch is to be first, for it tells who is waited for: collective_s is above hang_min_s, start_s and stop_s.
+    The watchdog must fire before collectives time out, since only it knows which rank is late: collective_s is above
+    hang_min_s, start_s and stop_s.
     """
 
     beat_s: float = 5.0  # between two heartbeats of a rank
@@ -31,7 +32,7 @@ class WatchConfig:
                 raise UserError(f"watch.{key}={getattr(self, key)}: give a positive number")
 
     def contradictions(self, fetch_s: float) -> list[str]:
-        """What the collectives' timeout would come before. `fetch_s`: what a remote source may take, 0 without one."""
+        """Limits that the collectives' timeout would precede. `fetch_s`: the limit of a remote source, or 0."""
         limits = {
             f"watch.hang_min_s={self.hang_min_s:g}{f' and {fetch_s:g} of data.fetch' * (fetch_s > 0)}": (
                 self.hang_min_s + fetch_s
@@ -49,7 +50,7 @@ class WatchConfig:
 
 @dataclass
 class GuardConfig:
-    """When a step's update is not made, and when a run goes back."""
+    """The conditions for skipping the update of a step, and for rolling back to a checkpoint."""
 
     spike_z: float = 12.0  # robust z-score of loss or log gradient norm above which a step is skipped; 0 = never
     window: int = 128  # accepted steps that the score is reckoned over

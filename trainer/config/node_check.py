@@ -1,4 +1,4 @@
-"""What may be said to trainer.diagnostics.node_check. Standard library only."""
+"""Settings of trainer.diagnostics.node_check. Standard library only."""
 
 from __future__ import annotations
 

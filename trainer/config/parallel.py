@@ -47,7 +47,7 @@ class Offload(Enum):
 
 @dataclass
 class ParallelConfig:
-    """How the model lies on the ranks; dp = world_size / tp."""
+    """The split of the model over the ranks; dp = world_size / tp."""
 
     name: str = MISSING
     tp: Open[int] = 1  # null here and below: the plan chooses

@@ -1,4 +1,4 @@
-"""What a run leaves on disk and says of itself, without torch. `launch` reads a run through this package.
+"""The files and exit codes of a run, without torch: folder, journal, heartbeats, environment. `launch` reads them too.
 
-In: a run folder. Out: checkpoints' places, journal rows, heartbeats, exit codes. Start with `folder.py`.
+In: a run folder. Out: paths of checkpoints, journal rows, heartbeats, exit codes. Start with `folder.py`.
 """

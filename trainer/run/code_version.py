@@ -1,4 +1,4 @@
-"""Which code this is: the commit, what differs from it, and every installed package. Standard library only."""
+"""The version of the code: the commit, the changes to it, and every installed package. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_PATCH = 8 << 20  # bytes
+MAX_PATCH = 8 << 20  # bytes
 GIT_S = 60.0  # a checkout on a slow disk
 
 
 def code_version() -> tuple[dict[str, Any], bytes]:
-    """What is known of the code, and the patch from its commit to it: b"" where there is none, or where it is too big.
+    """(facts about the code, the patch from its commit to it); the patch is b"" if there is none or if it is too big.
 
-    No checkout is no mistake: then `git` says why nothing is known of a commit.
+    No checkout is no mistake: then the fact `git` has the reason why no commit is known.
     """
-    found: dict[str, Any] = {"python": platform.python_version(), "packages": packages()}
+    code: dict[str, Any] = {"python": platform.python_version(), "packages": packages()}
     try:
         _git("ls-files", "--error-unmatch", "--", str(Path(__file__).resolve()))  # of this project, not one around it
         commit = _git("rev-parse", "HEAD").decode().strip()
@@ -27,12 +27,12 @@ def code_version() -> tuple[dict[str, Any], bytes]:
         patch = _git("diff", "--binary", "--no-ext-diff", "--no-textconv", "HEAD", "--", ".") if changed else b""
     except (OSError, subprocess.SubprocessError) as e:
         said = e.stderr.decode(errors="replace") if isinstance(e, subprocess.CalledProcessError) else str(e)
-        return found | {"git": " ".join(said.split())[:300]}, b""
-    found |= {"commit": commit, "dirty": bool(changed), "untracked": [x[3:] for x in changed if x[:2] == "??"][:100]}
-    if len(patch) > MOST_PATCH:
-        found["patch"] = f"left out: {len(patch)} bytes, at most {MOST_PATCH} are kept"
+        return code | {"git": " ".join(said.split())[:300]}, b""
+    code |= {"commit": commit, "dirty": bool(changed), "untracked": [x[3:] for x in changed if x[:2] == "??"][:100]}
+    if len(patch) > MAX_PATCH:
+        code["patch"] = f"left out: {len(patch)} bytes, at most {MAX_PATCH} are kept"
         patch = b""
-    return found, patch
+    return code, patch
 
 
 def packages() -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""environment/0001.json: what a start of a run ran on, and what code. No torch of its own; no secret.
+"""environment/0001.json: the machine and the code of a start of a run. No torch of its own; no secret.
 
-Of the environment only what steers a training is told: an unknown variable may hold anything.
+Of the environment it has only the variables that steer a training: an unknown one may hold anything.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ STEERING = re.compile(
     r"(CUDA|NCCL|GLOO|UCX|FI|OMPI|OMP|MKL|TORCH|TORCHINDUCTOR|TORCHELASTIC|PYTORCH|TRITON|DS|DEEPSPEED|SLURM|MLFLOW|HF"
     r"|PYTHON|LD|ROCR|HIP|CONDA|VIRTUAL)_?.*|PATH|TZ|LANG|LC_.*|MASTER_ADDR|MASTER_PORT|WORLD_SIZE|HOSTNAME"
 )
-VERSION = ("commit", "dirty", "untracked")  # what two versions of the code are told apart by, beside the patch
+VERSION = ("commit", "dirty", "untracked")  # of which two versions of the code differ, beside the patch
 GPUS = ("index", "name", "memory.total", "driver_version")
 
 
 def gather(folder: RunFolder) -> dict[str, Any]:
-    """Takes a second: not on the training thread."""
+    """All facts about this start. Takes a second: not for the training thread."""
     body = {
         "host": socket.gethostname(),
         "system": platform.platform(),
@@ -46,23 +46,24 @@ def gather(folder: RunFolder) -> dict[str, Any]:
 
 
 def store(folder: RunFolder, generation: int) -> None:
+    """Write the file of this start."""
     folder.environments.mkdir(exist_ok=True)
     publish_json(folder.environments / f"{generation:04d}.json", gather(folder))
 
 
 def code_of(folder: RunFolder) -> dict[str, Any]:
-    """The version of the code that runs here; where the newest launch.submit froze another one, also that one."""
+    """The version of the code that runs; if the newest launch.submit froze another one, also that one."""
     version, patch = code_version()
-    here = {key: value for key, value in version.items() if key not in ("packages", "python")}  # those are told above
+    own = {key: value for key, value in version.items() if key not in ("packages", "python")}  # those are in gather
     frozen = sorted(folder.submissions.glob("[0-9]*/code.json"))
     if not frozen:
-        return here
+        return own
     body = read_json(frozen[-1], "this start goes on")
     theirs = {key: body.get(key) for key in VERSION}
     of_sweep = Path(str(body["folder"])) if "folder" in body else frozen[-1].parent
     with contextlib.suppress(OSError):
         theirs["changes"] = sha256((of_sweep / "code.patch").read_bytes()).hexdigest()
-    ours = {key: here.get(key) for key in VERSION} | ({"changes": sha256(patch).hexdigest()} if patch else {})
+    ours = {key: own.get(key) for key in VERSION} | ({"changes": sha256(patch).hexdigest()} if patch else {})
     differ = {key: value for key, value in theirs.items() if value != ours.get(key)}
     differ |= {"changes": None} if "changes" in ours and "changes" not in theirs else {}
-    return {**here, "submitted": {"number": frozen[-1].parent.name, **differ}} if differ else here
+    return {**own, "submitted": {"number": frozen[-1].parent.name, **differ}} if differ else own

@@ -1,16 +1,16 @@
-"""A run's folder: what lies where, who may write, which checkpoints stand, and of what model. No torch.
+"""The folder of a run: its files, the right to write, and the checkpoints that are published. No torch.
 
 config.yaml                           the frozen config of the last start
 metrics.jsonl                         the journal
-mixture.png                           what the run is fed, where that is more than one source in one way
-tracking.json                         what MLflow has got of it; tracking.lock: held by who sends
+mixture.png                           the data of the run, if it is more than one source that never changes
+tracking.json                         how much of it MLflow has; tracking.lock: held by the process that sends
 supervise.jsonl                       the starts and ends that launch.supervise has seen, with causes
 plots/loss.png                        and grad_norm.png, throughput.png, drawn from the journal now and then
 environment/0001.json                 one file for each start: code version, packages, GPUs, command line
 generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time
 submit/0001/                          what launch.submit started: frozen config, code version, job script
-heartbeats/rank-00003.json            where a rank is, replaced every few seconds (trainer/run/heartbeat.py)
-hangs/gen-0001/report.txt             of a start that came no further: which ranks are where (hang_report.py)
+heartbeats/rank-00003.json            step and phase of a rank, replaced every few seconds (trainer/run/heartbeat.py)
+hangs/gen-0001/report.txt             of a start that stopped making progress: the state of each rank (hang_report.py)
 hangs/gen-0001/rank-00003.txt         the stacks of a rank at that moment
 checkpoints/latest                    the name of the checkpoint to resume from
 checkpoints/step-00000100.gen-0001/   a published checkpoint
@@ -57,7 +57,7 @@ class RunFolder:
         self.pointer = self.checkpoints / "latest"
 
     def take_generation(self) -> int:
-        """This start's number, one more than any before; removes what interrupted starts left half written."""
+        """The number of this start, one more than any before; removes half-written files of interrupted starts."""
         self.generations.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         generation = self.newest_generation() + 1
@@ -77,7 +77,7 @@ class RunFolder:
         return generation
 
     def take_submission(self) -> Path:
-        """A new folder for what is started next, numbered as `generations` are, made exclusively."""
+        """A new folder for the next submission, numbered as `generations` are, made exclusively."""
         self.submissions.mkdir(parents=True, exist_ok=True)
         number = max((int(p.name) for p in self.submissions.glob("*") if p.name.isdecimal()), default=0)
         while True:
@@ -87,7 +87,7 @@ class RunFolder:
                 return folder
 
     def newest_generation(self) -> int:
-        """The number of the run's last start, 0 where there was none."""
+        """The number of the run's last start, 0 before the first."""
         return max((int(p.name) for p in self.generations.glob("*") if p.name.isdecimal()), default=0)
 
     def hang(self, generation: int) -> Path:
@@ -99,7 +99,7 @@ class RunFolder:
         return self.hang(generation) / "report.txt"
 
     def fence(self, generation: int) -> None:
-        """Raises UserError where a newer start has taken the run over: this one must not write."""
+        """Raise UserError if a newer start has taken the run over: this one must not write."""
         newest = self.newest_generation()
         if newest > generation:
             raise UserError(
@@ -126,7 +126,7 @@ class RunFolder:
         return final
 
     def go_back(self, to: Path | None, generation: int) -> list[Path]:
-        """Make `to` the latest checkpoint, None: the run has none. Those of later steps are deleted, and returned."""
+        """Make `to` the latest checkpoint, or none with None; delete those of later steps, and return them."""
         self.fence(generation)
         if to is None:
             self.pointer.unlink(missing_ok=True)
@@ -138,8 +138,8 @@ class RunFolder:
     def before(self, step: int, every: int) -> Path | None:
         """The newest checkpoint that has made at most `step` steps.
 
-        One of those that are due each `every` steps, where there are such: those by the clock or a signal may come
-        anywhere, and a run that is done again is to find the same one.
+        One of those that are due every `every` steps, if there are any: those by the clock or a signal may come at
+        any step, and a run that is repeated must take the same one.
         """
         older = [p for p in self.published() if step_of(p) <= step]
         due = [p for p in older if every and step_of(p) % every == 0]
@@ -150,27 +150,28 @@ class RunFolder:
         if self.staging(step, generation).exists():
             return False
         final = self.checkpoint(step, generation)
-        try:
-            return (
-                not final.exists() or self.pointer.read_text(encoding="ascii", errors="replace").strip() == final.name
-            )
-        except FileNotFoundError:
-            return False
+        return not final.exists() or self._pointed() == final.name
 
     def latest(self) -> Path | None:
-        """The checkpoint to resume from; None where the run has published none.
+        """The checkpoint to resume from; None if the run has published none.
 
         Raises:
-            UserError: the pointer names none, or one that is not there.
+            UserError: the pointer names none, or one that does not exist.
         """
-        try:
-            name = self.pointer.read_text(encoding="ascii", errors="replace").strip()
-        except (FileNotFoundError, NotADirectoryError):
+        name = self._pointed()
+        if name is None:
             return None
         if _NAME.fullmatch(name) and (self.checkpoints / name).is_dir():
             return self.checkpoints / name
         others = ", ".join(p.name for p in self.published()) or "none"
         raise UserError(f"{self.pointer} names {name!r}, which is not there: write into it one that is ({others})")
+
+    def _pointed(self) -> str | None:
+        """The name in the pointer; None if there is no pointer."""
+        try:
+            return self.pointer.read_text(encoding="ascii", errors="replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def published(self) -> list[Path]:
         """All checkpoints, in the order of (start, step): the last is the newest."""
@@ -186,27 +187,27 @@ class RunFolder:
             kept.add(min(losses, key=lambda p: losses[p]) if losses else None)
         return self._delete([p for p in published if p not in kept])
 
-    def _delete(self, gone: list[Path]) -> list[Path]:
-        for p in gone:  # out of sight first: a half-deleted checkpoint is never listed
+    def _delete(self, checkpoints: list[Path]) -> list[Path]:
+        for p in checkpoints:  # renamed first: a half-deleted checkpoint is never listed
             shutil.rmtree(p.rename(p.with_name(f".{p.name}.tmp")))
-        return gone
+        return checkpoints
 
     def _point_to(self, checkpoint: Path) -> None:
         publish(self.pointer, f"{checkpoint.name}\n".encode())
 
     @staticmethod
     def state(checkpoint: Path) -> dict[str, Any]:
-        """A checkpoint's state.json as it stands: step, tokens, data state, val_loss, model, versions."""
+        """The contents of a checkpoint's state.json: step, tokens, data state, val_loss, model, versions."""
         return read_json(checkpoint / STATE, DAMAGED)
 
     def _val_loss(self, checkpoint: Path) -> float | None:
-        """None where it was not validated, or is no number to rank by."""
+        """The validation loss of a checkpoint; None if it was not validated, or is not finite."""
         loss = self.state(checkpoint).get("val_loss")
         return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 
 def step_of(checkpoint: Path) -> int:
-    """How many steps a published checkpoint has made, by its name."""
+    """The number of steps that a published checkpoint has made, from its name."""
     return int(checkpoint.name.split(".")[0].removeprefix("step-"))
 
 

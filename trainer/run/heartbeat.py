@@ -10,15 +10,18 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from conf.errors import UserError
+from data_pipeline.files import from_json
 
 MAX_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """`time`: when it was written; `since`: when the phase began, or the step where the phase is "step"."""
+    """`time`: of writing; `since`: the begin of the phase, or of the step if the phase is "step"."""
 
     rank: int
     host: str
@@ -29,11 +32,11 @@ class Heartbeat:
     phase: str  # trainer.run.progress: start, step, validate, save, end
     since: float
     step_s: float | None  # median of the last steps; None before the second
-    own_s: float | None  # of it this rank's own part: waiting for data, forward and backward
+    own_s: float | None  # this rank's own part of it: waiting for data, forward and backward
 
 
 def write_heartbeat(folder: Path, beat: Heartbeat) -> None:
-    """Whole or not at all, and not fsynced: a lost one is followed by the next. `folder` is made where it is not."""
+    """Write a heartbeat whole or not at all. It is not fsynced: the next one follows. Makes `folder` if need be."""
     folder.mkdir(exist_ok=True)
     path = folder / f"rank-{beat.rank:05d}.json"
     half = path.with_name(f".{path.name}.gen-{beat.generation:04d}.tmp")  # a stranded start writes its own
@@ -42,26 +45,21 @@ def write_heartbeat(folder: Path, beat: Heartbeat) -> None:
 
 
 def read_heartbeats(folder: Path) -> list[Heartbeat]:
-    """By rank, of the newest start that wrote any. What is missing, damaged or half copied is not there."""
-    found = []
+    """The heartbeats of the newest start that wrote any, by rank; without those that are damaged or half copied."""
+    beats = []
     with contextlib.suppress(OSError):
         for path in folder.glob("rank-*.json"):
-            with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-                found.append(_read(path))
-    newest = max((beat.generation for beat in found), default=0)
-    return sorted((beat for beat in found if beat.generation == newest), key=lambda beat: beat.rank)
+            with contextlib.suppress(OSError, ValueError, UserError, RecursionError):
+                beats.append(_read(path))
+    newest = max((beat.generation for beat in beats), default=0)
+    return sorted((beat for beat in beats if beat.generation == newest), key=lambda beat: beat.rank)
 
 
 def _read(path: Path) -> Heartbeat:
     with path.open("rb") as f:
         body = json.loads(f.read(MAX_BYTES))
-    beat = Heartbeat(**{field.name: body[field.name] for field in fields(Heartbeat) if field.name in body})
-    whole = (beat.rank, beat.pid, beat.generation, beat.step)
+    beat = from_json(Heartbeat, body, path, "the rank writes the next one", extra=True)
     real = [beat.time, beat.since, *(x for x in (beat.step_s, beat.own_s) if x is not None)]
-    if not all(type(x) is int and x >= 0 for x in whole) or not all(
-        isinstance(x, str) for x in (beat.host, beat.phase)
-    ):
-        raise ValueError(path)
-    if not all(isinstance(x, float | int) and math.isfinite(x) for x in real):
+    if min(beat.rank, beat.pid, beat.generation, beat.step) < 0 or not all(map(math.isfinite, real)):
         raise ValueError(path)
     return beat

@@ -2,9 +2,9 @@
 
     {"step": 100, "generation": 1, "time": 1767225600.25, "metrics": {"train/loss": 3.4123}}
 
-A *generation* is one start of the run. Its first line also has `"resumed_at"`, the step of the checkpoint that it goes
-on from: earlier generations' lines of later steps are then superseded, for those steps are done again. Floats are
-written as Python's shortest repr, so they come back bit for bit; NaN and Infinity stand as these words.
+A *generation* is one start of the run. Its first line also has `"resumed_at"`, the step of the checkpoint from which it
+resumes: later steps of earlier generations are then superseded, since they are done again. Floats are written as
+Python's shortest repr, so they are read back bit for bit; NaN and Infinity are written as these words.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class JournalWriter:
         self._thread.start()
 
     def put(self, row: Row) -> None:
-        """Returns at once. Raises UserError where an earlier row could not be written."""
+        """Queue a row and return at once. Raises UserError if an earlier row could not be written."""
         self._refuse_after_error()
         self._queue.put(row)
 
     def flush(self) -> None:
-        """Returns when all rows would survive the machine. Raises UserError where one could not be written."""
+        """Return when all rows are fsynced. Raises UserError if one could not be written."""
         if self._thread.is_alive():
             safe = threading.Event()
             self._queue.put(safe)
@@ -66,7 +66,7 @@ class JournalWriter:
         self._refuse_after_error()
 
     def close(self) -> None:
-        """Raises as flush does."""
+        """Flush, and end the thread. Raises as flush does."""
         try:
             self.flush()
         finally:
@@ -75,7 +75,7 @@ class JournalWriter:
             self._file.close()
 
     def _run(self) -> None:
-        due: float | None = None  # time.monotonic at which what is not safe yet is made so; None: all is
+        due: float | None = None  # time.monotonic of the next fsync; None: all rows are safe
         while True:
             try:
                 item = self._queue.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
@@ -155,7 +155,7 @@ def _parse(line: bytes, path: Path, offset: int) -> Row:
 
 
 def read_journal(path: Path) -> list[Row]:
-    """The run as it counts: one row for each step, in order of steps, superseded rows left out.
+    """The run without superseded rows: one row for each step, in the order of steps.
 
     Rows of the same step (training, then validation) are one row; of a metric in both, the newest counts.
 
@@ -175,59 +175,59 @@ def read_journal(path: Path) -> list[Row]:
 
 def superseded(rows: Iterable[Row]) -> list[dict[str, int]]:
     """The steps that a later start did again: {"generation", "from_step", "to_step"} of each start that has some."""
-    begun: dict[int, int] = {}  # generation: the step that it goes on from
+    resumed: dict[int, int] = {}  # generation: the step from which it resumed
     last: dict[int, int] = {}  # and the last that it logged
     for row in rows:
         last[row.generation] = max(last.get(row.generation, 0), row.step)
         if row.resumed_at is not None:
-            begun[row.generation] = row.resumed_at
-    found = []
+            resumed[row.generation] = row.resumed_at
+    ranges = []
     for generation, to_step in sorted(last.items()):
-        back_to = min((step for later, step in begun.items() if later > generation), default=to_step)
+        back_to = min((step for later, step in resumed.items() if later > generation), default=to_step)
         if back_to < to_step:
-            found.append({"generation": generation, "from_step": back_to + 1, "to_step": to_step})
-    return found
+            ranges.append({"generation": generation, "from_step": back_to + 1, "to_step": to_step})
+    return ranges
 
 
 class NewNumbers:
-    """Reads the journal for a store that cannot take back: what a step done again merely repeats is left out."""
+    """Reads the journal for a store that cannot take back: exact repeats of steps done again are left out."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._since = -1  # where the generation begins that `_told` is of; -1: none yet
-        self._told: dict[tuple[int, str], str] = {}  # what earlier lines say of the steps that it does again
+        self._since = -1  # offset of the generation that `_earlier` belongs to; -1: none yet
+        self._earlier: dict[tuple[int, str], str] = {}  # values in earlier lines of the steps that it does again
 
     def rows(self, offset: int) -> Iterator[tuple[Row, int]]:
-        """As read_rows, but a row has only the numbers that are new or other than before (its speed mostly is)."""
+        """As read_rows, but a row has only the numbers that are new or have changed (its speed mostly has)."""
         if not 0 <= self._since <= offset:
             self._enter_generation_at(offset)
-        at = offset
+        start = offset
         for row, end in read_rows(self._path, offset):
             if row.resumed_at is not None:
-                self._enter(row, at)
-            yield (
-                replace(
-                    row, metrics={k: v for k, v in row.metrics.items() if self._told.get((row.step, k)) != repr(v)}
-                ),
-                end,
-            )
-            at = end
+                self._enter(row, start)
+            news = {k: v for k, v in row.metrics.items() if self._earlier.get((row.step, k)) != repr(v)}
+            yield replace(row, metrics=news), end
+            start = end
 
     def _enter_generation_at(self, offset: int) -> None:
-        self._since, self._told, first, at = 0, {}, None, 0
+        self._since = start = 0
+        self._earlier = {}
+        first = None
         for row, end in read_rows(self._path):
             if end > offset:
                 break
             if row.resumed_at is not None:
-                first = (row, at)
-            at = end
+                first = (row, start)
+            start = end
         if first:
             self._enter(*first)
 
-    def _enter(self, first: Row, at: int) -> None:
-        self._since, self._told = at, {}
+    def _enter(self, first: Row, start: int) -> None:
+        self._since = start
+        self._earlier = {}
         for row, end in read_rows(self._path):
-            if end > at:
+            if end > start:
                 break
             if row.step > first.step:
-                self._told |= {(row.step, k): repr(v) for k, v in row.metrics.items()}  # repr: NaN is not equal to NaN
+                # repr: NaN is not equal to NaN
+                self._earlier |= {(row.step, k): repr(v) for k, v in row.metrics.items()}

@@ -1,7 +1,7 @@
-"""What looks like a password, a token or a key, and how it is left out of all that is told. Standard library only.
+"""Finds passwords, tokens and keys, and leaves them out of files and messages. Standard library only.
 
-A name tells it (`HF_TOKEN`, `db.password`) or the value itself: a URL with a user's password, a query with a signature,
-a token of a known make. What is refused or cut is never repeated in a message.
+They are known by name (`HF_TOKEN`, `db.password`) or by value: a URL with a user's password, a query with a signature,
+a token of a known make. A value that is refused or cut is never repeated in a message.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _MAKES = re.compile(
 
 
 def secret_name(name: str) -> bool:
-    """Whether what stands under this name is nobody's business: HF_TOKEN, db.password, apiKey; not tokens_per_step."""
+    """Return True if a value of this name is secret: HF_TOKEN, db.password, apiKey; not tokens_per_step."""
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
     return _INSIDE.search(name) is not None or any(word.lower() in _WORDS for word in words)
 
 
 def redact(text: str) -> str:
-    """A text with HIDDEN for what looks secret in it."""
+    """The text, with HIDDEN in place of secrets."""
     text = _USER.sub(HIDDEN, _MAKES.sub(HIDDEN, text))
     text = _QUERY.sub(rf"\g<1>{HIDDEN}", _BEARER.sub(HIDDEN, text))
     return _PAIR.sub(rf"\g<1>{HIDDEN}", text)
 
 
 def redact_tree(body: Any, name: str = "") -> Any:
-    """A JSON-like value with HIDDEN for what looks secret, by its name or by itself."""
+    """A JSON-like value, with HIDDEN in place of values that are secret by their name or by themselves."""
     if isinstance(body, Mapping):
         return {key: redact_tree(value, str(key)) for key, value in body.items()}
     if isinstance(body, str):
@@ -54,7 +54,7 @@ def redact_tree(body: Any, name: str = "") -> Any:
 
 
 def redact_command(argv: Sequence[str]) -> list[str]:
-    """A command line: `key=VALUE`, `--key VALUE` and what looks secret by itself."""
+    """A command line, with HIDDEN in place of secrets: `key=VALUE`, `--key VALUE`, and values secret by themselves."""
     out: list[str] = []
     for word in argv:
         name, mark, _ = word.partition("=")
@@ -68,10 +68,10 @@ def redact_command(argv: Sequence[str]) -> list[str]:
 
 
 def refuse_secrets(body: Mapping[str, Any]) -> None:
-    """Of a config: it is frozen in the run folder, and must run again from there, so nothing can be cut from it.
+    """Refuse secrets in a config: it is frozen in the run folder and must run again from there, so nothing can be cut.
 
     Raises:
-        UserError: a value that looks secret; its key is named, not the value.
+        UserError: a value looks secret; the message has its key, not the value.
     """
     for key, value in _texts(body):
         if secret_name(key.rpartition(".")[2]) or redact(value) != value:

@@ -1,4 +1,4 @@
-"""The place in our code where a thread or an error is, as one line."""
+"""The line of our code that a thread or an error is at, in one line."""
 
 from __future__ import annotations
 
@@ -10,42 +10,37 @@ from types import FrameType, TracebackType
 
 ROOT = Path(__file__).resolve().parents[2]
 
-
 OURS = ("trainer", "data_pipeline", "launch", "conf")
-
-
 C10D = "torch/distributed/distributed_c10d.py"
-
-
 COLLECTIVE = "collective "
 
 
 def place_of(thread: int) -> str:
-    """Where a thread of this process is now; where it waits for others, the collective (also of another thread's)."""
+    """The location of a thread of this process; of one that waits for others the collective, also another thread's."""
     frames = sys._current_frames()
     first = place(_of_stack(frames.get(thread)))
     others = (place(_of_stack(f)) for ident, f in frames.items() if ident != thread)
     return first if first.startswith(COLLECTIVE) else next((p for p in others if p.startswith(COLLECTIVE)), first)
 
 
-def place_of_error(at: TracebackType | None) -> str:
-    """Where an error was raised."""
-    frames = [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in traceback.walk_tb(at)]
+def place_of_error(trace: TracebackType | None) -> str:
+    """The location at which an error was raised."""
+    frames = [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in traceback.walk_tb(trace)]
     return place(reversed(frames))
 
 
 def place(frames: Iterable[tuple[str, int, str]]) -> str:
-    """`frames` (file, line, function) from the innermost: "collective all_reduce, called by f (trainer/x.py:3)", or
-    without one the innermost frame and the first of ours."""
+    """Words such as "collective all_reduce, called by f (trainer/x.py:3)"; without a collective the innermost frame
+    and the first of ours. `frames`: (file, line, function) from the innermost."""
     operation = inner = ""
     for file, line, name in frames:
-        here = f"{name} ({_short(file)}:{line})"
-        inner = inner or here
+        location = f"{name} ({_short(file)}:{line})"
+        inner = inner or location
         if file.endswith(C10D):
             operation = name
         if Path(file).is_relative_to(ROOT) and Path(file).relative_to(ROOT).parts[0] in OURS:
             inner = f"{COLLECTIVE}{operation}" if operation else inner
-            return here if inner == here else f"{inner}, called by {here}"
+            return location if inner == location else f"{inner}, called by {location}"
     return f"{COLLECTIVE}{operation}" if operation else inner or "no Python code"
 
 
