@@ -47,7 +47,8 @@ def variant(rng: random.Random, word: str) -> str:
     return rng.choice((word, f"{word[:2]}-{word[2:]}", f"{word[:-1]}'{word[-1:]}"))
 
 
-def test_each_of_200_planted_overlaps_is_removed_with_its_window_and_nothing_else(tmp_path: Path) -> None:
+def test_planted_overlaps_go_with_their_window(tmp_path: Path) -> None:
+    """Each of 200 planted overlaps is removed with its window, and nothing else."""
     seed = seeded()
     rng = random.Random(seed)
     theirs, ours = vocabulary(rng, 4000, "k"), vocabulary(rng, 3000, "")
@@ -177,7 +178,8 @@ def test_a_phrase_in_more_than_max_documents_is_left_alone(tmp_path: Path) -> No
         assert sum(tally.documents for tally in step.report.dropped.values()) == copies - len(kept)
 
 
-def test_more_than_max_pieces_and_none_that_is_long_enough_are_two_reasons(tmp_path: Path) -> None:
+def test_too_many_pieces_and_nothing_left_are_two_reasons(tmp_path: Path) -> None:
+    """ "In too many pieces" and "nothing left" are two reasons."""
     cfg = config(tmp_path / "set.jsonl", [GRAM])
     filler = "word " * 140  # 700 characters: 300 are left between two cuts
     for cuts, outcome in ((9, 10), (10, "in too many pieces")):
@@ -191,7 +193,8 @@ def test_more_than_max_pieces_and_none_that_is_long_enough_are_two_reasons(tmp_p
         assert list(step.report.dropped) == ([] if left else ["nothing left"])
 
 
-def test_pieces_keep_what_is_known_of_the_document_and_their_tokens_are_counted(tmp_path: Path) -> None:
+def test_pieces_keep_metadata_and_tokens_are_counted(tmp_path: Path) -> None:
+    """Pieces keep the document's metadata, and their tokens are counted anew."""
     cfg = config(tmp_path / "set.jsonl", [GRAM])
     filler = "word " * 200
     grams = Grams.load(cfg)
@@ -274,7 +277,8 @@ def test_counts_of_other_sets_and_damaged_ones_are_refused(tmp_path: Path) -> No
         Overlaps.load(grams, tmp_path / "c")
 
 
-def test_sets_are_json_lines_packed_or_not_and_paragraphs_of_text(tmp_path: Path) -> None:
+def test_sets_are_json_lines_and_paragraphs_of_text(tmp_path: Path) -> None:
+    """Sets are JSON lines, compressed or not, or paragraphs of text."""
     lines = [
         {"q": "one two", "a": ["three", "four"]},
         {"q": "five", "other": 1},

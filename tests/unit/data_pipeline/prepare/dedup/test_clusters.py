@@ -209,7 +209,7 @@ def test_planted_near_duplicates_are_found_and_others_are_left(rng: random.Rando
     assert like.mean() >= 0.95 and unlike.mean() <= 0.01
 
 
-def test_gpt3s_ten_hashes_join_only_what_is_similar_enough_and_most_of_it(rng: random.Random, tmp_path: Path) -> None:
+def test_gpt3s_ten_hashes_join_most_similar_pairs_and_no_other(rng: random.Random, tmp_path: Path) -> None:
     """Windows hide few pairs among so many documents; the 10 hashes hide 1 of 100 at the threshold itself."""
     words = vocabulary(rng)
     texts = [random_text(rng, words, 100) for _ in range(250)]
@@ -229,7 +229,8 @@ def test_gpt3s_ten_hashes_join_only_what_is_similar_enough_and_most_of_it(rng: r
     assert len(want) > 100 and len(gone) >= 0.9 * len(want)
 
 
-def test_a_window_in_too_little_memory_still_joins_only_what_is_similar(rng: random.Random, tmp_path: Path) -> None:
+def test_little_memory_joins_only_similar_documents(rng: random.Random, tmp_path: Path) -> None:
+    """A bucket that does not fit in memory still joins only similar documents."""
     words = vocabulary(rng)
     text = random_text(rng, words, 100)
     docs = [Document(text=edited(rng, text, words, 0.03), id=str(i)) for i in range(60)]
@@ -270,7 +271,8 @@ def test_a_text_is_the_same_but_for_case_punctuation_and_spaces() -> None:
     assert text_key("") == text_key(" .\n") == 0
 
 
-def test_keys_are_the_same_bytes_each_time_and_nothing_lies_beside(tmp_path: Path) -> None:
+def test_keys_are_the_same_bytes_each_time(tmp_path: Path) -> None:
+    """Keys are the same bytes each time, and no other file is left."""
     docs = [Document(text=f"text {i} of some words", id=str(i), metadata={"url": f"http://a/{i}"}) for i in range(9)]
     cfg = DedupConfig(True, True, replace(FINEWEB, min_jaccard=0.7))
     for name in ("a", "b"):

@@ -43,7 +43,8 @@ def strange_text(rng: random.Random) -> str:
     return "".join(rng.choice(alphabet) for _ in range(rng.choice((0, 1, 2, 5, 30, 200))))
 
 
-def test_words_are_those_of_regular_expressions_over_the_same_text(rng: random.Random) -> None:
+def test_loose_words_are_those_of_regular_expressions(rng: random.Random) -> None:
+    """Words in loose form are those of regular expressions over the same text."""
     texts = [strange_text(rng) for _ in range(400)]
     hashes, numbers = hashing.hashes(texts, WordForm.loose)
     want = [loose_words(text) for text in texts]
@@ -54,7 +55,8 @@ def test_words_are_those_of_regular_expressions_over_the_same_text(rng: random.R
     assert len(set(seen.values())) == len(seen) > 100
 
 
-def test_ngrams_are_those_of_a_plain_window_and_never_cross_texts(rng: random.Random) -> None:
+def test_shingles_are_those_of_a_window_within_a_text(rng: random.Random) -> None:
+    """Shingles are those of a sliding window, and never cross texts."""
     few = vocabulary(rng, 5)
     texts = [" ".join(rng.choices(few, k=rng.choice((0, 1, 2, 3, 4, 5, 6, 20)))) for _ in range(300)]
     for n in (1, 2, 5):
@@ -96,7 +98,8 @@ def test_a_band_is_the_hash_of_the_least_products_of_its_rows(rng: random.Random
     assert len(found) == len(set(found.values())) > 20
 
 
-def test_a_text_without_words_has_no_band_and_all_others_have_each() -> None:
+def test_only_a_text_without_words_has_no_band() -> None:
+    """A text without words has no band; any other text has all of them."""
     bands = MinHash(FINEWEB).bands_of(["", " ... \n", "one", "one two three four five six"])
     assert (bands[:2] == 0).all() and (bands[2:] != 0).all()
     assert MinHash(FINEWEB).bands_of([]).shape == (0, 14)
@@ -139,7 +142,8 @@ def test_bands_agree_as_often_as_the_s_curve_says(common: int, apart: int, rng: 
     assert surprise(int(agree.any(axis=1).sum()), [s_curve(similarity)] * pairs) > CHANCE
 
 
-def test_each_hash_agrees_as_often_as_the_sets_do_and_no_two_go_together(rng: random.Random) -> None:
+def test_hashes_agree_as_often_as_sets_and_are_independent(rng: random.Random) -> None:
+    """Each hash agrees as often as the Jaccard similarity says, independently of the others."""
     minhash = MinHash(MinHashConfig(bands=112, rows=1, ngram=5, seed=rng.randrange(2**32)))
     known = vocabulary(rng)
     texts = [random_text(rng, known, 150) for _ in range(1000)]

@@ -98,9 +98,8 @@ def test_text_is_only_repaired(step_of: Callable[..., Extract]) -> None:
 
 
 @pytest.mark.parametrize("extractor", BOTH)
-def test_a_page_without_text_is_dropped_and_counted_with_its_bytes(
-    extractor: Extractor, step_of: Callable[..., Extract]
-) -> None:
+def test_a_page_without_text_is_dropped_and_counted(extractor: Extractor, step_of: Callable[..., Extract]) -> None:
+    """A page without text is dropped, and counted with its bytes."""
     step = step_of(extractor)
     pages = [b"", b" ", b"<html></html>", PAGE.encode(), b"<script>var x</script>", b"\x00"]
     kept = list(step.run(page(html) for html in pages))
@@ -126,9 +125,8 @@ PATHOLOGICAL: dict[str, tuple[str, dict[Extractor, set[str | None]]]] = {  # a p
 
 
 @pytest.mark.parametrize("extractor", BOTH)
-def test_pathological_pages_are_cut_off_and_their_neighbours_are_not(
-    extractor: Extractor, step_of: Callable[..., Extract]
-) -> None:
+def test_pathological_pages_cost_only_themselves(extractor: Extractor, step_of: Callable[..., Extract]) -> None:
+    """Pathological pages run into a limit; the pages beside them do not."""
     step = step_of(extractor, seconds=0.5, memory_gib=0.2)
     docs = [doc for html, _ in PATHOLOGICAL.values() for doc in (page(html), page(PAGE))]
     found = step.apply(docs)
@@ -139,9 +137,8 @@ def test_pathological_pages_are_cut_off_and_their_neighbours_are_not(
 
 
 @pytest.mark.parametrize("extractor", BOTH)
-def test_a_page_that_takes_too_much_memory_is_dropped_as_that_however_much_time_it_has(
-    extractor: Extractor, step_of: Callable[..., Extract]
-) -> None:
+def test_too_much_memory_is_the_reason_whatever_the_time(extractor: Extractor, step_of: Callable[..., Extract]) -> None:
+    """A page that takes too much memory is dropped for that, however much time it has."""
     step = step_of(extractor, seconds=60, memory_gib=0.2)
     html = PATHOLOGICAL["a million paragraphs"][0]
     assert step.apply([page(html), page(PAGE), page(html)]) == ["took too much memory", None, "took too much memory"]
@@ -249,7 +246,8 @@ def test_gold_pages_are_read_by_name(tmp_path: Path) -> None:
     assert read_gold(tmp_path) == ([b"a", b"b"], ["A", "B"])
 
 
-def test_no_charset_that_a_server_can_name_passes_a_page_unextracted(step_of: Callable[..., Extract]) -> None:
+def test_no_charset_passes_a_page_unextracted(step_of: Callable[..., Extract]) -> None:
+    """No charset that a server can name makes a page pass as plain text."""
     page = b"<html><head><title>x</title></head><body><p>Some words of a page that has a few more.</p></body></html>"
     for charset in ("plain", "text/plain", "plain_text"):
         doc = Document("", "x", metadata={"html": page, "charset": charset})

@@ -166,6 +166,7 @@ def in_worker(data: bytes) -> str:
     return Sandbox(PLANTED, 1, 1)(data)
 
 
-def test_it_works_in_a_worker_that_may_have_no_children_of_multiprocessing() -> None:
+def test_a_daemonic_worker_can_start_a_sandbox() -> None:
+    """A sandbox starts in a daemonic worker, which may have no children of multiprocessing."""
     with multiprocessing.get_context("forkserver").Pool(1) as pool:
         assert pool.map(in_worker, [b"a", b"b"]) == [says(b"a"), says(b"b")]

@@ -40,7 +40,8 @@ def test_features_are_the_counts_of_each_word_by_one_norm() -> None:
         assert dict(zip(indices.tolist(), values, strict=True)) == right and (np.diff(indices) > 0).all(), (seed, text)
 
 
-def test_a_document_has_the_same_features_and_score_whatever_stands_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_and_score_do_not_depend_on_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document's features and score do not depend on the documents beside it."""
     seed = seeded()
     rng = random.Random(seed)
     monkeypatch.setattr(hashing, "SIZE", 300)
@@ -52,7 +53,7 @@ def test_a_document_has_the_same_features_and_score_whatever_stands_beside_it(mo
     assert made.score(texts) == [score for text in texts for score in made.score([text])], seed
 
 
-def test_documents_are_as_alike_as_by_sklearns_hashing_of_sparks_kind() -> None:
+def test_cosines_are_those_of_sklearns_hashing() -> None:
     """The cosines of all pairs: another hash, the same words and counts. Letters whose lower case is one letter."""
     seed = seeded()
     rng, size = random.Random(seed), 2**31 - 1
@@ -89,7 +90,7 @@ def test_the_rule_keeps_each_score_as_often_as_the_paper_says() -> None:
             assert p > 1e-6 / (2 * len(scores)), (seed, alpha, score, kept)
 
 
-def test_the_rule_is_the_lomax_distribution_at_even_random_numbers() -> None:
+def test_the_rule_follows_the_lomax_distribution() -> None:
     """numpy's `pareto` draws from scipy's `lomax`."""
     seed = seeded()
     names, scores = [f"{seed} {i}" for i in range(20_000)], np.random.default_rng(seed).random(20_000)
@@ -167,9 +168,8 @@ def command(folder: Path, name: str, *more: str) -> None:
         training.evaluate(load(QualityEvaluateConfig, argv))
 
 
-def test_a_model_tells_topics_apart_on_documents_that_it_never_saw(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_tells_topics_apart_on_held_out_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model tells topics apart on documents that it was not trained on."""
     seed = seeded()
     ids = corpus(tmp_path, seed)
     command(tmp_path, "train", f"output={tmp_path}/a/m.safetensors", "held_out=0.3", "n_features=4096")
@@ -189,7 +189,8 @@ def test_a_model_tells_topics_apart_on_documents_that_it_never_saw(
         assert (tmp_path / "e" / name).read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_the_same_documents_give_the_same_model_whatever_their_order(tmp_path: Path) -> None:
+def test_the_order_of_documents_does_not_change_a_model(tmp_path: Path) -> None:
+    """The same documents give the same model in any order."""
     seed = seeded()
     corpus(tmp_path, seed, 120)
     command(tmp_path, "train", f"output={tmp_path}/a.safetensors", "held_out=0.3", "max_documents=80", "n_features=999")

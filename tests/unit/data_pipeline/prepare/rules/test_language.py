@@ -60,7 +60,8 @@ def test_any_text_has_a_decision(text: str) -> None:
     assert doc.metadata["language"]
 
 
-def test_a_language_that_the_model_does_not_know_is_a_mistake_of_the_user() -> None:
+def test_an_unknown_language_is_an_error_of_the_user() -> None:
+    """A language that the model does not know is a UserError."""
     with pytest.raises(UserError, match=r"language\.keep=\['en', 'english'\]: lid\.176 does not know english"):
         Language(LanguageConfig(["en", "english"], 0.65))
 
@@ -90,7 +91,8 @@ def test_human_rights_in_many_languages_are_told_apart(shared_data: Path) -> Non
             assert doc.metadata["language"] == language
 
 
-def test_passages_of_texts_in_several_languages_decide_as_their_whole_does(shared_data: Path) -> None:
+def test_passages_decide_as_the_whole_text_does(shared_data: Path) -> None:
+    """Passages of texts in several languages give the decision of the whole text."""
     import zipfile
     from random import Random
 

@@ -42,7 +42,8 @@ def test_what_is_masked_is_what_datatrove_masks() -> None:
     assert found > 500
 
 
-def test_replacements_are_datatroves_and_depend_on_document_and_position_alone() -> None:
+def test_replacements_depend_on_document_and_position_alone() -> None:
+    """Replacements are datatrove's, and depend on the document and the position alone."""
     peer = PIIFormatter()
     text = "jane@corp.example, joe@corp.example at 8.8.8.8 or 9.9.9.9, not at 10.0.0.1 or 127.0.0.1. " * 20
     out = masked(text)

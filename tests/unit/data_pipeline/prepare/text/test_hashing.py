@@ -26,9 +26,8 @@ def plain_hash(word: str) -> int:
 
 
 @pytest.mark.parametrize("form", [WordForm.spark, WordForm.bare])
-def test_words_their_places_and_hashes_are_those_of_a_loop_over_characters(
-    form: WordForm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_words_and_hashes_are_those_of_a_loop(form: WordForm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words, their positions and their hashes are those of a loop over characters."""
     seed = seeded()
     rng = random.Random(seed)
     for size in (20, 61, hashing.SIZE):  # the longest random word has fewer than 20 characters
@@ -64,7 +63,8 @@ def test_an_endless_word_is_cut_and_an_empty_text_has_none(monkeypatch: pytest.M
         assert hashes([text], WordForm.bare)[0].tolist() == []
 
 
-def test_ngrams_have_equal_hashes_where_their_words_are_equal_in_order_and_else_not() -> None:
+def test_ngrams_share_a_hash_only_if_their_words_are_equal() -> None:
+    """N-grams have equal hashes if they have the same words in the same order, and only then."""
     seed = seeded()
     rng = random.Random(seed)
     plain = [f"w{rng.randrange(12)}" for _ in range(3000)]

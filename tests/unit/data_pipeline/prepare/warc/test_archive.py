@@ -132,7 +132,8 @@ NO_RECORD = "no record begins where one should"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_flipped_bytes_cost_no_record_but_their_own_and_its_neighbours(kind: str, tmp_path: Path) -> None:
+def test_flipped_bytes_cost_only_near_records(kind: str, tmp_path: Path) -> None:
+    """Flipped bytes cost their own record and the ones next to it, no other."""
     seed = seeded()
     rng = Random(seed)
     for _ in range(60):
@@ -286,7 +287,8 @@ def test_a_real_archive_that_is_clipped_is_said_to_be(shared_data: Path) -> None
     assert item == Dropped("the archive is cut off", "clipped.warc.gz:0")
 
 
-def test_texts_whose_line_ends_were_made_unix_s_are_read_to_the_next_record(shared_data: Path) -> None:
+def test_texts_with_unix_line_ends_are_read_to_the_next_record(shared_data: Path) -> None:
+    """Texts whose line ends were made Unix's, so that lengths are wrong, are read to the next record."""
     path = shared_data / "web" / "ccnet" / "sample.wet.txt"
     file = Input(path, path.name, path.stat().st_size, 0)
     _, *texts = plain_items(file)

@@ -50,7 +50,8 @@ def reasons(path: Path, **cfg: Any) -> Counter[str]:
     return Counter(item.reason for item in found(path, **cfg) if isinstance(item, Dropped))
 
 
-def test_each_rule_has_its_reason_and_every_line_is_accounted_for(tmp_path: Path) -> None:
+def test_each_rule_has_a_reason_and_no_line_is_lost(tmp_path: Path) -> None:
+    """Each rule has its reason, and every line is counted."""
     end = 1_514_764_800  # 2018-01-01
     path = dump(
         tmp_path / "RS_2017",
@@ -100,7 +101,8 @@ def test_each_rule_has_its_reason_and_every_line_is_accounted_for(tmp_path: Path
         found(path, until="2017")
 
 
-def test_of_the_links_to_one_page_the_best_then_oldest_then_first_stays(tmp_path: Path) -> None:
+def test_the_best_then_oldest_then_first_link_to_a_page_stays(tmp_path: Path) -> None:
+    """Of the links to one page the one of the best score stays, of those the oldest, of those the first."""
     seed = seeded()
     rng = np.random.default_rng(seed)
     spelled = ["http://{}.org/p", "https://www.{}.org/p/", "HTTP://{}.ORG:80/p#top", "http://user@{}.org/./p"]
@@ -122,7 +124,8 @@ def test_of_the_links_to_one_page_the_best_then_oldest_then_first_stays(tmp_path
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
-def test_every_packing_of_a_dump_is_read_and_one_that_is_cut_says_so(tmp_path: Path, suffix: str) -> None:
+def test_every_compression_of_a_dump_is_read(tmp_path: Path, suffix: str) -> None:
+    """Every compression of a dump is read, and a dump that is cut off says so."""
     posts = [post(f"http://x.org/{secrets.token_hex(40)}") for _ in range(1000)]
     path = dump(tmp_path / f"RS{suffix}", *posts)
     assert [x.url for x in found(path) if isinstance(x, Link)] == [p["url"] for p in posts]
@@ -144,7 +147,8 @@ def test_a_dump_of_pushshifts_long_window_is_read(tmp_path: Path) -> None:
     assert isinstance(refused, Dropped) and "memory" in refused.reason
 
 
-def test_written_links_are_whole_the_same_each_time_and_choose_pages(tmp_path: Path) -> None:
+def test_written_links_are_the_same_each_time_and_choose_pages(tmp_path: Path) -> None:
+    """Written links are whole, the same bytes each time, and choose pages."""
     path = dump(tmp_path / "RS", post("http://a.org/1"), post("https://www.b.org/"), post("http://c.org/", score=1))
     passages = [write_links(files_at(str(path)), LinksConfig(), tmp_path / out) for out in ("one", "two")]
     assert {p.name for p in (tmp_path / "one").iterdir()} == {"links.jsonl.zst", "keys.npy", "links.json"}

@@ -80,7 +80,8 @@ def archived(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def test_pages_are_archived_as_they_came_and_each_link_has_its_outcome(web: Site, tmp_path: Path) -> None:
+def test_pages_are_archived_as_they_came(web: Site, tmp_path: Path) -> None:
+    """Pages are archived as they came, and each link has its outcome."""
     body = secrets.token_bytes(100_000)
     web.put("/a", body)
     packed = gzip.compress(b"<p>x</p>")
@@ -125,9 +126,10 @@ def test_robots_txt_is_obeyed_and_asked_for_once(web: Site, tmp_path: Path) -> N
     ("reply", "allowed"),
     [(404, True), (403, True), (500, False), (429, False), (Reply(fault="hang"), False), (Reply(fault="cut"), False)],
 )
-def test_without_a_robots_txt_all_is_allowed_and_where_it_cannot_be_had_nothing(
+def test_a_failed_robots_txt_forbids_all_and_a_missing_one_none(
     web: Site, tmp_path: Path, reply: Any, allowed: bool
 ) -> None:
+    """Without a robots.txt all pages are allowed; if it cannot be had, none is."""
     web.put("/robots.txt", reply)
     web.put("/a", b"a")
     passage = fetched(tmp_path, web.url("/a"), timeout_s=0.2, retries=1)
@@ -141,9 +143,8 @@ def test_a_robots_txt_is_followed_where_it_moved(web: Site, tmp_path: Path) -> N
     assert outcomes(fetched(tmp_path, web.url("/a"), web.url("/b"))) == {robots.FORBIDDEN: 1, "no such page": 1}
 
 
-def test_a_host_is_asked_one_thing_at_a_time_with_a_pause_and_hosts_beside_each_other(
-    web: Site, tmp_path: Path
-) -> None:
+def test_a_host_gets_one_request_at_a_time_with_a_pause(web: Site, tmp_path: Path) -> None:
+    """A host gets one request at a time with a pause after each; hosts are fetched from concurrently."""
     web.put("/robots.txt", b"User-agent: *\nCrawl-delay: 0.2")
     hosts = ["127.0.0.1", "localhost"]
     fetched(tmp_path, *(web.url(f"/{i}", host) for host in hosts for i in range(3)), per_host_s=0.05)
@@ -155,9 +156,10 @@ def test_a_host_is_asked_one_thing_at_a_time_with_a_pause_and_hosts_beside_each_
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
-def test_many_hosts_that_lead_to_each_other_each_keep_their_pace_and_no_link_is_lost(
+def test_hosts_that_redirect_to_each_other_keep_their_pace(
     share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of many hosts that redirect to each other each keeps its pace, and no link is lost."""
     seed = seeded()
     rng = random.Random(seed)
     urls = [f"http://h{i}.example/{j}" for i in range(90) for j in range(3)]
@@ -203,9 +205,8 @@ def test_a_crawl_delay_beyond_reason_is_told_and_not_shortened(web: Site, tmp_pa
     assert not web.count("/a")
 
 
-def test_redirects_are_followed_over_hosts_at_each_hosts_pace_and_lead_to_a_page_once(
-    web: Site, tmp_path: Path
-) -> None:
+def test_redirects_are_followed_at_each_hosts_pace(web: Site, tmp_path: Path) -> None:
+    """Redirects are followed over hosts at each host's pace, and each page is fetched once."""
     web.put("/page", b"page")
     for i in range(3):
         web.move(f"/to{i}", web.url("/page", "localhost"))
@@ -228,7 +229,8 @@ def test_redirects_are_followed_over_hosts_at_each_hosts_pace_and_lead_to_a_page
         assert all(b - a >= 0.05 for a, b in itertools.pairwise(web.times(host)))
 
 
-def test_what_may_pass_is_tried_again_after_a_wait_and_then_given_up(web: Site, tmp_path: Path) -> None:
+def test_transient_failures_are_retried_and_then_given_up(web: Site, tmp_path: Path) -> None:
+    """A failure that may go away is retried after a wait, and given up after some tries."""
     web.put("/later", 500, 503, b"at last")
     web.put("/broken", Reply(fault="cut"), b"whole")
     web.put("/limited", Reply(status=429, headers={"Retry-After": "1"}), b"limited")
@@ -247,7 +249,8 @@ def test_what_may_pass_is_tried_again_after_a_wait_and_then_given_up(web: Site, 
 
 
 @pytest.mark.parametrize("fault", ["hang", "dribble", "dribbled headers", "garbage"])
-def test_a_server_that_does_not_answer_costs_its_time_and_no_more(web: Site, tmp_path: Path, fault: str) -> None:
+def test_a_server_that_does_not_answer_costs_its_timeout(web: Site, tmp_path: Path, fault: str) -> None:
+    """A server that does not answer costs its timeout and no more."""
     web.put("/bad", Reply(b"x" * 10_000, fault=fault))
     web.put("/good", b"good")
     passage = fetched(tmp_path, web.url("/bad"), web.url("/good"), timeout_s=0.3, retries=1)
@@ -301,9 +304,8 @@ def test_a_full_disk_is_one_line_and_loses_no_page(web: Site, tmp_path: Path, mo
     assert Counter(path for _, _, path in web.asked if path != "/robots.txt").most_common(2)[1][1] == 1
 
 
-def test_over_tls_a_page_comes_only_under_a_certificate_that_holds(
-    web: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tls_needs_a_valid_certificate(web: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over TLS only a page with a valid certificate is archived."""
     if not shutil.which("openssl"):
         pytest.skip("needs the openssl program, which makes the certificate")
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
@@ -332,7 +334,8 @@ def test_a_name_that_no_one_has_is_told(tmp_path: Path) -> None:
     )
 
 
-def test_the_hosts_of_a_domain_fall_to_one_task_and_every_link_to_one(web: Site, tmp_path: Path) -> None:
+def test_each_domain_and_each_link_belongs_to_one_task(web: Site, tmp_path: Path) -> None:
+    """All hosts of a domain belong to one task, and so does every link."""
     hosts = [f"{sub}site{i}.co.uk" for i in range(40) for sub in ("", "www.", "a.b.")]
     assert len({(host.split("site")[1], task_of(host, 16)) for host in hosts}) == 40
     assert len({task_of(host, 16) for host in hosts}) > 8
@@ -355,7 +358,8 @@ print(fetch(Path(sys.argv[1]), Path(sys.argv[2]), 0, 1, cfg).to_json())
 """
 
 
-def test_a_fetch_that_was_stopped_or_killed_goes_on_and_asks_for_nothing_twice(web: Site, tmp_path: Path) -> None:
+def test_a_killed_fetch_goes_on_and_fetches_nothing_twice(web: Site, tmp_path: Path) -> None:
+    """A fetch that was stopped or killed goes on and fetches no page twice."""
     seed = seeded()
     bodies = {f"/{i}": secrets.token_bytes(3000) for i in range(40)}
     for path, body in bodies.items():
@@ -386,7 +390,8 @@ def test_a_fetch_that_was_stopped_or_killed_goes_on_and_asks_for_nothing_twice(w
     assert again == passage and len(web.asked) == before
 
 
-def test_damage_that_no_kill_explains_is_an_error_and_cuts_nothing(web: Site, tmp_path: Path) -> None:
+def test_damage_that_no_kill_explains_is_an_error(web: Site, tmp_path: Path) -> None:
+    """Damage that no kill explains is an error, and nothing is cut off."""
     for i in range(2):
         web.put(f"/{i}", os.urandom(1 << 23))
     fetched(tmp_path, web.url("/0"), web.url("/1"), page_mib=9, timeout_s=20)
