@@ -44,7 +44,7 @@ class Made:
     url: str = "http://example.org/"
     status: int = 200
     head: Sequence[str] = ("Content-Type: text/html; charset=UTF-8",)
-    length: int | None = None  # said, where it is not the true one
+    length: int | None = None  # of its header, if it is not the true one
     extra: Sequence[str] = field(default=())
 
     def http(self, line: str = "\r\n") -> bytes:
@@ -73,15 +73,15 @@ def frame(data: bytes) -> bytes:
 
 
 def blocks(parts: Sequence[bytes], pack: Callable[[bytes], bytes]) -> list[bytes]:
-    """Cut wherever it comes, but for where a body seems to begin a record: none could tell that apart."""
-    whole, found, at = b"".join(parts), [], 0
-    while at < len(whole):
-        end = at + 777
+    """Members of 777 bytes, but for cuts at which a body seems to begin a record: no reader could tell that."""
+    whole, members, start = b"".join(parts), [], 0
+    while start < len(whole):
+        end = start + 777
         while whole[end : end + 5] == b"WARC/":
             end += 1
-        found.append(pack(whole[at:end]))
-        at = end
-    return found
+        members.append(pack(whole[start:end]))
+        start = end
+    return members
 
 
 KINDS: dict[str, tuple[str, Callable[[Sequence[Made]], list[bytes]]]] = {
@@ -140,13 +140,13 @@ def members(data: bytes) -> bytes:
 
 def by_length(data: bytes) -> list[tuple[dict[str, str], bytes]]:
     """(header, content) of each record of a whole WARC file."""
-    found, at = [], 0
-    while at < len(data):
-        end = data.index(b"\r\n\r\n", at)
-        header = {k.lower(): v.strip() for k, v in re.findall(r"(?m)^([^:\r\n]+):(.*)$", data[at:end].decode())}
+    records, start = [], 0
+    while start < len(data):
+        end = data.index(b"\r\n\r\n", start)
+        header = {k.lower(): v.strip() for k, v in re.findall(r"(?m)^([^:\r\n]+):(.*)$", data[start:end].decode())}
         size = int(header["content-length"])
-        found.append((header, data[end + 4 : end + 4 + size]))
-        at = end + 4 + size
-        assert data[at : at + 4] == b"\r\n\r\n"
-        at += 4
-    return found
+        records.append((header, data[end + 4 : end + 4 + size]))
+        start = end + 4 + size
+        assert data[start : start + 4] == b"\r\n\r\n"
+        start += 4
+    return records

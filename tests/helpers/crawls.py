@@ -109,11 +109,11 @@ def report(out: Path) -> dict[str, Any]:
 
 def drops(out: Path) -> dict[str, int]:
     """By reason, over all steps."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for row in report(out)["funnel"]:
         for reason, tally in row["dropped"].items():
-            found[reason] = found.get(reason, 0) + tally["documents"]
-    return found
+            counts[reason] = counts.get(reason, 0) + tally["documents"]
+    return counts
 
 
 def kept_ids(out: Path) -> list[str]:

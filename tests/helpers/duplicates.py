@@ -54,10 +54,10 @@ def s_curve(similarity: float, bands: int = 14, rows: int = 8) -> float:
     return 1 - (1 - similarity**rows) ** bands
 
 
-def surprise(found: int, chances: Sequence[float]) -> float:
+def surprise(count: int, chances: Sequence[float]) -> float:
     """How unlikely it is that so many of independent events happened, or a number as far off (normal approximation)."""
     spread = sqrt(sum(p * (1 - p) for p in chances))
-    return erfc(max(0.0, abs(found - sum(chances)) - 0.5) / spread / sqrt(2))
+    return erfc(max(0.0, abs(count - sum(chances)) - 0.5) / spread / sqrt(2))
 
 
 def write_parts(folder: Path, docs: Sequence[Document], cfg: DedupConfig, sizes: Sequence[int]) -> Path:
@@ -85,7 +85,7 @@ class Sets:
             self.parent[self.root(a)] = self.root(b)
 
     def groups(self) -> list[list[int]]:
-        found: dict[int, list[int]] = {}
+        groups: dict[int, list[int]] = {}
         for i in range(len(self.parent)):
-            found.setdefault(self.root(i), []).append(i)
-        return list(found.values())
+            groups.setdefault(self.root(i), []).append(i)
+        return list(groups.values())

@@ -31,14 +31,14 @@ def random_text(rng: random.Random, n: int) -> str:
 
 
 def plain_words(text: str, bare: bool) -> list[tuple[str, int, int]]:
-    """(word, start, end) with characters of punctuation left out where `bare`."""
-    found, word, places = [], "", []
+    """(word, start, end) with characters of punctuation left out if `bare`."""
+    words, word, indices = [], "", []
     for i, char in enumerate(text + " "):
         if char.isspace():
             if word:
-                found.append((word, places[0], places[-1] + 1))
-            word, places = "", []
+                words.append((word, indices[0], indices[-1] + 1))
+            word, indices = "", []
         elif not bare or not (unicodedata.category(char)[0] in "PS" or unicodedata.category(char) in ("Cc", "Cf")):
             word += char.lower()[0]
-            places.append(i)
-    return found
+            indices.append(i)
+    return words

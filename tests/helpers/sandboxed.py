@@ -1,4 +1,4 @@
-"""What tests let a sandbox run: a function that does what its data says."""
+"""Functions for a sandbox in tests: one does what its data says, one cannot be made."""
 
 from __future__ import annotations
 

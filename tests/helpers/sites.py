@@ -1,4 +1,4 @@
-"""Web sites on loopback that do what they are told, and remember who asked for what, and when."""
+"""Web sites on loopback that answer as planned, and remember each request and its time."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Site(ThreadingHTTPServer):
         return sum(p == path for _, _, p in self.asked)
 
     def times(self, host: str = "127.0.0.1") -> list[float]:
-        return [at for at, h, _ in self.asked if h == host]
+        return [seconds for seconds, h, _ in self.asked if h == host]
 
     def handle_error(self, *_: Any) -> None:
         pass

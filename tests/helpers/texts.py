@@ -43,11 +43,11 @@ def pages(web: Path) -> Iterator[str]:
 def books(text: Path) -> Iterator[str]:
     rng = Random(7)
     for path in sorted((text / "novels").glob("*.txt")):
-        novel, at = path.read_text(encoding="utf-8", errors="replace"), 0
+        novel, start = path.read_text(encoding="utf-8", errors="replace"), 0
         for _ in range(NOVEL_PIECES):
             size = rng.randrange(300, 5000)
-            yield novel[at : at + size]
-            at += size
+            yield novel[start : start + size]
+            start += size
     wiki = (text / "wikitext-2.valid.txt").read_text(encoding="utf-8")
     yield from (article[:8000] for article in re.split(r"\n = [^=].*? = \n", wiki))
     with zipfile.ZipFile(text / "udhr2.zip") as archive:
@@ -61,8 +61,8 @@ def made_worse(rng: Random, text: str) -> str:
     words, lines = text.split(), text.split("\n")
 
     def inserted(size: int, times: int) -> str:
-        at = rng.randrange(len(words))
-        gram, out = words[at : at + size], list(words)
+        start = rng.randrange(len(words))
+        gram, out = words[start : start + size], list(words)
         for _ in range(times):
             to = rng.randrange(len(out) + 1)
             out[to:to] = gram

@@ -28,7 +28,7 @@ class MinHash:
         hashes = config.bands * config.rows
         start = mix(np.array([config.seed * _BASE % 2**64], np.uint64))
         drawn = mix(np.add(start, np.arange(1, hashes + 1, dtype=np.uint64)))
-        self._factors = ((drawn >> np.uint64(32)).astype(np.uint32) | np.uint32(1))[:, None]
+        self.factors = ((drawn >> np.uint64(32)).astype(np.uint32) | np.uint32(1))[:, None]
 
     def bands_of(self, texts: Sequence[str]) -> U64:
         """[n, bands] hashes of each band's rows; 0 = none, in all bands of a text without a word. Others are not 0."""
@@ -61,13 +61,13 @@ class MinHash:
 
     def _minima(self, grams: npt.NDArray[np.uint32], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
         """Each hash's minimum over each text's n-grams, [hashes, texts]; every text has one n-gram or more."""
-        minima = np.full((len(self._factors), len(counts)), _MAX)
+        minima = np.full((len(self.factors), len(counts)), _MAX)
         ends = np.cumsum(counts)
         starts = ends - counts
-        products = np.empty((len(self._factors), _BLOCK), np.uint32)
+        products = np.empty((len(self.factors), _BLOCK), np.uint32)
         for low in range(0, len(grams), _BLOCK):
             block = grams[low : low + _BLOCK]
-            hashed = np.multiply(self._factors, block, out=products[:, : len(block)])
+            hashed = np.multiply(self.factors, block, out=products[:, : len(block)])
             first, last = np.searchsorted(ends, low, "right"), np.searchsorted(starts, low + len(block))
             own = minima[:, first:last]
             cuts = np.maximum(starts[first:last] - low, 0)

@@ -14,20 +14,18 @@ import logging
 import os
 import resource
 import signal
-import struct
 import subprocess
 import sys
 import weakref
 from collections.abc import Callable
 from importlib import import_module
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import IO, cast
 
 from conf.errors import UserError
 
 WAITING = 30  # times the CPU seconds, by the clock
 READY = b""  # the first message of the process; any other one says what it lacks
-LENGTH = struct.Struct("<Q")  # before each message on a pipe
 NO_MEMORY, NO_RESULT = 65, 66  # exit codes
 TOO_LONG = (-signal.SIGPROF, -signal.SIGALRM)
 REASONS = {
@@ -82,28 +80,37 @@ class Sandbox:
         """The reply, or None and the exit code of the process."""
         child, reply = self.child or self._start(), None
         try:
-            with contextlib.suppress(BrokenPipeError):
-                write(child.stdin, data, hint.encode())
-                reply = read(child.stdout)
+            with contextlib.suppress(OSError, EOFError):  # it has ended
+                self._connection.send_bytes(data)
+                self._connection.send_bytes(hint.encode())
+                reply = self._connection.recv_bytes()
             return reply, 0 if reply is not None else child.wait()
         finally:
             if reply is None:  # or this was interrupted: a late reply is none to the next call
                 self.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        argv = [sys.executable, "-P", "-m", __name__, self.target, str(self.seconds), str(int(self.memory_gib * 2**30))]
+        self._connection, theirs = Pipe()
+        limits = [str(self.seconds), str(int(self.memory_gib * 2**30))]
+        argv = [sys.executable, "-P", "-m", __name__, self.target, *limits, str(theirs.fileno())]
         env = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path),
             "PYTHONHASHSEED": "0",
             **KEPT_MEMORY,
         }
-        self.child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        with theirs:
+            self.child = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env, pass_fds=[theirs.fileno()]
+            )
         self._finalizer = weakref.finalize(self, end, self.child)
-        if (message := read(self.child.stdout)) != READY:
+        message = b"it ended"
+        with contextlib.suppress(OSError, EOFError):
+            message = self._connection.recv_bytes()
+        if message != READY:
             self.close()
             raise UserError(
-                f"the extractor does not start: {(message or b'it ended').decode()}: pip install 'gradus[corpus]', "
+                f"the extractor does not start: {message.decode()}: pip install 'gradus[corpus]', "
                 f"or give it more than limits.memory_gib={self.memory_gib:g}"
             )
         return self.child
@@ -116,28 +123,11 @@ class Sandbox:
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(BrokenPipeError), child:  # waits for it, which counts its CPU time too
+    with child:  # waits for it, which counts its CPU time too
         child.kill()
 
 
-def write(pipe: IO[bytes] | None, *parts: bytes) -> None:
-    pipe = cast(IO[bytes], pipe)
-    for part in parts:
-        pipe.write(LENGTH.pack(len(part)))
-        pipe.write(part)
-    pipe.flush()
-
-
-def read(pipe: IO[bytes] | None) -> bytes | None:
-    """The next message; None if the other end closed before it was whole."""
-    pipe = cast(IO[bytes], pipe)
-    if len(length := pipe.read(LENGTH.size)) < LENGTH.size:
-        return None
-    part = pipe.read(LENGTH.unpack(length)[0])
-    return part if len(part) == LENGTH.unpack(length)[0] else None
-
-
-def serve(target: str, seconds: float, memory: int) -> int:
+def serve(target: str, seconds: float, memory: int, owner: Connection) -> int:
     """Answer one call after the other; returns the exit code, 0 when there are no more."""
     for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_DATA, memory)):
         resource.setrlimit(limit, (value, value))
@@ -145,25 +135,25 @@ def serve(target: str, seconds: float, memory: int) -> int:
     for number in (signal.SIGPROF, signal.SIGALRM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     logging.disable()
-    calls, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no reply
     module, factory = target.split(":")
     try:
         function = getattr(import_module(module), factory)()
     except (ImportError, MemoryError) as e:
-        write(replies, " ".join(str(e).split()).encode() or b"out of memory")
+        owner.send_bytes(" ".join(str(e).split()).encode() or b"out of memory")
         return NO_RESULT
-    write(replies, READY)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nor are the complaints of a library about a bad page
-    os.dup2(2, 1)
+    owner.send_bytes(READY)
+    os.dup2(1, 2)  # to nowhere, as a library's complaints about a bad page
     try:
-        while (data := read(calls)) is not None and (hint := read(calls)) is not None:
-            write(replies, limited(function, data, hint.decode(), seconds).encode())
+        while True:
+            try:
+                data, hint = owner.recv_bytes(), owner.recv_bytes().decode()
+            except EOFError:
+                return 0
+            owner.send_bytes(limited(function, data, hint, seconds).encode())
     except MemoryError:
         return NO_MEMORY
     except Exception:
         return NO_RESULT
-    return 0
 
 
 def limited(function: Callable[[bytes, str], str], data: bytes, hint: str, seconds: float) -> str:
@@ -176,4 +166,4 @@ def limited(function: Callable[[bytes, str], str], data: bytes, hint: str, secon
 
 
 if __name__ == "__main__":  # _exit: an orderly exit would save nothing
-    os._exit(serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[3])))
+    os._exit(serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), Connection(int(sys.argv[4]))))

@@ -94,7 +94,7 @@ def blocks(text: str, form: WordForm) -> Iterator[Words]:
 
 def plain_form(piece: str) -> bytes:
     """The words of a piece in plain form with a separator after each; empty if it has none."""
-    chars = _table(WordForm.plain)[_codes(piece + " ")]
+    chars = values_of_characters(WordForm.plain)[_codes(piece + " ")]
     chars = chars[chars != _GONE]
     keep = chars != _SPACE
     keep[1:] |= keep[:-1]  # the first separator after a word
@@ -198,7 +198,7 @@ def _powers(base: int, n: int) -> U64:
 
 
 def _words(text: str, form: WordForm) -> Words:
-    chars = _table(form)[_codes(text)]
+    chars = values_of_characters(form)[_codes(text)]
     kept = np.flatnonzero(chars != _GONE)
     chars = chars[kept]
     if form is WordForm.loose:
@@ -219,7 +219,7 @@ def _codes(text: str) -> npt.NDArray[np.uint32]:
 
 
 @cache
-def _table(form: WordForm) -> npt.NDArray[np.uint32]:
+def values_of_characters(form: WordForm) -> npt.NDArray[np.uint32]:
     """The value of each character of Unicode, [0x110000]: _SPACE, _GONE or what it is hashed as."""
     whole_words = form in (WordForm.spark, WordForm.bare)
     table = np.arange(2, 0x110002, dtype=np.uint32) if whole_words else np.full(0x110000, _SPACE, np.uint32)

@@ -22,8 +22,8 @@ LONGEST_RUN = 40  # characters of those
 STOPS = frozenset(TERMINAL_PUNCTUATION)  # of datatrove: the characters that end a sentence, in all scripts
 
 
-class _Table(dict[str, tuple[tuple[str, ...], bytes]]):
-    """Run of non-blanks: (its words, their `kind`s as C's unsigned ints)."""
+class RunTable(dict[str, tuple[tuple[str, ...], bytes]]):
+    """{run of non-blanks: (its words, their `kind`s as C's unsigned ints)}, filled by use."""
 
     def __missing__(self, run: str) -> tuple[tuple[str, ...], bytes]:
         words = english.pieces(run)
@@ -42,7 +42,7 @@ def kind(word: str) -> int:
     return len(word) * 4 + any(map(str.isalpha, word)) * 2 + (not PUNCTUATION_SET.issuperset(word))
 
 
-_table = _Table()
+_table = RunTable()
 
 
 class Text:

@@ -122,7 +122,7 @@ class HttpClient:
         except (socket.gaierror, UnicodeError) as e:
             raise Unanswered(NO_HOST, getattr(e, "errno", None) == socket.EAI_AGAIN) from None
         ips = list(dict.fromkeys(str(info[4][0]) for info in infos))
-        if not self.private and not all(map(_is_public, ips)):
+        if not self.private and not all(map(is_public, ips)):
             raise Unanswered(NOT_PUBLIC, False)
         return ips[:_TRIED]
 
@@ -151,7 +151,7 @@ CARRIERS = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2
 """IPv6 addresses that stand for an IPv4 one, or for one of a site."""
 
 
-def _is_public(ip: str) -> bool:
+def is_public(ip: str) -> bool:
     parsed = ipaddress.ip_address(ip.partition("%")[0])
     parsed = getattr(parsed, "ipv4_mapped", None) or parsed
     if any(parsed in network for network in CARRIERS):

@@ -32,7 +32,7 @@ _DROPPED = ("transfer-encoding", "content-length", "connection", "keep-alive")  
 
 class PageArchive:
     def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+        self.file = file
         self._lock = threading.Lock()
 
     def add(self, verdict: dict[str, Any], answer: Answer | None = None) -> None:
@@ -43,9 +43,9 @@ class PageArchive:
         page = b"" if answer is None else _response(verdict["url"], answer)
         record = page + _packed("metadata", verdict.get("link"), "application/json", json.dumps(verdict).encode())
         with self._lock:
-            self._file.write(record)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self.file.write(record)
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
 
 @contextmanager

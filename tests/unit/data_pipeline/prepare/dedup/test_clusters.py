@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from conf.errors import UserError
 from data_pipeline.corpus.document import Document
-from data_pipeline.prepare.dedup import keys as keys_module
 from data_pipeline.prepare.dedup import near
 from data_pipeline.prepare.dedup.clusters import KINDS, LARGEST, SUMMARY, find, reasons
 from data_pipeline.prepare.dedup.documents import Other, read_codes
@@ -109,14 +110,14 @@ def plain_decision(own: Corpus, others: list[tuple[Corpus, list[int]]], cfg: Ded
     if cfg.minhash:
         bands = MinHash(cfg.minhash).bands_of([corpus.docs[i].text for _, corpus, i in rows]).tolist()
         sets = [ngrams(corpus.docs[i].text, cfg.minhash.ngram) for _, corpus, i in rows]
-        linked, least = Sets(len(rows)), cfg.minhash.min_jaccard
+        linked, threshold = Sets(len(rows)), cfg.minhash.min_jaccard
         for a, b in combinations(alive(), 2):
             same = sum(x == y != 0 for x, y in zip(bands[a], bands[b], strict=True))
-            needed = 1 if least is None else near.agreement(cfg.minhash)
-            if same >= needed and (least is None or jaccard(sets[a], sets[b]) >= least):
+            needed = 1 if threshold is None else near.agreement(cfg.minhash)
+            if same >= needed and (threshold is None or jaccard(sets[a], sets[b]) >= threshold):
                 linked.join_all([a, b])
-        there = set(alive())
-        settle([[m for m in group if m in there] for group in linked.groups()], 3)
+        left = set(alive())
+        settle([[m for m in group if m in left] for group in linked.groups()], 3)
     return [code[i] for i in range(len(own.docs))], sizes
 
 
@@ -138,12 +139,12 @@ def test_the_decision_is_that_of_plain_loops_over_all_pairs(
         others, given = [], []
         for k in range(trial % 3):
             corpus = random_corpus(rng, rng.randint(1, 30), texts, words)
-            here = folder / f"other{k}"
-            write_parts(here / "keys", corpus.docs, cfg, [len(corpus.docs) // 2, -(-len(corpus.docs) // 2)])
-            find(here / "keys", [], cfg, here / "codes")
+            other = folder / f"other{k}"
+            write_parts(other / "keys", corpus.docs, cfg, [len(corpus.docs) // 2, -(-len(corpus.docs) // 2)])
+            find(other / "keys", [], cfg, other / "codes")
             gone = rng.random() < 0.7
-            given.append((corpus, codes_in(here / "codes") if gone else [0] * len(corpus.docs)))
-            others.append(Other(f"o{k}", here / "keys", here / "codes" if gone else None))
+            given.append((corpus, codes_in(other / "codes") if gone else [0] * len(corpus.docs)))
+            others.append(Other(f"o{k}", other / "keys", other / "codes" if gone else None))
         own = random_corpus(rng, rng.randint(1, 30), texts, words)
         write_parts(folder / "keys", own.docs, cfg, [len(own.docs) // 3, 0])
         report = find(folder / "keys", others, cfg, folder / "out")
@@ -309,12 +310,12 @@ def test_what_cannot_be_used_is_told_in_one_line(tmp_path: Path) -> None:
     refused([Other("o", path.parent, tmp_path)], cfg, "3 rows.* has 9")
     refused([], replace(cfg, memory_gib=1e-9), "dedup.memory_gib=1e-09: 9 documents")
     refused([Other("o", path.parent)] * 85, cfg, "dedup.against: 85 corpora")
+    with safe_open(path, framework="numpy") as file:
+        settings = file.metadata()
     for damaged in (b"", path.read_bytes()[:-5], b"\xff" * 100):
         path.write_bytes(damaged)
         refused([], cfg, "not a keys file")
-    from safetensors.numpy import save
-
-    path.write_bytes(save({"url": np.zeros(4, np.uint64)}, {"made": keys_module._made(FINEWEB)}))
+    path.write_bytes(save({"url": np.zeros(4, np.uint64)}, settings))
     refused([], cfg, "damaged: text is None")
     for wrong in (0.0, 1.5, float("nan")):
         with pytest.raises(UserError, match=r"minhash\.min_jaccard=.*above 0, 1 at most"):

@@ -88,7 +88,7 @@ def test_a_band_is_the_hash_of_the_least_products_of_its_rows(rng: random.Random
     config = MinHashConfig(bands=3, rows=2, ngram=2, seed=rng.randrange(2**32))
     minhash = MinHash(config)
     texts = [random_text(rng, vocabulary(rng, 30), rng.choice((1, 2, 9, 3000))) for _ in range(12)]
-    factors = [int(a) for a in minhash._factors[:, 0]]
+    factors = [int(a) for a in minhash.factors[:, 0]]
     hashes, counts = hashing.shingles(texts, 2)
     found = {}
     for own, bands in zip(np.split(hashes, np.cumsum(counts)[:-1]), minhash.bands_of(texts).tolist(), strict=True):

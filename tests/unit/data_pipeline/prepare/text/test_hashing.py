@@ -40,13 +40,13 @@ def test_words_and_hashes_are_those_of_a_loop(form: WordForm, monkeypatch: pytes
 
 
 def test_a_character_is_read_as_unicode_says() -> None:
-    """All of them: whitespace as str.isspace, which is where blocks are cut; categories; the lower case's first one."""
+    """All of them: whitespace as in str.isspace, where blocks are cut; categories; the first letter of lower case."""
     every = list(map(chr, range(0x110000)))
     lower = np.array([0 if char.isspace() else ord(char.lower()[0]) + 2 for char in every])
     kind = np.array([unicodedata.category(char) for char in every])
     gone = np.isin(kind, ["Cc", "Cf"]) | np.char.startswith(kind, "P") | np.char.startswith(kind, "S")
-    assert np.array_equal(hashing._table(WordForm.spark), lower)
-    assert np.array_equal(hashing._table(WordForm.bare), np.where(gone & (lower != 0), 1, lower))
+    assert np.array_equal(hashing.values_of_characters(WordForm.spark), lower)
+    assert np.array_equal(hashing.values_of_characters(WordForm.bare), np.where(gone & (lower != 0), 1, lower))
     assert re.findall(r"\s", "".join(every)) == [char for char in every if char.isspace()]
 
 

@@ -102,7 +102,7 @@ def test_kinds_are_what_a_loop_over_characters_finds() -> None:
 
 def test_the_table_of_runs_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words, "TABLE", 10)
-    table = words._Table()
+    table = words.RunTable()
     for i in range(100):
         table[f"run{i}"]
     table["x" * 1000]

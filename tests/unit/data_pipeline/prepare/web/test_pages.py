@@ -277,7 +277,7 @@ def test_addresses_that_are_not_public_are_never_connected_to(web: Site, tmp_pat
 def test_a_redirect_to_an_address_that_is_not_public_is_refused(
     web: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "_is_public", lambda ip: ip == "127.0.0.1")
+    monkeypatch.setattr(http, "is_public", lambda ip: ip == "127.0.0.1")
     web.move("/inside", web.url("/secret", "127.0.0.2"))
     web.put("/a", b"a")
     passage = fetched(tmp_path, web.url("/inside"), web.url("/a"), private=False)
@@ -292,7 +292,7 @@ def test_a_full_disk_is_one_line_and_loses_no_page(web: Site, tmp_path: Path, mo
 
     def full(self: PageArchive, *what: Any) -> None:
         if not next(room):
-            self._file.write(b"\x1f\x8b half of a write")
+            self.file.write(b"\x1f\x8b half of a write")
             raise OSError(28, "No space left on device")
         add(self, *what)
 
