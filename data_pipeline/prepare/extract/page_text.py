@@ -37,27 +37,17 @@ def fast() -> TextOf:
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLParserException
 
-    fixed = repairer()
-
-    def text_of(html: bytes, charset: str) -> str:
-        if charset == PLAIN:
-            return fixed(html.decode("utf-8", "surrogatepass"))
+    def content(html: str) -> str:
         try:
-            text = extract_plain_text(
-                decode(html, charset or None),
-                main_content=True,
-                alt_texts=False,
-                comments=False,
-                post_meta=False,
-                skip_elements=CAPTIONS,
+            return extract_plain_text(
+                html, main_content=True, alt_texts=False, comments=False, post_meta=False, skip_elements=CAPTIONS
             )
         except HTMLParserException as e:
             if OUT_OF_MEMORY in str(e):
                 raise MemoryError from None
             raise
-        return fixed(text)
 
-    return text_of
+    return _repaired(content)
 
 
 def best() -> TextOf:
@@ -66,18 +56,21 @@ def best() -> TextOf:
     from trafilatura import extract
     from trafilatura.utils import HTML_PARSER
 
-    fixed = repairer()
-
     def content(html: str) -> str:
         text: str | None = extract(html, favor_precision=True, include_comments=False)
         if not text and any(error.type == ErrorTypes.ERR_NO_MEMORY for error in HTML_PARSER.error_log):
             raise MemoryError  # which trafilatura takes for a page without text
         return text or ""
 
+    return _repaired(content)
+
+
+def _repaired(content: Callable[[str], str]) -> TextOf:
+    fixed = repairer()
+
     def text_of(html: bytes, charset: str) -> str:
-        if charset == PLAIN:
-            return fixed(html.decode("utf-8", "surrogatepass"))
-        return fixed(content(decode(html, charset or None)))
+        plain = charset == PLAIN
+        return fixed(html.decode("utf-8", "surrogatepass") if plain else content(decode(html, charset or None)))
 
     return text_of
 
