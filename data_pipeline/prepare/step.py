@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from time import perf_counter
@@ -56,9 +55,15 @@ class Step(PipelineStep):
         """Another process builds the step anew: its state, such as a model, may not be picklable."""
         return type(self), self.arguments, {"tokens": self.tokens}
 
-    @abstractmethod
     def apply(self, docs: Sequence[Document]) -> list[str | None]:
-        """For each document the reason that it is dropped for, without numbers in it, or None."""
+        """For each document the reason that it is dropped for, without numbers in it, or None.
+
+        A step that decides on each document by itself has `reason` instead.
+        """
+        return [self.reason(doc) for doc in docs]
+
+    def reason(self, doc: Document) -> str | None:
+        raise NotImplementedError
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         documents = iter(data)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.extract.page_text import PLAIN
 from data_pipeline.prepare.extract.sandbox import Failed, Sandbox
@@ -24,10 +22,7 @@ class Extract(Step):
         target = f"data_pipeline.prepare.extract.page_text:{extractor.value}"
         self.sandbox = Sandbox(target, limits.seconds, limits.memory_gib)
 
-    def apply(self, docs: Sequence[Document]) -> list[str | None]:
-        return [self._extract(doc) for doc in docs]
-
-    def _extract(self, doc: Document) -> str | None:
+    def reason(self, doc: Document) -> str | None:
         page, charset = doc.metadata.get("html"), doc.metadata.get("charset")
         try:
             if page is None:

@@ -7,19 +7,22 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from conf.errors import UserError
+from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
+from data_pipeline.corpus.document import Document
+from data_pipeline.corpus.inputs import files_at
+from data_pipeline.corpus.read import items
+from data_pipeline.corpus.report import Report
 from data_pipeline.files import publish, publish_json
 from data_pipeline.prepare.quality.config import QualityEvaluateConfig, QualityTrainConfig
+from data_pipeline.prepare.quality.features import features, stacked
+from data_pipeline.prepare.quality.model import Model, auc, fit, held_out, keeps, roc, uniform
+from data_pipeline.prepare.quality.plot import draw_roc, draw_scores
 from data_pipeline.prepare.recipe_config import QualityConfig
-
-if TYPE_CHECKING:
-    from data_pipeline.corpus.document import Document
-    from data_pipeline.prepare.quality.model import Model
-
 
 BINS = 20  # of the score's histogram
 
@@ -28,9 +31,6 @@ T = TypeVar("T")
 
 
 def train(cfg: QualityTrainConfig) -> None:
-    from data_pipeline.prepare.quality.features import features, stacked
-    from data_pipeline.prepare.quality.model import Model, auc, fit, held_out
-
     path, counts = Path(cfg.output), {}
     names, rows, good = _both(cfg, lambda text: features([text], cfg.n_features), lambda name: True)
     out = np.array([held_out(name, cfg.held_out, cfg.seed) for name in names])
@@ -52,9 +52,6 @@ def train(cfg: QualityTrainConfig) -> None:
 
 
 def evaluate(cfg: QualityEvaluateConfig) -> None:
-    from data_pipeline.prepare.quality.model import Model, auc, held_out, keeps, roc
-    from data_pipeline.prepare.quality.plot import draw_roc, draw_scores
-
     model = Model.load(Path(cfg.classifier))
     split = _split_of(model, cfg)
     names, values, good = _both(
@@ -126,7 +123,6 @@ def lowest(
 ) -> list[tuple[str, T]]:
     """(id, value of `make`) of the `limit` wanted documents whose ids have the lowest hashes: a fair choice, the same
     for any order of the files; only the chosen ones are held."""
-    from data_pipeline.prepare.quality.model import uniform
 
     heap: list[tuple[float, int, str, T]] = []  # the highest hash first; the second number orders equal ids
     for number, doc in enumerate(doc for doc in documents if wanted(doc.id)):
@@ -140,10 +136,6 @@ def lowest(
 
 def _documents(paths: Sequence[str], key: str) -> Iterator[Document]:
     """The documents of JSON lines; prints at the end what was dropped."""
-    from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
-    from data_pipeline.corpus.inputs import files_at
-    from data_pipeline.corpus.read import items
-    from data_pipeline.corpus.report import Report
 
     report = Report()
     for path in paths:

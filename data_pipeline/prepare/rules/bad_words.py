@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from xxhash import xxh3_64_intdigest
 
@@ -35,10 +34,8 @@ class BadWords(Step):
             pattern = re.compile(rf"(?:\W|^){re.escape(phrase)}(?:\W|$)")
             self.phrases.setdefault(first.group() if first else "", []).append((phrase, pattern))
 
-    def apply(self, docs: Sequence[Document]) -> list[str | None]:
-        return [
-            "document_removed_with_badwords" if self.has_one(doc.text) and not self.stays(doc) else None for doc in docs
-        ]
+    def reason(self, doc: Document) -> str | None:
+        return "document_removed_with_badwords" if self.has_one(doc.text) and not self.stays(doc) else None
 
     def has_one(self, text: str) -> bool:
         small = text.lower()

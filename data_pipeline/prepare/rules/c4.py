@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.recipe_config import C4Config
@@ -24,10 +23,7 @@ class C4(Step):
         super().__init__("c4")
         self.config = config
 
-    def apply(self, docs: Sequence[Document]) -> list[str | None]:
-        return [self.clean(doc) for doc in docs]
-
-    def clean(self, doc: Document) -> str | None:
+    def reason(self, doc: Document) -> str | None:
         c = self.config
         cites = c.citations and "[" in doc.text
         seen = (CITATION.sub("", doc.text) if cites else doc.text).lower()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.recipe_config import FineWebConfig
 from data_pipeline.prepare.step import Step
@@ -18,11 +16,8 @@ class FineWeb(Step):
         super().__init__("fineweb")
         self.config = config
 
-    def apply(self, docs: Sequence[Document]) -> list[str | None]:
-        return [self.reason(doc.text) for doc in docs]
-
-    def reason(self, text: str) -> str | None:
-        c = self.config
+    def reason(self, doc: Document) -> str | None:
+        c, text = self.config, doc.text
         all_lines = text.split("\n")
         lines = [line for line in all_lines if line and not line.isspace()]
         if not lines:

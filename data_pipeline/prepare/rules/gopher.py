@@ -3,8 +3,6 @@ names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.recipe_config import GopherQualityConfig, GopherRepetitionConfig
 from data_pipeline.prepare.step import Step
@@ -19,11 +17,8 @@ class GopherRepetition(Step):
         super().__init__("gopher_repetition")
         self.config = config
 
-    def apply(self, docs: Sequence[Document]) -> list[str | None]:
-        return [self.reason(doc.text) for doc in docs]
-
-    def reason(self, text: str) -> str | None:
-        c = self.config
+    def reason(self, doc: Document) -> str | None:
+        c, text = self.config, doc.text
         if not text:
             return "empty"
         stripped = text.strip().split("\n\n")  # a third line break is before the text that follows, or alone
@@ -66,11 +61,9 @@ class GopherQuality(Step):
         self.stop_words = frozenset(config.stop_words)
         self.whole_stop_words = frozenset(word for word in config.stop_words if Text(word).words == [word])
 
-    def apply(self, docs: Sequence[Document]) -> list[str | None]:
-        return [self.reason(read(doc.text)) for doc in docs]
-
-    def reason(self, text: Text) -> str | None:
-        c, total = self.config, len(text.kinds)
+    def reason(self, doc: Document) -> str | None:
+        c, text = self.config, read(doc.text)
+        total = len(text.kinds)
         words = int(text.is_word.sum())
         if words < c.min_words or not words:
             return "gopher_short_doc"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -43,9 +42,6 @@ class Language(Step):
             raise UserError(
                 f"language.keep={config.keep}: lid.176 does not know {', '.join(unknown)}; codes are as en, de"
             )
-
-    def apply(self, docs: Sequence[Document]) -> list[str | None]:
-        return [self.reason(doc) for doc in docs]
 
     def reason(self, doc: Document) -> str | None:
         best, scores = self.scores(passages(doc.text, *GLANCE))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.recipe_config import LengthConfig
 from data_pipeline.prepare.step import Step
@@ -15,9 +13,6 @@ class Length(Step):
     def __init__(self, config: LengthConfig) -> None:
         super().__init__("length")
         self.config = config
-
-    def apply(self, docs: Sequence[Document]) -> list[str | None]:
-        return [self.reason(doc) for doc in docs]
 
     def reason(self, doc: Document) -> str | None:
         c, size = self.config, len(doc.text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 
 from datatrove.pipeline.formatters.pii import PIIFormatter
@@ -51,11 +51,10 @@ class Pii(Step):
         ]
         self.masks = [(find, others) for wanted, find, others in masks if wanted]
 
-    def apply(self, docs: Sequence[Document]) -> list[str | None]:
-        for doc in docs:
-            for find, others in self.masks:
-                doc.text = masked(doc.text, find(doc.text), others, doc.id)
-        return [None] * len(docs)
+    def reason(self, doc: Document) -> str | None:
+        for find, others in self.masks:
+            doc.text = masked(doc.text, find(doc.text), others, doc.id)
+        return None
 
 
 def masked(text: str, spans: Iterator[Span], others: tuple[str, ...], name: str) -> str:

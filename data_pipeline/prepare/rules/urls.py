@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from data_pipeline.corpus.document import Document
@@ -25,10 +24,8 @@ class Urls(Step):
         self.domains = lists.Domains.of(config.domains, config.blocklists, "url.blocklists")
         self.words = frozenset[str]().union(*(lists.words(path, "url.words") for path in config.words))
 
-    def apply(self, docs: Sequence[Document]) -> list[str | None]:
-        return [self.reason(doc.metadata.get("url")) for doc in docs]
-
-    def reason(self, url: str | None) -> str | None:
+    def reason(self, doc: Document) -> str | None:
+        url = doc.metadata.get("url")
         if url is None:
             return None
         host = host_of(url)

@@ -171,20 +171,19 @@ def write_links(files: Sequence[Input], cfg: LinksConfig, out: Path) -> Report:
     import zstandard
 
     out.mkdir(parents=True, exist_ok=True)
-    passage, keys = Report(), array("Q")
+    report, keys = Report(), array("Q")
     with _staged(out / LINKS) as raw, zstandard.ZstdCompressor(level=10).stream_writer(raw, closefd=False) as packed:
         for item in links(files, cfg, out):
-            passage.taken.documents += 1
-            if isinstance(item, Link):
-                passage.given.documents += 1
-                keys.append(key_of(item.url))
-                packed.write(orjson.dumps(item) + b"\n")
-            else:
-                passage.drop(item.reason, Document("", item.path))
+            if isinstance(item, Dropped):
+                report.drop_record(item)
+                continue
+            report.count_documents(1)
+            keys.append(key_of(item.url))
+            packed.write(orjson.dumps(item) + b"\n")
     with _staged(out / KEYS) as raw:
         np.save(raw, np.sort(np.asarray(keys)))
-    publish_json(out / REPORT, passage.to_json())
-    return passage
+    publish_json(out / REPORT, report.to_json())
+    return report
 
 
 @contextmanager

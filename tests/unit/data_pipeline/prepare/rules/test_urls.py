@@ -103,6 +103,6 @@ def test_ut1s_lists_are_refused(shared_data: Path) -> None:
 
 def test_a_domain_of_the_config_is_read_as_hosts_are() -> None:
     step = Urls(UrlConfig(domains=["bücher.de", ".Example.ORG."]))
-    assert step.reason("http://www.xn--bcher-kva.de/x") == "domain" == step.reason("https://a.example.org/")
+    assert reason(step, "http://www.xn--bcher-kva.de/x") == "domain" == reason(step, "https://a.example.org/")
     with pytest.raises(UserError, match=r"url\.domains: 'http://x\.com/' is no domain"):
         Urls(UrlConfig(domains=["http://x.com/"]))
