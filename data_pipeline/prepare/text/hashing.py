@@ -55,20 +55,28 @@ class Words(NamedTuple):
     ends: np.ndarray
 
 
-class Polynomials:
+class Polynomials(NamedTuple):
     """Hashes of stretches of a row of numbers: the sum of number i * BASE^(i - start) modulo 2^64, not mixed.
 
-    One running sum gives the hash of any stretch.
+    `sums` and `shifts` [bounds] are running sums, and powers of BASE's inverse, at the bounds of stretches.
     """
 
-    def __init__(self, numbers: np.ndarray) -> None:
-        self._sums = np.zeros(len(numbers) + 1, np.uint64)
-        np.cumsum(numbers * powers(BASE, len(numbers)), out=self._sums[1:])
-        self._shifts = powers(INVERSE, len(numbers) + 1)
+    sums: U64
+    shifts: U64
 
-    def of(self, starts: np.ndarray, ends: np.ndarray) -> U64:
-        """Hashes of the stretches [start, end), [n]."""
-        return (self._sums[ends] - self._sums[starts]) * self._shifts[starts]
+    @classmethod
+    def over(cls, numbers: np.ndarray) -> Polynomials:
+        """A bound before each number, and one after the last."""
+        sums = np.zeros(len(numbers) + 1, np.uint64)
+        np.cumsum(numbers * powers(BASE, len(numbers)), out=sums[1:])
+        return cls(sums, powers(INVERSE, len(numbers) + 1))
+
+    def at(self, bounds: np.ndarray) -> Polynomials:
+        return Polynomials(self.sums[bounds], self.shifts[bounds])
+
+    def between(self, starts: np.ndarray | slice, ends: np.ndarray | slice) -> U64:
+        """Hashes of the stretches between two bounds, [n]."""
+        return (self.sums[ends] - self.sums[starts]) * self.shifts[starts]
 
 
 def pieces(text: str) -> Iterator[tuple[int, str]]:
@@ -198,10 +206,11 @@ def _powers(base: int, n: int) -> U64:
 
 
 def _words(text: str, form: WordForm) -> Words:
-    chars = values_of_characters(form)[_codes(text)]
-    kept = np.flatnonzero(chars != _GONE)
-    chars = chars[kept]
-    if form is WordForm.loose:
+    chars, kept = values_of_characters(form)[_codes(text)], None
+    if form is not WordForm.spark:
+        kept = np.flatnonzero(chars != _GONE)
+        chars = chars[kept]
+    if kept is not None and form is WordForm.loose:
         digit = chars == ord("0")
         digit[1:] &= digit[:-1]
         digit[:1] = False
@@ -210,8 +219,8 @@ def _words(text: str, form: WordForm) -> Words:
     np.not_equal(chars, _SPACE, out=inside[1:-1])
     bounds = np.flatnonzero(inside[1:] != inside[:-1])
     starts, ends = bounds[::2], bounds[1::2]
-    rounds = _FINALIZER if form is WordForm.loose else _SHORT_MIX
-    return Words(mix(Polynomials(chars).of(starts, ends), rounds), kept[starts], kept[ends - 1] + 1)
+    hashes = mix(Polynomials.over(chars).between(starts, ends), _FINALIZER if form is WordForm.loose else _SHORT_MIX)
+    return Words(hashes, starts, ends) if kept is None else Words(hashes, kept[starts], kept[ends - 1] + 1)
 
 
 def _codes(text: str) -> npt.NDArray[np.uint32]:

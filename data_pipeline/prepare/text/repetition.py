@@ -27,7 +27,8 @@ class Grams:
         self.size = len(text.lengths)  # words
         self.ends = np.concatenate(([0], np.cumsum(text.lengths)))  # [words + 1], characters before each word
         self.joined = "".join(text.runs)
-        self.polynomials = Polynomials(np.frombuffer(self.joined.encode("utf-32-le", "surrogatepass"), np.uint32))
+        codes = np.frombuffer(self.joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+        self.polynomials = Polynomials.over(codes).at(self.ends)
 
     def characters(self, n: int) -> np.ndarray:
         """Length of each n-gram, without blanks between its words."""
@@ -35,7 +36,7 @@ class Grams:
 
     def hashes(self, n: int) -> np.ndarray:
         """Hash of the characters of each n-gram, so that "a bc" is "ab c"."""
-        return self.polynomials.of(self.ends[:-n], self.ends[n:])
+        return self.polynomials.between(slice(-n), slice(n, None))
 
     def most_frequent(self, n: int, above: float) -> int:
         """The characters of the most frequent n-gram (of those, the first), blanks included, times its number; or 0,
