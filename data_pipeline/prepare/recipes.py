@@ -29,7 +29,7 @@ from data_pipeline.prepare.extract.extract import Extract
 from data_pipeline.prepare.funnel import write_report
 from data_pipeline.prepare.parts import Parts, TokenCount
 from data_pipeline.prepare.prepare_config import Executor, PrepareConfig, RawConfig
-from data_pipeline.prepare.quality.model import Quality
+from data_pipeline.prepare.quality.filter import Quality
 from data_pipeline.prepare.quality.train import train
 from data_pipeline.prepare.readers import PublishedFiles, read_published, reader_of, tasks_of
 from data_pipeline.prepare.recipe_config import RecipeConfig

@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -21,38 +20,13 @@ from typing import Any
 import numpy as np
 
 from conf.errors import UserError
-from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.quality.features import Features, features
 from data_pipeline.prepare.recipe_config import QualityConfig
-from data_pipeline.prepare.step import Step
 
 FORMAT = 1
 DIGITS = 6  # of a score; the rule is applied to what is written down
 MAX_BYTES = 1 << 30  # of a model file
 _CURE = "give a model that `python -m data_pipeline.quality train` made"
-
-
-class Quality(Step):
-    """Gives each document its `score` and keeps it by the Pareto rule.
-
-    Raises:
-        UserError: with the first document, no model at `cfg.model`, or a damaged one.
-    """
-
-    batch = 64
-
-    def __init__(self, cfg: QualityConfig) -> None:
-        super().__init__("quality")
-        self.cfg = cfg
-
-    @cached_property
-    def model(self) -> Model:
-        return Model.load(Path(self.cfg.model))
-
-    def apply(self, docs: Sequence[Document]) -> list[str | None]:
-        for doc, score in zip(docs, self.model.score([doc.text for doc in docs]), strict=True):
-            doc.metadata["score"] = score
-        return [None if keeps(self.cfg, doc.id, doc.metadata["score"]) else "quality" for doc in docs]
 
 
 def keeps(cfg: QualityConfig, name: str, score: float) -> bool:

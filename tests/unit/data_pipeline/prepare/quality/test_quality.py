@@ -19,7 +19,8 @@ from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.quality import train as training
 from data_pipeline.prepare.quality.config import QualityEvaluateConfig, QualityTrainConfig
 from data_pipeline.prepare.quality.features import features, stacked
-from data_pipeline.prepare.quality.model import Model, Quality, auc, held_out, keeps, uniform
+from data_pipeline.prepare.quality.filter import Quality
+from data_pipeline.prepare.quality.model import Model, auc, held_out, keeps, uniform
 from data_pipeline.prepare.recipe_config import QualityConfig
 from data_pipeline.prepare.text import hashing
 from tests.helpers.plain_words import plain_words, random_text
