@@ -125,7 +125,7 @@ class Grams:
     def _hits_of(self, group: Joined, lengths: set[int]) -> Iterator[Hits]:
         """The hits of each block, which begins with the last words of the block before: n-grams lie across blocks.
 
-        An n-gram that lies across two texts is none.
+        An n-gram across two texts does not count.
         """
         words = Words(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
         for block in blocks(group.text, WordForm.bare):

@@ -86,7 +86,7 @@ def find(keys: Path, others: Sequence[Other], cfg: DedupConfig, out: Path) -> Re
 
 
 def _decide(docs: Documents, code: int, cfg: DedupConfig) -> Groups | None:
-    """Take out the duplicates of one kind; None if the recipe does not ask for it."""
+    """Take out the duplicates of one kind; None if the recipe does not have that step."""
     if code == 1:
         return _settle(docs, code, lambda _, file: file.column("url")) if cfg.url else None
     if code == 2:

@@ -30,7 +30,7 @@ NO_MEMORY, NO_RESULT = 65, 66  # exit codes
 TOO_LONG = (-signal.SIGPROF, -signal.SIGALRM)
 REASONS = {
     **dict.fromkeys(TOO_LONG, "took too long"),
-    **dict.fromkeys((NO_MEMORY, -signal.SIGABRT), "took too much memory"),  # Rust and C++ abort where there is none
+    **dict.fromkeys((NO_MEMORY, -signal.SIGABRT), "took too much memory"),  # Rust and C++ abort when there is none left
     NO_RESULT: "the extractor failed",
     -signal.SIGKILL: "the extractor was killed",
 }
@@ -65,7 +65,7 @@ class Sandbox:
         """The function's text of `data`.
 
         Raises:
-            Failed: it gives none, for the same reason whichever calls came before.
+            Failed: it gives none; the reason does not depend on earlier calls.
             UserError: the process does not start.
         """
         used = self.child is not None
@@ -86,7 +86,7 @@ class Sandbox:
                 reply = self._connection.recv_bytes()
             return reply, 0 if reply is not None else child.wait()
         finally:
-            if reply is None:  # or this was interrupted: a late reply is none to the next call
+            if reply is None:  # or this was interrupted: a late reply must not go to the next call
                 self.close()
 
     def _start(self) -> subprocess.Popen[bytes]:

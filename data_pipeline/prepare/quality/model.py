@@ -53,7 +53,7 @@ class Model:
     about: dict[str, Any]
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """The probability that each text is good, in 0..1, whatever texts are beside it."""
+        """The probability that each text is good, in 0..1; it does not depend on the other texts."""
         return self.score_rows(features(texts, len(self.coefficients)))
 
     def score_rows(self, rows: Features) -> list[float]:

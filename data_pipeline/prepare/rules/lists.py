@@ -36,7 +36,7 @@ def words(path: str, knob: str) -> frozenset[str]:
 
 
 def named(domain: str) -> bytes:
-    """A domain of the config as it stands in hosts: lower case, ASCII.
+    """A domain of the config as hosts are written: lower case, ASCII.
 
     Raises:
         UserError: it is no domain.

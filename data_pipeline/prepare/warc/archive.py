@@ -91,7 +91,7 @@ class _Reader:
         return document(header, content, self.limit, self.ratio, self.corpus, path)
 
     def _end(self, size: int) -> int | None:
-        """Bytes to what comes after a record of `size` more bytes; None if nothing should begin there."""
+        """Bytes to what comes after a record of `size` more bytes; None if no record, nor the end, comes there."""
         stream = self.stream
         wanted = size + BLANKS + LINE
         n = stream.available(wanted)

@@ -18,7 +18,7 @@ LOST = "\N{REPLACEMENT CHARACTER}"
 
 
 def decode(html: bytes, charset: str | None) -> str:
-    """The text of `html`; `charset` is that of the HTTP header. Bytes that stand for nothing become U+FFFD.
+    """The text of `html`; `charset` is that of the HTTP header. Bytes that are no character become U+FFFD.
 
     A byte order mark decides, or the zeros of UTF-16; then UTF-8, if the bytes are that, whatever is declared; then the
     charset of the HTTP header, of the page's own meta tag, and a guess from the bytes: the first that fits all bytes,

@@ -33,7 +33,7 @@ CUT_OFF, BROKEN = "the archive is cut off", "its compression is broken"
 @dataclass(frozen=True, slots=True)
 class Member:
     offset: int  # in the file
-    opens: bool  # with a record's start: whatever came before has ended
+    opens: bool  # with a record's start, so that the record before has ended
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ CHUNK = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
 @dataclass(frozen=True, slots=True)
 class Header:
     type: str
-    length: int | None  # None: it says none
+    length: int | None  # None = not given
     url: str | None = None
     date: str | None = None  # ISO 8601
     id: str | None = None

@@ -24,7 +24,7 @@ from data_pipeline.prepare.web.urls import normalize
 
 
 def fetch(links: Path, out: Path, task: int, tasks: int, cfg: FetchPagesConfig) -> Report:
-    """Fetch this task's share of the links (links.write_links) into the WARC file of the task, or go on with it.
+    """Fetch this task's share of the links (links.write_links) into the WARC file of the task, or continue that file.
 
     Returns:
         The outcomes of all links; `given` are the pages with their bytes.

@@ -38,7 +38,7 @@ class PageArchive:
     def add(self, verdict: dict[str, Any], answer: Answer | None = None) -> None:
         """
         Raises:
-            OSError: such as a full disk; what is in the file stays.
+            OSError: such as a full disk; the records before stay.
         """
         page = b"" if answer is None else _response(verdict["url"], answer)
         record = page + _packed("metadata", verdict.get("link"), "application/json", json.dumps(verdict).encode())

@@ -43,8 +43,8 @@ class Url(NamedTuple):
 
 
 def normalize(url: str) -> Url | None:
-    """The URL without user, fragment and its scheme's own port, in lower case if case says nothing, escaped if it must
-    be; None for one that is no http or https URL."""
+    """The URL without user, fragment and its scheme's own port, in lower case and escaped as RFC 3986 says; None for
+    a URL that is not http or https."""
     import idna
 
     try:
