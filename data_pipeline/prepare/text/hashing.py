@@ -71,7 +71,8 @@ class Polynomials(NamedTuple):
         np.cumsum(numbers * powers(BASE, len(numbers)), out=sums[1:])
         return cls(sums, powers(INVERSE, len(numbers) + 1))
 
-    def at(self, bounds: np.ndarray) -> Polynomials:
+    def pick(self, bounds: np.ndarray) -> Polynomials:
+        """The polynomials with only some of the bounds."""
         return Polynomials(self.sums[bounds], self.shifts[bounds])
 
     def between(self, starts: np.ndarray | slice, ends: np.ndarray | slice) -> U64:

@@ -28,7 +28,7 @@ class Grams:
         self.ends = np.concatenate(([0], np.cumsum(text.lengths)))  # [words + 1], characters before each word
         self.joined = "".join(text.runs)
         codes = np.frombuffer(self.joined.encode("utf-32-le", "surrogatepass"), np.uint32)
-        self.polynomials = Polynomials.over(codes).at(self.ends)
+        self.polynomials = Polynomials.over(codes).pick(self.ends)
 
     def characters(self, n: int) -> np.ndarray:
         """Length of each n-gram, without blanks between its words."""
