@@ -23,7 +23,7 @@ class WatchConfig:
     hang_factor: float = 10.0  # a step that takes so many times the median of the last ones is hung
     hang_min_s: float = 120.0  # and at least so long; with a remote source, what data.fetch may take comes on top
     start_s: float = 600.0  # what a first step (compilation), a batch of validation, a silent checkpoint may take
-    stop_s: float = 60.0  # after a signal the ranks agree in that time, or exit and save nothing
+    stop_s: float = 60.0  # after a signal: for the ranks to agree, else they exit; and to end a feed's iteration
     collective_s: float = 900.0  # a rank that waits longer for the others in a collective ends itself, without stacks
 
     def __post_init__(self) -> None:

@@ -179,7 +179,7 @@ def test_stacks_are_read_as_written_and_one_rank_reports(tmp_path: Path) -> None
         write_stacks(folder, spot)
     (folder / "rank-00009.txt").write_text("half a li")
     assert read_spots(folder) == spots
-    assert "test_watch.py" in (folder / "rank-00001.txt").read_text()
+    assert "test_watchdog.py" in (folder / "rank-00001.txt").read_text()
     assert [publish_report(folder, r, f"from {r}") for r in range(3)] == [True, False, False]
     assert (folder / "report.txt").read_text() == "from 0\n"
 
