@@ -100,7 +100,8 @@ def test_dead_server_costs_one_warning_and_a_bounded_close(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_nothing_is_lost_when_the_server_is_killed_hangs_or_stays_away(tmp_path: Path) -> None:
+def test_nothing_is_lost_when_the_server_dies_or_hangs(tmp_path: Path) -> None:
+    """The server is killed, hangs, and stays away past the end of the run; sync sends the rest."""
     root, port = tmp_path / "run", free_port()
     uri = f"http://127.0.0.1:{port}"
     server = start_server(tmp_path, port)
@@ -190,7 +191,8 @@ class Faulty:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_server_that_is_slow_full_or_loses_its_answers_costs_no_number_and_doubles_none(tmp_path: Path) -> None:
+def test_a_slow_full_or_lossy_server_costs_no_number(tmp_path: Path) -> None:
+    """A server that is slow, full or loses its answers costs no number, and doubles none."""
     root, port = tmp_path / "run", free_port()
     server = start_server(tmp_path, port)
     try:

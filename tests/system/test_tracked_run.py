@@ -19,9 +19,8 @@ pytestmark = needs_mlflow
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_is_stored_whole_and_registered_and_no_byte_of_a_secret_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_stored_whole_and_no_secret_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is stored whole and registered; no byte of a secret is in any file."""
     names = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "NCCL_API_KEY", "MLFLOW_TRACKING_PASSWORD", "SOMEBODYS_OWN")
     planted = {name: f"planted-{secrets.token_hex(12)}" for name in names}
     planted["CUDA_PROXY"] = f"http://me:planted-{secrets.token_hex(12)}@proxy.example:8080"

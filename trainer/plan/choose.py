@@ -96,11 +96,11 @@ def rows(cfg: PretrainConfig, cluster: Cluster) -> list[Row]:
     """
     check_precision(cfg.precision, cluster.gpu)
     work = Workload.of(cfg)
-    found = [reckon(work, layout, cluster) for layout in accepted(cfg, cluster, Offload.none)]
-    if cfg.parallel.offload is None and cluster.gpu.name != CPU and not any(row.fits for row in found):
+    choices = [reckon(work, layout, cluster) for layout in accepted(cfg, cluster, Offload.none)]
+    if cfg.parallel.offload is None and cluster.gpu.name != CPU and not any(row.fits for row in choices):
         with suppress(UserError):  # Muon takes no offload: the rows stay as they are, and `way_out` says what helps
-            found += [reckon(work, layout, cluster) for layout in accepted(cfg, cluster, Offload.cpu)]
-    return sorted(found, key=_order)
+            choices += [reckon(work, layout, cluster) for layout in accepted(cfg, cluster, Offload.cpu)]
+    return sorted(choices, key=_order)
 
 
 def _order(row: Row) -> tuple[Any, ...]:

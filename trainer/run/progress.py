@@ -15,7 +15,7 @@ MUCH = 1.5  # x the work of the steps of the median: the median does not hold fo
 
 
 @dataclass(frozen=True)
-class State:
+class Activity:
     """`since`: time.monotonic at the beginning of the phase, or of the step if that is the phase."""
 
     phase: str
@@ -27,7 +27,7 @@ class Progress:
     """Phase by phase and step by step; swaps one tuple, so that a reader needs no lock."""
 
     def __init__(self) -> None:
-        self.state = State(START, 0, time.monotonic())
+        self.state = Activity(START, 0, time.monotonic())
         self._seconds: deque[float] = deque(maxlen=WINDOW)
         self._own: deque[float] = deque(maxlen=WINDOW)
         self.step_s: float | None = None  # median of the last steps; None before the second
@@ -38,13 +38,13 @@ class Progress:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """The training thread is in `name`; after it, in a step again."""
-        self.state = State(name, self.state.step, time.monotonic())
+        self.state = Activity(name, self.state.step, time.monotonic())
         yield
-        self.state = State(STEP, self.state.step, time.monotonic())
+        self.state = Activity(STEP, self.state.step, time.monotonic())
 
     def start(self, step: int) -> None:
         """The first step after `step` begins: it compiles, and belongs to the phase START."""
-        self.state = State(START, step, time.monotonic())
+        self.state = Activity(START, step, time.monotonic())
 
     def touch(self) -> None:
         """The same phase goes on, and makes progress."""
@@ -68,7 +68,7 @@ class Progress:
         if before.phase == STEP:
             self._seconds.append(now - before.since)
             self.step_s = statistics.median(self._seconds)
-        self.state = State(STEP, step, now)
+        self.state = Activity(STEP, step, now)
 
     def own(self, seconds: float | None) -> None:
         """Add this rank's own part of the present step: its waiting for data, and its work."""
@@ -77,4 +77,4 @@ class Progress:
             self.own_s = statistics.median(self._own)
 
     def end(self) -> None:
-        self.state = State(END, self.state.step, time.monotonic())
+        self.state = Activity(END, self.state.step, time.monotonic())

@@ -51,7 +51,7 @@ class Signals:
         self._over = False
 
     def install(self) -> Signals:
-        """In the main thread. A signal that the parent has switched off, as nohup and `&` do, stays off."""
+        """Catch the signals, in the main thread. One that the parent ignores, as with nohup and `&`, stays ignored."""
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -62,7 +62,7 @@ class Signals:
         return self
 
     def train(self, progress: Progress, stop_s: float) -> None:
-        """From here on a signal waits for the ranks' agreement: `stop_s` seconds beyond the step that is under way."""
+        """Let signals wait for the ranks' agreement from now on: `stop_s` seconds beyond the current step."""
         self._stop_s = stop_s
         self._first = progress.state.step
         self.progress = progress
@@ -72,7 +72,7 @@ class Signals:
         self._over = True
 
     def wishes(self) -> list[float]:
-        """For the ranks' sum: which signals this one got, in the order of CODES."""
+        """For the ranks' sum: 1.0 for each signal that this rank got, in the order of CODES."""
         return [float(number in self.got) for number in CODES]
 
     def _listen(self, pipe: int) -> None:
@@ -116,12 +116,12 @@ OF_THIS_PROCESS = Signals()
 
 
 def agreed(wishes: Sequence[float]) -> signal.Signals | None:
-    """What the ranks' sum of `Signals.wishes` says: to stop because of that signal; None: to go on."""
+    """The signal to stop for, from the ranks' sum of `Signals.wishes`; None: go on."""
     return next((number for number, count in zip(reversed(CODES), reversed(wishes), strict=True) if count), None)
 
 
 def end(code: int, why: str) -> NoReturn:
-    """From a thread, whatever the main thread is in. One write, for the ranks share their stderr."""
+    """End the process from a thread, whatever the main thread does. One write, for the ranks share their stderr."""
     sys.stderr.write(f"error: {why}\n")
     sys.stderr.flush()
     os._exit(code)

@@ -146,7 +146,8 @@ def test_a_slow_network_and_wrong_sums_are_named() -> None:
     assert wrong.state.value == "fail" and "rank 0 (n0)" in wrong.text
 
 
-def test_a_clock_is_off_only_beyond_what_the_measure_can_be_wrong_by() -> None:
+def test_a_clock_is_off_only_beyond_the_error() -> None:
+    """A skew counts only beyond the bound of its error."""
     for skew, error, state in ((0.2, 0.001, "ok"), (-1.5, 0.001, "warn"), (1.5, 0.7, "ok")):
         [found] = measured("clock", [{"2": (skew, error)}, {}, {}, {}])
         assert found.state.value == state

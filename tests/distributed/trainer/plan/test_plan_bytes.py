@@ -77,7 +77,8 @@ def test_every_layout_of_two_ranks_holds_the_planned_bytes() -> None:
     check(2, [*MANY, *tp])
 
 
-def test_between_steps_bf16_takes_16_bytes_a_parameter_and_the_weights() -> None:
+def test_bf16_takes_16_bytes_a_parameter_and_the_weights() -> None:
+    """Between steps: fp32 masters, two moments and the sum of gradients."""
     work, layout = planned({"zero": 1, "micro": 2}, 1)
     states = zero_states(1000, layout, work.element_bytes, False)
     assert (states.weights, states.gradients, states.optimizer) == (2000, 4000, 12000)

@@ -84,7 +84,8 @@ def test_zero_3_splits_weights_too_and_holds_a_billion_gathered() -> None:
     assert (states.gradients, states.optimizer) == pytest.approx((4 * XL_PADDED / 8, 12 * XL_PADDED / 8))
 
 
-def test_activations_of_xl_are_16_elements_of_the_width_for_each_token_and_layer() -> None:
+def test_activations_of_xl_are_16_c_a_token_and_layer() -> None:
+    """A layer keeps 16 elements of the width for each token, and full recompute one."""
     work = Workload.of(config())
     tokens, c = 8 * 1024, 1600
     expected = tokens * (48 * (16 * c * 2 + 4 * 25) + 2 * c * 2)
@@ -303,7 +304,8 @@ def command(*argv: str, code: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_prints_the_issues_keys_and_imports_nothing_heavy() -> None:
+def test_the_command_prints_its_keys_and_imports_nothing_heavy() -> None:
+    """JSON has every promised key, and neither torch, numpy, matplotlib nor DeepSpeed is imported."""
     where = ("cluster.nodes=4", "cluster.gpus_per_node=8", "cluster.gpu=h100_80gb")
     done = command("model=gpt2_xl", *where, TOKENS, "json=true")
     assert done.returncode == 0 and done.stderr == "[]\n", done.stderr

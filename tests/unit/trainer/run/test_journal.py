@@ -59,7 +59,8 @@ def test_line_has_the_promised_keys(tmp_path: Path) -> None:
     ]
 
 
-def test_line_torn_at_any_byte_is_ignored_and_cut_off_by_the_next_writer(tmp_path: Path) -> None:
+def test_a_torn_line_is_ignored_and_cut_off(tmp_path: Path) -> None:
+    """A line torn at any byte is ignored by readers and cut off by the next writer."""
     path = tmp_path / "metrics.jsonl"
     write(path, start(1, 0), loss(1, 1, 3.0), Row(2, 1, 1.5, {"x" * 70_000: 1.0}), loss(3, 1, 2.0))
     whole = path.read_bytes()
@@ -126,7 +127,7 @@ def test_flush_returns_when_all_rows_are_in_the_file(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_a_full_disk_is_an_error_at_the_next_call_and_leaves_a_readable_journal(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_leaves_a_journal(tmp_path: Path) -> None:
     """A limit on the file's size stands for the disk: the kernel writes a part of a line, then refuses."""
     code = (
         "import resource, signal, sys; from pathlib import Path; from tests.unit.trainer.run.test_journal import *\n"
@@ -187,9 +188,8 @@ def test_reading_on_leaves_out_what_a_step_done_again_repeats(tmp_path: Path) ->
         assert [(row.step, row.metrics) for row, _ in NewNumbers(path).rows(ends[i])] == expected[i:]
 
 
-def test_rows_are_made_safe_within_seconds_also_when_nobody_flushes_and_nothing_follows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_fsynced_within_seconds_without_a_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are made safe within seconds, also if nobody flushes and no row follows."""
     path, safe = tmp_path / "metrics.jsonl", []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (real(fd), safe.append(path.stat().st_size)))
@@ -204,7 +204,7 @@ def test_rows_are_made_safe_within_seconds_also_when_nobody_flushes_and_nothing_
     writer.close()
 
 
-def test_superseded_ranges_are_the_steps_that_the_journal_leaves_out(tmp_path: Path) -> None:
+def test_superseded_ranges_are_the_steps_left_out(tmp_path: Path) -> None:
     """Against the reading that counts: a logged step is in a range of its start, or in the run as it counts."""
     draw = random.Random(seeded())
     for turn in range(50):

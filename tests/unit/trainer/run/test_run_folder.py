@@ -39,13 +39,13 @@ def test_it_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[4]).returncode == 0
 
 
-def test_a_folder_that_is_not_there_has_no_checkpoint_and_is_not_made(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_checkpoint_and_is_not_made(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "none")
     assert folder.latest() is None and folder.published() == []
     assert not folder.root.exists()
 
 
-def test_each_start_gets_its_own_generation_even_at_the_same_moment(run: RunFolder) -> None:
+def test_starts_at_the_same_moment_get_their_own_generations(run: RunFolder) -> None:
     with ThreadPoolExecutor(8) as pool:
         taken = list(pool.map(lambda _: RunFolder(run.root).take_generation(), range(24)))
     assert sorted(taken) == list(range(2, 26))
@@ -75,7 +75,7 @@ def test_a_stranded_start_publishes_nothing_over_a_newer_one(run: RunFolder) -> 
     assert run.latest() == kept and len(names(run)) == 2
 
 
-def test_a_checkpoint_is_settled_when_it_is_gone_or_the_pointer_names_it(run: RunFolder) -> None:
+def test_a_checkpoint_is_settled_when_gone_or_pointed_to(run: RunFolder) -> None:
     run.staging(20, 1).mkdir()
     assert not run.settled(20, 1)
     run.staging(20, 1).rename(run.checkpoint(20, 1))
@@ -86,7 +86,8 @@ def test_a_checkpoint_is_settled_when_it_is_gone_or_the_pointer_names_it(run: Ru
     assert run.settled(20, 1) and run.settled(30, 1)
 
 
-def test_what_was_never_published_is_ignored_and_removed_by_the_next_start(run: RunFolder) -> None:
+def test_an_unpublished_checkpoint_is_ignored_then_removed(run: RunFolder) -> None:
+    """A checkpoint that was never published is ignored, and the next start removes it."""
     kept = publish(run, 10, 1)
     run.staging(20, 1).mkdir()
     (run.staging(20, 1) / "weights").write_text("half")
@@ -186,7 +187,8 @@ def test_a_state_of_gigabytes_is_not_read(run: RunFolder) -> None:
         run.state(path.parent)
 
 
-def test_a_state_from_before_there_were_patterns_is_of_a_dense_model(tmp_path: Path) -> None:
+def test_a_state_without_a_pattern_is_of_a_dense_model(tmp_path: Path) -> None:
+    """Checkpoints from before there were patterns are of dense models."""
     old = {"name": "m", "n_layer": 2, "n_head": 2, "n_embd": 4, "n_ctx": 4, "vocab_size": 5, "norm": "pre"}
     (tmp_path / "weights-00000.safetensors").write_bytes(bytes(10_000))
     cfg = model_of(tmp_path, {"model": old})
@@ -198,7 +200,7 @@ def test_a_state_from_before_there_were_patterns_is_of_a_dense_model(tmp_path: P
         model_of(tmp_path, {"model": {**old, "attention": "B", "band": 1.5}})
 
 
-def test_the_same_pattern_written_in_another_way_is_the_same_model(tmp_path: Path) -> None:
+def test_a_pattern_written_in_another_way_is_the_same_model(tmp_path: Path) -> None:
     a, b = (ModelConfig("m", 4, 2, 4, 4, 5, attention=text, band=2) for text in ("DB", "DBDB"))
     check_model(tmp_path, a, b)
     c = ModelConfig("m", 4, 2, 4, 4, 5, attention="BD", band=2)

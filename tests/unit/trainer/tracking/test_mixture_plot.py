@@ -85,7 +85,7 @@ def test_a_new_plan_replaces_the_picture_and_one_source_has_none(tmp_path: Path)
 
 
 @pytest.mark.parametrize("how", ["not installed", "broken"])
-def test_without_matplotlib_training_goes_on_and_one_line_says_why(tmp_path: Path, how: str) -> None:
+def test_without_matplotlib_one_line_says_why(tmp_path: Path, how: str) -> None:
     """`not installed`: nothing on the path; `broken`: a package of this name that raises when it is imported."""
     broken = tmp_path / "broken"
     (broken / "matplotlib").mkdir(parents=True)

@@ -148,7 +148,8 @@ def test_a_start_tells_its_generation_and_its_system_once_a_step(tmp_path: Path)
     assert [path.name for path in sorted(folder.environments.iterdir())] == ["0001.json", "0003.json"]
 
 
-def test_the_code_version_is_of_what_runs_here_and_says_where_another_was_submitted(tmp_path: Path) -> None:
+def test_the_code_version_names_the_submission_that_differs(tmp_path: Path) -> None:
+    """The code version is of the code that runs; a submission of other code is named beside it."""
     folder, (version, patch) = RunFolder(tmp_path), code_version()
     here = {k: v for k, v in version.items() if k not in ("packages", "python")}
     assert code_of(folder) == here
@@ -184,7 +185,8 @@ def test_sync_refuses_what_is_no_run_and_one_that_is_being_sent(tmp_path: Path) 
     assert ShippingLock(tmp_path).take()
 
 
-def test_another_address_starts_from_nothing_and_keeps_the_runs_tag_and_end(tmp_path: Path) -> None:
+def test_another_server_starts_from_nothing(tmp_path: Path) -> None:
+    """It keeps the run's tag and its last status."""
     state = TrackingState(tmp_path, "http://a", "gradus")
     state.change(run_id="r", offset=77, status="FINISHED", described=True)
     assert TrackingState(tmp_path, "http://a", "gradus").sent.offset == 77
@@ -206,7 +208,8 @@ def test_a_tracking_that_cannot_be_is_one_line(override: str, line: str) -> None
     assert str(caught.value).startswith(line)
 
 
-def test_a_model_that_no_registry_can_hold_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_model_that_no_registry_can_hold_is_refused(tmp_path: Path) -> None:
+    """Before training."""
     cfg = config(tmp_path, "model.attention=DB", "model.band=4", "tracking.register=mine")
     with pytest.raises(UserError, match=r"tracking.register=mine, but a model of model.attention=DB"):
         check_registry(cfg.tracking, cfg.model)
@@ -214,9 +217,7 @@ def test_a_model_that_no_registry_can_hold_is_refused_before_training(tmp_path: 
         config(tmp_path, "tracking=none", "tracking.register=mine")
 
 
-def test_what_a_gpu_tells_becomes_numbers_and_what_it_keeps_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fields_of_nvidia_smi_become_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program of that name stands for the driver's: the second GPU is a MIG slice, which tells no utilisation."""
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\nprintf '0, 87, 70123, 512.25, 61\\n1, [N/A], 12, [Not Supported], 40\\n'\n")
