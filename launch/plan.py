@@ -50,7 +50,7 @@ def plan(cfg: PlanConfig) -> None:
         if cfg.plot is not None:
             print(f"drawn: {cfg.plot}")
     if not choices[0].fits:
-        raise UserError(way_out(choices[0], cfg, cluster))
+        raise UserError(way_out(choices[0], Workload.of(cfg), cfg.parallel, cfg.micro_batch_size, cluster))
 
 
 def parts_of(cfg: PlanConfig) -> list[Part]:

@@ -45,9 +45,10 @@ def preflight(cfg: PretrainConfig, cluster: ClusterConfig) -> tuple[PretrainConf
     lines += [checked.chosen] if checked.chosen else []
     if cluster.gpu == CPU:
         return cfg, [*lines, f"  {ranks} ranks on CPUs, for which nothing is planned: memory and time are not checked"]
+    work = Workload.of(checked.cfg)
     (row,) = rows(checked.cfg, machines)  # with what the ranks will choose, nothing is open
     if not row.fits:
-        raise UserError(way_out(row, checked.cfg, machines))
+        raise UserError(way_out(row, work, checked.cfg.parallel, checked.cfg.micro_batch_size, machines))
     parts = course(
         cfg.data,
         n_ctx=cfg.model.n_ctx,
@@ -55,7 +56,7 @@ def preflight(cfg: PretrainConfig, cluster: ClusterConfig) -> tuple[PretrainConf
         ramp=cfg.batch_ramp,
         max_steps=cfg.max_steps,
     )
-    left_s = seconds(Workload.of(checked.cfg), row.layout, machines, parts) * (1 - step / cfg.max_steps)
+    left_s = seconds(work, row.layout, machines, parts) * (1 - step / cfg.max_steps)
     stated = "" if cluster.price_per_gpu_hour is not None else ", at a price that is assumed"
     guess = " (links simulated)" if simulated(machines) else ""
     lines.append(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,10 +96,19 @@ def rows(cfg: PretrainConfig, cluster: Cluster) -> list[Row]:
     """
     check_precision(cfg.precision, cluster.gpu)
     work = Workload.of(cfg)
-    choices = [reckon(work, layout, cluster) for layout in accepted(cfg, cluster, Offload.none)]
+
+    def check(layout: Layout) -> None:
+        check_layout(replace(cfg, **layout.settings(cfg.parallel)), cluster.world_size)
+
+    def reckoned(offload: Offload) -> list[Row]:
+        windows = cfg.tokens_per_step // cfg.model.n_ctx
+        layouts = candidates(cfg.parallel, cfg.micro_batch_size, windows, cluster, offload)
+        return [reckon(work, layout, cluster) for layout in accepted(layouts, check, cfg.parallel.tp, cluster)]
+
+    choices = reckoned(Offload.none)
     if cfg.parallel.offload is None and cluster.gpu.name != CPU and not any(row.fits for row in choices):
         with suppress(UserError):  # Muon takes no offload: the rows stay as they are, and `way_out` says what helps
-            choices += [reckon(work, layout, cluster) for layout in accepted(cfg, cluster, Offload.cpu)]
+            choices += reckoned(Offload.cpu)
     return sorted(choices, key=_order)
 
 
@@ -109,24 +118,25 @@ def _order(row: Row) -> tuple[Any, ...]:
     return (not row.fits, -row.tokens_per_s if row.fits else row.missing_gib, *simplest)
 
 
-def accepted(cfg: PretrainConfig, cluster: Cluster, offload: Offload) -> list[Layout]:
-    """The candidates that check_layout accepts. Raises UserError with the first one's reason if it accepts none."""
+def accepted(
+    layouts: Iterable[Layout], check: Callable[[Layout], None], tp: int | None, cluster: Cluster
+) -> list[Layout]:
+    """The layouts that `check` accepts. Raises UserError with the first one's reason if it accepts none."""
     refused: UserError | None = None
-    layouts = []
-    windows = cfg.tokens_per_step // cfg.model.n_ctx
-    for layout in candidates(cfg.parallel, cfg.micro_batch_size, windows, cluster, offload):
+    kept = []
+    for layout in layouts:
         try:
-            check_layout(replace(cfg, **layout.settings(cfg.parallel)), cluster.world_size)
+            check(layout)
         except UserError as e:
             refused = refused or e
         else:
-            layouts.append(layout)
-    if not layouts:
+            kept.append(layout)
+    if not kept:
         raise refused or UserError(
-            f"parallel.tp={cfg.parallel.tp} does not divide the {cluster.gpus_per_node} GPUs of a node: tp ranks share "
+            f"parallel.tp={tp} does not divide the {cluster.gpus_per_node} GPUs of a node: tp ranks share "
             "a node; give parallel.tp that divides them, or null"
         )
-    return layouts
+    return kept
 
 
 def candidates(
@@ -152,17 +162,17 @@ def micro_batches(windows: int) -> list[int]:
     return [n for n in range(1, min(windows, MAX_MICRO) + 1) if windows % n == 0] or [1]
 
 
-def way_out(row: Row, cfg: PretrainConfig, cluster: Cluster) -> str:
+def way_out(row: Row, work: Workload, pinned: ParallelConfig, micro_batch_size: int | str, cluster: Cluster) -> str:
     """One line for the nearest layout, which does not fit: the missing memory and the settings that would save some."""
     parts = row.memory.gib()
     parts.pop("host")
     total = parts.pop("total")
     largest = max(parts, key=lambda name: parts[name])
-    knobs = _pinned_knobs(row.layout, Workload.of(cfg), cfg.parallel, cfg.micro_batch_size, cluster)
+    knobs = _pinned_knobs(row.layout, work, pinned, micro_batch_size, cluster)
     knobs += ["more GPUs", "GPUs with more memory", "a smaller model.n_ctx"]
     return (
-        f"{cfg.model.name} does not fit on {cluster.world_size} x {cluster.gpu.name} ({row.room_gib:.1f} GiB to fill): "
-        f"the nearest layout ({row.layout}) takes {total:.1f} GiB a rank, {row.missing_gib:.1f} too many, most of it "
+        f"{work.model.name} does not fit on {cluster.world_size} x {cluster.gpu.name} ({row.room_gib:.1f} GiB to fill)"
+        f": the nearest layout ({row.layout}) takes {total:.1f} GiB a rank, {row.missing_gib:.1f} too many, most of it "
         f"{largest} ({parts[largest]:.1f}); what helps: {', '.join(knobs)}"
     )
 
@@ -208,7 +218,7 @@ def settle(cfg: PretrainConfig, world: World) -> tuple[PretrainConfig, str]:
     cluster = cluster_of(cfg.gpu, world)
     best = rows(cfg, cluster)[0]
     if not best.fits:
-        raise UserError(way_out(best, cfg, cluster))
+        raise UserError(way_out(best, Workload.of(cfg), cfg.parallel, cfg.micro_batch_size, cluster))
     return replace(cfg, **best.layout.settings(cfg.parallel)), (
         f"the plan's choice for {cluster.world_size} x {cluster.gpu.name}: {best.layout} "
         f"({best.memory.total / GIB:.1f} of {best.room_gib:.1f} GiB a rank, about {best.tokens_per_s:,.0f} tokens/s)"

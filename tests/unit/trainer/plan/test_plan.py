@@ -419,7 +419,7 @@ def test_the_way_out_names_no_knob_that_was_turned_in_vain() -> None:
     ):
         cfg = config(*words)
         best = rows(cfg, small)[0]
-        helps = way_out(best, cfg, small).partition("what helps: ")[2]
+        helps = way_out(best, Workload.of(cfg), cfg.parallel, cfg.micro_batch_size, small).partition("what helps: ")[2]
         assert not best.fits and "more GPUs" in helps
         assert all(word in helps for word in named) and not any(word in helps for word in not_named), helps
 
