@@ -1,6 +1,6 @@
-"""ZeRO-1 in bf16: DeepSpeed's BF16_Optimizer, with what it does for each parameter done once for each group.
+"""ZeRO-1 in bf16: DeepSpeed's BF16_Optimizer, with its work for each parameter done once for each group.
 
-Its buffers, partitions and hooks into DeepSpeed's engine stay as they are; what is replaced is the work between a
+Its buffers, partitions and hooks into DeepSpeed's engine stay as they are. Replaced is the work between a
 backward and the update, which for GPT-2 XL's 580 parameters was some 3,500 launches and 18 passes over the gradients
 (docs/benchmarks/engine_work.md). Here one step is: gradients into the fp32 buffer, by copy for the first micro step and
 by addition for the others; one reduce-scatter a group; one norm; clipping inside of fused AdamW; one cast a group.
@@ -28,8 +28,8 @@ class FlatBF16(BF16_Optimizer):
     """A BF16_Optimizer that `flatten` has taken over. Gradients are summed over dp, not averaged."""
 
     mesh: Mesh
-    into: list[list[Tensor]]  # by group: where each parameter's gradient is accumulated, in its shape
-    counted: list[Tensor]  # what of this rank's gradients counts in the global norm: each element on one rank
+    into: list[list[Tensor]]  # by group: the buffer of each parameter's accumulated gradient, in its shape
+    counted: list[Tensor]  # the gradients of this rank that count in the global norm: each element on one rank
     accumulated: bool  # the buffer holds gradients of this step
 
     def backward_prologue(self) -> None:
@@ -78,12 +78,13 @@ class FlatBF16(BF16_Optimizer):
 
 
 def flatten(engine: Any, mesh: Mesh) -> bool:
-    """Take over a DeepSpeed engine's optimizer where it is a BF16_Optimizer; says whether it was one."""
+    """Take over a DeepSpeed engine's optimizer if it is a BF16_Optimizer; returns True if it is one."""
     zero = engine.optimizer
     if type(zero) is not BF16_Optimizer:
         return False
     zero.__class__ = FlatBF16
-    zero.mesh, zero.accumulated = mesh, False
+    zero.mesh = mesh
+    zero.accumulated = False
     zero.into = [
         [flat.view(p.shape) for flat, p in zip(flats, group, strict=True)]
         for flats, group in zip(zero.fp32_groups_gradients, zero.bf16_groups, strict=True)
@@ -97,15 +98,15 @@ def flatten(engine: Any, mesh: Mesh) -> bool:
 
 
 def _split_parts(zero: Any) -> list[Tensor]:
-    """Of this rank's partitions, what no other tp rank holds: without the replicated parameters."""
-    found = []
-    for i, group in enumerate(zero.bf16_groups):
-        for p in group:
-            if p._hp_mapping is not None and getattr(p, "tensor_model_parallel", False):
-                where = p._hp_mapping.hp_fragment_address
-                part = zero.fp32_groups_gradient_flat_partition[i]
-                found.append(part.narrow(0, where.start, where.numel))
-    return found or [zero.fp32_groups_gradient_flat_partition[0][:0]]
+    """The fragments of this rank's partitions that no other tp rank holds: without the replicated parameters."""
+    partitions = zero.fp32_groups_gradient_flat_partition
+    fragments = [
+        flat.narrow(0, p._hp_mapping.hp_fragment_address.start, p._hp_mapping.hp_fragment_address.numel)
+        for flat, group in zip(partitions, zero.bf16_groups, strict=True)
+        for p in group
+        if p._hp_mapping is not None and getattr(p, "tensor_model_parallel", False)
+    ]
+    return fragments or [partitions[0][:0]]
 
 
 def vector_norm(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """torch.compile of a GPT at tp = 1: one graph for a block, which all layers of its kind share, and one for the loss.
 
-Compiled as a whole XL would take minutes; a block takes seconds, and runs as fast.
+Compiled as a whole XL takes minutes; a block takes seconds, and runs as fast.
 
 There is one graph for each kind of block, for training and for evaluation, and for each shape of a micro batch (a
 batch ramp and stages of another n_ctx bring new ones): sizes are constants in a graph, which the fastest kernels want.

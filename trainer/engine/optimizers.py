@@ -20,7 +20,7 @@ class GatedAdamW(torch.optim.AdamW):
 
     gate: Callable[[], bool] | None = None
     observe: Callable[[torch.optim.Optimizer], None] | None = None  # called first, with the gradients in place
-    grad_scale: Tensor | None = None  # what gradients are divided by while they are read: clipping without a pass
+    grad_scale: Tensor | None = None  # divides gradients while they are read: clipping without a pass of its own
 
     def step(self, closure: Any = None) -> Any:
         if self.observe is not None:

@@ -35,9 +35,9 @@ def lr_at(
     Raises:
         UserError: warm-up and cooldown that do not fit before `end`.
     """
-    at, after, run_end = step, step + 1, max_steps
+    before, after, run_end = step, step + 1, max_steps
     if schedule.unit is Unit.tokens:
-        at, after, run_end = tokens, tokens + step_tokens, end_tokens
+        before, after, run_end = tokens, tokens + step_tokens, end_tokens
     end = run_end if schedule.end is None else schedule.end
     if schedule.warmup + schedule.cooldown > end:
         raise UserError(
@@ -46,8 +46,8 @@ def lr_at(
         )
     ramp = min(1.0, after / schedule.warmup) if schedule.warmup else 1.0
     decay_from = end - schedule.cooldown if schedule.kind is ScheduleKind.wsd else schedule.warmup
-    if at < decay_from or schedule.kind is ScheduleKind.constant:
+    if before < decay_from or schedule.kind is ScheduleKind.constant:
         return lr * ramp
-    progress = (at - decay_from) / (end - decay_from) if at < end else 1.0
+    progress = (before - decay_from) / (end - decay_from) if before < end else 1.0
     left = (1 + math.cos(math.pi * progress)) / 2 if schedule.kind is ScheduleKind.cosine else 1 - progress
     return lr * ramp * (schedule.floor + (1 - schedule.floor) * left)

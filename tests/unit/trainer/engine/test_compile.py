@@ -193,7 +193,7 @@ def test_selective_makes_no_matrix_product_again(norm: Norm, dropout: float, mes
 @pytest.mark.slow
 @NORMS
 def test_a_compiled_block_keeps_as_little(norm: Norm, mesh: Mesh) -> None:
-    """Guards the private name in compiled.py. The backend partitions a graph as inductor does."""
+    """Guards the private name in compile.py. The backend partitions a graph as inductor does."""
     given, kept = batch(2, T), {}
     for recompute in (Recompute.none, Recompute.selective):
         each = []
