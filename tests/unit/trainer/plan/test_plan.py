@@ -174,7 +174,7 @@ def test_collectives_send_what_a_ring_sends() -> None:
 
 
 def test_an_update_moves_the_bytes_of_its_engine() -> None:
-    """bf16 ZeRO-1 is bf16_optimizer.py: 8 bytes a parameter, 12 in later ones, 38 on a rank's part; fp32 is DeepSpeed's."""
+    """bf16_optimizer.py: 8 bytes a parameter, 12 in later micro steps, 38 on a rank's part; fp32 is DeepSpeed's."""
     rate = 0.8 * H100.hbm_gb_s * 1e9
     for micro_steps, dp, precision, expected in (
         (1, 1, "bf16", 8 + 38),
