@@ -146,18 +146,16 @@ def test_muon_resumes_exactly(precision: str, zero: int, two: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(("precision", "zero"), CASES)
-def test_a_gradient_that_is_nan_or_not_accepted_changes_no_momentum(
-    precision: str, zero: int, two: dict[str, Any]
-) -> None:
+def test_a_refused_step_changes_no_momentum(precision: str, zero: int, two: dict[str, Any]) -> None:
+    """A gradient that is nan, and one that is finite and not accepted."""
     veto = two[f"{precision} zero{zero}"]["veto"]
     assert "the gradient norm is" in veto["error"] and veto["changed"] == [] and veto["owned"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "zero"), [("fp32", 1)])
-def test_a_checkpoint_of_muon_loads_on_another_stage_and_another_dp(
-    precision: str, zero: int, two: dict[str, Any]
-) -> None:
+def test_a_muon_checkpoint_loads_on_other_layouts(precision: str, zero: int, two: dict[str, Any]) -> None:
+    """On another stage and another dp."""
     want = two["plain"][AT:]
     assert_same_curve(two["zero1 -> zero3"], want, TOLERANCE)
     path = two[f"{precision} zero{zero}"]["path"]

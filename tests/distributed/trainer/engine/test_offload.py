@@ -92,9 +92,8 @@ def test_offload_and_no_offload_load_each_other(precision: str, zero: int, two: 
     assert_same_curve_of(AT, got["from no offload"], got["without"][AT:], rounding)
 
 
-def test_a_gradient_that_is_nan_or_not_accepted_changes_nothing_under_offload(
-    precision: str, zero: int, two: dict[str, Any]
-) -> None:
+def test_a_refused_step_changes_nothing_under_offload(precision: str, zero: int, two: dict[str, Any]) -> None:
+    """A gradient that is nan, and one that is finite and not accepted."""
     veto = two[f"{precision} zero{zero}"]["veto"]
     assert "the gradient norm is" in veto["error"] and veto["changed"] == [] and veto["owned"] > 0
 

@@ -342,9 +342,8 @@ def test_recompute_changes_no_bit(zero: int, recompute: str, two: Curves) -> Non
 
 @pytest.mark.parametrize("zero", ZERO)
 @pytest.mark.parametrize("split", [False, True])
-def test_tensor_parallel_with_an_odd_head_count_equals_plain_torch(
-    split: bool, zero: int, one: Curves, two: Curves
-) -> None:
+def test_tensor_parallel_equals_plain_torch(split: bool, zero: int, one: Curves, two: Curves) -> None:
+    """With a number of heads that tp does not divide."""
     assert_same_curve(two[f"tp2 split={split} zero{zero}"], one["plain"])
     assert two[f"tp2 split={split} zero{zero} replicas differ"] == 0.0
 
@@ -356,18 +355,15 @@ def test_data_and_tensor_parallel_together_equal_plain_torch(one: Curves, four: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
-def test_data_and_tensor_parallel_together_equal_plain_torch_at_higher_stages(
-    zero: int, one: Curves, four_more: Curves
-) -> None:
+def test_dp_and_tp_equal_plain_torch_at_higher_stages(zero: int, one: Curves, four_more: Curves) -> None:
     assert_same_curve(four_more[f"dp2 tp2 zero{zero}"], one["plain"])
     assert four_more[f"dp2 tp2 zero{zero} replicas differ"] == 0.0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ZERO)
-def test_four_data_parallel_ranks_that_do_not_divide_the_parameters_equal_plain_torch(
-    zero: int, one: Curves, four_more: Curves
-) -> None:
+def test_four_dp_ranks_equal_plain_torch(zero: int, one: Curves, four_more: Curves) -> None:
+    """Four ranks, which do not divide most parameters."""
     assert_same_curve(four_more[f"dp4 zero{zero}"], one["plain"])
 
 
@@ -380,16 +376,16 @@ def test_bf16_stays_within_its_own_rounding_of_fp32(case: str, one: Curves, two:
 
 
 @pytest.mark.slow
-def test_bf16_with_data_and_tensor_parallelism_stays_within_its_own_rounding_of_fp32(
-    one: Curves, four_more: Curves
-) -> None:
+def test_bf16_dp_and_tp_stay_within_rounding(one: Curves, four_more: Curves) -> None:
+    """bf16 with data and tensor parallelism stays within its own rounding of fp32."""
     got, want = torch.tensor(four_more["dp2 tp2 bf16"]), torch.tensor(one["plain"])
     loss, norm = ((got - want).abs() / want).amax(0).tolist()
     assert 0 < loss < 5e-3 and norm < 5e-2, f"losses differ by {loss}, gradient norms by {norm} of their size"
 
 
 @pytest.mark.parametrize("zero", ZERO)
-def test_steps_of_any_number_and_size_of_micro_batches_of_documents_equal_plain_torch(zero: int, two: Curves) -> None:
+def test_steps_of_any_shape_equal_plain_torch(zero: int, two: Curves) -> None:
+    """Any number and size of micro batches, of documents in segments."""
     got = two[f"fp32 zero{zero} ramp"]
     assert_same_curve(got["engine"], got["plain"])
     assert {name: e for name, e in got["weights"].items() if not e <= TOLERANCE} == {}
@@ -400,7 +396,8 @@ def test_steps_of_any_number_and_size_of_micro_batches_of_documents_equal_plain_
 
 
 @pytest.mark.parametrize("zero", ZERO)
-def test_steps_of_any_number_and_size_of_micro_batches_in_bf16_stay_within_its_rounding(zero: int, two: Curves) -> None:
+def test_steps_of_any_shape_in_bf16(zero: int, two: Curves) -> None:
+    """Any number and size of micro batches stays within bf16's rounding of fp32."""
     got, fp32 = two[f"bf16 zero{zero} ramp"], two[f"fp32 zero{zero} ramp"]
     ours, want = torch.tensor(got["engine"]), torch.tensor(fp32["engine"])
     loss, norm = ((ours - want).abs() / want).amax(0).tolist()
@@ -409,7 +406,8 @@ def test_steps_of_any_number_and_size_of_micro_batches_in_bf16_stay_within_its_r
 
 @pytest.mark.parametrize("zero", ZERO)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_nan_gradient_and_one_that_is_not_accepted_change_nothing(precision: str, zero: int, two: Curves) -> None:
+def test_a_refused_step_changes_nothing(precision: str, zero: int, two: Curves) -> None:
+    """A gradient that is nan, and one that is finite and not accepted."""
     got = two[f"{precision} zero{zero} veto"]
     assert got["error"] in {f"the gradient norm is {norm}: this step's update is not made" for norm in ("inf", "nan")}
     assert got["changed"] == [] and got["owned"] > 0
@@ -428,9 +426,8 @@ def test_a_nan_gradient_and_one_that_is_not_accepted_change_nothing(precision: s
         ("bf16 zero3 veto", "DeepSpeedZeroOptimizer_Stage3"),
     ],
 )
-def test_deepspeed_still_has_the_wrapper_and_the_private_norm_that_the_gate_reads(
-    case: str, wrapper: str, two: Curves
-) -> None:
+def test_deepspeed_still_has_the_norm_the_gate_reads(case: str, wrapper: str, two: Curves) -> None:
+    """DeepSpeed still has the wrapper and the private norm that the gate reads."""
     got = two[case]
     assert got["wrapper"] == wrapper, "DeepSpeed picks another wrapper: review engine.py and fragments.py"
     assert got["has norm"], (

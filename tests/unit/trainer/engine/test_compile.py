@@ -73,7 +73,8 @@ class Graphs:
 
 @RECOMPUTES
 @NORMS
-def test_all_layers_share_one_graph_that_computes_what_eager_does(norm: Norm, recompute: Recompute, mesh: Mesh) -> None:
+def test_all_layers_share_one_graph(norm: Norm, recompute: Recompute, mesh: Mesh) -> None:
+    """All layers share one graph, which computes what eager does."""
     cfg, given = replace(CFG, norm=norm, dropout=0.1), batch()
     eager = step(build(mesh, cfg, recompute), mesh, *given)
     model, graphs = build(mesh, cfg, recompute), Graphs()
@@ -85,7 +86,8 @@ def test_all_layers_share_one_graph_that_computes_what_eager_does(norm: Norm, re
 
 
 @pytest.mark.slow
-def test_evaluation_and_each_new_shape_take_two_graphs_more_and_generation_none(mesh: Mesh) -> None:
+def test_graphs_of_evaluation_shapes_and_generation(mesh: Mesh) -> None:
+    """Evaluation and each new shape take two graphs more, generation none."""
     model, graphs = build(mesh, replace(CFG, n_layer=1)), Graphs("eager")
     compile_model(model, graphs)
     shapes = [(1, 24), *((rows, 16) for rows in range(1, 9))]  # more than torch's own limit of 8
@@ -122,7 +124,8 @@ def test_compiled_blocks_train_under_zero_as_without_compiling(
 @pytest.mark.slow
 @COMPILER
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_inductor_gives_the_same_bits_twice_and_eagers_numbers_without_dropout(dropout: float, mesh: Mesh) -> None:
+def test_inductor_gives_the_same_bits_twice(dropout: float, mesh: Mesh) -> None:
+    """And eager's numbers if there is no dropout."""
     cfg, given = replace(CFG, dropout=dropout), batch()
     eager, found = step(build(mesh, cfg), mesh, *given), []
     for _ in range(2):  # another start of the run: nothing is remembered but the seed
@@ -165,7 +168,7 @@ def bytes_of_a_layer(mesh: Mesh, cfg: ModelConfig, recompute: Recompute) -> floa
 
 
 @NORMS
-def test_selective_keeps_all_but_what_layer_norms_and_gelus_put_out(norm: Norm, mesh: Mesh) -> None:
+def test_selective_keeps_all_but_norms_and_gelus(norm: Norm, mesh: Mesh) -> None:
     """Two bytes a number. None: input, LayerNorm's output, q, k, v, attention's output, residual, LayerNorm's output,
     4 C of c_fc and 4 C of GELU = 16 C; beside them a few numbers a token of the norms and the softmax."""
     kept = {r: bytes_of_a_layer(mesh, replace(CFG, norm=norm), r) for r in Recompute}

@@ -30,7 +30,8 @@ def curve(schedule: ScheduleConfig, max_steps: int = 100, tokens_per_step: int =
 
 
 @pytest.mark.parametrize("kind", [ScheduleKind.cosine, ScheduleKind.linear, ScheduleKind.constant])
-def test_warmup_is_a_straight_line_to_the_peak_and_wastes_no_update(kind: ScheduleKind) -> None:
+def test_warmup_is_a_straight_line_to_the_peak(kind: ScheduleKind) -> None:
+    """And wastes no update: the first rate is above 0."""
     got = curve(ScheduleConfig(kind, warmup=10))
     assert got[:10] == pytest.approx([PEAK * (s + 1) / 10 for s in range(10)])
     assert max(got) == got[9] == PEAK
@@ -49,7 +50,8 @@ def test_linear_is_a_straight_line_to_the_floor() -> None:
 
 
 @pytest.mark.parametrize("kind", [ScheduleKind.cosine, ScheduleKind.linear])
-def test_the_last_update_is_not_wasted_and_the_rate_after_the_end_is_the_floor(kind: ScheduleKind) -> None:
+def test_the_last_update_is_not_wasted(kind: ScheduleKind) -> None:
+    """Its rate is above the floor, and the rate after the end is the floor."""
     got = curve(ScheduleConfig(kind, end=50, floor=0.0))
     assert got[49] > 0
     assert got[50:] == [0.0] * 50
@@ -75,7 +77,8 @@ def test_tokens_and_steps_are_the_same_schedule(kind: ScheduleKind, cooldown: in
     assert by_tokens == pytest.approx(by_steps)
 
 
-def test_the_end_of_the_run_is_the_end_of_the_decay_in_either_unit() -> None:
+def test_the_run_ends_where_the_decay_ends() -> None:
+    """In steps as in tokens."""
     assert curve(ScheduleConfig(ScheduleKind.linear, unit=Unit.tokens)) == pytest.approx(
         curve(ScheduleConfig(ScheduleKind.linear, unit=Unit.tokens, end=1000))
     )
