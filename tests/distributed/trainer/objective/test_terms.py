@@ -106,4 +106,5 @@ def test_a_term_that_counts_nothing_adds_zero(layout: str, two: dict[str, Any]) 
 
 
 def test_a_count_that_is_nan_refuses_the_step(two: dict[str, Any]) -> None:
-    assert two["nan"] == "the gradient norm is nan: this step's update is not made"
+    """DeepSpeed's wrappers report it as inf or as nan."""
+    assert two["nan"] in {f"the gradient norm is {norm}: this step's update is not made" for norm in ("inf", "nan")}
