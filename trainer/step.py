@@ -31,7 +31,8 @@ class Outcome:
 
     `loss`: the objective, by its weights over `terms`, each a mean over all ranks (nats per token for a language
     model); NaN if nothing counts. `grad_norm`: global, before clipping. `vote`: the sum of all ranks' votes; if
-    `vote.failed`, no weight has changed. `error`: why this rank had no batches.
+    `vote.failed`, no weight has changed. `error`: why this rank had no batches. `part_norms`: of each trunk and head,
+    empty for a single trunk.
     """
 
     loss: float
@@ -40,6 +41,7 @@ class Outcome:
     lr: float
     vote: Vote
     error: UserError | None
+    part_norms: dict[str, float]
 
 
 @dataclass
@@ -98,7 +100,7 @@ class Stepper:
         loss, terms, vote = read()
         if not vote.same_kinds(ranks):
             raise RuntimeError(f"step {step}: the feed gives ranks micro batches of other kinds or numbers")
-        return Outcome(loss, terms, grad_norm, lr, vote, error)
+        return Outcome(loss, terms, grad_norm, lr, vote, error, engine.part_norms)
 
     def _vote(self, wishes: Vote, batches: Sequence[AnyBatch], error: UserError | None) -> Vote:
         counts = tuple(0.0 for _ in self.engine.objective.terms)

@@ -61,6 +61,7 @@ def step_row(
         **({f"train/loss/{name}": x for name, x in outcome.terms.items()} if len(outcome.terms) > 1 else {}),
         "optim/lr": outcome.lr,
         "optim/grad_norm": outcome.grad_norm,
+        **{f"optim/grad_norm/{name}": norm for name, norm in outcome.part_norms.items()},
         **({"speed/tokens_per_s": speed.work_per_s, "speed/mfu": speed.mfu} if fixed else {}),
         **({} if fixed else {"speed/examples_per_s": speed.work_per_s}),
         "speed/loader_wait": speed.wait_share,
