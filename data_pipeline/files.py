@@ -158,12 +158,12 @@ def _object(schema: Any, extra: bool, given: tuple[str, ...] = ()) -> Callable[.
 def _items(kind: type, hint: Any, extra: bool) -> Callable[[Any], Any]:
     """Reads a list. Millions of plain items are checked together, and one by one only to name the bad one."""
     plain, bounds = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
-    together = plain in (int, str, bool) and all(type(bound) is range for bound in bounds)
+    checked_at_once = plain in (int, str, bool) and all(type(bound) is range for bound in bounds)
     item = _reader(hint, extra)
 
     def read(value: Any) -> Any:
         values = value if type(value) is tuple else _typed(list, value)  # a body that is still in memory has tuples
-        uniform = together and set(map(type, values)) == {plain}
+        uniform = checked_at_once and set(map(type, values)) == {plain}
         if uniform and all(min(values) in bound and max(values) in bound for bound in bounds):
             return kind(values)
         return kind(_below(f"[{i}]", item, value) for i, value in enumerate(values))

@@ -16,11 +16,13 @@ from pathlib import Path
 from conf.errors import UserError
 from conf.frozen import literal
 from conf.schema import load, run
+from data_pipeline.config import DataConfig
 from launch.checks import folder, hosts, packages, services, slurm
 from launch.checks.nodes import examine_nodes
 from launch.checks.run_checks import checkpoint_bytes, trainable
 from launch.checks.runner import Check, run_checks
 from launch.config import DoctorConfig
+from launch.preflight import preflight
 from launch.ssh.launcher import hosts_of, needed_programs
 from trainer.config.pretrain import PretrainConfig
 from trainer.config.tracking import TrackerName, TrackingConfig
@@ -43,9 +45,27 @@ def look(cfg: DoctorConfig, command: list[str] | None) -> list[CheckResult]:
             raise UserError("node=true looks at nodes, not at a run: leave out -- and what follows it")
         return examine_nodes(cfg, ROOT)
     run_dir = Path(cfg.run.dir).absolute()
-    train = None if command is None else pretrain_config(cfg, command, run_dir)
-    tracked = train.tracking.name is TrackerName.mlflow if train else cfg.tracking.uri is not None
-    return run_checks([*machine_checks(tracked), *cluster_checks(cfg), *run_checks_of(cfg, train, run_dir)])
+    if command is None:
+        checks = [*machine_checks(cfg.tracking.uri is not None), *cluster_checks(cfg)]
+        checks.append(folder_check(run_dir, None, cfg.cluster.nodes))
+        if cfg.tracking.uri is not None:
+            checks.append(tracking_check(TrackingConfig(TrackerName.mlflow, cfg.tracking.uri), run_dir))
+        if cfg.data.path is not None:
+            named = load(PretrainConfig, [f"data.path={literal(cfg.data.path)}", "max_steps=1"])
+            checks.append(data_check(named.data))
+        return run_checks(checks)
+    train = pretrain_config(cfg, command, run_dir)
+    trained = one(partial(trainable, partial(preflight, train, cfg.cluster)))
+    return run_checks(
+        [
+            *machine_checks(train.tracking.name is TrackerName.mlflow),
+            *cluster_checks(cfg),
+            folder_check(run_dir, checkpoint_bytes(train.model, train.checkpoint), cfg.cluster.nodes),
+            tracking_check(train.tracking, run_dir),
+            data_check(train.data),
+            Check("run", trained, DATA_S, "look at data.path and run.dir"),
+        ]
+    )
 
 
 def pretrain_config(cfg: DoctorConfig, command: list[str], run_dir: Path) -> PretrainConfig:
@@ -92,22 +112,16 @@ def cluster_checks(cfg: DoctorConfig) -> list[Check]:
     return checks
 
 
-def run_checks_of(cfg: DoctorConfig, train: PretrainConfig | None, run_dir: Path) -> list[Check]:
-    needed = checkpoint_bytes(train.model, train.checkpoint) if train else None
-    checks = [Check("run.dir", partial(folder.run_folder, run_dir, needed, cfg.cluster.nodes), DISK_S, DISK)]
-    tracking = train.tracking if train else TrackingConfig(TrackerName.mlflow, cfg.tracking.uri)
-    if train or cfg.tracking.uri is not None:
-        checks.append(Check("tracking", one(partial(services.tracking, tracking, run_dir)), SERVICE_S))
-    data = train.data if train else None
-    if cfg.data.path is not None:
-        data = load(PretrainConfig, [f"data.path={literal(cfg.data.path)}", "max_steps=1"]).data
-    if data is not None:
-        checks.append(Check("data", partial(services.data, data), DATA_S, "look at data.path: its place hangs"))
-    if train is not None:
-        checks.append(
-            Check("run", one(partial(trainable, train, cfg.cluster)), DATA_S, "look at data.path and run.dir")
-        )
-    return checks
+def folder_check(run_dir: Path, needed: int | None, nodes: int) -> Check:
+    return Check("run.dir", partial(folder.run_folder, run_dir, needed, nodes), DISK_S, DISK)
+
+
+def tracking_check(tracking: TrackingConfig, run_dir: Path) -> Check:
+    return Check("tracking", one(partial(services.tracking, tracking, run_dir)), SERVICE_S)
+
+
+def data_check(data: DataConfig) -> Check:
+    return Check("data", partial(services.data, data), DATA_S, "look at data.path: its place hangs")
 
 
 def one(function: Callable[[], CheckResult]) -> Callable[[], Iterable[CheckResult]]:

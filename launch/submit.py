@@ -61,7 +61,7 @@ def submit(cfg: SubmitConfig, overrides: list[str], argv: list[str]) -> int:
     print("\n".join(said), flush=True)
     submissions = RunFolder(run_dir).submissions
     made = [path for path in (submissions, *submissions.parents) if not path.exists()]
-    job = write(cfg, run_dir, runs, argv)
+    job = write(cfg, run_dir, [freeze(one) for one in runs], [Path(one.run.dir) for one in runs], argv)
     try:
         commands = prepare(job)
     except BaseException:  # a refusal: the folder of what was never started would only confuse
@@ -118,21 +118,21 @@ def elements(cfg: SubmitConfig, run_dir: Path, overrides: list[str]) -> list[tup
     return [(f"{cfg.run.name}-{i}", Path(f"{run_dir}-{i}"), [*overrides, *own]) for i, own in numbered]
 
 
-def write(cfg: SubmitConfig, run_dir: Path, runs: list[PretrainConfig], argv: list[str]) -> Job:
-    """Freeze all that is started into a new folder of the run."""
+def write(cfg: SubmitConfig, run_dir: Path, frozen: list[str], run_dirs: list[Path], argv: list[str]) -> Job:
+    """Write the frozen configs, one for each of `run_dirs`, and the code's version into a new folder of the run."""
     try:
-        texts = [freeze(one).encode() for one in runs]
+        texts = [text.encode() for text in frozen]
         submitted = freeze(cfg).encode()
     except UnicodeEncodeError as e:
         raise UserError(f"a value is no text in UTF-8 ({e.reason}): rename what it names") from None
     version, patch = code_version()
     folder = RunFolder(run_dir).take_submission()
-    names = [f"config-{i}.yaml" for i in range(len(runs))] if cfg.sweep else ["config.yaml"]
+    names = [f"config-{i}.yaml" for i in range(len(texts))] if cfg.sweep else ["config.yaml"]
     for name, text in zip(names, texts, strict=True):
         publish(folder / name, text)
     publish(folder / "submit.yaml", submitted)
     code: dict[str, Any] = {"argv": redact_command(argv), "host": socket.gethostname(), "time": time.time(), **version}
-    code |= {"runs": [one.run.dir for one in runs]} if cfg.sweep else {}
+    code |= {"runs": [str(path) for path in run_dirs]} if cfg.sweep else {}
     publish_json(folder / "code.json", code)
     if patch:
         publish(folder / "code.patch", patch)
@@ -141,7 +141,7 @@ def write(cfg: SubmitConfig, run_dir: Path, runs: list[PretrainConfig], argv: li
         run_dir=run_dir,
         folder=folder,
         configs=tuple(folder / name for name in names),
-        run_dirs=tuple(Path(one.run.dir) for one in runs),
+        run_dirs=tuple(run_dirs),
         cluster=cfg.cluster,
         python=sys.executable,
         cwd=Path.cwd(),

@@ -35,6 +35,20 @@ class Checked(NamedTuple):
     state: dict[str, Any]  # of that checkpoint, {} for a new run
     chosen: str  # the plan's choice, in words; "" if nothing was open
 
+    def plan(self, state: Mapping[str, Any]) -> Plan:
+        """The plan of the run that resumes from this state, {} for a new run. Raises UserError as `plan_run`."""
+        cfg = self.cfg
+        return plan_run(
+            cfg.data,
+            self.sources,
+            state,
+            n_ctx=cfg.model.n_ctx,
+            tokens_per_step=cfg.tokens_per_step,
+            ramp=cfg.batch_ramp,
+            seed=cfg.seed,
+            max_steps=cfg.max_steps,
+        )
+
 
 def check(cfg: PretrainConfig, world: World) -> Checked:
     """Raises UserError for a run that cannot be: its layout, its data, its tracker, its past or its length."""
@@ -56,23 +70,10 @@ def check(cfg: PretrainConfig, world: World) -> Checked:
     if chosen:
         chosen += resumed(state.get("layout", {}))
     sources = sources._replace(past=state.get("data", {}).get("sources", {}))
-    tokens = plan_for(cfg, sources, state).ledger.tokens(cfg.max_steps)
+    checked = Checked(cfg, sources, state, chosen)
+    tokens = checked.plan(state).ledger.tokens(cfg.max_steps)
     lr_at(cfg.optim.schedule, cfg.optim.lr, step=0, max_steps=cfg.max_steps, tokens=0, step_tokens=0, end_tokens=tokens)
-    return Checked(cfg, sources, state, chosen)
-
-
-def plan_for(cfg: PretrainConfig, sources: Sources, state: Mapping[str, Any]) -> Plan:
-    """The plan of a run that resumes from this state, {} for a new run. Raises UserError as `plan_run`."""
-    return plan_run(
-        cfg.data,
-        sources,
-        state,
-        n_ctx=cfg.model.n_ctx,
-        tokens_per_step=cfg.tokens_per_step,
-        ramp=cfg.batch_ramp,
-        seed=cfg.seed,
-        max_steps=cfg.max_steps,
-    )
+    return checked
 
 
 def check_registry(tracking: TrackingConfig, model: ModelConfig) -> None:

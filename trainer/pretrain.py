@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from conf.frozen import freeze
 from conf.schema import run
 from data_pipeline.manifest import TOKENIZER
-from trainer.check import check, plan_for
+from trainer.check import Checked, check
 from trainer.config.pretrain import PretrainConfig
-from trainer.data.sources import Sources, fetch_s
+from trainer.data.sources import fetch_s
 from trainer.distributed.world import read_world
 from trainer.run.signals import OF_THIS_PROCESS, Stopped
 
@@ -27,16 +27,17 @@ if TYPE_CHECKING:
 def pretrain(cfg: PretrainConfig) -> None:
     """Train a language model from shards."""
     world = read_world()
-    cfg, sources, _, chosen = check(cfg, world)
-    if chosen and world.is_main:
-        print(chosen, flush=True)
+    checked = check(cfg, world)
+    cfg = checked.cfg
+    if checked.chosen and world.is_main:
+        print(checked.chosen, flush=True)
     from trainer.distributed.lost_ranks import ranks_lost
     from trainer.loop import Trainer  # from here on torch, deepspeed and megatron
 
     try:
         with (
             ranks_lost(world, cfg.watch.collective_s),
-            Trainer(cfg, freeze(cfg), world, language_model(cfg, sources)) as trainer,
+            Trainer(cfg, freeze(cfg), world, language_model(checked)) as trainer,
         ):
             trainer.train()
     except Stopped as e:
@@ -45,18 +46,20 @@ def pretrain(cfg: PretrainConfig) -> None:
         sys.exit(e.code)
 
 
-def language_model(cfg: PretrainConfig, sources: Sources) -> Task:
+def language_model(checked: Checked) -> Task:
     """The task of pre-training: the language model's loss, over windows of shards."""
     from trainer.data.shard_feed import ShardFeed
     from trainer.objective.language_model import LanguageModel
     from trainer.setup import Task
+
+    cfg, sources = checked.cfg, checked.sources
 
     def feed(engine: Engine, state: Mapping[str, Any]) -> ShardFeed:
         return ShardFeed(
             cfg.data,
             engine.mesh,
             sources,
-            plan_for(cfg, sources, state),
+            checked.plan(state),
             step=state.get("step", 0),
             n_ctx=cfg.model.n_ctx,
             max_steps=cfg.max_steps,

@@ -173,9 +173,11 @@ class Fsspec:
 
         self.url = shown(url)
         try:
-            self.filesystem, self.root = fsspec.core.url_to_fs(url)
+            filesystem, root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as e:
             raise UserError(f"{self.url}: {' '.join(str(e).split()).replace(url, self.url)}") from None
+        self.filesystem = filesystem
+        self.root = root
 
     @contextmanager
     def open(self, name: str, start: int, length: int | None) -> Iterator[tuple[Head, Iterator[bytes]]]:

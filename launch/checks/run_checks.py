@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from conf.errors import UserError
-from launch.cluster_config import ClusterConfig
-from launch.preflight import preflight
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.model import ModelConfig
-from trainer.config.pretrain import PretrainConfig
 from trainer.diagnostics.check_result import CheckResult, fail, ok
 from trainer.model.arithmetic import param_count
 
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weights and two moments
 
 
-def trainable(cfg: PretrainConfig, cluster: ClusterConfig) -> CheckResult:
-    """All that its ranks would refuse."""
+def trainable(preflight: Callable[[], tuple[Any, list[str]]]) -> CheckResult:
+    """The lines of a run's preflight, or its refusal."""
     try:
-        _, lines = preflight(cfg, cluster)
+        _, lines = preflight()
     except (UserError, OSError) as e:
         return fail("run", str(e), "change what it names, behind the --")
     return ok("run", "; ".join(line.strip() for line in lines))

@@ -34,11 +34,11 @@ def make_plants(root: Path, plants: Mapping[int, str], seed: int, *overrides: st
 def windows_of(root: Path, step: int, *overrides: str) -> list[tuple[int, int]]:
     """(shard, first token) of each window that an undisturbed run takes in `step`."""
     from conf.schema import load
-    from trainer.check import plan_for
+    from trainer.check import Checked
     from trainer.data.sources import open_sources
 
     cfg = load(PretrainConfig, [*TINY, "run.dir=none", f"data.path={root}", *overrides])
-    _, windows = plan_for(cfg, open_sources(cfg.data), {}).step(step)
+    _, windows = Checked(cfg, open_sources(cfg.data), {}, "").plan({}).step(step)
     return list(zip(windows.shard.tolist(), windows.start.tolist(), strict=True))
 
 

@@ -48,9 +48,11 @@ class HfFolder:
             )
         name = path.resolve().name or "imported"
         try:
-            self.cfg, self.unused = model_from_hf(read_json(path / CONFIG, "fetch it anew", JSON_BYTES), name)
+            cfg, unused = model_from_hf(read_json(path / CONFIG, "fetch it anew", JSON_BYTES), name)
         except UserError as e:
             raise UserError(str(e) if str(path) in str(e) else f"{path / CONFIG}: {e}") from None
+        self.cfg = cfg
+        self.unused = unused
         self.files = self._files()
         self.converted: dict[str, int] = {}  # dtype that is not fp32: tensors of it
         self._seen: set[str] = set()

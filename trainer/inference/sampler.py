@@ -56,17 +56,17 @@ class Sampling:
         Sorts as many candidates as a row needs: rows that need more than K are tried again with 8 K.
         """
         limit_B = top_p * mass_BV.sum(-1)
-        most = min(self.top_k or mass_BV.shape[-1], mass_BV.shape[-1])
+        candidates = min(self.top_k or mass_BV.shape[-1], mass_BV.shape[-1])
         out_B = torch.empty_like(u_B, dtype=torch.long)
-        rows, K = torch.arange(len(u_B), device=u_B.device), min(NUCLEUS, most)
+        rows, K = torch.arange(len(u_B), device=u_B.device), min(NUCLEUS, candidates)
         while len(rows):
             mass_BK, id_BK = mass_BV[rows].topk(K)
             sum_BK = mass_BK.cumsum(-1)
-            enough = (sum_BK[:, -1] >= limit_B[rows]) | (most == K)
+            enough = (sum_BK[:, -1] >= limit_B[rows]) | (candidates == K)
             kept_BK = mass_BK.where(sum_BK - mass_BK < limit_B[rows, None], 0.0)
             ids_B = id_BK.gather(-1, invert(kept_BK, u_B[rows])[:, None]).squeeze(-1)
             out_B[rows[enough]] = ids_B[enough]
-            rows, K = rows[~enough], min(8 * K, most)
+            rows, K = rows[~enough], min(8 * K, candidates)
         return out_B
 
 

@@ -261,6 +261,7 @@ def start_without_saver(run_dir: str, data: str) -> dict[str, Any]:
     """The second half of a start fails: the error, and the threads that live on."""
     from conf.schema import load
     from trainer import setup
+    from trainer.check import Checked
     from trainer.data.sources import open_sources
     from trainer.distributed.world import read_world
     from trainer.pretrain import language_model
@@ -270,7 +271,7 @@ def start_without_saver(run_dir: str, data: str) -> dict[str, Any]:
 
     setup.Saver = refuse  # type: ignore[assignment, misc]
     cfg, world = load(PretrainConfig, [*TINY, f"run.dir={run_dir}", f"data.path={data}", "max_steps=3"]), read_world()
-    error = error_of(lambda: Trainer(cfg, "", world, language_model(cfg, open_sources(cfg.data))))
+    error = error_of(lambda: Trainer(cfg, "", world, language_model(Checked(cfg, open_sources(cfg.data), {}, ""))))
     return {"error": error, "alive": [thread.name for thread in threading.enumerate()]}
 
 

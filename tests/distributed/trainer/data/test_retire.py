@@ -34,6 +34,7 @@ def train(data: str, run: str, how: tuple[str, ...], lost: int | None, at: int, 
     `at` on."""
     from conf.errors import UserError
     from conf.schema import load
+    from trainer.check import Checked
     from trainer.data.sources import open_sources
     from trainer.distributed.world import read_world
     from trainer.engine.fragments import get_optimizer_step
@@ -44,7 +45,7 @@ def train(data: str, run: str, how: tuple[str, ...], lost: int | None, at: int, 
     common = (*mixture(Path(data), {"some": 1}), f"run.dir={run}", f"max_steps={at + 3}", "data.on_bad_shard=skip")
     wide = ("model.dropout=0.1", "model.n_embd=128")  # so that ZeRO-3 partitions the embedding truly
     cfg, world = load(PretrainConfig, [*TINY, *common, *wide, *how]), read_world()
-    with Trainer(cfg, "", world, language_model(cfg, open_sources(cfg.data))) as trainer:
+    with Trainer(cfg, "", world, language_model(Checked(cfg, open_sources(cfg.data), {}, ""))) as trainer:
         if lost is not None:
             feed: Any = trainer.parts.feed
             feed.plan = feed._plan_of(feed.plan.ledger.lose(at, "some", lost))

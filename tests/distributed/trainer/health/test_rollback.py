@@ -127,6 +127,7 @@ def folder(run: Any) -> list[Any]:
 
 def trainer_of(root: str, run: str, how: tuple[str, ...]) -> Any:
     from conf.schema import load
+    from trainer.check import Checked
     from trainer.data.sources import open_sources
     from trainer.distributed.world import read_world
     from trainer.loop import Trainer
@@ -137,7 +138,7 @@ def trainer_of(root: str, run: str, how: tuple[str, ...]) -> Any:
         load(PretrainConfig, [*TINY, f"data.path={root}/data", f"run.dir={run}", *HOW, *wide, *how]),
         read_world(),
     )
-    return Trainer(cfg, "", world, language_model(cfg, open_sources(cfg.data)))
+    return Trainer(cfg, "", world, language_model(Checked(cfg, open_sources(cfg.data), {}, "")))
 
 
 @pytest.fixture(scope="module")
