@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.errors import UserError
+from trainer.config.model import ModelConfig
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.seeds import stable_seed
 from trainer.inference.cache import KVCache
@@ -101,15 +102,16 @@ def sample(
         UserError: a prompt that is empty, longer than n_ctx, or holds an id outside of the vocabulary.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    n_ctx, texts = model.cfg.n_ctx, []
-    for i, (prompt, limit, key) in enumerate(zip(prompts, limits, keys or range(len(prompts)), strict=True)):
-        check_ids(f"prompt {i}", prompt, model.cfg.vocab_size)
-        if not 0 < len(prompt) <= n_ctx:
-            raise UserError(f"prompt {i} has {len(prompt)} tokens: give 1 to n_ctx={n_ctx}")
-        texts.append(_Text(i, prompt, min(limit, n_ctx - len(prompt)), stable_seed("sample", seed, key)))
-    longest_first = sorted((t for t in texts if t.limit > 0), key=lambda t: (-len(t.prompt), t.index))
-    batches = [longest_first[i : i + batch_size] for i in range(0, len(longest_first), batch_size)]
-    run_in_lockstep(model, (None for batch in batches for _ in _continue(model, batch, sampling, eot, stop)))
+    texts: list[_Text] = []
+
+    def forwards() -> Iterator[None]:
+        for i, (prompt, limit, key) in enumerate(zip(prompts, limits, keys or range(len(prompts)), strict=True)):
+            texts.append(_text(i, prompt, limit, stable_seed("sample", seed, key), model.cfg))
+        longest_first = sorted((t for t in texts if t.limit > 0), key=lambda t: -len(t.prompt))
+        for start in range(0, len(longest_first), batch_size):
+            yield from _continue(model, longest_first[start : start + batch_size], sampling, eot, stop)
+
+    run_in_lockstep(model, forwards())
     return [t.new for t in texts]
 
 
@@ -133,6 +135,13 @@ class _Text:
         """Uniform numbers in [0, 1), fp64 [limit + 1], of which the i-th does not depend on how many there are."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.rand(self.limit + 1, generator=generator, dtype=torch.float64)
+
+
+def _text(index: int, prompt: list[int], limit: int, seed: int, cfg: ModelConfig) -> _Text:
+    check_ids(f"prompt {index}", prompt, cfg.vocab_size)
+    if not 0 < len(prompt) <= cfg.n_ctx:
+        raise UserError(f"prompt {index} has {len(prompt)} tokens: give 1 to n_ctx={cfg.n_ctx}")
+    return _Text(index, prompt, min(limit, cfg.n_ctx - len(prompt)), seed)
 
 
 def _continue(model: GPT, texts: list[_Text], sampling: Sampling, eot: int | None, stop: Stop | None) -> Iterator[None]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.errors import UserError
+from trainer.config.model import ModelConfig
 from trainer.inference.lockstep import run_in_lockstep
 from trainer.inference.sampler import BATCH, check_ids
 from trainer.model.gpt import GPT
@@ -32,6 +33,9 @@ class Scores:
     cut: int = 0  # tokens of the context that n_ctx leaves no room for: its first ones
 
 
+NO_SCORES = Scores(torch.empty(0), torch.empty(0, dtype=torch.bool))  # of a continuation without tokens
+
+
 def score(model: GPT, pairs: Sequence[Pair], *, batch_size: int = BATCH) -> list[Scores]:
     """Scores of each (context, continuation); a pair's scores do not depend on the others.
 
@@ -40,20 +44,15 @@ def score(model: GPT, pairs: Sequence[Pair], *, batch_size: int = BATCH) -> list
     Raises:
         UserError: an empty context, a continuation of more than n_ctx tokens, or an id outside of the vocabulary.
     """
-    n_ctx, jobs = model.cfg.n_ctx, []
-    out = [Scores(torch.empty(0), torch.empty(0, dtype=torch.bool))] * len(pairs)
-    for i, (context, continuation) in enumerate(pairs):
-        if not context or len(continuation) > n_ctx:
-            raise UserError(
-                f"pair {i} has a context of {len(context)} tokens and a continuation of {len(continuation)}: "
-                f"give at least 1, and at most n_ctx={n_ctx}"
-            )
-        check_ids(f"pair {i}", context + continuation, model.cfg.vocab_size)
-        ids = context + continuation
-        jobs += [_Job(i, ids[-(n_ctx + 1) :], len(continuation), max(0, len(ids) - n_ctx - 1))] if continuation else []
-    jobs.sort(key=lambda job: -len(job.ids))
-    batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-    run_in_lockstep(model, (None for batch in batches for _ in _score(model, batch, out)))
+    out = [NO_SCORES] * len(pairs)
+
+    def forwards() -> Iterator[None]:
+        jobs = [_job(i, context, continuation, model.cfg) for i, (context, continuation) in enumerate(pairs)]
+        longest_first = sorted((job for job in jobs if job.n > 0), key=lambda job: -len(job.ids))
+        for start in range(0, len(longest_first), batch_size):
+            yield from _score(model, longest_first[start : start + batch_size], out)
+
+    run_in_lockstep(model, forwards())
     return out
 
 
@@ -63,7 +62,7 @@ def score_texts(model: GPT, texts: Sequence[list[int]], *, context: int = 1, bat
     scores = iter(score(model, [pair for pairs in parts for pair in pairs], batch_size=batch_size))
     out = []
     for pairs in parts:
-        own = [Scores(torch.empty(0), torch.empty(0, dtype=torch.bool)), *(next(scores) for _ in pairs)]
+        own = [NO_SCORES, *(next(scores) for _ in pairs)]
         out.append(Scores(torch.cat([s.log_p for s in own]), torch.cat([s.greedy for s in own])))
     return out
 
@@ -91,6 +90,17 @@ class _Job:
     ids: list[int]
     n: int  # the last n ids are scored
     cut: int
+
+
+def _job(index: int, context: list[int], continuation: list[int], cfg: ModelConfig) -> _Job:
+    if not context or len(continuation) > cfg.n_ctx:
+        raise UserError(
+            f"pair {index} has a context of {len(context)} tokens and a continuation of {len(continuation)}: "
+            f"give at least 1, and at most n_ctx={cfg.n_ctx}"
+        )
+    ids = context + continuation
+    check_ids(f"pair {index}", ids, cfg.vocab_size)
+    return _Job(index, ids[-(cfg.n_ctx + 1) :], len(continuation), max(0, len(ids) - cfg.n_ctx - 1))
 
 
 def _score(model: GPT, jobs: list[_Job], out: list[Scores]) -> Iterator[None]:

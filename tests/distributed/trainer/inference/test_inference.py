@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from conf.errors import UserError
 from tests.distributed import tiny_run as run
 from tests.helpers.gpt_twins import greedy, log_p, random_texts
 from tests.helpers.ranks import run_ranks
@@ -53,6 +54,14 @@ def test_training_goes_on_as_if_nothing_had_been_sampled(ranks: list[dict[str, A
     assert all(rank["curve after sampling"] == rank["curve"] for rank in ranks)
 
 
+def test_an_error_on_one_rank_ends_all_of_them(ranks: list[dict[str, Any]]) -> None:
+    """Under ZeRO-3 the others would wait for ever for that rank's part of the weights."""
+    assert [rank["refused"] for rank in ranks] == [
+        "another rank failed while sampling or scoring: its message gives the reason",
+        "prompt 0 has 65 tokens: give 1 to n_ctx=64",
+    ]
+
+
 # ---- what runs on the ranks
 
 
@@ -76,6 +85,9 @@ def measure(seed: int) -> dict[str, Any]:
         engine = run.build(config, mesh, seed)
         for case, parts in (("zero3", [expected[:22], expected[22:]]), (CASES[-1], [expected, []])):
             out[case] = compare(engine.module, parts[mesh.dp_rank], eot)
+        with pytest.raises(UserError) as refused:
+            sample(engine.module, [[1] * (1 + 64 * mesh.dp_rank)], Sampling(), max_new_tokens=NEW)
+        out["refused"] = str(refused.value)
         out["curve after sampling"], out["curve"] = run.curve(engine, range(2)), first
     with run.layout(tp=2) as mesh:
         for case, split in (("tp2", False), ("tp2 sequence parallel", True)):
