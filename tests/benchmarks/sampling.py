@@ -28,8 +28,7 @@ from conf.frozen import thaw
 from conf.schema import CONF
 from tests.benchmarks import machine
 from trainer.config.model import ModelConfig
-from trainer.config.parallel import ParallelConfig
-from trainer.distributed import mesh as parallel
+from trainer.distributed.mesh import single_rank_mesh
 from trainer.distributed.world import read_world
 from trainer.inference.sampler import Sampling, sample
 from trainer.model.gpt import GPT
@@ -43,7 +42,7 @@ VOCABULARY, ROWS = 50257, 16
 def texts(settings: dict[str, Any]) -> list[dict[str, Any]]:
     n, longest, new = settings["prompts"], settings["longest"], settings["new"]
     cfg = thaw(CONF / f"model/{settings['model']}.yaml", ModelConfig)
-    mesh = parallel.start(read_world(), ParallelConfig(name="benchmark"))
+    mesh = single_rank_mesh(read_world())
     model = GPT(cfg, mesh).to(mesh.device)
     initialise(model, cfg, settings["seed"])
     every = torch.randint(cfg.vocab_size, (n, longest)).tolist()
@@ -63,7 +62,6 @@ def texts(settings: dict[str, Any]) -> list[dict[str, Any]]:
     for _ in range(settings["rounds"]):
         for name, way in ways.items():
             took[name].append(way())
-    parallel.stop(mesh)
     base = median(took["one length"])
     return [{"prompts": name, "seconds": median(s), "ratio": median(s) / base} for name, s in took.items()]
 

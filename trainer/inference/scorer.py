@@ -126,7 +126,6 @@ def _log_p_and_greedy(model: GPT, logits_nV: Tensor, labels: Tensor) -> Tensor:
     mesh = model.mesh
     labels_n = labels[: len(logits_nV)]
     x_nV = logits_nV.float()
-    x_nV[:, model.wte.n_true :] = -torch.inf  # padding
     top_n, id_n = x_nV.max(-1)
     shift_n = top_n.clamp(min=torch.finfo(x_nV.dtype).min)  # -inf on a rank that holds nothing but padding
     log_sum_n = (x_nV - shift_n[:, None]).exp_().sum(-1).log()
