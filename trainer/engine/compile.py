@@ -17,7 +17,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from trainer.config.parallel import Compile, ParallelConfig, Precision, Recompute
 from trainer.distributed.mesh import Mesh
-from trainer.model.fp8 import check_fp8, use_fp8
+from trainer.engine.fp8 import check_fp8, use_fp8
 from trainer.model.gpt import GPT
 from trainer.plan.layout_rules import compile_refusal
 
@@ -64,7 +64,7 @@ def compile_model(model: GPT, backend: str | Callable[..., Any] = "inductor") ->
 
 
 def _selective(backend: str | Callable[..., Any]) -> Callable[..., Any]:
-    """A backend that makes LayerNorms and GELUs again in backward, as `recompute.py` does without a compiler.
+    """A backend that makes LayerNorms and GELUs again in backward, as `block.py` does without a compiler.
 
     By itself torch keeps what a matrix product reads, since a fused kernel must write it down again. Private: the name
     of that rule; a test counts the bytes that are kept.

@@ -5,8 +5,11 @@ Legend: B batch, T time (under sequence parallelism: this rank's part of it), C 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,7 +18,6 @@ from trainer.distributed.mesh import Mesh
 from trainer.distributed.seeds import tp_local_randomness
 from trainer.model.attention import Attention, Cache, Mask
 from trainer.model.linear import column_linear, row_linear
-from trainer.model.recompute import making_again
 
 
 class Dropout(nn.Module):
@@ -70,7 +72,7 @@ gelu = partial(F.gelu, approximate="tanh")
 class Block(nn.Module):
     """Pre-norm (GPT-2, GPT-3): x + f(ln(x)). Post-norm (GPT-1): ln(x + f(x)).
 
-    `selective`: what LayerNorm and GELU put out is made again in backward, not kept (`recompute.py`).
+    `selective`: what LayerNorm and GELU put out is made again in backward, not kept (`making_again`).
     """
 
     def __init__(
@@ -97,3 +99,30 @@ class Block(nn.Module):
         h_TBC = self.ln_2(r_TBC)
         with making_again(h_TBC, self.ln_2, r_TBC, self.selective):
             return r_TBC + self.drop(self.mlp(h_TBC))
+
+
+def making_again(y: Tensor, make: Callable[[Tensor], Tensor], x: Tensor, on: bool) -> AbstractContextManager[object]:
+    """Selective recompute: backward gets `y` = make(x), kept by operations inside, from `make` again; all else is kept.
+
+    `torch.utils.checkpoint` around the function and the linear that uses it would do as much at tp = 1. At tp > 1 it
+    would run megatron-core's linears again, products and gathers of the sequence included; this never does.
+
+    `make` draws no random numbers, and keeps `x` for its own backward anyway (LayerNorm, GELU): so `y` is all that is
+    saved. A compiled graph is left alone: there `engine/compile.py` makes the compiler do the same.
+    """
+    if not on or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()
+    memory = y.untyped_storage().data_ptr()  # `y` lives as long as the caller is inside: no other tensor lies there
+
+    def pack(kept: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...], int]:
+        if kept.untyped_storage().data_ptr() != memory:
+            return kept
+        return kept.shape, kept.stride(), int(kept.storage_offset())
+
+    def unpack(kept: Tensor | tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return make(x).as_strided(*kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

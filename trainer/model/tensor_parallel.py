@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trainer.distributed.mesh import Mesh
 from trainer.model.arithmetic import padded_vocab_size
-from trainer.model.linear import Reduce, in_chunks
+from trainer.model.plain_linear import Reduce, in_chunks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -89,7 +89,7 @@ class RowLinear(_Plain, tensor_parallel.RowParallelLinear):
 
 
 class TiedEmbedding(_Plain, tensor_parallel.VocabParallelEmbedding):
-    """`linear.TiedEmbedding` with V / tp rows on each rank."""
+    """`plain_linear.TiedEmbedding` with V / tp rows on each rank."""
 
     weight: nn.Parameter
     vocab_start_index: int

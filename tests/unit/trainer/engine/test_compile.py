@@ -22,9 +22,9 @@ from trainer.config.parallel import Compile, ParallelConfig, Precision, Recomput
 from trainer.distributed.device_copies import AsyncCopy, to_device
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.seeds import seed_dropout
+from trainer.engine import fp8
 from trainer.engine.compile import compile_model, describe_compile, is_compiled
 from trainer.inference.cache import KVCache
-from trainer.model import fp8
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 from trainer.objective.language_model import lm_loss

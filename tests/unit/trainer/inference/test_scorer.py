@@ -15,7 +15,7 @@ from trainer.config.model import ModelConfig, Norm
 from trainer.distributed.mesh import Mesh
 from trainer.inference.sampler import Sampling, sample
 from trainer.inference.scorer import Pair, score, score_texts, windows
-from trainer.model import linear
+from trainer.model import plain_linear
 
 SPLITS = [(1, 5), (30, 1), (64, 1), (1, 64), (12, 20), (2, 2), (40, 24), (7, 0)]  # context, continuation; n_ctx is 64
 
@@ -54,7 +54,7 @@ def test_a_pairs_scores_do_not_depend_on_the_batch_or_the_chunk(mesh: Mesh, monk
     model, pairs = ours(CFG, seed, mesh), pairs_of(CFG, seed)
     whole = score(model, pairs)
     for chunk_bytes, batch_size in ((1 << 26, 1), (1, 3), (7 * 4 * 512, 16)):
-        monkeypatch.setattr(linear, "LOSS_CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(plain_linear, "LOSS_CHUNK_BYTES", chunk_bytes)
         for a, b in zip(score(model, pairs, batch_size=batch_size), whole, strict=True):
             assert torch.equal(a.greedy, b.greedy)
             assert (a.log_p - b.log_p).abs().max() <= 1e-5 if len(a.log_p) else len(b.log_p) == 0
@@ -64,7 +64,7 @@ def test_no_tensor_of_logits_is_larger_than_a_chunk(mesh: Mesh, monkeypatch: pyt
     seed = seeded()
     model, pairs = ours(CFG, seed, mesh), pairs_of(CFG, seed)
     rows = 8
-    monkeypatch.setattr(linear, "LOSS_CHUNK_BYTES", rows * 4 * 512)
+    monkeypatch.setattr(plain_linear, "LOSS_CHUNK_BYTES", rows * 4 * 512)
     with Operations() as done:
         score(model, pairs)
     logits = {elements for _, elements in done.made if elements % 512 == 0 and elements > rows * 512}

@@ -15,8 +15,8 @@ from tests.helpers.operations import Operations
 from trainer.distributed.mesh import Mesh
 from trainer.model import loss as module
 from trainer.model.gpt import run_loss
-from trainer.model.linear import TiedEmbedding
 from trainer.model.loss import token_loss
+from trainer.model.plain_linear import TiedEmbedding
 
 T, B, V, TRUE = 9, 4, 320, 300  # padded_vocab_size(300, 1) = 320
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from conf.errors import UserError
-from trainer.model.linear import Linear
+from trainer.model.plain_linear import Linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TINY = 1e-30  # the smallest numerator of a scale: a tensor of zeros is divided by it
