@@ -122,7 +122,10 @@ class GPT(nn.Module):
             positions_BT = torch.arange(T, device=tokens_BT.device)[None]
         else:
             positions_BT = segment_positions(segment_ids_BT)
-        x_TBC = self.drop(self.wte(tokens_BT) + self.wpe(self._part(positions_BT.t())))
+        positions_TB = self._part(
+            positions_BT.t()
+        )  # before the embedding, which says less of a T that tp does not divide
+        x_TBC = self.drop(self.wte(tokens_BT) + self.wpe(positions_TB))
         masks = layer_masks(
             self.cfg,
             T,

@@ -21,9 +21,7 @@ from trainer.plan.layout import Layout, local_heads, local_params, local_vocab
 from trainer.plan.workload import Workload
 
 ZERO3_LIVE = 1_000_000_000  # elements of gathered weights (stage3_max_live_parameters, stage3_max_reuse_distance)
-# tp = 1: the gradient takes the logits' place, fp32 lives for so many chunks (trainer/model/loss.py). tp > 1: bytes of
-# the logits and of their fp32 copy, which megatron-core overwrites. By the bytes of an activation.
-CHUNKS, SPLIT_LOGIT_BYTES = 3, {2: 6, 4: 8}
+CHUNKS = 2.25  # of logits in fp32 at a time: p, the label as 0 or 1 in fp32, and its bool (trainer/model/loss.py)
 FP8_KEPT, FP8_WEIGHTS = 27, 12  # bytes x C of a token, bytes x C^2 of a layer's rounded weights (docs/speed.md)
 ALLOCATOR_SHARE = 0.04  # of all tensors: the caching allocator rounds blocks up and cuts them by reuse; an assumption
 CPU_CONTEXT_GIB = 0.7  # interpreter and torch
@@ -170,8 +168,6 @@ def logit_bytes(work: Workload, layout: Layout) -> float:
     """Bytes of the logits and of the loss, whose gradient takes their place."""
     logits = layout.micro_batch_size * work.model.n_ctx * local_vocab(work.model, layout.tp)
     size = work.element_bytes
-    if layout.tp > 1:
-        return float(SPLIT_LOGIT_BYTES[size] * logits)
     return float(size * logits + CHUNKS * min(LOSS_CHUNK_BYTES, 4 * logits))
 
 

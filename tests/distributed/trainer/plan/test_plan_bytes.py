@@ -51,10 +51,8 @@ def check(ranks: int, cases: list[dict[str, Any]]) -> None:
             total = tensor_memory(work, layout).total
             assert total == pytest.approx(peak, rel=0.10), f"{case} on {ranks} ranks: {total / peak:.3f} of {found}"
             tokens = layout.micro_batch_size * work.model.n_ctx
-            each = (
-                work.element_bytes if layout.tp == 1 else 4
-            )  # what the loss keeps: logits, or megatron-core's softmax
-            kept = activations(work, layout) + each * tokens * (2048 // layout.tp)  # of the padded vocabulary
+            logits = work.element_bytes * tokens * (2048 // layout.tp)  # of the padded vocabulary
+            kept = activations(work, layout) + logits
             if layout.recompute is Recompute.none and layout.zero_stage < 3:  # 3: gathered weights are saved too
                 assert kept == pytest.approx(found["saved"], rel=0.05), (
                     f"{case}: {kept / found['saved']:.3f} of {found}"
