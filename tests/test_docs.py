@@ -29,7 +29,7 @@ from docs import generate_architecture, generate_config
 from docs.generate_config import ROOTS
 from launch.config import PlanConfig, SubmitConfig
 from launch.plan import cluster_of
-from tests.benchmarks import attention, checkpoint, corpus, extraction, loader, scale, train_speed
+from tests.benchmarks import attention, checkpoint, corpus, extraction, loader, sampling, scale, train_speed
 from tests.helpers.fixtures import make_source
 from trainer.config.model import ModelConfig
 from trainer.config.pretrain import PretrainConfig
@@ -303,7 +303,7 @@ def test_numbers_of_the_corpus_page_are_those_of_its_formulas_presets_and_benchm
 
 @pytest.mark.parametrize(
     "markdown",
-    [bench.markdown for bench in (attention, checkpoint, corpus, extraction, loader, scale, train_speed)],
+    [bench.markdown for bench in (attention, checkpoint, corpus, extraction, loader, sampling, scale, train_speed)],
     ids=lambda f: f.__module__,
 )
 def test_the_numbers_of_a_benchmark_are_those_of_its_result(markdown: Callable[[dict[str, Any]], str]) -> None:
