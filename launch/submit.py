@@ -2,7 +2,7 @@
 
 What follows `--` is the command line of trainer.pretrain. All that its ranks would refuse, and a model that does not
 fit, is refused here, without torch. The config and the code's version are frozen in run.dir/submit/0001, so that what
-runs is what was checked, whatever becomes of conf/. docs/launch.md is the page on it.
+runs is what was checked, even if conf/ is changed later. docs/launch.md is the page on it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def launcher_of(cluster: ClusterConfig) -> str:
         how = " and ".join(f"cluster.{name}" for name in sections) or "no way to start a run"
         raise UserError(
             f"cluster={cluster.name} has {how}: "
-            "give cluster=slurm, ssh or local, and the machine's own values one by one"
+            "give cluster=slurm, cluster=ssh or cluster=local, and single values as cluster.KEY=VALUE"
         )
     return sections[0]
 

@@ -1,4 +1,7 @@
-"""Speed of a run: tokens a second, MFU, memory peaks, the progress line. Torch only inside functions."""
+"""Speed of a run: tokens a second, MFU, memory peaks, the progress line. Torch only inside functions.
+
+`summary.py` makes the row of metrics of a step.
+"""
 
 from __future__ import annotations
 

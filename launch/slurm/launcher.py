@@ -1,8 +1,7 @@
 """A run as a Slurm job: a script to read, and the commands that hand it over.
 
-What a user chose stands in the script as data: a value in an `#SBATCH` line has the form that
-`launch.cluster_config` demands, one in a line of shell is quoted, and what may hold any character, such as the run's
-name, is a word of sbatch's own command line.
+A user's values are never run as code. `launch.cluster_config` checks values in `#SBATCH` lines; values in shell lines
+are quoted; the run's name, which may hold any character, is an argument of sbatch.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ OVERRULES = {
     "requeue": ("SBATCH_NO_REQUEUE",),
     "no-requeue": ("SBATCH_REQUEUE",),
 }
-"""Environment variables that sbatch takes before an `#SBATCH` line, where they are not just called like it."""
+"""Environment variables that override an `#SBATCH` line and whose name does not follow from the option's name."""
 
 
 def prepare(job: Job) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""AdamW with decay and no-decay groups, and a gate before the update."""
+"""AdamW with decay and no-decay groups, and a gate before the update. Muon is in `muon.py`; `engine.py` chooses."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
-"""The guard: skips a step whose loss or gradient jumps, and rolls the run back after several. Standard library only.
+"""The guard: judges steps whose loss or gradient jumps, and says when the run rolls back. Standard library only.
+
+`step.py` and the engine's gate keep the update of a bad step from being made.
 
 A step is bad where its loss or gradient norm is not finite, or stands far above what the last accepted steps had: z =
 (x - median) / scale of the loss and of the logarithm of the norm, where scale is 1.4826 x the median deviation from the
 median (a normal distribution's standard deviation) and at least FLOOR. Only upwards: a fall is what training is for.
 
-All ranks must judge alike, for a step that some take and others do not splits the model. They judge by two numbers that
-come out of all-reduces, and so as the same bits on every rank of a group, and by a history of such numbers. With tensor
+All ranks must judge alike: a step that some ranks take and others do not splits the model. They use two numbers and a
+history of such numbers. Both come from all-reduces, so every rank of a group has exactly the same bits. With tensor
 parallelism the loss is reduced in one group for each tp rank; its terms are the same there, and so is their sum as long
 as the groups add in the same order. If they do not, or if a machine computes wrongly, `check` says so: each step's vote
 carries the number of steps that each rank has skipped.
@@ -55,8 +57,8 @@ class Guard:
     def enter(self, now: StepSize, before: StepSize) -> None:
         """Before a step of size `now` is judged: forget the history if its losses compare badly with those `before`.
 
-        That is after a change of the mixture or the length, or if the batch is less than half, for a mean over fewer
-        examples is noisier.
+        This happens when the mixture or the length changes, or when the batch is less than half of the one before: a
+        mean over fewer examples is noisier.
         """
         smaller = 2 * now.examples < before.examples
         if smaller or (now.n_ctx, now.mixture) != (before.n_ctx, before.mixture):
@@ -118,12 +120,12 @@ class Guard:
         self.events.append({**self.events[-1], "did": ROLLED_BACK, "to": to, "jumped": list(jumped)})
 
     def check(self, skipped: float, ranks: int) -> None:
-        """Raises TransientError if `skipped`, the sum over so many ranks, shows that another one judged otherwise."""
+        """Raises TransientError if `skipped`, the sum over all ranks, shows that another rank decided otherwise."""
         if skipped != ranks * self.skipped:
             raise TransientError(
                 f"the ranks have not skipped the same steps ({self.skipped} on this one, so {ranks * self.skipped} "
-                f"over {ranks} ranks, but there are {skipped:.0f}): one of them computes other numbers than the rest; "
-                "the last checkpoint is of before"
+                f"over {ranks} ranks, but there are {skipped:.0f}): one rank computes other numbers than the "
+                "rest; the last checkpoint was written before that"
             )
 
     def last_event(self) -> str:

@@ -45,9 +45,9 @@ def layer_masks(
     """The mask for each letter of a model's attention; built once a forward.
 
     `positions_BT`: of the queries, where the rows of a cache have different lengths.
-    `any_length`: texts have any length, as in generation: a kernel compiled for each length would not pay.
-    `dropout`: what attention's weights get in this forward. FlexAttention has none, so that a sparse pattern under
-    dropout is dense attention with a bias on a GPU too: correct, but no faster than dense and with [T, T] in memory.
+    `any_length`: texts have any length, as in generation: compiling a kernel for each would cost more than it saves.
+    `dropout`: the dropout of attention's weights. FlexAttention has no dropout, so with it a sparse pattern is computed
+    as dense attention with a bias, on a GPU too: correct, but no faster than dense and with [T, T] in memory.
     """
     out: dict[str, Mask] = {}
     for kind, pattern in patterns(cfg, S).items():
@@ -85,7 +85,7 @@ class Cache(Protocol):
 class Attention(nn.Module):
     """softmax(q kᵀ / sqrt(D)) v over the past. `c_attn` puts out [head, (q, k, v), D]: a rank's heads lie together.
 
-    Where tp does not divide n_head, heads of zeros fill up: they put out zero and get no gradient, for ever.
+    If tp does not divide n_head, extra heads of zeros are added: their output is zero and they never get a gradient.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool) -> None:
