@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum, orthogonalised, for the blocks' matrices.
 
 DeepSpeed has a Muon of its own. It orthogonalises while gradients are partitioned: the norm that it reports and clips
-is the update's, and the momentum changes before a step can be refused. Also, its BF16_Optimizer accepts it only without an
-mpu. This one is an optimizer like any other: in every wrapper it sees the
+is the update's, and the momentum changes before a step can be refused. Also, its BF16_Optimizer accepts it only without
+an mpu. This one is an optimizer like any other: in every wrapper it sees the
 clipped gradient, behind the gate.
 """
 
