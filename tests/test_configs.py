@@ -304,7 +304,7 @@ def test_sources_of_a_mixture_are_given_whole_or_value_by_value() -> None:
     needed = [*NEEDED["pretrain"], "data=mix"]
     whole = load(PretrainConfig, [*needed, "data.sources={web: {path: web, weight: 3}, books: {path: /b}}"])
     by_values = load(
-        "pretrain",
+        PretrainConfig,
         [*needed, "data.sources.web.path=web", "data.sources.books.path=/b", "data.sources.web.weight=3"],
     )
     assert whole == by_values

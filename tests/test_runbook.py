@@ -31,7 +31,7 @@ def templates() -> Iterator[str]:
                     yield "".join(str(v.value) if isinstance(v, ast.Constant) else HOLE for v in node.values)
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     yield node.value
-    for path in sorted(ROOT.glob("launch/*.jinja")):
+    for path in sorted(ROOT.glob("launch/**/*.jinja")):
         yield from re.sub(r"\{\{.*?\}\}|\$\{.*?\}|\$\w+", HOLE, path.read_text(encoding="utf-8")).splitlines()
 
 
@@ -58,7 +58,8 @@ def test_a_quote_that_the_program_does_not_say_is_found() -> None:
 
 def test_every_command_in_the_runbook_is_there() -> None:
     for module in re.findall(r"python -m ([\w.]+)", PAGE):
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
 def test_every_exit_code_has_its_row() -> None:
