@@ -95,7 +95,7 @@ def test_a_finished_run_is_told_as_its_journal_and_checkpoints_hold_it(finished:
 
 def test_it_needs_no_torch_and_changes_nothing(finished: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
-    code = "import sys\nfrom launch.status import *\n" + (
+    code = "import sys\nfrom launch.config import StatusConfig\nfrom launch.status.table import status\n" + (
         f"status(StatusConfig(run_dir={str(finished)!r}, json=True))\n"
         "sys.exit(bool({'torch', 'mlflow', 'deepspeed'} & set(sys.modules)))"
     )

@@ -231,7 +231,7 @@ def test_code_is_known_by_its_commit_and_patch(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "new.py").write_text("")
     found, patch = code_version.code_version()
     assert (found["dirty"], found["untracked"]) == (True, ["new.py"]) and b"-one\n+two\n" in patch
-    monkeypatch.setattr(code_version, "MOST_PATCH", 5)
+    monkeypatch.setattr(code_version, "MAX_PATCH", 5)
     found, patch = code_version.code_version()
     assert found["patch"].startswith("left out: ") and patch == b""
 

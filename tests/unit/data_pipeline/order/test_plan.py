@@ -46,7 +46,7 @@ def test_a_batch_that_lanes_do_not_divide_is_refused() -> None:
 
 
 def test_positions_of_two_segments_at_once_are_refused() -> None:
-    with pytest.raises(ValueError, match="positions 11 to 12 lie in more than one segment"):
+    with pytest.raises(ValueError, match="positions 11 to 12 are in more than one segment"):
         plan_of(Ledger.start(4, 4, {"a": 1}).then(3, n_ctx=5)).windows_at(range(11, 13))
 
 

@@ -351,7 +351,8 @@ import numpy as np
 from data_pipeline.remote.cache import Cache
 from data_pipeline.config import CacheConfig, FetchConfig
 from data_pipeline.order.plan import Windows
-from data_pipeline.stream import ShardStream, open_source
+from data_pipeline.remote.source import open_source
+from data_pipeline.stream.windows import ShardStream
 url, folder, seed, timeout = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 cache = Cache(CacheConfig(folder), FetchConfig(timeout_s=timeout, retries=2))
 manifest = open_source(url, cache)

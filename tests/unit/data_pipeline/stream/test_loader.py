@@ -209,7 +209,7 @@ def test_a_late_thread_closes_the_stream(manifest: Manifest, monkeypatch: pytest
     ours.next()  # else its first read may hang, which the next() below would wait for
     monkeypatch.setattr(stream, "read", late)
     for _ in range(40):
-        if hangs.wait(0.05):  # it reads on as soon as there is room
+        if hangs.wait(2.0):  # it reads on as soon as there is room
             break
         ours.next()
     assert hangs.wait(60)
