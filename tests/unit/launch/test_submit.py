@@ -117,7 +117,11 @@ REFUSED = [
     (["cluster.gpu=k80"], [], "cluster.gpu=k80: give one of "),
     (["sweep=[['seed=1'],['optim.lr=fast']]"], [], "sweep[1]: optim.lr=fast: give a number"),
     (["cluster.nodes=2"], [], "cluster.nodes=2 with cluster=local, which is one machine: give cluster=ssh"),
-    (["cluster=infiniband"], [], "cluster=infiniband has no way to start a run: give cluster=slurm, cluster=ssh or cluster=local"),
+    (
+        ["cluster=infiniband"],
+        [],
+        "cluster=infiniband has no way to start a run: give cluster=slurm, cluster=ssh or cluster=local",
+    ),
     (["cluster=slurm", "cluster.slurm.partition=$(x)"], [], "cluster.slurm.partition: '$(x)': give names"),
     (["cluster=ssh"], [], "cluster.ssh"),
     (["cluster.slurm.time=10"], [], "cluster=local has cluster.slurm and cluster.local: give cluster=slurm"),
