@@ -43,7 +43,7 @@ def offences(root: Path) -> list[str]:
         for check in (imports_amiss, code_amiss, form_amiss)
         for line, text in check(name, tree, modules)
     ]
-    return sorted({*lines, *circles(trees, modules), *sizes_amiss(trees)})
+    return sorted({*lines, *circles(trees, modules), *sizes_amiss(trees), *too_long(root)})
 
 
 def module_of(name: str) -> str:
@@ -181,6 +181,14 @@ def is_entry(tree: ast.Module) -> bool:
     return any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
 
 
+def too_long(root: Path) -> list[str]:
+    """One line for each file of ours that is longer than a reader takes for one idea."""
+    limit = RULES["sizes"]["lines_of_a_file"]
+    paths = [path for package in OURS for path in sorted((root / package).rglob("*.py"))]
+    counts = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8").count("\n") for path in paths}
+    return [f"{name}:{n}: {n} lines in a file, at most {limit}" for name, n in counts.items() if n > limit]
+
+
 def test_every_file_keeps_the_rules() -> None:
     assert offences(ROOT) == []
 
@@ -256,6 +264,7 @@ PLANTED = {
         "speaks of RANK, which only trainer/distributed/world.py reads",
     ),
     "a long function": ("trainer/loop.py", "def f():\n" + "    x = 1\n" * 60, "61 lines in f(), at most 60"),
+    "a long file": ("trainer/loop.py", "x = 1\n" * 301, "301 lines in a file, at most 300"),
     "a docstring that tells no thing": (
         "trainer/loop.py",
         'def f():\n    """What a step has done."""',
@@ -272,7 +281,7 @@ def test_a_planted_offender_is_named(planted: str, tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(code + "\n" if not code.endswith("\n") else code)
     (found,) = offences(tmp_path)
-    line = next((i for i, text in enumerate(code.splitlines(), 1) if "import" in text), 1)
+    line = next((i for i, text in enumerate(code.splitlines(), 1) if "import" in text), 301 if "301" in rule else 1)
     assert found.startswith(f"{name}:{line}: {rule}")
 
 
