@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
+from conf.environment import of_an_allocation
 from conf.errors import MISSING, UserError
 from trainer.run.redact import redact, secret_name
 
@@ -158,5 +159,10 @@ class ClusterConfig:
         for name in self.forward:
             if not _VARIABLE.fullmatch(name) or name in self.env:
                 raise UserError(f"cluster.forward: {name!r}: give names of variables that cluster.env does not set")
+            if of_an_allocation(name):
+                raise UserError(
+                    f"cluster.forward: {name} is of the allocation that you are in and orders to the next program: "
+                    f"leave it out, or say what you mean, cluster.env.{name}=VALUE"
+                )
         if self.price_per_gpu_hour is not None and not 0 <= self.price_per_gpu_hour < math.inf:
             raise UserError(f"cluster.price_per_gpu_hour={self.price_per_gpu_hour}: give 0 or more, or null")

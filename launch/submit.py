@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from conf.environment import passed_on
 from conf.errors import UserError
 from conf.frozen import freeze, literal
 from conf.schema import load, run
@@ -181,6 +182,7 @@ def foreground(commands: list[list[str]], cwd: Path) -> int:
         if process is not None and process.returncode is None:
             process.send_signal(number)
 
+    env = passed_on()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, forward)
@@ -188,7 +190,7 @@ def foreground(commands: list[list[str]], cwd: Path) -> int:
     for command in commands:
         if received:
             return failed or 128 + received[0]
-        process = subprocess.Popen(command, cwd=cwd, process_group=0)  # a terminal's ^C comes once, through us
+        process = subprocess.Popen(command, cwd=cwd, env=env, process_group=0)  # a terminal's ^C comes once, through us
         if received:  # it came while there was nobody to tell
             process.send_signal(received[-1])
         code = process.wait()

@@ -260,7 +260,7 @@ def cause(stderr: str) -> str:
 
     It goes into the run folder: what looks secret is cut out.
     """
-    lines = [line.strip() for line in re.split(r"[\r\n]+", stderr) if line.strip(" =-\t")]
+    lines = [line.strip() for line in re.split(r"[\r\n]+", stderr) if line.strip(" =-^~\t")]
     named = r"(\w[\w.-]*: )?(error: |stopped by |([A-Za-z_]\w*\.)*\w*(Error|Exception)\b)"  # a host may stand in front
     errors = [line for line in lines[:-3] if re.match(named, line)]
     return redact(" | ".join(errors[:1] + lines[-3:]))[:800] or "nothing on stderr"

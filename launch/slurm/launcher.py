@@ -6,7 +6,6 @@ are quoted; the run's name, which may hold any character, is an argument of sbat
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from conf.environment import passed_on
 from conf.errors import TransientError, UserError
 from data_pipeline.files import publish
 from launch.cluster_config import Chain, SlurmConfig
@@ -66,8 +66,6 @@ def submit(commands: list[list[str]]) -> list[str]:
     """
     ids: list[str] = []
     env = environment(commands)
-    if ignored := sorted(os.environ.keys() - env):
-        print(f"ignored, the job script says it itself: {', '.join(ignored)}", file=sys.stderr, flush=True)
     for command in commands:
         words = [w.replace(PREVIOUS, ids[-1]) if ids and w.startswith("--dependency=") else w for w in command]
         try:
@@ -84,13 +82,16 @@ def submit(commands: list[list[str]]) -> list[str]:
 
 
 def environment(commands: list[list[str]]) -> dict[str, str]:
-    """Ours, without the variables by which sbatch would overrule lines of these commands' scripts."""
+    """What is passed on, without the variables by which sbatch would overrule lines of these commands' scripts."""
     scripts = [Path(word) for words in commands for word in words if word.endswith("/job.sbatch")]
     given = {key for path in scripts for key in re.findall(r"^#SBATCH --([\w-]+)", path.read_text(), re.MULTILINE)}
     gone = {"SBATCH_ARRAY_INX"}
     for key in given:
         gone |= set(OVERRULES.get(key, (f"SBATCH_{key.upper().replace('-', '_')}",)))
-    return {key: value for key, value in os.environ.items() if key not in gone}
+    env = passed_on()
+    if ignored := sorted(gone & env.keys()):
+        print(f"ignored, the job script says it itself: {', '.join(ignored)}", file=sys.stderr, flush=True)
+    return {key: value for key, value in env.items() if key not in gone}
 
 
 def render(job: Job) -> str:

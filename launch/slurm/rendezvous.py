@@ -88,6 +88,18 @@ def tasks_on(counts: str, node: int) -> int:
     raise ValueError(counts)
 
 
+def narrowed(env: Mapping[str, str], cores: set[int]) -> str | None:
+    """A sentence where this task may run on fewer cores than were asked for each."""
+    asked = env.get("SLURM_CPUS_PER_TASK", "")
+    if not asked.isdecimal() or len(cores) >= int(asked):
+        return None
+    return (
+        f"rank {env['RANK']} on {socket.gethostname()} may run on {len(cores)} of the {asked} cores that "
+        f"cluster.slurm.cpus_per_task asks for ({', '.join(map(str, sorted(cores)))}): see SLURM_CPU_BIND="
+        f"{env.get('SLURM_CPU_BIND', '')} and the cluster's own binding"
+    )
+
+
 def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     command = sys.argv[split + 1 :]
@@ -95,6 +107,8 @@ def main() -> None:
         if split > 1 or not command:
             raise UserError("write: srun ... python -m launch.slurm.rendezvous -- COMMAND ...")
         env = os.environ | rendezvous(os.environ)
+        if narrow := narrowed(env, os.sched_getaffinity(0)):
+            print(f"warning: {narrow}", file=sys.stderr, flush=True)
         speaks = env["SLURM_LOCALID"] == "0" and env.get("SLURM_STEP_NUM_NODES") != "1"  # once a node, of many
         ips = own_addresses() if speaks and "GLOO_SOCKET_IFNAME" not in env else []
         if ips and is_loopback(ips):

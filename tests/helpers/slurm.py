@@ -40,8 +40,8 @@ def free_ports(n: int) -> list[int]:
 
 
 @contextmanager
-def cluster(root: Path) -> Iterator[dict[str, str]]:
-    """The environment in which sbatch and the others speak to it; the partition is "main"."""
+def cluster(root: Path, **settings: str) -> Iterator[dict[str, str]]:
+    """The environment in which sbatch and the others speak to it; the partition is "main"; `settings` of slurm.conf."""
     for name in ("run", "log", "state", *(f"spool.n{i}" for i in NODES)):
         (root / name).mkdir(parents=True)
         (root / name).chmod(0o755)
@@ -51,7 +51,7 @@ def cluster(root: Path) -> Iterator[dict[str, str]]:
     (root / "munge.key").write_bytes(os.urandom(1024))
     (root / "munge.key").chmod(0o400)
     conf = root / "slurm.conf"
-    conf.write_text(configuration(root))
+    conf.write_text(configuration(root, settings))
     env = os.environ | {"SLURM_CONF": str(conf), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     munge = [f"--key-file={root}/munge.key", f"--socket={root}/run/munge.sock", f"--pid-file={root}/run/munged.pid"]
     munge += [f"--log-file={root}/log/munged.log", f"--seed-file={root}/state/munged.seed"]
@@ -82,7 +82,7 @@ def stop(pid_file: Path) -> None:
         wait_for(lambda: not Path(f"/proc/{pid}").exists(), 20)
 
 
-def configuration(root: Path) -> str:
+def configuration(root: Path, settings: dict[str, str]) -> str:
     """Without cgroups and accounting, which a container may lack, and quick to schedule."""
     host = socket.gethostname().split(".")[0]
     control, *ports = free_ports(1 + len(NODES))
@@ -114,6 +114,7 @@ def configuration(root: Path) -> str:
         "KillWait": 3,
         "SlurmdTimeout": 10,
         "CompleteWait": 0,
+        **settings,
     }
     nodes = [
         f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.1.{i} Port={port} CPUs=2 RealMemory=8000 State=UNKNOWN"

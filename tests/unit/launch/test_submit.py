@@ -130,6 +130,7 @@ REFUSED = [
     (["cluster.env.TRACK=https://me:abc@h"], [], "cluster.env.TRACK looks like a secret, which the run folder would"),
     (["cluster.env={1A: x}"], [], "cluster.env: '1A' is no variable"),
     (["cluster.forward=['A B']"], [], "cluster.forward: 'A B': give names of variables"),
+    (["cluster.forward=[SLURM_CPU_BIND]"], [], "cluster.forward: SLURM_CPU_BIND is of the allocation that you are in"),
     (["cluster.forward=[NOT_SET_ANYWHERE]"], [], "cluster.forward names NOT_SET_ANYWHERE, which is not in your env"),
     (["run.name="], [], "run.name is empty"),
     (["max_restarts=-1"], [], "max_restarts=-1: give 0 (never restart) or more"),

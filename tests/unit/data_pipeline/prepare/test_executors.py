@@ -74,6 +74,23 @@ def test_on_ray_as_well(how: str, error: type, tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "second").exists()
 
 
+def test_slurm_gets_no_orders_from_the_submitters_allocation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = tmp_path / "sbatch"
+    fake.write_text(f'#!/bin/sh\n/usr/bin/env > "{tmp_path}/seen"\necho Submitted batch job 7\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    given = {"SLURM_MEM_PER_NODE": "1", "SRUN_DEBUG": "9", "SLURM_CONF": "/its/conf", "MY_OWN": "kept"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    execute(stages(tmp_path, "none"), ExecutorConfig(name=Executor.slurm, partition="main"))
+    seen = dict(line.partition("=")[::2] for line in (tmp_path / "seen").read_text().splitlines())
+    assert {name: seen.get(name) for name in given} == given | {"SLURM_MEM_PER_NODE": None, "SRUN_DEBUG": None}
+    assert given.items() <= os.environ.items()
+    assert "you are in: SLURM_* (1), SRUN_* (1)\n" in capsys.readouterr().err
+
+
 def test_a_job_that_slurm_lets_go_too_early_stops(tmp_path: Path) -> None:
     done = tmp_path / "completions"
     done.mkdir()

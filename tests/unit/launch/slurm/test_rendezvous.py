@@ -54,6 +54,24 @@ def test_the_command_takes_the_process_over_with_its_words_as_they_are() -> None
     assert start("--", "sh", "-c", "exit 85", **TASK).returncode == 85
 
 
+def test_a_rank_on_fewer_cores_than_asked_for_says_so() -> None:
+    core = min(os.sched_getaffinity(0))
+    pinned = f"import os, sys; os.sched_setaffinity(0, {{{core}}}); "
+    pinned += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    said = {}
+    for asked in ("1", "2"):
+        env = {**os.environ, **TASK, "SLURM_CPUS_PER_TASK": asked, "SLURM_CPU_BIND": "map_cpu:0"}
+        argv = [sys.executable, "-c", pinned, "-m", "launch.slurm.rendezvous", "--", "true"]
+        done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        said[asked] = (done.returncode, [line for line in done.stderr.splitlines() if "may run on" in line])
+    assert said["1"] == (0, [])
+    assert said["2"][0] == 0 and said["2"][1][0].startswith("warning: rank 5 on ")
+    assert (
+        f"may run on 1 of the 2 cores that cluster.slurm.cpus_per_task asks for ({core}): see SLURM_CPU_BIND=map_cpu:0"
+        in (said["2"][1][0])
+    )
+
+
 @pytest.mark.parametrize("gone", TASK)
 def test_outside_an_srun_or_half_in_one_is_a_mistake(gone: str) -> None:
     with pytest.raises(UserError, match=f"^{gone} not in the environment: start launch.slurm.rendezvous with srun"):
