@@ -82,7 +82,7 @@ def submit(commands: list[list[str]]) -> list[str]:
 
 
 def environment(commands: list[list[str]]) -> dict[str, str]:
-    """What is passed on, without the variables by which sbatch would overrule lines of these commands' scripts."""
+    """The passed-on environment, without what sbatch would take before lines of these commands' scripts."""
     scripts = [Path(word) for words in commands for word in words if word.endswith("/job.sbatch")]
     given = {key for path in scripts for key in re.findall(r"^#SBATCH --([\w-]+)", path.read_text(), re.MULTILINE)}
     gone = {"SBATCH_ARRAY_INX"}

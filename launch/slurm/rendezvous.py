@@ -94,7 +94,7 @@ def narrowed(env: Mapping[str, str], cores: set[int]) -> str | None:
     if not asked.isdecimal() or len(cores) >= int(asked):
         return None
     return (
-        f"rank {env['RANK']} on {socket.gethostname()} may run on {len(cores)} of the {asked} cores that "
+        f"rank {env['SLURM_PROCID']} on {socket.gethostname()} may run on {len(cores)} of the {asked} cores that "
         f"cluster.slurm.cpus_per_task asks for ({', '.join(map(str, sorted(cores)))}): see SLURM_CPU_BIND="
         f"{env.get('SLURM_CPU_BIND', '')} and the cluster's own binding"
     )

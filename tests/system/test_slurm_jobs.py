@@ -38,7 +38,7 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def done(job: Job, env: dict[str, str], given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """What Slurm knows of the job when it has ended, and its output."""
+    """Slurm's record of the job when it has ended, and its output."""
     for name, value in {**env, **given}.items():
         monkeypatch.setenv(name, value)
     [number] = submit(prepare(job))
