@@ -1,13 +1,21 @@
-"""The decompressed bytes of a file, and its lines, in bounded memory whatever the file holds."""
+"""The decompressed bytes of a file, and its lines, in bounded memory whatever the file holds.
+
+A compressed file is a row of members (gzip), frames (zstd) or streams (bzip2, xz). All are read. A damaged file gives
+every byte before the damage: a decompressor that fails keeps some, so they are decompressed once more, byte by byte.
+"""
 
 from __future__ import annotations
 
 import bz2
-import gzip
 import lzma
+import re
+import string
 import zlib
-from collections.abc import Iterator
-from typing import IO, Any, cast
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import IO, Any
 
 from conf.errors import UserError
 from data_pipeline.corpus.document import Dropped
@@ -16,7 +24,58 @@ from data_pipeline.corpus.inputs import Input
 ZSTD_WINDOW = 1 << 27  # bytes of memory that a .zst file may ask for: the zstd program's own limit
 XZ_MEMORY = 1 << 30  # the same of a .xz file
 _STEP = 1 << 16  # bytes
-_ZSTD_STEP = 1 << 9  # 4 bytes can hold a block of 128 KiB: no chunk is more than 16 MiB
+_PADDING = bytes(1) + string.whitespace.encode()
+_HEAD = 1 << 10  # bytes, among which another member is looked for
+
+
+class Damaged(OSError):
+    """A compressed file that is cut off, broken, or asks for too much memory; the message says which."""
+
+
+class TrailingBytes(Damaged):
+    """The members are whole, and bytes that begin no other one follow them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """A compression: how its members begin and are decompressed.
+
+    `step` bytes of a file give about 16 MiB at most, or else `limit` bounds the bytes that one call gives.
+    """
+
+    magic: re.Pattern[bytes]  # of each member
+    start: Callable[[], Any]  # makes the decompressor of one member
+    damage: type[Exception]
+    step: int
+    limit: tuple[int, ...] = ()
+
+
+GZIP = Codec(re.compile(rb"\x1f\x8b"), partial(zlib.decompressobj, 31), zlib.error, 1 << 14)
+
+
+def zstd(window: int = ZSTD_WINDOW) -> Codec:
+    """zstd of frames that ask for at most `window` bytes of memory."""
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError("a .zst file needs the zstandard package: pip install 'gradus[data]'") from None
+    magic = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # of a frame, or of one to skip
+    start = zstandard.ZstdDecompressor(max_window_size=window).decompressobj
+    return Codec(magic, start, zstandard.ZstdError, 1 << 9)  # 4 bytes can hold a block of 128 KiB
+
+
+def codec(ending: str, window: int = ZSTD_WINDOW) -> Codec | None:
+    """The compression of a file whose name ends in `ending`, such as "gz"; None = it has none."""
+    if ending == "gz":
+        return GZIP
+    if ending == "zst":
+        return zstd(window)
+    if ending == "bz2":
+        return Codec(re.compile(b"BZh"), bz2.BZ2Decompressor, OSError, _STEP, (_STEP,))
+    if ending == "xz":
+        start = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, XZ_MEMORY)
+        return Codec(re.compile(rb"\xfd7zXZ"), start, lzma.LZMAError, _STEP, (_STEP,))
+    return None
 
 
 def lines(file: Input, longest: int, window: int = ZSTD_WINDOW) -> Iterator[tuple[bytes | Dropped, int]]:
@@ -25,8 +84,8 @@ def lines(file: Input, longest: int, window: int = ZSTD_WINDOW) -> Iterator[tupl
         with file.path.open("rb") as raw:
             for line in _split(chunks(raw, file.name, window), longest):
                 yield Dropped(f"a line longer than {longest:,} bytes", "") if line is None else line, raw.tell()
-    except (OSError, EOFError, zlib.error) as e:
-        yield Dropped(f"the rest of the file cannot be read ({getattr(e, 'strerror', None) or e})", ""), file.size
+    except OSError as e:
+        yield Dropped(f"the rest of the file cannot be read ({e.strerror or e})", ""), file.size
 
 
 def _split(chunks: Iterator[bytes], longest: int) -> Iterator[bytes | None]:
@@ -48,55 +107,66 @@ def chunks(raw: IO[bytes], name: str, window: int = ZSTD_WINDOW) -> Iterator[byt
     """The bytes of a file in small pieces, decompressed as the ending of its name says.
 
     Raises:
-        OSError, EOFError, zlib.error: it is damaged, cut off, or asks for too much memory.
+        Damaged: the file holds no more than what came.
     """
-    if name.endswith(".zst"):
-        yield from _zstd_chunks(raw, window)
-    elif name.endswith(".xz"):
-        yield from _xz_chunks(raw)
+    if found := codec(name.rpartition(".")[2], window):
+        yield from decompressed(raw, found)
     else:
-        stream: Any = raw
-        if name.endswith(".gz"):
-            stream = gzip.GzipFile(fileobj=raw)
-        elif name.endswith(".bz2"):
-            stream = bz2.BZ2File(raw)
-        while chunk := cast(bytes, stream.read(_STEP)):
+        while chunk := raw.read(_STEP):
             yield chunk
 
 
-def _zstd_chunks(raw: IO[bytes], window: int) -> Iterator[bytes]:
-    """Decompress frame by frame: zstandard's own stream_reader reads a truncated file as a complete one."""
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError("a .zst file needs the zstandard package: pip install 'gradus[data]'") from None
-    decompressor = zstandard.ZstdDecompressor(max_window_size=window)
-    chunk = raw.read(_ZSTD_STEP)
-    try:
-        while chunk:
-            frame = decompressor.decompressobj()
-            while not frame.eof:
-                if not chunk:
-                    raise EOFError("it is cut off")
-                yield frame.decompress(chunk)
-                chunk = (frame.unused_data if frame.eof else b"") or raw.read(_ZSTD_STEP)
-    except zstandard.ZstdError as e:
-        raise OSError(str(e)) from None
+def decompressed(raw: IO[bytes], codec: Codec) -> Iterator[bytes]:
+    """The bytes of all members of a file; zeros and white space may fill it up behind the last one.
+
+    Raises:
+        Damaged: a member is not whole; every byte that can be had came before.
+    """
+    if not raw.read(1):
+        return
+    end = yield from _member(raw, codec, 0)
+    while data := _read(raw, end, _HEAD):
+        if not (rest := data.lstrip(_PADDING)):
+            end += len(data)
+            continue
+        end += len(data) - len(rest)
+        if not codec.magic.match(_read(raw, end, _HEAD)):
+            raise TrailingBytes("bytes of another kind follow its end")
+        end = yield from _member(raw, codec, end)
 
 
-def _xz_chunks(raw: IO[bytes]) -> Iterator[bytes]:
-    """Decompress stream by stream: lzma's own LZMAFile has no limit of memory."""
-    chunk = raw.read(_STEP)
+def _member(raw: IO[bytes], codec: Codec, start: int) -> Generator[bytes, None, int]:
+    """The bytes of the member at `start`; returns the position behind it."""
+    given = end = 0
     try:
-        while chunk:
-            stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
-            while not stream.eof:
-                if not chunk and stream.needs_input:
-                    raise EOFError("it is cut off")
-                yield stream.decompress(chunk, _STEP)
-                chunk = raw.read(_STEP) if stream.needs_input and not stream.eof else b""
-            chunk = (stream.unused_data or raw.read(_STEP)).lstrip(b"\0")  # streams are padded to 4 bytes
-            while not chunk and (more := raw.read(_STEP)):
-                chunk = more.lstrip(b"\0")
-    except lzma.LZMAError as e:
-        raise OSError(str(e)) from None
+        for piece, position in _pieces(raw, codec, start):
+            yield piece
+            given, end = given + len(piece), position
+    except codec.damage as e:
+        with suppress(codec.damage, Damaged):
+            for piece, _ in _pieces(raw, codec, start, raw.tell() - codec.step):
+                yield piece[given:]
+                given = max(0, given - len(piece))
+        raise Damaged(str(e)) from None
+    return end
+
+
+def _pieces(raw: IO[bytes], codec: Codec, start: int, slow: int | None = None) -> Iterator[tuple[bytes, int]]:
+    """The bytes of the member at `start`, each piece with the position to which the file is used up.
+
+    From the position `slow` on, one byte of the file after the other is decompressed.
+    """
+    raw.seek(start)
+    position, member = start, codec.start()
+    while not member.eof:
+        if not (data := raw.read(codec.step if slow is None or position < slow else 1)):
+            raise Damaged("it is cut off")
+        position += len(data)
+        yield member.decompress(data, *codec.limit), position - len(member.unused_data)
+        while not member.eof and not getattr(member, "needs_input", True):
+            yield member.decompress(b"", *codec.limit), position - len(member.unused_data)
+
+
+def _read(raw: IO[bytes], start: int, size: int) -> bytes:
+    raw.seek(start)
+    return raw.read(size)

@@ -26,7 +26,7 @@ from data_pipeline.corpus.report import Report
 MAX_FILE = 1 << 30  # bytes of a text file, which is one document
 MAX_LINE = 1 << 26  # bytes of a JSON line, which is one document
 BLOCK = 1 << 20  # bytes of lines that one record holds
-JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz")
 
 
 @dataclass(frozen=True, slots=True)

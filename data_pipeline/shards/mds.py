@@ -11,7 +11,6 @@ column of ids is decoded; others, which may hold a pickle, are skipped.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,7 +153,7 @@ def _samples(cfg: ImportConfig, shard: Shard) -> Iterator[Piece | Dropped]:
                     yield Piece(path, path, _decode(cfg, shard.encoding, data), disk // n)
             if not stream.ended():
                 raise ValueError(f"it goes on after the {shard.bytes} bytes that {INDEX} says")
-    except (ValueError, IndexError, OSError, EOFError, zlib.error) as e:
+    except (ValueError, IndexError, OSError) as e:
         raise UserError(f"{shard.path}: {e}: {GET_ANEW}") from None
 
 

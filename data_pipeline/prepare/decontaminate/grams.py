@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,7 +165,7 @@ def _examples(file: Input, cfg: DecontaminateConfig) -> list[str]:
         if file.name.endswith(".txt"):
             return [part for part in _PARAGRAPHS.split(text) if part.strip()]
         bodies = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(
             f"decontaminate.sets: {file.path}: cannot be read ({e}): give JSON lines or UTF-8 text"
         ) from None

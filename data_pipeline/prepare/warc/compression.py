@@ -104,7 +104,7 @@ class Zipped:
         while start < self.size:
             head, opened, fault = b"", False, None
             try:
-                for data in self.inflate(start):
+                for data in self._salvaged(start):
                     if opened:
                         yield Piece(data, self.spent)
                     elif len(head := head + data) >= LINE:
@@ -123,8 +123,23 @@ class Zipped:
             start = self.find(max(start + 1, self.spent - LOOKBACK)) if fault else self._past_zeros(self.end)
         yield Member(self.size, False)
 
-    def inflate(self, start: int) -> Iterator[bytes]:
-        """The bytes of the member at `start`; sets `end`.
+    def _salvaged(self, start: int) -> Iterator[bytes]:
+        """inflate(start), with the bytes before the damage that a decompressor keeps when it fails."""
+        given = 0
+        try:
+            for data in self.inflate(start):
+                given += len(data)
+                yield data
+        except self.damage:
+            with suppress(EOFError, self.damage):
+                for data in self.inflate(start, self.raw.tell() - self.step):
+                    if given < len(data):
+                        yield data[given:]
+                    given = max(0, given - len(data))
+            raise
+
+    def inflate(self, start: int, slow: int | None = None) -> Iterator[bytes]:
+        """The bytes of the member at `start`, from the position `slow` on byte by byte of the file; sets `end`.
 
         Raises:
             EOFError: the file ends before it.
@@ -134,7 +149,7 @@ class Zipped:
         while not inflater.eof:
             data = inflater.unconsumed_tail
             if not data:
-                data = self._read(fed, self.step)
+                data = self._read(fed, self.step if slow is None or fed < slow else 1)
                 fed += len(data)
             piece = inflater.decompress(data, *self.limit)
             self.spent = fed - len(inflater.unconsumed_tail) - len(inflater.unused_data)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import re
 import zlib
 from codecs import BOM_UTF8
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from data_pipeline.corpus.document import Document, Dropped
+from data_pipeline.corpus.lines import GZIP, Codec, Damaged, TrailingBytes, decompressed, zstd
 from data_pipeline.prepare.warc.byte_stream import BOMB, MIB
 from data_pipeline.prepare.warc.charset import decode
 
 TOO_LARGE = "it is larger than limits.page_mib"
 EMPTY, NOT_HTTP, NOT_OK = "empty", "not an HTTP response", "an HTTP status other than 200"
-NOT_WEB, NOT_TEXT, BAD_ENCODING = (
-    "a file not of the web",
-    "neither HTML nor plain text",
-    "its Content-Encoding cannot be undone",
-)
+NOT_WEB, NOT_TEXT = "a file not of the web", "neither HTML nor plain text"
+BAD_ENCODING = "its Content-Encoding cannot be undone"
+TRAILING = "bytes of another kind follow its Content-Encoding's end"
+HTTP_WINDOW = 1 << 23  # bytes of zstd's window (RFC 9659)
+WRAPPED, DEFLATE = (Codec(re.compile(rb"(?!)"), partial(zlib.decompressobj, b), zlib.error, 1 << 14) for b in (15, -15))
 TYPES = ("warcinfo", "request", "metadata", "revisit", "continuation")
 PAGES = ("text/html", "application/xhtml+xml")
 BINARY = (b"%PDF", b"\x89PNG", b"GIF8", b"\xff\xd8\xff", b"PK\3\4", b"\x1f\x8b", b"RIFF", b"Rar!", b"\xd0\xcf\x11\xe0")
@@ -154,8 +156,8 @@ def decoded(payload: bytes, fields: dict[str, str], limit: int, ratio: float) ->
     codings = [name.strip().lower() for name in fields.get("content-encoding", "").split(",")]
     for coding in reversed(codings[:4]):
         data = _expanded(payload, coding, limit)
-        if data is None:
-            return BAD_ENCODING
+        if isinstance(data, str):
+            return data
         if len(data) > MIB and len(data) > ratio * len(payload):
             return BOMB
         if len(data) > limit:
@@ -177,26 +179,18 @@ def _unchunked(payload: bytes) -> bytes:
     return b"".join(parts) if parts and start >= len(payload) else payload
 
 
-def _expanded(payload: bytes, coding: str, limit: int) -> bytes | None:
-    """A byte more than `limit` at most, or a little; None if the payload is not of that coding, or broken."""
-    import brotli
-    import zstandard
-
-    data = None
-    with suppress(zlib.error, brotli.error, zstandard.ZstdError):
-        if coding in ("gzip", "x-gzip"):
-            data = _inflated(payload, 31, limit)
-        elif coding == "deflate":
-            wrapped = payload[:1] and payload[0] & 15 == 8 and int.from_bytes(payload[:2], "big") % 31 == 0
-            data = _inflated(payload, 15 if wrapped else -15, limit)
-        elif coding == "br":
-            unzip = brotli.Decompressor()
-            data = unzip.process(payload, output_buffer_limit=limit + 1)
-            data = data if unzip.is_finished() or len(data) > limit else None
-        elif coding == "zstd":
-            data = zstandard.ZstdDecompressor(max_window_size=1 << 23).stream_reader(payload).read(limit + 1)
-    if data is None and (coding in ("", "identity") or not payload or _is_html(payload)):
+def _expanded(payload: bytes, coding: str, limit: int) -> bytes | str:
+    """All members of a payload, up to `limit` bytes and a little more, or why they cannot be had."""
+    if coding in ("", "identity") or not payload:
         return payload
+    try:
+        data = _unbrotlied(payload, limit) if coding == "br" else _unpacked(payload, coding, limit)
+    except TrailingBytes:
+        data, fault = None, TRAILING
+    except Damaged:
+        data, fault = None, BAD_ENCODING
+    if data is None:
+        return payload if _is_html(payload) else fault
     return data
 
 
@@ -205,7 +199,31 @@ def _is_html(payload: bytes) -> bool:
     return head.lstrip()[:1] == b"<" and TAG.search(head) is not None
 
 
-def _inflated(payload: bytes, bits: int, limit: int) -> bytes | None:
-    unzip = zlib.decompressobj(bits)
-    data = unzip.decompress(payload, limit + 1)
-    return data if unzip.eof or len(data) > limit else None
+def _unpacked(payload: bytes, coding: str, limit: int) -> bytes:
+    if coding in ("gzip", "x-gzip"):
+        codec = GZIP
+    elif coding == "zstd":
+        codec = zstd(HTTP_WINDOW)
+    elif coding == "deflate":
+        codec = WRAPPED if payload[0] & 15 == 8 and int.from_bytes(payload[:2], "big") % 31 == 0 else DEFLATE
+    else:
+        raise Damaged("an encoding that is not known")
+    data = bytearray()
+    for piece in decompressed(io.BytesIO(payload), codec):
+        data += piece
+        if len(data) > limit:
+            break
+    return bytes(data)
+
+
+def _unbrotlied(payload: bytes, limit: int) -> bytes:
+    import brotli
+
+    unzip = brotli.Decompressor()  # a payload is one stream
+    try:
+        data: bytes = unzip.process(payload, output_buffer_limit=limit + 1)
+    except brotli.error as e:
+        raise Damaged(str(e)) from None
+    if not unzip.is_finished() and len(data) <= limit:
+        raise Damaged("it is cut off")
+    return data

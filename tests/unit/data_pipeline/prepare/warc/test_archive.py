@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import re
+import zlib
 from http.client import HTTPResponse, IncompleteRead
 from pathlib import Path
 from random import Random
@@ -295,3 +296,12 @@ def test_texts_with_unix_line_ends_are_read_to_the_next_record(shared_data: Path
     expected = [part.partition("\n\n")[2].strip("\n") for part in path.read_text("utf-8").split("WARC/1.0\n")[2:]]
     assert [item.text.strip("\n") for item in texts if isinstance(item, Document)] == expected
     assert len(expected) == 3 and resumes(file)
+
+
+def test_damage_costs_no_record_before_it_in_its_member(tmp_path: Path) -> None:
+    made = some(Random(seeded()), 60)
+    packer = zlib.compressobj(wbits=31)
+    good = packer.compress(b"".join(m.warc() for m in made)) + packer.flush(zlib.Z_FULL_FLUSH)
+    found = plain_items(put(tmp_path / "a.warc.gz", good + b"\xff" * 20_000))  # a kind of block that there is not
+    assert all(same(item, m, "gzip") for item, m in zip(found[:-1], made[:-1], strict=True))
+    assert isinstance(found[-1], Dropped) and found[-1].reason == "its compression is broken"

@@ -73,6 +73,20 @@ def test_a_page_whose_encoding_is_broken_is_dropped(coding: str, tmp_path: Path)
         assert isinstance(item, Dropped) and item.reason == "its Content-Encoding cannot be undone"
 
 
+@pytest.mark.parametrize("coding", ["gzip", "zstd"])
+def test_a_page_of_several_members_comes_whole(coding: str, tmp_path: Path) -> None:
+    pack = {"gzip": squeeze, "zstd": zstandard.compress}[coding]
+    body = b"".join(pack(part) for part in (PAGE[:50].encode(), PAGE[50:90].encode(), PAGE[90:].encode()))
+    head = [HTML, f"Content-Encoding: {coding}"]
+    for padding in (b"", bytes(3), b"\r\n"):
+        item = one(tmp_path, Made(body + padding, head=head))
+        assert isinstance(item, Document) and item.metadata["html"] == PAGE.encode()
+    item = one(tmp_path, Made(body + b"rubbish", head=head))
+    assert isinstance(item, Dropped) and item.reason == "bytes of another kind follow its Content-Encoding's end"
+    item = one(tmp_path, Made(body[:-9], head=head))
+    assert isinstance(item, Dropped) and item.reason == "its Content-Encoding cannot be undone"
+
+
 DROPPED = {
     "an HTTP status other than 200": Made(b"<html>gone", status=404),
     "neither HTML nor plain text": Made(b"<html>", head=["Content-Type: image/png"]),
