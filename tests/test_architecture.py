@@ -43,7 +43,7 @@ def offences(root: Path) -> list[str]:
         for check in (imports_amiss, code_amiss, form_amiss)
         for line, text in check(name, tree, modules)
     ]
-    return sorted({*lines, *circles(trees, modules), *sizes_amiss(trees), *too_long(root)})
+    return sorted({*lines, *circles(trees, modules), *sizes_amiss(trees), *too_long(root), *long_test_names(root)})
 
 
 def module_of(name: str) -> str:
@@ -189,6 +189,16 @@ def too_long(root: Path) -> list[str]:
     return [f"{name}:{n}: {n} lines in a file, at most {limit}" for name, n in counts.items() if n > limit]
 
 
+def long_test_names(root: Path) -> Iterator[str]:
+    """One line for each test whose name is longer than a line of a report has room for."""
+    limit = RULES["sizes"]["letters_of_a_test_name"]
+    for path in sorted((root / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and len(node.name) > limit:
+                name = path.relative_to(root).as_posix()
+                yield f"{name}:{node.lineno}: {len(node.name)} letters in {node.name}(), at most {limit}"
+
+
 def test_every_file_keeps_the_rules() -> None:
     assert offences(ROOT) == []
 
@@ -265,6 +275,7 @@ PLANTED = {
     ),
     "a long function": ("trainer/loop.py", "def f():\n" + "    x = 1\n" * 60, "61 lines in f(), at most 60"),
     "a long file": ("trainer/loop.py", "x = 1\n" * 301, "301 lines in a file, at most 300"),
+    "a long test name": ("tests/test_x.py", f"def test_{56 * 'x'}(): ...", "61 letters in test_x"),
     "a docstring that tells no thing": (
         "trainer/loop.py",
         'def f():\n    """What a step has done."""',

@@ -121,7 +121,8 @@ DOCUMENTED = [
 
 
 @pytest.mark.parametrize("line", DOCUMENTED, ids=lambda line: " ".join([line.module, *line.arguments]))
-def test_every_documented_command_gets_a_config_that_its_ranks_can_train(line: Line) -> None:
+def test_every_documented_command_can_train_on_its_ranks(line: Line) -> None:
+    """Its config composes, and fits the ranks that it starts."""
     name, overrides = schema_of(line.module, line.arguments)
     cfg: Any = load(SCHEMAS[name], overrides)
     if isinstance(cfg, PlanConfig):
@@ -240,7 +241,7 @@ SOURCES = ("data=mix", "data.sources.web.path=web", "data.sources.books.path=boo
     ],
     ids=" ".join,
 )
-def test_every_way_to_change_a_mixture_gives_a_run_that_can_be_planned(overrides: tuple[str, ...]) -> None:
+def test_every_way_to_change_a_mixture_can_be_planned(overrides: tuple[str, ...]) -> None:
     given = [o.replace("NAME", "web") for o in overrides]
     data = SOURCES[-1:] if "data=gpt3_mix" in given else SOURCES
     path = ["data.path=data"] if "data=gpt3_mix" in given else []
@@ -282,7 +283,8 @@ def test_the_values_that_the_corpus_page_states_are_the_recipes() -> None:
             assert value in known[key], f"{key}={value}, the recipes have {known[key]}"
 
 
-def test_numbers_of_the_corpus_page_are_those_of_its_formulas_presets_and_benchmark() -> None:
+def test_numbers_of_the_corpus_page_are_right() -> None:
+    """They are those of its formulas, presets and benchmark."""
     kept = re.findall(r"(\d+\.?\d*)% at ([\d.]+)", CORPUS)
     assert len(kept) == 2
     for percent, score in kept:

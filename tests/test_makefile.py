@@ -94,7 +94,7 @@ def test_a_venv_without_its_interpreter_is_made_anew(checkout: Path) -> None:
     assert "pip install" in plan(checkout)
 
 
-def test_a_venv_of_another_python_is_made_anew_where_one_is_named(checkout: Path) -> None:
+def test_a_venv_of_another_python_is_made_anew_if_one_is_named(checkout: Path) -> None:
     other = python(checkout, "import sys; sys.version_info = (3, 99)")
     venv(checkout, made_in=checkout)
     named = make(checkout, "-n", "check", f"PYTHON={other}").stdout

@@ -77,7 +77,7 @@ def test_a_backward_gives_the_same_bits_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_in_a_compiled_function_new_documents_do_not_compile_again() -> None:
+def test_new_documents_do_not_compile_a_function_again() -> None:
     from torch._dynamo.utils import counters
 
     def block(q: Tensor, k: Tensor, v: Tensor, mask: flex.BlockMask) -> Tensor:

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 
-def test_a_snapshot_is_pinned_and_stays_what_the_gpu_held_when_it_was_taken() -> None:
+def test_a_snapshot_is_pinned_and_later_updates_do_not_change_it() -> None:
     device = torch.device("cuda")
     flat = torch.randn(3, 5_000_001, device=device)
     kinds = ("master", "exp_avg", "exp_avg_sq")
@@ -42,7 +42,7 @@ def test_a_snapshot_is_pinned_and_stays_what_the_gpu_held_when_it_was_taken() ->
 
 
 @pytest.mark.parametrize("zero", [1, 3])
-def test_a_background_save_from_a_gpu_holds_the_bytes_of_a_blocking_one(tmp_path: Path, zero: int) -> None:
+def test_a_background_save_has_the_bytes_of_a_blocking_one(tmp_path: Path, zero: int) -> None:
     common = (f"data.path={make_data(tmp_path / 'data')}", "max_steps=6", "deterministic=true", "precision=bf16")
     common = (*common, f"parallel.zero_stage={zero}", "checkpoint.every_steps=1")
     for way in ("true", "false"):

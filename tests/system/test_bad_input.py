@@ -49,16 +49,15 @@ def refused(module: str, *args: str) -> str:
         ("data.path=nowhere", ["nowhere/train/manifest.json", "data_pipeline.shards write"]),
     ],
 )
-def test_a_mistake_in_the_config_is_one_line_that_names_every_operand(
-    data: Path, tmp_path: Path, override: str, operands: list[str]
-) -> None:
+def test_a_mistake_in_the_config_is_one_line(data: Path, tmp_path: Path, override: str, operands: list[str]) -> None:
+    """The line names every operand."""
     common = [*TINY, f"run.dir={tmp_path / 'run'}", "max_steps=3", f"data.path={data}"]
     line = refused("trainer.pretrain", *(c for c in common if c.split("=")[0] != override.split("=")[0]), override)
     assert all(operand in line for operand in operands), line
     assert not (tmp_path / "run").exists()
 
 
-def test_more_tensor_parallel_ranks_than_heads_are_refused_on_every_rank(data: Path, tmp_path: Path) -> None:
+def test_more_tp_ranks_than_heads_are_refused_on_every_rank(data: Path, tmp_path: Path) -> None:
     args = (f"data.path={data}", "max_steps=3", "parallel.tp=2", "model.n_head=1")
     for code, err in finish(start(tmp_path / "run", *args, ranks=2)):
         assert code == 2
@@ -73,10 +72,11 @@ def test_an_empty_corpus_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_flipped_byte_in_a_shard_stops_every_rank_with_its_name_and_the_checkpoint_stays(
-    tmp_path: Path, ranks: int
-) -> None:
-    """Only rank 0's lanes meet the bad shards first or alone: the other rank must not wait for it, nor update."""
+def test_a_flipped_byte_in_a_shard_stops_every_rank(tmp_path: Path, ranks: int) -> None:
+    """The shard is named, and the checkpoint stays.
+
+    Only rank 0's lanes meet the bad shards first or alone: the other rank must not wait for it, nor update.
+    """
     data, run = make_data(tmp_path / "data"), tmp_path / "run"
     pretrain(run, f"data.path={data}", "max_steps=4", ranks=ranks)
     shard = data / "train" / "00000.tar"
@@ -92,8 +92,11 @@ def test_a_flipped_byte_in_a_shard_stops_every_rank_with_its_name_and_the_checkp
 
 
 @pytest.mark.slow
-def test_a_validation_shard_that_one_rank_cannot_read_stops_both_at_once_and_names_it(tmp_path: Path) -> None:
-    """Of 8 windows in micro batches of 2, rank 1 reads the last ones: rank 0 must not wait for it in a collective."""
+def test_a_validation_shard_lost_to_one_rank_stops_both(tmp_path: Path) -> None:
+    """At once, and the shard is named.
+
+    Of 8 windows in micro batches of 2, rank 1 reads the last ones: rank 0 must not wait for it in a collective.
+    """
     data, run = make_data(tmp_path / "data"), tmp_path / "run"
     shard = data / "val" / "00000.tar"
     body = bytearray(shard.read_bytes())
@@ -108,7 +111,8 @@ def test_a_validation_shard_that_one_rank_cannot_read_stops_both_at_once_and_nam
     assert "another rank could not read its data" in lines[0] and "val/00000.tar" in lines[1], lines
 
 
-def test_a_run_folder_of_another_model_is_refused_before_training_and_kept(data: Path, tmp_path: Path) -> None:
+def test_a_run_folder_of_another_model_is_refused_and_kept(data: Path, tmp_path: Path) -> None:
+    """The run is refused before training."""
     run = tmp_path / "run"
     pretrain(run, f"data.path={data}", "max_steps=1")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
@@ -132,9 +136,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_full_disk_stops_every_rank_in_one_line_and_the_run_goes_on_when_there_is_room(
-    data: Path, tmp_path: Path, small_disk: Path
-) -> None:
+def test_a_full_disk_stops_every_rank_in_one_line(data: Path, tmp_path: Path, small_disk: Path) -> None:
+    """The run goes on when there is room."""
     common = (f"data.path={data}", "max_steps=20", "checkpoint.keep=9", "model.dropout=0.1")
     for code, err in finish(start(small_disk / "run", *common, ranks=2)):
         assert code == 1 and "No space left on device" in err and "Traceback" not in err, err

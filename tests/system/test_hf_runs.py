@@ -85,9 +85,10 @@ def plain_step(model: Any, tokens: Tensor, cfg: Any) -> tuple[float, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", Norm, ids=lambda n: n.value)
-def test_a_step_from_an_imported_model_is_plain_torchs_and_its_export_opens(
+def test_an_imported_model_trains_as_in_torch_and_is_exported(
     norm: Norm, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A step from it is plain torch's, and transformers opens its export."""
     seed = torch.seed()
     model = hf_model(norm)
     import_hf(ImportHfConfig(str(save(model, tmp_path / "theirs")), str(tmp_path / "start")))
@@ -142,9 +143,8 @@ def test_a_start_that_cannot_be_is_refused_before_any_work(what: str, data: Path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_start_with_another_vocabulary_is_refused_and_the_same_in_other_words_is_not(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_start_with_another_vocabulary_is_refused(data: Path, tmp_path: Path) -> None:
+    """The same vocabulary in another form is accepted."""
     theirs = save(hf_model(Norm.pre), tmp_path / "theirs")
     body = json.loads((data / "train" / "tokenizer.json").read_text())
     body["model"]["merges"] = [" ".join(pair) for pair in body["model"]["merges"]]  # as files of 2020 have them

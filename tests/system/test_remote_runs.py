@@ -65,9 +65,8 @@ def server(tmp_path: Path) -> Iterator[Files]:
 
 
 @pytest.mark.slow
-def test_a_source_behind_http_gives_the_run_of_the_folder_and_one_that_goes_away_stops_it_until_it_is_back(
-    tmp_path: Path, server: Files
-) -> None:
+def test_a_source_behind_http_gives_the_run_of_the_folder(tmp_path: Path, server: Files) -> None:
+    """A server that goes away stops the run until it is back."""
     lost, step = shard_first_needed_near(server.root, WEIGHTS, 5, "web")
     common = (f"max_steps={STEPS}", "checkpoint.every_steps=1", "data.fetch.retries=1", "data.fetch.timeout_s=2")
     folder = (*mixture(server.root, WEIGHTS), *common)

@@ -154,7 +154,7 @@ def test_the_time_limit_is_a_signal_before_it(site: Site) -> None:
     site.same(run)
 
 
-def test_a_job_that_never_gets_to_a_checkpoint_does_not_come_back_for_ever(site: Site) -> None:
+def test_a_job_that_never_saves_is_not_requeued_for_ever(site: Site) -> None:
     run, [job] = site.submit("idle", "max_restarts=1")
     for stops in range(2):
         site.wait(job, JobState="RUNNING", Restarts=str(stops))

@@ -144,9 +144,8 @@ def test_one_signal_saves_on_all_hosts_before_it_is_said(
     assert_quiet(cluster)
 
 
-def test_a_host_cut_off_for_good_ends_the_run_with_one_clear_line_and_no_orphan(
-    cluster: Cluster, data: Path, tmp_path: Path
-) -> None:
+def test_a_host_cut_off_for_good_ends_the_run_in_one_line(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    """No orphan process stays."""
     overrides = (f"data.path={data}", "max_steps=100000", "watch.collective_s=20")
     process = submit(cluster, tmp_path, *overrides, of=["max_restarts=0"])
     wait_until(lambda: any(row.step >= 4 for row in rows(tmp_path / RUN)), tmp_path, process)
@@ -162,9 +161,7 @@ def test_a_host_cut_off_for_good_ends_the_run_with_one_clear_line_and_no_orphan(
         cluster.heal("h2")
 
 
-def test_torchrun_goes_on_without_a_host_that_is_cut_off_and_takes_it_back(
-    cluster: Cluster, data: Path, tmp_path: Path
-) -> None:
+def test_torchrun_goes_on_without_a_host_and_takes_it_back(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     """At last it is stopped and started once more, so that it ends: nobody knows how many steps this will take."""
     overrides = (
         f"data.path={data}",

@@ -83,7 +83,8 @@ def told(root: Path) -> tuple[str, str]:
     return report["state"]["state"], "\n".join(show(report))
 
 
-def test_a_finished_run_is_told_as_its_journal_and_checkpoints_hold_it(finished: Path) -> None:
+def test_a_finished_run_is_reported_from_its_own_files(finished: Path) -> None:
+    """The report agrees with the journal and the checkpoints."""
     state, text = told(finished)
     last, best = read_journal(finished / "metrics.jsonl")[-1].metrics, "step-00000008.gen-0001"
     assert state == "done"
@@ -105,7 +106,8 @@ def test_it_needs_no_torch_and_changes_nothing(finished: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
 
 
-def test_a_folder_that_is_not_there_is_a_mistake_and_an_empty_one_was_never_started(tmp_path: Path) -> None:
+def test_a_missing_folder_is_a_mistake(tmp_path: Path) -> None:
+    """A run in an empty folder was never started."""
     argv = [sys.executable, "-m", "launch.status"]
     wrong = subprocess.run(
         [*argv, f"run_dir={tmp_path / 'none'}"], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -128,7 +130,7 @@ def test_a_folder_that_is_not_there_is_a_mistake_and_an_empty_one_was_never_star
         (["start", "start"], "starting"),
     ],
 )
-def test_ranks_that_beat_tell_what_they_do_and_the_slowest_is_named(going: Path, phases: list[str], state: str) -> None:
+def test_each_rank_has_its_phase_and_the_slowest_is_named(going: Path, phases: list[str], state: str) -> None:
     for rank, phase in enumerate(phases):
         beat(going, rank, phase=phase)
     found, text = told(going)
@@ -137,7 +139,7 @@ def test_ranks_that_beat_tell_what_they_do_and_the_slowest_is_named(going: Path,
     assert "eta " in text and "step 8/100" in text
 
 
-def test_a_rank_that_is_silent_is_named_and_one_that_stays_in_a_step_is_hung(going: Path) -> None:
+def test_a_silent_rank_is_named_and_one_stuck_in_a_step_is_hung(going: Path) -> None:
     beat(going, 0)
     beat(going, 1, age=500)
     state, text = told(going)
@@ -178,7 +180,8 @@ def test_an_end_is_told_with_its_exit_code_and_cause(going: Path, code: int, eve
     assert told(going)[0] == "training"  # what ended has begun again
 
 
-def test_a_supervisor_that_died_in_its_back_off_is_not_starting_for_ever(going: Path) -> None:
+def test_a_supervisor_that_died_in_its_back_off_is_reported(going: Path) -> None:
+    """The run's state is not `starting` for ever."""
     beat(going, 0, age=9000)
     supervised(going, {"event": "exit", "exit_code": 1, "cause": "x", "time": time.time() - 8001})
     supervised(going, {"event": "restart", "exit_code": 1, "wait_s": 2.0, "time": time.time() - 8000})
@@ -186,7 +189,7 @@ def test_a_supervisor_that_died_in_its_back_off_is_not_starting_for_ever(going: 
     assert state == "no start for 8000 s" and "was to start it again after 2 s and has not" in text
 
 
-def test_a_run_without_supervisor_that_ended_early_is_told_by_what_it_saved(going: Path) -> None:
+def test_an_early_end_without_supervisor_is_told_by_checkpoints(going: Path) -> None:
     (going / "supervise.jsonl").unlink()
     beat(going, 0, age=5000, phase="end")
     beat(going, 1, age=5001, phase="end")
@@ -195,7 +198,7 @@ def test_a_run_without_supervisor_that_ended_early_is_told_by_what_it_saved(goin
     assert told(going)[0] == "failed"
 
 
-def test_a_launcher_that_made_another_exit_code_of_it_hides_nothing(going: Path) -> None:
+def test_a_launcher_with_an_exit_code_of_its_own_hides_nothing(going: Path) -> None:
     for cause, state in (("stopped by SIGUSR1 after step 8", "stopped by a signal"), ("hang: 130 s", "hung")):
         supervised(going, {"event": "exit", "exit_code": 1, "cause": f"{cause} | ChildFailedError"})
         assert told(going)[0] == state

@@ -45,10 +45,8 @@ def grown(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_mixture_with_stages_and_a_batch_ramp_is_fed_what_is_dealt_by_hand_and_exact_after_a_kill(
-    data: Path, grown: Path
-) -> None:
-    """That it is exact, `grown` has asserted."""
+def test_a_mixture_with_stages_and_a_ramp_is_exact_after_a_kill(data: Path, grown: Path) -> None:
+    """It is fed the windows that a deal by hand gives; `grown` asserts that it is exact."""
     ledger = state(grown / "killed")["data"]["ledger"]
     assert {(s["n_ctx"], tuple(s["weights"].values())) for s in ledger} == {(32, (3, 1)), (64, (3, 5))}
     assert {s["windows_per_step"] * s["n_ctx"] for s in ledger} == {256, 384, 512, 768}
@@ -60,9 +58,7 @@ def test_a_mixture_with_stages_and_a_batch_ramp_is_fed_what_is_dealt_by_hand_and
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one rank", "tp2"])
-def test_a_mixture_with_stages_goes_on_in_another_layout_with_the_same_windows(
-    data: Path, grown: Path, layout: str
-) -> None:
+def test_a_mixture_has_the_same_windows_in_another_layout(data: Path, grown: Path, layout: str) -> None:
     run, ranks = grown / layout, 2 if layout == "tp2" else 1
     shutil.copytree(grown / "killed", run)
     (run / "checkpoints" / "latest").write_text("step-00000004.gen-0001")
@@ -78,9 +74,8 @@ def test_a_mixture_with_stages_goes_on_in_another_layout_with_the_same_windows(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_takes_other_weights_another_batch_and_other_sources_and_each_goes_on_where_it_was(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_run_takes_other_weights_batch_and_sources(data: Path, tmp_path: Path) -> None:
+    """Each source goes on where it was."""
     run, ends = tmp_path / "run", [4, 8, 11, 15, 19]
     changes = [
         mixture(data, {"web": 3, "books": 1}),
@@ -112,7 +107,8 @@ def test_a_resumed_run_takes_other_weights_another_batch_and_other_sources_and_e
 
 
 @pytest.mark.slow
-def test_a_document_mask_gives_one_loss_in_every_layout_and_another_one_than_none(data: Path, tmp_path: Path) -> None:
+def test_a_document_mask_gives_one_loss_in_every_layout(data: Path, tmp_path: Path) -> None:
+    """The loss differs from the one without a mask."""
     common = (*mixture(data, {"web": 3, "books": 1}), "max_steps=6")
     masked, split = (*common, "data.document_mask=true"), ("parallel=tp2", "parallel.sequence_parallel=true")
     in_turn([(tmp_path / "one", masked), (tmp_path / "none", common)])
@@ -126,9 +122,8 @@ def test_a_document_mask_gives_one_loss_in_every_layout_and_another_one_than_non
             assert d[key] != pytest.approx(a[key], rel=1e-4), (step, key)
 
 
-def test_a_source_that_a_run_would_repeat_too_often_is_refused_before_anything_starts(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_source_that_would_repeat_too_often_is_refused(data: Path, tmp_path: Path) -> None:
+    """The run is refused before anything starts."""
     sources = "data.sources={web: {path: web, weight: 3}, books: {path: books, max_epochs: 1}}"
     common = [*TINY, "data=mix", "data.lanes=4", f"data.path={data}", sources, f"run.dir={tmp_path / 'run'}"]
     line = refused("trainer.pretrain", *common, "max_steps=100")
@@ -140,7 +135,7 @@ def test_a_source_that_a_run_would_repeat_too_often_is_refused_before_anything_s
     assert not (tmp_path / "run").exists()
 
 
-def test_the_introduction_tells_each_stage_and_each_size_of_the_batch(data: Path, tmp_path: Path) -> None:
+def test_the_summary_lists_each_stage_and_each_batch_size(data: Path, tmp_path: Path) -> None:
     [[said]] = in_turn([(tmp_path / "run", (*mixture(data, {"web": 3, "books": 1}), *GROWING, "max_steps=8"))])
     first = "from step 0 (0 tokens): 8 windows of 32 tokens a step = dp 1 x micro batch 2 x 4; web 0.75, books 0.25"
     assert first in said, said

@@ -31,7 +31,7 @@ def submit(left: list[str], right: list[str]) -> subprocess.CompletedProcess[str
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_run_is_trained_on_two_ranks_and_resumed_by_submitting_again(tmp_path: Path) -> None:
+def test_a_run_on_two_ranks_resumes_when_submitted_again(tmp_path: Path) -> None:
     data, root = make_data(tmp_path / "data"), tmp_path / "a run $(x)"
     left = ["run.name=it's", f"run.dir={root}"]
     for steps, launcher in ((6, "torchrun"), (10, "deepspeed")):
@@ -63,7 +63,7 @@ def test_runs_of_a_sweep_are_trained_one_after_the_other(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_variables_of_the_cluster_reach_the_ranks_and_their_exit_code_comes_back(tmp_path: Path) -> None:
+def test_cluster_env_reaches_the_ranks_and_exit_codes_come_back(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     left = [f"run.dir={tmp_path}/run", "cluster.env.DS_ACCELERATOR=$(none such)"]
     done = submit(left, [f"data.path={data}", "max_steps=4"])
@@ -105,7 +105,7 @@ def test_a_signal_goes_on_to_the_run_and_no_other_is_started(number: signal.Sign
     assert not (tmp_path / "second").exists()
 
 
-def test_a_signal_that_comes_as_the_last_run_ends_well_changes_nothing(tmp_path: Path) -> None:
+def test_a_signal_as_the_last_run_ends_well_changes_nothing(tmp_path: Path) -> None:
     waits = f"import os, signal; signal.signal({int(signal.SIGTERM)}, lambda *a: os._exit(0)); "
     waits += f"open({str(tmp_path / 'up')!r}, 'w'); signal.pause()"
     process = subprocess.Popen(foreground(waits), cwd=ROOT, env=ENV)

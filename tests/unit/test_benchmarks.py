@@ -68,7 +68,8 @@ def test_the_table_is_printed_from_the_result(
     assert loader["hardware"]["cpu"] in lines[-1] and "200,000 tokens" in lines[-1]
 
 
-def test_the_scale_benchmark_finds_each_shard_read_by_at_most_two_ranks() -> None:
+def test_the_scale_benchmark_runs() -> None:
+    """It finds each shard read by at most two ranks."""
     found = json.loads(run("scale", "shards=300", "tokens=60_000_000", "ranks=8"))
     assert found["ranks_per_shard"] <= 2
     assert 1 <= found["imbalance"] < 1.2 and 1 <= found["fetched_over_stored"] < 1.2
@@ -76,9 +77,8 @@ def test_the_scale_benchmark_finds_each_shard_read_by_at_most_two_ranks() -> Non
         assert 0 < found[key]["median"] <= found[key]["most"]
 
 
-def test_the_extraction_benchmark_prints_every_number_of_each_engine(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_extraction_benchmark_prints_all_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every number of each engine."""
     pytest.importorskip("resiliparse")
     text = "The river rose for three days, and on the fourth the people carried what they had up the hill. " * 3
     (tmp_path / "html").mkdir()
@@ -122,7 +122,7 @@ def test_the_corpus_benchmark_measures_both_sides_of_a_row(tmp_path: Path, capsy
 
 
 @pytest.mark.slow
-def test_the_attention_benchmark_measures_each_pattern_beside_its_peer(
+def test_the_attention_benchmark_measures_patterns_and_peers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     printed = run("attention", "json=true", "contexts=128,256", "tokens=256", "rounds=1")
@@ -144,7 +144,8 @@ def test_the_attention_benchmark_measures_each_pattern_beside_its_peer(
     assert capsys.readouterr().out.count("\n| ") == len(contexts) + 1
 
 
-def test_the_engine_benchmark_counts_no_operation_for_each_parameter() -> None:
+def test_the_engine_benchmark_counts_operations_by_group() -> None:
+    """There is no operation for each parameter."""
     found = json.loads(run("engine_work", "layers=4", "steps=1", "json=true"))
     assert found["parameters"] == 4 * 12 + 4
     assert found["ours"]["ops"]["step"] < found["parameters"] and found["ratio"]["ops"] < 1
@@ -173,9 +174,8 @@ def test_the_scaling_benchmark_measures_every_layout() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_tracking_benchmark_prints_step_times_of_each_server_and_the_slowest_call(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_tracking_benchmark_prints_step_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of each server, and the slowest call."""
     pytest.importorskip("mlflow", reason="the tracking extra is not installed")
     printed = run("tracking", "rounds=1", "steps=9", timeout_s=500)
     assert printed.count("\n") == 1
@@ -190,9 +190,8 @@ def test_the_tracking_benchmark_prints_step_times_of_each_server_and_the_slowest
 
 
 @pytest.mark.slow
-def test_the_checkpoint_benchmark_finds_equal_bytes_and_prints_its_ratios(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_checkpoint_benchmark_finds_equal_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints its ratios."""
     printed = run("checkpoint", "model=test", "rounds=1", "n_ctx=16", f"dir={tmp_path}", "json=true")
     assert printed.count("\n") == 1
     found = json.loads(printed)
@@ -229,7 +228,7 @@ def test_the_training_benchmark_measures_each_side_of_a_size(
     assert [line.split(" ")[3] for line in lines[2:5]] == ["ours", "fp8", "plain"]
 
 
-def test_the_training_benchmark_takes_its_settings_in_either_form() -> None:
+def test_the_training_benchmark_takes_both_forms_of_settings() -> None:
     given = train_speed.settings(["sizes=test", "--cap-gib", "24", "--profile", "fp8=true"])
     assert (given["sizes"], given["cap_gib"], given["profile"], given["fp8"]) == ("test", "24", "true", "true")
     assert train_speed.settings(["--fp8-equality"])["fp8_equality"] == "true"

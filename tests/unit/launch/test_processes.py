@@ -28,7 +28,8 @@ sys.exit(-command.wait())
 """
 
 
-def test_a_command_that_dies_while_a_signal_handler_looks_keeps_its_exit_code() -> None:
+def test_a_command_that_dies_in_a_signal_handler_keeps_its_code() -> None:
+    """It dies while the handler looks for its descendants."""
     assert subprocess.run([sys.executable, "-c", HANDLER], cwd=ROOT, timeout=60).returncode == signal.SIGKILL
 
 

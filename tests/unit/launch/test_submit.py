@@ -180,9 +180,7 @@ def test_a_sweep_freezes_each_run_by_itself(data: Path, tmp_path: Path, capsys: 
     assert "nothing was started (a dry run)" in text
 
 
-def test_what_was_started_is_told_and_a_job_in_the_queue_is_warned_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_start_is_reported_and_a_job_in_the_queue_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = RunFolder(tmp_path / "run").take_submission()
     publish_json(made / "code.json", {"commit": "abc", "dirty": False})
     assert "nothing was started (a dry run)" in "\n".join(show(gather(tmp_path / "run", time.time())))
@@ -198,9 +196,10 @@ def test_what_was_started_is_told_and_a_job_in_the_queue_is_warned_of(
         assert (queued(tmp_path / "run") is not None) == warned
 
 
-def test_each_submission_has_a_folder_of_its_own_and_a_run_at_work_is_told_of(
+def test_each_submission_has_a_folder_of_its_own(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A run that is at work is reported."""
     folder, now = RunFolder(tmp_path / "run").heartbeats, time.time()
     folder.mkdir(parents=True)
     (folder / "rank-00000.json").write_text("[" * 5000)  # none of ours: no warning, and no end
@@ -325,7 +324,7 @@ def test_nothing_is_looked_up_in_a_frozen_file(tmp_path: Path, monkeypatch: pyte
     assert load(PretrainConfig, [f"frozen={path}"]).run.dir == "${oc.env:PLANTED}/${run.name}"
 
 
-def test_a_job_is_started_under_the_restarter_by_its_frozen_config(tmp_path: Path) -> None:
+def test_a_job_starts_under_the_supervisor_by_its_frozen_config(tmp_path: Path) -> None:
     cluster = load(SubmitConfig, []).cluster
     run_dir = tmp_path / "it's"
     configs, run_dirs = (tmp_path / "0", tmp_path / "1"), (run_dir, tmp_path / "'b'")

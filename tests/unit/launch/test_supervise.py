@@ -109,7 +109,7 @@ def test_no_process_of_a_failed_start_lives_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_goes_on_to_the_command_which_is_then_not_restarted(tmp_path: Path, number: int) -> None:
+def test_a_signal_reaches_the_command_which_is_not_restarted(tmp_path: Path, number: int) -> None:
     save = f"trap 'echo saved > {tmp_path}/saved; exit 5' INT TERM USR1"
     script = f"{save}; echo up > {tmp_path}/up; while true; do sleep 0.05; done"
     process = subprocess.Popen(argv(tmp_path, "bash", "-c", script), cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -120,7 +120,8 @@ def test_a_signal_goes_on_to_the_command_which_is_then_not_restarted(tmp_path: P
     assert [e[0] for e in events(tmp_path)][:2] == ["start", "exit"] and "restart" not in str(events(tmp_path))
 
 
-def test_a_sigusr1_that_the_command_was_not_ready_for_is_said_again(tmp_path: Path) -> None:
+def test_a_sigusr1_that_came_too_early_is_sent_again(tmp_path: Path) -> None:
+    """The command was not ready for the first one."""
     up = f"echo up > {tmp_path}/up"
     script = f"trap '' USR1; {up}; sleep 1; trap 'exit 5' USR1; while true; do sleep 0.05; done"
     process = subprocess.Popen(argv(tmp_path, "bash", "-c", script), cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -183,7 +184,7 @@ def test_users_mistake_under_torchrun_is_not_retried(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_workers_of_a_killed_torchrun_are_gone_before_the_restart(tmp_path: Path) -> None:
+def test_workers_of_a_killed_torchrun_end_before_the_restart(tmp_path: Path) -> None:
     """torchrun puts its workers into sessions of their own: killed with SIGKILL, it leaves them training."""
     pids, second = tmp_path / "pids", tmp_path / "second"
     script = f"[ -e {second} ] && exit 0\necho $$ >> {pids}\nexec sleep 300\n"
@@ -235,7 +236,8 @@ def test_who_asked_says_how_a_failed_command_ends() -> None:
         assert outcome(code, list(asked)) == expected, (code, asked)
 
 
-def test_a_preempted_command_is_not_restarted_and_the_exit_row_tells_why(tmp_path: Path) -> None:
+def test_a_preempted_command_is_not_restarted(tmp_path: Path) -> None:
+    """The row of its exit gives the reason."""
     done = supervise(tmp_path, "bash", "-c", "echo stopped by SIGUSR1 after step 7 >&2; exit 85")
     assert done.returncode == 85
     rows = [json.loads(line) for line in (tmp_path / "supervise.jsonl").read_text().splitlines()]
@@ -299,7 +301,8 @@ def test_whether_a_training_is_done_its_last_checkpoint_says(tmp_path: Path) -> 
     assert supervise(tmp_path, "bash", "-c", "exit 3", max_restarts=0).returncode == 3, "a command that trained nothing"
 
 
-def test_a_users_mistake_stays_one_and_what_trains_nothing_is_believed() -> None:
+def test_a_users_mistake_stays_one() -> None:
+    """The exit code of a command that trains nothing is believed."""
     assert judged(2, "why", 300, 300) == (2, "why")
     assert judged(0, None, 100, None) == (0, None)
     assert judged(137, "why", 100, 300) == (137, "why")

@@ -106,7 +106,7 @@ def test_the_run_has_the_tokens_that_its_comment_says(name: str) -> None:
 
 
 @EXPERIMENTS
-def test_the_page_says_what_the_experiment_is_and_how_it_lies_on_ranks(name: str) -> None:
+def test_the_page_has_the_experiment_and_its_split_over_ranks(name: str) -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert f"{row(name)}\n" in page and f"{shares(name)}\n" in page, f"{row(name)}\n{shares(name)}"
     assert experiment(name).run.name == name and experiment(name).run.dir == f"runs/{name}"

@@ -82,7 +82,8 @@ def test_a_model_goes_in_and_out_bit_for_bit_with_its_vocabulary(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_folder_that_is_not_the_checkpoint_is_found_by_its_logits(tmp_path: Path, folder: Path) -> None:
+def test_an_export_that_is_not_the_checkpoint_is_found(tmp_path: Path, folder: Path) -> None:
+    """By its logits."""
     imported(folder, tmp_path / "a")
     weights = load_file(folder / "model.safetensors")
     weights["transformer.h.0.mlp.c_fc.bias"][3] += 1e-2
@@ -222,7 +223,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_what_cannot_be_used_is_refused_in_one_line_and_leaves_nothing(what: str, tmp_path: Path, folder: Path) -> None:
+def test_an_unusable_source_is_refused_in_one_line(what: str, tmp_path: Path, folder: Path) -> None:
+    """Nothing is left at `out`."""
     change, line = HOSTILE[what]
     change(folder)
     with pytest.raises(UserError) as caught:

@@ -52,7 +52,7 @@ def test_ranks_with_other_kinds_of_micro_batches_are_found(ranks: int) -> None:
         assert total.same_kinds(ranks) == (ranks == 1 or other is usual)
 
 
-def test_the_counts_of_a_failed_step_are_nan_for_the_gradient_alone() -> None:
+def test_counts_of_a_failed_step_are_nan_for_the_gradient_alone() -> None:
     """Otherwise they are the counts, bit for bit: 2^53 - 1 is the largest that fp64 counts."""
     for failed in (0.0, 1.0, 3.0):
         votes = torch.tensor(Vote((7.0, 0.0, 2.0**53 - 1), failed=failed).pack(), dtype=torch.float64)

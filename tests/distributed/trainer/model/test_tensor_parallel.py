@@ -75,9 +75,8 @@ def test_padding_has_no_gradient_and_stays_zero_through_training(ranks: list[dic
 
 @pytest.mark.parametrize("what", ["dropout", "dropout, segments"])
 @pytest.mark.parametrize("case", CASES)
-def test_dropout_gives_one_loss_on_both_ranks_and_recompute_changes_no_bit(
-    case: str, what: str, ranks: list[dict[str, Any]]
-) -> None:
+def test_dropout_is_equal_on_both_ranks_and_under_recompute(case: str, what: str, ranks: list[dict[str, Any]]) -> None:
+    """Both ranks have one loss, and recompute changes no bit of it."""
     a, b = (rank[case][what] for rank in ranks)
     assert a["loss"] == b["loss"] != a["other_step_loss"]
     assert a["recompute_differs"] == b["recompute_differs"] == []
@@ -87,14 +86,14 @@ def test_dropout_gives_one_loss_on_both_ranks_and_recompute_changes_no_bit(
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_block_outputs_under_dropout_are_equal_where_replicated_and_else_parts(
-    split: str, ranks: list[dict[str, Any]]
-) -> None:
+def test_block_outputs_under_dropout_are_equal_or_parts(split: str, ranks: list[dict[str, Any]]) -> None:
+    """Equal on both ranks if they are replicated, else each rank's part."""
     a, b = (rank[f"pre-{split}"]["dropout"]["blocks"] for rank in ranks)
     assert (a == b) is (split == "whole")
 
 
-def test_local_randomness_differs_over_ranks_and_leaves_the_shared_stream(ranks: list[dict[str, Any]]) -> None:
+def test_local_randomness_differs_over_ranks(ranks: list[dict[str, Any]]) -> None:
+    """It leaves the stream that ranks share as it was."""
     a, b = (rank["random"] for rank in ranks)
     assert a["local"] != b["local"] and a["local"] != a["local_again"]
     assert (a["before"], a["after"]) == (b["before"], b["after"])
@@ -119,7 +118,7 @@ def test_cached_logits_on_two_ranks_equal_those_of_one(ranks: list[dict[str, Any
     assert all(rank["cache_error"] <= 1e-5 for rank in ranks)
 
 
-def test_sequence_parallelism_refuses_a_length_that_tp_does_not_divide(ranks: list[dict[str, Any]]) -> None:
+def test_sequence_parallelism_refuses_an_indivisible_length(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["refused"] == "parallel.sequence_parallel splits 7 tokens, which parallel.tp=2 does not divide"
 

@@ -130,7 +130,7 @@ def write_mds(
 
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(60_000, "uint16"), (70_000, "uint32")])
-def test_a_nanogpt_file_becomes_documents_and_the_same_file_again(
+def test_a_nanogpt_file_becomes_documents_and_the_file_again(
     home: Path, tmp_path: Path, vocab: int, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seed = seeded()

@@ -46,7 +46,7 @@ def test_a_task_becomes_a_rank() -> None:
     }
 
 
-def test_the_command_takes_the_process_over_with_its_words_as_they_are() -> None:
+def test_the_command_replaces_the_process_with_its_words_intact() -> None:
     code = "import os, sys; print(os.environ['RANK'], os.environ['SLURM_PROCID'], sys.argv[1:], os.getppid())"
     words = ["a b", "$(touch x)", "'", "--", "é\n"]
     done = start("--", sys.executable, "-c", code, *words, **TASK)
@@ -117,7 +117,8 @@ def test_ranks_that_do_not_go_node_by_node_are_refused() -> None:
         rendezvous(TASK | {"SLURM_PROCID": "7"})
 
 
-def test_ports_of_steps_and_jobs_nearby_differ_and_are_none_that_linux_gives_out() -> None:
+def test_ports_of_nearby_steps_and_jobs_differ() -> None:
+    """None of them is a port that Linux gives out."""
     job = secrets.randbelow(1 << 26)
     made = [port(job + i, step) for i in range(1408) for step in range(16)]
     assert len(set(made)) == len(made) and set(made) <= set(PORTS)

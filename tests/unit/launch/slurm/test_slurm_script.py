@@ -155,7 +155,7 @@ def test_the_lines_for_sbatch_say_all_that_was_given(tmp_path: Path) -> None:
     assert script.count("srun ") == 2, "one step for each run of the sweep"
 
 
-def test_a_container_sees_the_checkout_the_run_and_what_is_mounted(tmp_path: Path) -> None:
+def test_a_container_sees_the_checkout_the_run_and_its_mounts(tmp_path: Path) -> None:
     made = job(tmp_path, 2, container="img.sqsh", container_mounts=["/data:/mnt:ro"], container_python="/env/python")
     made = replace(made, cwd=Path("/checkout"))
     words = srun(made, 1)
@@ -263,7 +263,8 @@ def test_an_element_of_a_sweep_asks_for_itself_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_reaches_the_run_and_the_script_waits_for_its_end(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_reaches_the_run_and_the_script_waits(number: signal.Signals, tmp_path: Path) -> None:
+    """The script ends after the run."""
     process = bash(job(tmp_path), CODE="85", WAIT=str(int(number)))
     assert process.stdout is not None
     while process.stdout.readline() != "waits\n":

@@ -50,7 +50,7 @@ def test_what_each_host_says_has_its_name_in_front(tmp_path: Path) -> None:
     assert (done.returncode, out, err) == (0, "a: 1\na: 2\n", "b: 3\n")
 
 
-def test_the_exit_code_is_that_of_a_command_not_of_a_lost_connection(tmp_path: Path) -> None:
+def test_the_exit_code_is_a_commands_not_a_lost_connections(tmp_path: Path) -> None:
     process = everywhere(tmp_path, a=sh("exit 255"), b=sh("sleep 1; exit 7"))
     assert process.wait(TIMEOUT_S) == 7
     process = everywhere(tmp_path, a=sh("exit 255"), b=sh("exit 255"))
@@ -78,7 +78,7 @@ def test_a_host_that_failed_alone_is_taken_back_a_few_times(
     assert capfd.readouterr().out == "b: again\n" * 4
 
 
-def test_a_stop_reaches_the_far_side_and_what_it_then_says_comes_back(tmp_path: Path) -> None:
+def test_a_stop_reaches_the_far_side_and_its_output_comes_back(tmp_path: Path) -> None:
     process = everywhere(tmp_path, a=[*TETHER, "--", *sh(SAVES)], b=[*TETHER, "--", *sh(SAVES)])
     assert process.stdout is not None
     assert {process.stdout.readline(), process.stdout.readline()} == {"a: up\n", "b: up\n"}
@@ -94,8 +94,11 @@ def test_a_tether_passes_on_words_and_exit_code() -> None:
     assert tether("--", *sh("kill -9 $$")).wait(TIMEOUT_S) == 137
 
 
-def test_a_tether_ends_its_command_and_orphans_with_the_connection_which_may_still_save(tmp_path: Path) -> None:
-    """Nobody reads any more: what the command says at its end goes nowhere, and does not end it before it has saved."""
+def test_a_tether_ends_its_command_and_orphans(tmp_path: Path) -> None:
+    """They end with the connection, and the command may still save.
+
+    Nobody reads any more: its output goes nowhere, and does not end it before it has saved.
+    """
     script = f'sleep 500 & echo $! > {tmp_path}/orphan; trap "echo {"x" * 99999}; touch {tmp_path}/saved; exit" TERM; '
     process = tether("--", *sh(f"{script} echo up; while :; do sleep 0.05; done"))
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
@@ -107,8 +110,8 @@ def test_a_tether_ends_its_command_and_orphans_with_the_connection_which_may_sti
     assert (tmp_path / "saved").exists() and not is_running(orphan)
 
 
-def test_a_tether_tells_the_ranks_alone_which_then_end_their_launcher(tmp_path: Path) -> None:
-    """A launcher that is told, too, gives its ranks less time than they may need."""
+def test_a_tether_signals_the_ranks_which_end_their_launcher(tmp_path: Path) -> None:
+    """The ranks alone get the signal: a launcher that gets it, too, gives its ranks less time than they may need."""
     rank = "trap 'touch saved; exit 143' TERM; echo up; while :; do sleep 0.05; done"
     script = (
         f'trap "touch told" TERM; cd {tmp_path}; sh -c "$0" & echo $! > rank; wait $!; code=$?; wait $!; exit $code'
@@ -125,7 +128,8 @@ def test_a_tether_tells_the_ranks_alone_which_then_end_their_launcher(tmp_path: 
     assert (tmp_path / "saved").exists() and not (tmp_path / "told").exists()
 
 
-def test_a_tether_takes_silence_for_a_lost_connection_and_a_word_for_a_living_one() -> None:
+def test_a_tether_takes_silence_for_a_lost_connection() -> None:
+    """A word shows that the connection lives."""
     process = tether("--silence=1", "--", *sh("sleep 500"))
     assert process.wait(TIMEOUT_S) == 255
     process = tether("--silence=20", "--", *sh("read nothing; sleep 1; exit 3"))

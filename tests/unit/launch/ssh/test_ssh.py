@@ -197,8 +197,8 @@ def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     prepare(job(tmp_path / "f", launcher=SshLauncher.torchrun))  # needs none
 
 
-def test_a_number_of_hosts_that_cannot_train_is_named_before_the_start(tmp_path: Path) -> None:
-    """Six lanes: one, two and three hosts divide them, four and five do not."""
+def test_a_number_of_hosts_that_cannot_train_is_named(tmp_path: Path) -> None:
+    """Before the start. Six lanes: one, two and three hosts divide them, four and five do not."""
     cfg = load(PretrainConfig, SIX_LANES)
     cluster = job(
         tmp_path / "f", {"nodes": 3}, launcher=SshLauncher.torchrun, min_nodes=1, hosts=["a", "b", "c"]

@@ -51,7 +51,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         join_ranks(World(rank=2, world_size=4, local_rank=2), ParallelConfig(name="one"))
 
 
-def test_seeds_are_the_same_for_ever_and_for_every_kind_of_integer() -> None:
+def test_seeds_never_change_and_ignore_the_kind_of_integer() -> None:
     assert stable_seed("dropout", 1, 2, 3, 0) == stable_seed("dropout", np.int64(1), 2, 3, 0) == 4822040453858826829
     assert 0 <= stable_seed("x") < 2**63
     assert len({stable_seed(1, 23), stable_seed(12, 3), stable_seed(3, 12), stable_seed("1", "2", "3")}) == 4
@@ -131,9 +131,8 @@ SILENT = "waited for the other ranks for watch.collective_s=20 s"
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), None),
     ],
 )
-def test_ranks_that_are_gone_or_silent_are_one_line_and_any_other_error_keeps_its_traceback(
-    error: Exception, told: str | None
-) -> None:
+def test_ranks_that_are_gone_or_silent_are_one_line(error: Exception, told: str | None) -> None:
+    """Any other error keeps its traceback."""
     with pytest.raises(TransientError if told else type(error)) as caught, ranks_lost(World(1, 2, 1), 20):
         raise error
     if told:

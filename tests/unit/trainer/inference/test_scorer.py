@@ -41,7 +41,8 @@ def test_scores_equal_transformers_log_probabilities(norm: Norm, mesh: Mesh) -> 
     assert scores[-1].greedy.all()
 
 
-def test_a_context_that_does_not_fit_loses_its_first_tokens_and_says_so(mesh: Mesh) -> None:
+def test_a_context_that_does_not_fit_loses_its_first_tokens(mesh: Mesh) -> None:
+    """The result says so."""
     seed = seeded()
     (ids,) = random_texts([90], CFG.vocab_size, seed)
     (got,) = score(ours(CFG, seed, mesh), [(ids[:70], ids[70:])])

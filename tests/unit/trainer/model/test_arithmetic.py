@@ -49,14 +49,15 @@ def test_parameter_count_is_the_sum_over_the_tensors(norm: Norm) -> None:
     assert param_count(cfg) == sum(math.prod(shape) for shape in matrices(cfg))
 
 
-def test_flops_are_three_forwards_of_every_matrix_and_of_attention() -> None:
+def test_flops_are_three_forwards_of_matrices_and_attention() -> None:
     cfg = model(3, 4, 48, 40, 999)
     per_token = 2 * sum(math.prod(s) for s in matrices(cfg) if s != (cfg.n_ctx, cfg.n_embd))  # a multiply and an add
     per_token += cfg.n_layer * 2 * (2 * cfg.n_ctx * cfg.n_embd)  # scores and their weighted sum, over the full context
     assert flops_per_token(cfg) == 3 * per_token  # backward costs two forwards
 
 
-def test_sparse_layers_count_for_the_share_of_pairs_that_they_see() -> None:
+def test_sparse_layers_count_for_their_share_of_pairs() -> None:
+    """The pairs of tokens that they see, of those that a dense layer sees."""
     dense = model(4, 4, 48, 40, 999)
     cfg = replace(dense, attention="DB", band=8)
     pairs = sum(min(i + 1, 8) for i in range(40))

@@ -42,7 +42,7 @@ def test_every_combination_is_accepted_or_refused_by_name() -> None:
                 check(case)
 
 
-def test_every_two_settings_that_are_accepted_together_are_trained_together() -> None:
+def test_every_two_settings_accepted_together_train_together() -> None:
     accepted = set().union(*(pairs(case) for case in every_case() if refusal(case) is None))
     covered = set().union(*(pairs(case) for case in trained()))
     assert sorted(accepted - covered, key=str) == []
@@ -77,7 +77,8 @@ def lies_on(cfg: PretrainConfig, tp: int) -> None:
             assert parts[0].shape[0] % 64 == 0
 
 
-def test_gpt2_xl_on_eight_ranks_has_32_heads_and_a_vocabulary_of_50_688() -> None:
+def test_gpt2_xl_is_padded_on_eight_ranks() -> None:
+    """To 32 heads and a vocabulary of 50,688."""
     layout = specs(load(PretrainConfig, ["model=gpt2_xl", "data.path=x", "max_steps=1"]).model, 8)
     assert layout["h.0.attn.c_proj.weight"].padded == (1600, 32 * 64)
     assert layout["wte.weight"].padded == (50688, 1600)

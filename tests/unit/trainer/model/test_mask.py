@@ -80,7 +80,8 @@ def worst(model: GPT, segments: Tensor | None, tokens: Tensor, labels: Tensor, r
 
 
 @NORMS
-def test_packed_documents_have_the_logits_loss_and_gradients_of_documents_alone(norm: Norm, mesh: Mesh) -> None:
+def test_packed_documents_equal_documents_alone(norm: Norm, mesh: Mesh) -> None:
+    """In logits, loss and gradients."""
     seed = torch.seed()
     tokens, labels, segments, rows = packed()
     model = build(mesh, replace(CFG, norm=norm), seed)
@@ -185,7 +186,8 @@ def twin(lengths: list[int]) -> list[list[float]]:
     return out
 
 
-def test_without_segments_a_piece_of_text_sees_all_before_it_and_the_common_cases_need_no_mask() -> None:
+def test_without_segments_a_piece_sees_all_before_it() -> None:
+    """The common cases need no mask."""
     like = torch.empty(())
     for T, S in ((1, 1), (1, 9), (9, 9)):
         assert attention_bias(T, S, like) is None

@@ -64,7 +64,8 @@ def test_logits_and_every_gradient_equal_hugging_face(size: str, norm: Norm, mes
 
 @pytest.mark.parametrize("norm", Norm, ids=lambda n: n.value)
 @pytest.mark.parametrize("attention", SPARSE)
-def test_sparse_patterns_equal_hugging_face_under_a_mask_for_each_layer(attention: str, norm: Norm, mesh: Mesh) -> None:
+def test_sparse_patterns_equal_hugging_face_under_masks(attention: str, norm: Norm, mesh: Mesh) -> None:
+    """Hugging Face's model gets a mask for each layer."""
     assert_parity(replace(config("wide", norm), attention=attention, **SPARSE[attention]), mesh)
 
 

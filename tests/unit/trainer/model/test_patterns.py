@@ -75,7 +75,8 @@ def loss_and_grads(model: GPT, *batch: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_bias_is_what_a_double_loop_says_also_for_a_piece_at_the_end_of_a_cache(kind: str) -> None:
+def test_the_bias_is_that_of_a_double_loop(kind: str) -> None:
+    """Also for a piece of text at the end of a cache."""
     seed = torch.seed()
     for n in (1, 2, 9, 33):
         for pattern in (random_pattern(kind, n) for _ in range(6)):
@@ -152,7 +153,8 @@ def qkv(n: int, head_dim: int = 32, rows: int = 2) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_flex_attention_equals_masked_attention_and_skips_what_no_token_sees(kind: str, segmented: bool) -> None:
+def test_flex_attention_equals_masked_attention(kind: str, segmented: bool) -> None:
+    """It skips the blocks that no token sees."""
     seed, n = torch.seed(), 300
     pattern, segments = random_pattern(kind, n // 2), random_segments(2, n) if segmented else None
     mask = flex.block_mask(pattern, n, CPU, segments)
@@ -167,7 +169,8 @@ def test_flex_attention_equals_masked_attention_and_skips_what_no_token_sees(kin
     assert torch.equal(mask.to_dense().bool(), blocks), f"{pattern}, {seed=}"
 
 
-def test_a_band_leaves_out_most_blocks_of_gpt3s_context_and_its_mask_is_kept() -> None:
+def test_a_band_leaves_out_most_blocks_of_gpt3s_context() -> None:
+    """Its mask is kept."""
     band, dense = (flex.block_mask(p, 2048, CPU) for p in (Pattern("B", 256, 0, 0), DENSE))
     left = [int(m.kv_num_blocks.sum() + m.full_kv_num_blocks.sum()) for m in (band, dense)]
     assert left == [1 + 2 + 14 * 3, 16 * 17 // 2]
@@ -204,7 +207,7 @@ def test_a_model_on_flex_attention_equals_it_on_biases(
 
 
 @pytest.mark.usefixtures("flexed")
-def test_a_compiled_block_takes_new_documents_without_compiling_again(mesh: Mesh) -> None:
+def test_new_documents_do_not_compile_a_block_again(mesh: Mesh) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     seed, counter = torch.seed(), CompileCounterWithBackend("aot_eager")
@@ -259,7 +262,7 @@ def test_the_introduction_says_what_computes_a_sparse_model() -> None:
         assert how.endswith(words) and files.startswith("the last checkpoint gets no Hugging Face files: model=t has")
 
 
-def test_the_order_of_kernels_is_part_of_the_graph_and_of_nothing_else(mesh: Mesh) -> None:
+def test_the_order_of_kernels_is_part_of_the_graph_alone(mesh: Mesh) -> None:
     assert sdpa_backends(CPU) is None
     seed, tokens = torch.seed(), torch.randint(CFG.vocab_size, (2, 3, CFG.n_ctx))
     model = build(mesh, replace(CFG, n_layer=1), seed)

@@ -89,7 +89,7 @@ def test_every_split_goes_back_to_the_whole(tp: int) -> None:
             assert whole.count_nonzero() == full.count_nonzero(), name  # the rest is zeros
 
 
-def test_heads_lie_whole_on_their_rank_and_those_of_padding_are_zero() -> None:
+def test_heads_are_whole_on_their_rank_and_padding_is_zero() -> None:
     cfg = replace(named("test"), n_head=5, n_embd=20)
     layout = specs(cfg, tp=2)
     c_attn = torch.arange(5.0)[:, None, None, None].expand(5, 3, 4, 20).flatten(0, 2) + 1  # head h is all h + 1

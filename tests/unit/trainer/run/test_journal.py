@@ -84,7 +84,7 @@ def test_a_torn_line_is_ignored_and_cut_off(tmp_path: Path) -> None:
         assert [row for row, _ in read_rows(path)] == [*complete, loss(9, 1, 1.0)]
 
 
-def test_steps_done_again_count_as_the_newest_generation_has_them(tmp_path: Path) -> None:
+def test_steps_done_again_count_by_the_newest_generation(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(
         path,

@@ -97,7 +97,8 @@ def test_an_unpublished_checkpoint_is_ignored_then_removed(run: RunFolder) -> No
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["latest", kept.name]
 
 
-def test_a_crash_between_rename_and_pointer_leaves_the_one_before(run: RunFolder) -> None:
+def test_a_crash_before_the_pointer_leaves_the_one_before(run: RunFolder) -> None:
+    """The crash comes between the rename of a checkpoint and the pointer's move."""
     kept = publish(run, 10, 1)
     run.staging(20, 1).mkdir()
     run.staging(20, 1).rename(run.checkpoint(20, 1))
@@ -131,7 +132,7 @@ def test_prune_without_best_keeps_the_newest_alone(run: RunFolder) -> None:
     assert run.latest() == run.published()[0]
 
 
-def test_going_back_moves_the_pointer_and_deletes_what_came_later(run: RunFolder) -> None:
+def test_going_back_moves_the_pointer_and_deletes_later_ones(run: RunFolder) -> None:
     for step, generation in ((10, 1), (20, 1), (25, 1), (30, 1), (20, 2), (40, 2)):
         publish(run, step, generation)
     assert run.before(29, every=10) == run.checkpoint(20, 2), "one that is due, and the newest start's"
