@@ -24,6 +24,7 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from loguru import logger
 
+from conf.environment import only_passed_on
 from conf.errors import UserError
 from data_pipeline.corpus.workers import follow_parent, worker_pool
 from data_pipeline.prepare.executors import on_ray
@@ -41,7 +42,8 @@ def execute(stages: Sequence[tuple[Path, Stage]], cfg: ExecutorConfig) -> None:
     """
     logger.remove()
     if cfg.name is Executor.slurm:
-        submit(stages, cfg)
+        with only_passed_on():  # datatrove calls sbatch with our environment
+            submit(stages, cfg)
         return
     with on_ray.cluster() if cfg.name is Executor.ray else contextlib.nullcontext():
         for logs, stage in stages:
