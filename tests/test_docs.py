@@ -31,6 +31,7 @@ from launch.config import PlanConfig, SubmitConfig
 from launch.plan import cluster_of
 from tests.benchmarks import attention, checkpoint, corpus, extraction, loader, sampling, scale, train_speed
 from tests.helpers.fixtures import make_source
+from trainer.config.attention import Pattern
 from trainer.config.model import ModelConfig
 from trainer.config.pretrain import PretrainConfig
 from trainer.distributed.world import World
@@ -179,6 +180,29 @@ def test_documented_parameter_counts_are_the_models() -> None:
     assert stated == {
         name: param_count(thaw(ROOT / f"conf/model/{name}.yaml", ModelConfig)) for name in options("model")
     }
+
+
+def test_shapes_of_the_models_page_are_those_of_conf() -> None:
+    text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    stated = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) of (\d+) \| (\d+) \|", text, re.MULTILINE)
+    assert {name for name, *_ in stated} == options("model").keys() - {"test", "demo"}
+    for name, *numbers in stated:
+        m = thaw(ROOT / f"conf/model/{name}.yaml", ModelConfig)
+        assert [int(n) for n in numbers] == [m.n_layer, m.n_embd, m.n_head, m.n_embd // m.n_head, m.n_ctx], name
+
+
+def test_blocks_of_the_models_page_are_those_of_its_patterns() -> None:
+    """The blocks of 128 x 128 that FlexAttention computes at 2,048 tokens."""
+    text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([DBSF])` \| `?([a-z=\d ]*?)`? ?\| (\d+)", text, re.MULTILINE)
+    assert len(rows) == 8
+    for letter, given, blocks in rows:
+        numbers = {key: int(value) for key, _, value in (word.partition("=") for word in given.split())}
+        pattern = Pattern(letter, **{"band": 0, "stride": 0, "summary": 0, **numbers})
+        assert int(blocks) == sum(pattern.sees_block(q, k, 128) for q in range(16) for k in range(q + 1)), (
+            letter,
+            given,
+        )
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
