@@ -53,19 +53,14 @@ def import_hf(cfg: ImportHfConfig) -> None:
 
 def write_checkpoint(folder: Path, cfg: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes | None) -> None:
     """A checkpoint of step 0 with these weights, in their true shapes, and no moments."""
-    from trainer.checkpoint.files import FORMAT, INDEX, MANIFEST, MOMENTS, write_file, write_safetensors
+    from trainer.checkpoint.files import FORMAT, INDEX, MANIFEST, MOMENTS, index_of, write_file, write_safetensors
     from trainer.model.specs import specs, to_local
 
     names = {prefix: f"{prefix}-00000.safetensors" for prefix in (WEIGHTS, MOMENTS)}
     spec = specs(cfg, 1)
     flat = {f"master/{name}": to_local(x, spec[name], 0, 1).reshape(-1) for name, x in weights.items()}  # padded
     fragments = [[name, 0, flat[f"master/{name}"].numel()] for name in weights]
-    index = {
-        "format": FORMAT,
-        "tp": 1,
-        "parameters": {name: asdict(s) for name, s in spec.items()},
-        "ranks": [{"tp_rank": 0, **names, "fragments": fragments}],
-    }
+    index = index_of(spec, 1, [{"tp_rank": 0, **names, "fragments": fragments}])
     state = {
         "format": FORMAT,
         "step": 0,

@@ -127,6 +127,7 @@ class Start:
         facts = run_facts(cfg.optim, cfg.model, cfg.parallel, cfg.precision, self.mesh)
         writer = Writer(
             cfg.model,
+            engine.specs,
             cfg.checkpoint,
             self.mesh,
             self.run,

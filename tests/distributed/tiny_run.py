@@ -163,7 +163,7 @@ def saver(engine: TinyEngine, folder: Path) -> Saver:
         run.take_generation()
     cfg = engine.cfg
     facts = run_facts(cfg.optim, cfg.model, cfg.parallel, cfg.precision, engine.mesh)
-    return Saver(engine, Writer(cfg.model, cfg.checkpoint, engine.mesh, run, 1, "a: 1\n", facts))
+    return Saver(engine, Writer(cfg.model, engine.specs, cfg.checkpoint, engine.mesh, run, 1, "a: 1\n", facts))
 
 
 def one_step(engine: TinyEngine, step: int) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """A checkpoint's files: written raw, verified before use, read range by range. No DeepSpeed, no pickle.
 
-Files that are read may come from anyone: names and sizes are checked before they are used.
+The index holds the layout of every parameter, those of heads and other trunks too. Files that are read may come from
+anyone: names and sizes are checked before they are used.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from conf.errors import TransientError, UserError
-from data_pipeline.files import read_json
+from data_pipeline.files import from_json, read_json
 from trainer.checkpoint.find import model_of
 from trainer.model.specs import ParamSpec, from_local, specs
-from trainer.run.folder import DAMAGED, STATE, WEIGHTS, RunFolder
+from trainer.run.folder import DAMAGED, STATE, RunFolder
 
 FORMAT = 1
 INDEX = "index.json"
@@ -29,6 +31,32 @@ MANIFEST = "manifest.json"
 MOMENTS = "moments"
 CHUNK = 4 << 20  # bytes hashed and written at a time
 SYNC = 64 << 20  # bytes between two fsyncs: one at the end of a big file would be minutes in which it does not grow
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """The files of one rank and its fragments: [parameter, start, length] each."""
+
+    tp_rank: int
+    weights: str
+    moments: str
+    fragments: list[Any]
+
+
+@dataclass(frozen=True)
+class Index:
+    """index.json; `tp`: the ranks that each parameter was split over."""
+
+    format: int
+    tp: Annotated[int, range(1, 1 << 16)]
+    parameters: dict[str, ParamSpec]
+    ranks: list[RankPart]
+
+
+def index_of(specs: Mapping[str, ParamSpec], tp: int, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of index.json (`Index`)."""
+    parameters = {name: asdict(spec) for name, spec in specs.items()}
+    return {"format": FORMAT, "tp": tp, "parameters": parameters, "ranks": ranks}
 
 
 class SavedWeights(Mapping[str, Tensor]):
@@ -41,10 +69,11 @@ class SavedWeights(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cfg = model_of(path, RunFolder.state(path))
-        self.index = read_json(path / INDEX, DAMAGED)
+        self.index = from_json(Index, read_json(path / INDEX, DAMAGED), path / INDEX, DAMAGED)
+        self.specs = self.index.parameters
+        self.tp = self.index.tp
         self._handles: dict[str, Any] = {}
         try:
-            self.tp = max(1, int(self.index["tp"]))
             self._segments = self._read_index()
         except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
             raise self._damaged(f"{INDEX} ({e!r})") from None
@@ -61,19 +90,20 @@ class SavedWeights(Mapping[str, Tensor]):
     def full(self, kind: str, name: str) -> Tensor:
         """The whole parameter (or its moment) in its true shape, fp32 on CPU."""
         spec = self.specs[name]
-        shape = _local_shape(spec, self.tp)
+        shape = spec.local_shape(self.tp)
         parts = [self._read(kind, name, r, 0, prod(shape)).view(shape) for r in _tp_ranks(spec, self.tp)]
         return from_local(parts, spec)
 
-    def part(self, kind: str, name: str, tp_rank: int, tp: int, start: int, length: int) -> Tensor:
+    def part(self, kind: str, name: str, spec: ParamSpec, tp_rank: int, tp: int, start: int, length: int) -> Tensor:
         """Elements [start, start + length) of the flattened parameter as `tp_rank` of `tp` holds it, fp32 [length].
 
-        Only the bytes of these elements are read; where tp splits columns, the rows that they lie in.
+        `spec`: the parameter's layout over these `tp` ranks. Only the bytes of these elements are read; where tp splits
+        columns, the rows that they lie in.
         """
         dim = self.specs[name].tp_dim
         if tp == self.tp or dim is None:  # laid out as here
             return self._read(kind, name, 0 if dim is None else tp_rank, start, length)
-        shape = _local_shape(specs(self.cfg, tp)[name], tp)
+        shape = spec.local_shape(tp)
         width = prod(shape[1:])
         first, last = start // width, -(-(start + length) // width)  # the rows of the slice that are wanted
         if dim == 0:
@@ -88,7 +118,7 @@ class SavedWeights(Mapping[str, Tensor]):
         `rows`: of a dimension 1, those that are wanted.
         """
         spec = self.specs[name]
-        dim, shape = int(rows is not None), _local_shape(spec, self.tp)
+        dim, shape = int(rows is not None), spec.local_shape(self.tp)
         parts, end = [], max(start, min(start + length, spec.shape[dim]))
         for r in range(start // shape[dim], -(-end // shape[dim]) if end > start else 0):
             low, high = max(start - r * shape[dim], 0), min(end - r * shape[dim], shape[dim])
@@ -126,20 +156,23 @@ class SavedWeights(Mapping[str, Tensor]):
 
     def _read_index(self) -> dict[tuple[str, int], list[tuple[str, str, int, int]]]:
         """(parameter, tp rank) -> (weights file, moments file, start, length), which tile it and fit into the file."""
-        ranks = [(r["tp_rank"], _name(r[WEIGHTS]), _name(r[MOMENTS]), r["fragments"]) for r in self.index["ranks"]]
-        self.specs: dict[str, ParamSpec] = specs(self.cfg, self.tp)
+        if differ := [name for name, spec in specs(self.cfg, self.tp).items() if self.specs.get(name) != spec]:
+            raise self._damaged(f"{INDEX}: {differ[0]} is not as in the model of {STATE}")
         segments: dict[tuple[str, int], list[tuple[str, str, int, int]]] = {}
-        for tp_rank, weights, moments, fragments in ranks:
-            for name, start, length in fragments:
-                segments.setdefault((name, tp_rank), []).append((weights, moments, int(start), int(length)))
-            if 4 * sum(int(length) for _, _, length in fragments) > (self.path / weights).stat().st_size:
+        for rank in self.index.ranks:
+            weights, moments = _name(rank.weights), _name(rank.moments)
+            for name, start, length in rank.fragments:
+                segments.setdefault((name, rank.tp_rank), []).append((weights, moments, int(start), int(length)))
+            if 4 * sum(int(length) for _, _, length in rank.fragments) > (self.path / weights).stat().st_size:
                 raise self._damaged(f"{weights} is shorter than {INDEX} says")
         for name, spec in self.specs.items():
+            if spec.tp_dim is not None and spec.padded[spec.tp_dim] % self.tp:
+                raise self._damaged(f"{INDEX}: {name} does not divide by tp={self.tp}")
             for tp_rank in _tp_ranks(spec, self.tp):
                 end = 0
                 for _, _, start, length in sorted(segments.get((name, tp_rank), []), key=lambda f: f[2]):
                     end = start + length if start == end and length > 0 else -1
-                if end != prod(_local_shape(spec, self.tp)):
+                if end != prod(spec.local_shape(self.tp)):
                     raise self._damaged(f"{INDEX}: the fragments of {name} on tp rank {tp_rank} do not tile it")
         return segments
 
@@ -228,10 +261,6 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
 def _tp_ranks(spec: ParamSpec, tp: int) -> range:
     """The tp ranks that hold a part of their own; what is replicated, tp rank 0 holds for all."""
     return range(tp if spec.tp_dim is not None else 1)
-
-
-def _local_shape(spec: ParamSpec, tp: int) -> tuple[int, ...]:
-    return tuple(n // tp if dim == spec.tp_dim else n for dim, n in enumerate(spec.padded))
 
 
 def _name(value: Any) -> str:

@@ -16,7 +16,7 @@ reads checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from trainer.distributed.collective import all_ranks
 from trainer.distributed.mesh import Mesh
 from trainer.engine.fragments import owned, set_optimizer_step
 from trainer.model.gpt import GPT
+from trainer.model.specs import ParamSpec
 from trainer.run.folder import STATE, RunFolder
 
 if TYPE_CHECKING:
@@ -59,24 +60,41 @@ def assemble(path: Path) -> SavedWeights:
 def load_weights(path: Path, model: GPT, mesh: Mesh) -> None:
     """Put the masters into a plain module, before DeepSpeed gets it. Collective.
 
+    Parameters that the module lacks, such as a head's, are left in the file.
+
     Raises:
-        UserError: on every rank: a damaged file, or a checkpoint of another model.
+        UserError: on every rank: a damaged file, or a checkpoint of another model or of fewer parts.
     """
-    source = _open(path, model.cfg, mesh, lambda name: not name.startswith(MOMENTS))
+    source, specs = _open(path, model.cfg, mesh, lambda name: not name.startswith(MOMENTS)), model.specs()
+    _check_parameters(path, source, specs)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(source.part("master", name, mesh.tp_rank, mesh.tp, 0, p.numel()).view_as(p))
+            p.copy_(source.part("master", name, specs[name], mesh.tp_rank, mesh.tp, 0, p.numel()).view_as(p))
 
 
 def restore(path: Path, engine: Engine) -> None:
     """Put masters, moments and the optimizer's step into a live engine whose module has these weights. Collective."""
     mesh = engine.mesh
-    source = _open(path, engine.module.cfg, mesh, lambda name: True)
+    source, specs = _open(path, engine.module.cfg, mesh, lambda name: True), engine.specs
+    _check_parameters(path, source, specs, {name for name in source if name not in specs})
     with torch.no_grad():
         for f in owned(engine.module, engine.adam):
             for kind, view in f.views.items():
-                view.copy_(source.part(kind, f.name, mesh.tp_rank, mesh.tp, f.start, f.length))
+                view.copy_(source.part(kind, f.name, specs[f.name], mesh.tp_rank, mesh.tp, f.start, f.length))
     set_optimizer_step(engine.adam, int(RunFolder.state(path)["optimizer_step"]))
+
+
+def _check_parameters(
+    path: Path, source: SavedWeights, specs: Mapping[str, ParamSpec], left_over: Iterable[str] = ()
+) -> None:
+    """Raises UserError naming parameters that the checkpoint lacks, has in another shape, or has `left_over`."""
+    wrong = [f"no {name}" for name in specs if name not in source.specs]
+    wrong += [f"{name}, which this run has not" for name in sorted(left_over)]
+    pairs = {name: (source.specs[name].shape, spec.shape) for name, spec in specs.items() if name in source.specs}
+    wrong += [f"{name} of {list(theirs)}, not {list(ours)}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{path} has {', '.join(wrong[:3])}{more}: it is of another kind of run, give one of this kind")
 
 
 def _open(path: Path, cfg: ModelConfig, mesh: Mesh, wanted: Callable[[str], bool]) -> SavedWeights:

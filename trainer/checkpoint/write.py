@@ -15,7 +15,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,16 @@ from typing import Any
 from conf.errors import UserError
 from data_pipeline.files import fsync_folder, read_json
 from data_pipeline.manifest import TOKENIZER
-from trainer.checkpoint.files import FORMAT, INDEX, MANIFEST, MOMENTS, SavedWeights, write_file, write_safetensors
+from trainer.checkpoint.files import (
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    MOMENTS,
+    SavedWeights,
+    index_of,
+    write_file,
+    write_safetensors,
+)
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.model import ModelConfig
 from trainer.config.optim import OptimConfig
@@ -32,7 +41,7 @@ from trainer.config.parallel import ParallelConfig, Precision
 from trainer.distributed.mesh import Mesh
 from trainer.engine.fragments import Fragment
 from trainer.hf.weights import hf_config, hf_refusal, to_hf
-from trainer.model.specs import specs
+from trainer.model.specs import ParamSpec
 from trainer.run.folder import DAMAGED, STATE, WEIGHTS, RunFolder
 
 FAILED = "failed"
@@ -64,6 +73,7 @@ class Writer:
     """Writes one rank's part of every checkpoint of a run.
 
     Args:
+        specs: every parameter of the module, by name.
         facts: the part of state.json that all checkpoints share (`run_facts`).
         eot_id: the end-of-text token, for Hugging Face's config.
         flush: called on rank 0 before a checkpoint is published; a resumed run finds what it makes durable.
@@ -72,6 +82,7 @@ class Writer:
     """
 
     model: ModelConfig
+    specs: Mapping[str, ParamSpec]
     config: CheckpointConfig
     mesh: Mesh
     run: RunFolder
@@ -156,7 +167,7 @@ class Writer:
         staging = save.staging
         files = {name: info for part in parts for name, info in part.pop("files").items()}
         text = {
-            INDEX: as_json(_index(self.model, self.mesh.tp, parts)),
+            INDEX: as_json(index_of(self.specs, self.mesh.tp, parts)),
             STATE: save.state,
             "config.yaml": self.config_text.encode(),
         }
@@ -248,11 +259,6 @@ def _write_hf(folder: Path, cfg: ModelConfig, eot_id: int | None) -> dict[str, d
         "model.safetensors": write_safetensors(folder / "model.safetensors", weights),
         "config.json": write_file(folder / "config.json", [as_json(hf_config(cfg, eot_id))]),
     }
-
-
-def _index(cfg: ModelConfig, tp: int, parts: list[dict[str, Any]]) -> dict[str, Any]:
-    parameters = {name: asdict(spec) for name, spec in specs(cfg, tp).items()}
-    return {"format": FORMAT, "tp": tp, "parameters": parameters, "ranks": parts}
 
 
 def _version(package: str) -> str | None:

@@ -9,11 +9,13 @@ The folder itself makes the other ranks write theirs at the same moment.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import re
 import sys
+import threading
+import traceback
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,10 +49,23 @@ def write_stacks(folder: Path, spot: Spot) -> None:
     half = path.with_name(f".{path.name}.tmp")
     with half.open("w", encoding="utf-8") as f:
         f.write(f"{spot.line()}\n\n")
-        f.flush()
-        faulthandler.dump_traceback(f, all_threads=True)
+        f.writelines(_stacks())
         f.write(_flight_recorder())
     half.replace(path)
+
+
+def _stacks() -> Iterator[str]:
+    """The stacks of all threads, the main thread's first, the most recent call first.
+
+    faulthandler would begin with the newest thread and stop after a hundred: the main thread would be missing.
+    """
+    frames, main = sys._current_frames(), threading.main_thread().ident
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident in sorted(frames, key=lambda ident: ident != main):
+        yield f"Thread {ident:#x} ({names.get(ident, 'not of Python')}), most recent call first:\n"
+        for frame, line in traceback.walk_stack(frames[ident]):
+            yield f'  File "{frame.f_code.co_filename}", line {line} in {frame.f_code.co_name}\n'
+        yield "\n"
 
 
 def read_spots(folder: Path) -> list[Spot]:

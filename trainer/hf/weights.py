@@ -35,12 +35,14 @@ def hf_refusal(cfg: ModelConfig) -> str | None:
 def to_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     """Our parameters in their true shapes -> a GPT2LMHeadModel's or OpenAIGPTLMHeadModel's, the tied head left out.
 
+    Parameters of other parts, such as a reward's head or a value trunk, have no place there and are left out.
+
     Raises:
         UserError: the model's attention is not dense, which these formats cannot say.
     """
     if refusal := hf_refusal(cfg):
         raise UserError(refusal)
-    return {_hf_name(name, cfg): _to_hf(name, x, cfg).contiguous() for name, x in state.items()}
+    return {_hf_name(name, cfg): _to_hf(name, state[name], cfg).contiguous() for name in specs(cfg, tp=1)}
 
 
 def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:

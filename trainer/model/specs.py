@@ -18,11 +18,22 @@ from trainer.model.arithmetic import padded_n_head, padded_vocab_size
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter over all ranks; `tp_dim` None: every tp rank holds all of it."""
+    """One parameter over all ranks; `tp_dim` None: every tp rank holds all of it.
+
+    Raises:
+        ValueError: padding outside the split dimension, or shapes that no parameter has; an index may say anything.
+    """
 
     shape: tuple[int, ...]
     padded: tuple[int, ...]
     tp_dim: int | None
+
+    def __post_init__(self) -> None:
+        dims = range(len(self.shape))
+        more = {d for d in dims if self.padded[d : d + 1] != self.shape[d : d + 1]}
+        fits = len(self.padded) == len(dims) and all(0 < n <= m for n, m in zip(self.shape, self.padded, strict=True))
+        if len(dims) not in (1, 2) or not fits or not more <= {self.tp_dim} or self.tp_dim not in (None, *dims):
+            raise ValueError(f"a parameter of shape {self.shape}, padded {self.padded}, split along {self.tp_dim}")
 
     def local_shape(self, tp: int) -> tuple[int, ...]:
         """The shape that each of `tp` ranks holds, padding included."""

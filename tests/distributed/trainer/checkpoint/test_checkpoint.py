@@ -307,6 +307,13 @@ LIES: dict[str, tuple[str, Any]] = {
     "a list where an object should be": ("index.json", lambda b: b.update(ranks=[[]])),
     "no tensor parallel size": ("index.json", lambda b: b.pop("tp")),
     "another tensor parallel size": ("index.json", lambda b: b.update(tp=10**9)),
+    "a parameter that is not there": ("index.json", lambda b: b["parameters"].pop("wpe.weight")),
+    "a parameter of another shape": ("index.json", lambda b: b["parameters"]["wpe.weight"].update(shape=[4, 4])),
+    "a parameter split along no dimension": ("index.json", lambda b: b["parameters"]["wpe.weight"].update(tp_dim=7)),
+    "a head without fragments": (
+        "index.json",
+        lambda b: b["parameters"].update(head={"shape": [10**9], "padded": [10**9], "tp_dim": None}),
+    ),
 }
 
 

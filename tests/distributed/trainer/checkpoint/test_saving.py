@@ -309,7 +309,7 @@ def test_a_slice_for_another_layout_reads_no_more_than_it(ranks: list[Any], fold
             start = rng.randrange(want.numel())
             length = rng.randint(1, want.numel() - start)
             read.clear()
-            got = source.part("exp_avg", name, rank, tp, start, length)
+            got = source.part("exp_avg", name, layout, rank, tp, start, length)
             assert torch.equal(got, want[start : start + length]), (seed, saved, tp, name, rank, start, length)
             row = want.numel() // (layout.padded[0] // (tp if spec.tp_dim == 0 else 1))
             rows = length // row + 2  # where columns are split, whole rows of them are read
