@@ -26,7 +26,7 @@ class CorpusConfig:
     name: str = MISSING
     format: CorpusFormat = MISSING
     path: str | None = None
-    text_key: str = "text"  # jsonl, parquet: the field or column that holds the text
+    text_key: str = "text"  # jsonl, parquet: the field or column that holds the text; a.b is the field b of a
     id_key: str = "id"  # jsonl, parquet: what names the document; one without it is named file:line
 
     def __post_init__(self) -> None:

@@ -34,8 +34,24 @@ class Dropped:
 
 
 def read_document(text: str, id: Any, source: str, path: str, url: Any = None, date: Any = None) -> Document:
-    """A document as a reader makes it; without a usable `id` its `path` identifies it, other types are left out."""
+    """A document as a reader makes it; without a usable `id` its `path` identifies it, other types are left out.
+
+    The text has no byte order mark, and each of its lines ends with \\n.
+    """
+    text = text.removeprefix("\ufeff")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
     known = {"url": url, "date": date}
     metadata = {key: value for key, value in known.items() if value and isinstance(value, str)}
     name = str(id) if isinstance(id, str | int) else path
     return Document(text, name, metadata | {"source": source, "path": path})
+
+
+def field_of(body: Any, key: str) -> Any:
+    """The value of a record's field; `a.b` is the field "a.b", or else the field "b" of the object in "a"; or None."""
+    if not isinstance(body, dict):
+        return None
+    if key in body or "." not in key:
+        return body.get(key)
+    first, _, rest = key.partition(".")
+    return field_of(body.get(first), rest)

@@ -50,7 +50,8 @@ class Codec:
     limit: tuple[int, ...] = ()
 
 
-GZIP = Codec(re.compile(rb"\x1f\x8b"), partial(zlib.decompressobj, 31), zlib.error, 1 << 14)
+ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # of a frame, or of one to skip
+GZIP = Codec(re.compile(rb"\x1f\x8b\x08"), partial(zlib.decompressobj, 31), zlib.error, 1 << 14)
 
 
 def zstd(window: int = ZSTD_WINDOW) -> Codec:
@@ -59,30 +60,34 @@ def zstd(window: int = ZSTD_WINDOW) -> Codec:
         import zstandard
     except ImportError:
         raise UserError("a .zst file needs the zstandard package: pip install 'gradus[data]'") from None
-    magic = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # of a frame, or of one to skip
     start = zstandard.ZstdDecompressor(max_window_size=window).decompressobj
-    return Codec(magic, start, zstandard.ZstdError, 1 << 9)  # 4 bytes can hold a block of 128 KiB
+    return Codec(ZSTD_MAGIC, start, zstandard.ZstdError, 1 << 9)  # 4 bytes can hold a block of 128 KiB
 
 
-def codec(ending: str, window: int = ZSTD_WINDOW) -> Codec | None:
-    """The compression of a file whose name ends in `ending`, such as "gz"; None = it has none."""
-    if ending == "gz":
-        return GZIP
-    if ending == "zst":
-        return zstd(window)
-    if ending == "bz2":
-        return Codec(re.compile(b"BZh"), bz2.BZ2Decompressor, OSError, _STEP, (_STEP,))
-    if ending == "xz":
-        start = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, XZ_MEMORY)
-        return Codec(re.compile(rb"\xfd7zXZ"), start, lzma.LZMAError, _STEP, (_STEP,))
-    return None
+BZIP2 = Codec(re.compile(rb"BZh[1-9][1\x17]"), bz2.BZ2Decompressor, OSError, _STEP, (_STEP,))
+XZ = Codec(
+    re.compile(rb"\xfd7zXZ"),
+    partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, XZ_MEMORY),
+    lzma.LZMAError,
+    _STEP,
+    (_STEP,),
+)
+
+
+def codec_of(name: str, head: bytes = b"", window: int = ZSTD_WINDOW) -> Codec | None:
+    """The compression of a file that begins with `head`; if that is of none, by the ending of its name; or None."""
+    ending = name.rpartition(".")[2].lower()
+    for known, magic in (("gz", GZIP.magic), ("zst", ZSTD_MAGIC), ("bz2", BZIP2.magic), ("xz", XZ.magic)):
+        if magic.match(head):
+            ending = known
+    return zstd(window) if ending == "zst" else {"gz": GZIP, "bz2": BZIP2, "xz": XZ}.get(ending)
 
 
 def lines(file: Input, longest: int, window: int = ZSTD_WINDOW) -> Iterator[tuple[bytes | Dropped, int]]:
     """Each line without its end, and the position in the file on disk; a damaged file ends in a `Dropped`."""
     try:
         with file.path.open("rb") as raw:
-            for line in _split(chunks(raw, file.name, window), longest):
+            for line in _split(content(raw, file.name, window), longest):
                 yield Dropped(f"a line longer than {longest:,} bytes", "") if line is None else line, raw.tell()
     except OSError as e:
         yield Dropped(f"the rest of the file cannot be read ({e.strerror or e})", ""), file.size
@@ -103,14 +108,21 @@ def _split(chunks: Iterator[bytes], longest: int) -> Iterator[bytes | None]:
         yield None if too_long else bytes(held)
 
 
-def chunks(raw: IO[bytes], name: str, window: int = ZSTD_WINDOW) -> Iterator[bytes]:
-    """The bytes of a file in small pieces, decompressed as the ending of its name says.
+def content(raw: IO[bytes], name: str, window: int = ZSTD_WINDOW) -> Iterator[bytes]:
+    """The bytes of a file in small pieces, decompressed as its first bytes or the ending of its name say.
 
     Raises:
         Damaged: the file holds no more than what came.
     """
-    if found := codec(name.rpartition(".")[2], window):
-        yield from decompressed(raw, found)
+    head = raw.read(_HEAD)
+    raw.seek(0)
+    yield from chunks(raw, codec_of(name, head, window))
+
+
+def chunks(raw: IO[bytes], codec: Codec | None) -> Iterator[bytes]:
+    """The bytes of a file in small pieces, decompressed if a codec is given; raises as `content`."""
+    if codec:
+        yield from decompressed(raw, codec)
     else:
         while chunk := raw.read(_STEP):
             yield chunk

@@ -40,10 +40,11 @@ def read(
     keys = (text_key, id_key, "url", "date")
     try:
         with _opened(file, keys) as table:
-            names = set(table.schema_arrow.names)
-            if text_key not in names or not _is_text(table.schema_arrow.field(text_key).type):
-                yield Dropped(f"no column of text {text_key!r}", file.name), table.metadata.num_rows
+            schema = table.schema_arrow
+            if fault := _fault(schema, keys):
+                yield Dropped(fault, file.name), table.metadata.num_rows
                 return
+            columns = [key for key in dict.fromkeys(keys) if _type_of(schema, key) is not None]
             end = 0
             for number in range(table.metadata.num_row_groups):
                 first, end = end, end + table.metadata.row_group(number).num_rows  # row of the next batch, of the end
@@ -51,7 +52,7 @@ def read(
                 if not wanted:
                     continue
                 try:
-                    for batch in table.iter_batches(ROWS, [number], sorted(names & {*keys}), use_threads=False):
+                    for batch in table.iter_batches(ROWS, [number], columns, use_threads=False):
                         for row in range(max(first, wanted.start), min(first + len(batch), wanted.stop)):
                             path = f"{file.name}:{row + 1}"
                             yield _document(batch, row - first, path, source, text_key, id_key, longest), row + 1
@@ -66,7 +67,14 @@ def _document(
     batch: Any, i: int, path: str, source: str, text_key: str, id_key: str, longest: int
 ) -> Document | Dropped:
     def of(key: str) -> Any:
-        return batch.column(key)[i] if key in batch.schema.names else None
+        """The cell of a column, or of a struct's field."""
+        name = key if key in batch.schema.names else key.partition(".")[0]
+        if name not in batch.schema.names:
+            return None
+        column, names = batch.column(name), key[len(name) + 1 :]
+        for field in names.split(".") if names else ():
+            column = column.field(field)
+        return column[i]
 
     scalar = of(text_key)
     value = getattr(scalar, "value", scalar)  # of a dictionary
@@ -90,9 +98,37 @@ def _opened(file: Input, strings: tuple[str, ...]) -> Any:
     from pyarrow.parquet import ParquetFile, read_metadata
 
     about = read_metadata(file.path)
-    kinds = {field.name: field.type for field in about.schema.to_arrow_schema()}
-    columns = [key for key in dict.fromkeys(strings) if key in kinds and _is_text(kinds[key])]
+    schema = about.schema.to_arrow_schema()
+    columns = [key for key in dict.fromkeys(strings) if (kind := _type_of(schema, key)) and _is_text(kind)]
     return ParquetFile(file.path, metadata=about, read_dictionary=columns)
+
+
+def _type_of(schema: Any, key: str) -> Any:
+    """The type of a column, or of `a.b`, the field b of the struct a; None if there is none."""
+    from pyarrow import types
+
+    if key in schema.names:
+        return schema.types[schema.names.index(key)]
+    name, *fields = key.split(".")
+    if not fields or name not in schema.names:
+        return None
+    kind = schema.types[schema.names.index(name)]
+    for field in fields:
+        if not types.is_struct(kind) or kind.get_field_index(field) < 0:
+            return None
+        kind = kind.field(field).type
+    return kind
+
+
+def _fault(schema: Any, keys: tuple[str, ...]) -> str | None:
+    """The reason why a table gives no documents, or None."""
+    for key in keys:
+        if (count := schema.names.count(key)) > 1:
+            return f"{count} columns {key!r}: rename all but one"
+    kind = _type_of(schema, keys[0])
+    if kind is None or not _is_text(kind):
+        return f"no column of text {keys[0]!r}"
+    return None
 
 
 def _errors() -> tuple[type[BaseException], ...]:
@@ -105,4 +141,5 @@ def _is_text(kind: Any) -> bool:
     from pyarrow import types
 
     kind = kind.value_type if types.is_dictionary(kind) else kind
-    return any(of(kind) for of in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary))
+    strings = types.is_string, types.is_large_string, types.is_string_view
+    return any(of(kind) for of in (*strings, types.is_binary, types.is_large_binary, types.is_binary_view))

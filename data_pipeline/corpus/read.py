@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
 from conf.errors import UserError
 from data_pipeline.corpus import epub, parquet, pydocs
 from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
-from data_pipeline.corpus.document import Document, Dropped, read_document
+from data_pipeline.corpus.document import Document, Dropped, field_of, read_document
 from data_pipeline.corpus.inputs import Input, files_at, listed
-from data_pipeline.corpus.lines import lines
+from data_pipeline.corpus.kinds import HEAD, LINES, TEXT, charset_of, kind_of
+from data_pipeline.corpus.lines import content, lines
 from data_pipeline.corpus.report import Report
 
 MAX_FILE = 1 << 30  # bytes of a text file, which is one document
 MAX_LINE = 1 << 26  # bytes of a JSON line, which is one document
 BLOCK = 1 << 20  # bytes of lines that one record holds
-JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +117,10 @@ def records(corpus: CorpusConfig, files: list[Input]) -> Iterator[Record | Dropp
             yield from pieces or [Record(file, file.size)]
         elif corpus.format is not CorpusFormat.jsonl:
             yield Record(file, file.size)
-        elif file.name.endswith(JSONL):
+        elif (kind := kind_of(head_of(file), file.name)) == LINES:
             yield from _line_blocks(file)
         else:
-            yield Dropped(f"not a {', '.join(JSONL)} file", file.name)
+            yield Dropped("no JSON lines" if kind == TEXT else kind, file.name)
 
 
 def parse(record: Record | Dropped, corpus: CorpusConfig) -> Iterator[Document | Dropped]:
@@ -156,18 +157,43 @@ def _parse_file(file: Input, corpus: CorpusConfig) -> Iterator[Document | Droppe
         elif corpus.format is CorpusFormat.books and file.name.lower().endswith(".epub"):
             texts = [(file.name, epub.text_of(file.path))]
         else:
-            texts = [(file.name, file.path.read_bytes().decode("utf-8"))]
-    except epub.BadBook as e:
+            texts = [(file.name, _plain_text(file))]
+    except (epub.BadBook, NotText) as e:
         yield Dropped(str(e), file.name)
     except UnicodeDecodeError:
         yield Dropped("not UTF-8", file.name)
     except OSError as e:
-        yield Dropped(f"cannot be read ({e.strerror})", file.name)
+        yield Dropped(f"cannot be read ({e.strerror or e})", file.name)
     except (SyntaxError, ValueError):
         yield Dropped("not a source that this Python parses", file.name)
     else:
         for name, text in texts:
             yield read_document(text, name, corpus.name, file.name) if text.strip() else Dropped("empty", name)
+
+
+class NotText(Exception):
+    """A file of another kind; the message says which."""
+
+
+def _plain_text(file: Input) -> str:
+    """The text of a file, decompressed, in UTF-8 or as its byte order mark says.
+
+    Raises:
+        NotText: it is of another kind, such as a tar or an HTML page, or larger than MAX_FILE.
+        UnicodeDecodeError, OSError: it is not so encoded, or damaged.
+    """
+    if (kind := kind_of(head_of(file), file.name)) != TEXT:
+        raise NotText(kind)
+    data = bytearray()
+    with file.path.open("rb") as raw:
+        for piece in content(raw, file.name):
+            data += piece
+            if len(data) > MAX_FILE:
+                raise NotText(f"a file larger than {MAX_FILE:,} bytes")
+    text = data.decode(charset_of(data))
+    if "\0" in text:
+        raise NotText("not text: it holds zeros")
+    return text
 
 
 def _parse_line(line: bytes, path: str, corpus: CorpusConfig) -> Document | Dropped:
@@ -179,15 +205,26 @@ def _parse_line(line: bytes, path: str, corpus: CorpusConfig) -> Document | Drop
         return Dropped("not JSON", path)
     if body is None:
         return Dropped("empty", path)
-    text = body.get(corpus.text_key) if isinstance(body, dict) else None
+    text = field_of(body, corpus.text_key)
     if not isinstance(text, str):
         return Dropped(f"no text in the field {corpus.text_key!r}", path)
-    doc = read_document(text, body.get(corpus.id_key), corpus.name, path, body.get("url"), body.get("date"))
+    doc = read_document(text, field_of(body, corpus.id_key), corpus.name, path, body.get("url"), body.get("date"))
     try:
         "".join((text, doc.id, doc.metadata.get("url", ""), doc.metadata.get("date", ""))).encode()
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no encoding of Unicode holds
         return Dropped("not Unicode (a lone surrogate)", path)
     return doc if text.strip() else Dropped("empty", path)
+
+
+def head_of(file: Input) -> bytes:
+    """The first bytes of a file, decompressed; of a damaged one those that can be had."""
+    data = bytearray()
+    with suppress(OSError), file.path.open("rb") as raw:
+        for piece in content(raw, file.name):
+            data += piece
+            if len(data) >= HEAD:
+                break
+    return bytes(data[:HEAD])
 
 
 def _line_blocks(file: Input) -> Iterator[Record | Dropped]:

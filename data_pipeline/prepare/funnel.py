@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from conf.errors import UserError
 from data_pipeline.corpus.report import Report
 from data_pipeline.files import publish, publish_json, read_json
 from data_pipeline.prepare.parts import Mark
@@ -23,6 +24,9 @@ def write_report(corpus: str, out: Path, marks: Sequence[tuple[str, Path]], more
     Args:
         marks: (stage, folder of its marks)
         more: JSON files that report.json includes under a name, if they exist
+
+    Raises:
+        UserError: no document is left; both reports are there.
     """
     rows = [row for stage, folder in marks for row in funnel(stage, folder)]
     check(rows)
@@ -30,6 +34,19 @@ def write_report(corpus: str, out: Path, marks: Sequence[tuple[str, Path]], more
     body |= {name: read_json(path, "run the stage anew") for name, path in more.items() if path.exists()}
     publish_json(out / "report.json", body)
     publish(out / "report.html", page(body).encode())
+    if not rows or not rows[-1][2].given.documents:
+        raise nothing_kept(corpus, out, rows)
+
+
+def nothing_kept(corpus: str, out: Path, rows: Sequence[tuple[str, str, Report]]) -> UserError:
+    """An output without a document, with the reason that dropped most."""
+    taken = rows[0][2].taken.documents if rows else 0
+    drops = [(tally.documents, reason, step) for _, step, report in rows for reason, tally in report.dropped.items()]
+    most, reason, step = max(drops, default=(0, "there is none", "read"))
+    return UserError(
+        f"corpus={corpus}: no document is left of {taken:,} records; {step} dropped most, {most:,}: {reason}: change "
+        f"the input or the recipe, and give another output= ({out / 'report.html'} has every reason)"
+    )
 
 
 def funnel(stage: str, folder: Path) -> list[tuple[str, str, Report]]:

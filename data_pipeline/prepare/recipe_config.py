@@ -205,7 +205,7 @@ class DedupConfig:
 class DecontaminateConfig:
     """GPT-3's appendix C: text of the evaluation sets is cut out of the documents."""
 
-    sets: list[str] = MISSING  # each a file, a folder or a glob: .jsonl, .jsonl.gz, .jsonl.zst or .txt
+    sets: list[str] = MISSING  # each a file, a folder or a glob: JSON lines or text, also compressed
     text_keys: list[str] = field(default_factory=lambda: ["text"])  # of the JSON lines, if present
     ngram: int = 13  # words
     window: int = 200  # characters that are cut with it on each side

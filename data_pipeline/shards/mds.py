@@ -20,7 +20,7 @@ import numpy as np
 from conf.errors import UserError
 from data_pipeline.corpus.document import Dropped
 from data_pipeline.corpus.inputs import Input
-from data_pipeline.corpus.lines import chunks
+from data_pipeline.corpus.lines import chunks, codec_of
 from data_pipeline.files import read_json
 from data_pipeline.shards.pieces import MAX_TOKENS, TOO_LONG, Piece
 from data_pipeline.shards.shards_config import ImportConfig
@@ -136,7 +136,7 @@ def _samples(cfg: ImportConfig, shard: Shard) -> Iterator[Piece | Dropped]:
         if not shard.suffix and disk != shard.bytes:
             raise ValueError(f"{disk} bytes, {INDEX} says {shard.bytes}")
         with shard.path.open("rb") as raw:
-            stream = _Stream(chunks(raw, shard.suffix))
+            stream = _Stream(chunks(raw, codec_of(shard.suffix)))
             n = int.from_bytes(stream.read(4), "little")
             if n != shard.samples or 4 * (n + 2) > shard.bytes:
                 raise ValueError(f"{n} samples in {shard.bytes} bytes, {INDEX} says {shard.samples}")

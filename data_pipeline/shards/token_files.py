@@ -17,7 +17,7 @@ import numpy as np
 
 from conf.errors import UserError
 from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
-from data_pipeline.corpus.document import Dropped
+from data_pipeline.corpus.document import Dropped, field_of
 from data_pipeline.corpus.inputs import Input, files_at
 from data_pipeline.corpus.read import records
 from data_pipeline.shards.pieces import MAX_TOKENS, TOO_LONG, Piece
@@ -91,9 +91,27 @@ def _nanogpt(cfg: ImportConfig, file: Input) -> Iterator[Piece]:
         if (file.size - skip) % dtype.itemsize:
             raise UserError(f"{file.path}: {file.size} bytes are no whole number of {dtype.name} ids: give its dtype=")
         f.seek(skip)
+        if not (cfg.dtype or skip) and (wider := _wider(np.fromfile(f, dtype, CHUNK))):
+            raise UserError(
+                f"{file.path}: every other id is 0 or tiny, so this reads as {wider}: give dtype={wider}, or "
+                f"dtype=uint16 if its ids are so"
+            )
+        f.seek(skip)
         for start in range(0, (file.size - skip) // dtype.itemsize, CHUNK):
             data = f.read(min(CHUNK * dtype.itemsize, file.size - skip - start * dtype.itemsize))
             yield Piece(file.name, file.name, np.frombuffer(data, dtype), len(data), start)
+
+
+def _wider(ids: np.ndarray) -> str | None:
+    """The dtype of ids that were read as uint16 and are wider: the high parts of an id below 2^20 are below 16."""
+    for width, dtype in ((4, "int64"), (2, "uint32")):
+        parts = ids[: len(ids) // width * width].reshape(-1, width)
+        low, high, rest = parts[:, 0], parts[:, 1], parts[:, 2:]
+        if len(low) < 8 or not low.any() or rest.any():
+            continue
+        if not high.any() or (high.max() < 16 and low.max() >= 256):
+            return dtype
+    return None
 
 
 def _megatron(index: Input) -> Iterator[Piece | Dropped]:
@@ -175,7 +193,7 @@ def _line(cfg: ImportConfig, line: bytes, path: str, size: int) -> Piece | Dropp
         return Dropped("not JSON", path)
     if body is None:
         return Dropped("empty", path)
-    ids, name = (body.get(cfg.tokens_key), body.get(cfg.id_key)) if isinstance(body, dict) else (None, None)
+    ids, name = field_of(body, cfg.tokens_key), field_of(body, cfg.id_key)
     if not isinstance(ids, list) or not {type(i) for i in ids} <= {int}:
         return Dropped(f"no list of ids in the field {cfg.tokens_key!r}", path)
     try:

@@ -23,9 +23,11 @@ from typing import NamedTuple
 import numpy as np
 
 from conf.errors import UserError
+from data_pipeline.corpus.document import field_of
 from data_pipeline.corpus.inputs import Input, files_at
-from data_pipeline.corpus.lines import chunks
-from data_pipeline.corpus.read import JSONL, MAX_FILE
+from data_pipeline.corpus.kinds import LINES, TEXT, charset_of, kind_of
+from data_pipeline.corpus.lines import content
+from data_pipeline.corpus.read import MAX_FILE, head_of
 from data_pipeline.prepare.recipe_config import DecontaminateConfig
 from data_pipeline.prepare.text.hashing import Joined, WordForm, Words, blocks, hashes, joined, ngrams
 
@@ -152,9 +154,12 @@ def _files(path: str) -> list[Input]:
     if not files:
         raise UserError(f"decontaminate.sets={path}: no file there: name a file, a folder or a glob with files")
     for file in files:
-        if not file.name.endswith((".txt", *JSONL)):
-            kinds = ", ".join((".txt", *JSONL))
-            raise UserError(f"decontaminate.sets: {file.path}: give {kinds} files; a glob chooses among others")
+        kind = kind_of(head_of(file), file.name)
+        if kind != LINES and (kind != TEXT or ".txt" not in file.path.suffixes):
+            raise UserError(
+                f"decontaminate.sets: {file.path} is {'no .txt' if kind == TEXT else kind}: give .txt files and JSON "
+                f"lines; a glob chooses among others"
+            )
     return files
 
 
@@ -162,7 +167,7 @@ def _examples(file: Input, cfg: DecontaminateConfig) -> list[str]:
     """The texts of a set; "" for an example that has none of `text_keys`."""
     try:
         text = _read(file.path)
-        if file.name.endswith(".txt"):
+        if kind_of(head_of(file), file.name) == TEXT:
             return [part for part in _PARAGRAPHS.split(text) if part.strip()]
         bodies = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError, RecursionError) as e:
@@ -179,14 +184,14 @@ def _examples(file: Input, cfg: DecontaminateConfig) -> list[str]:
 def _read(path: Path) -> str:
     held = bytearray()
     with path.open("rb") as raw:
-        for chunk in chunks(raw, path.name):
+        for chunk in content(raw, path.name):
             held += chunk
             if len(held) > MAX_FILE:
                 raise ValueError(f"more than {MAX_FILE:,} bytes")
-    return held.decode("utf-8-sig")
+    return held.decode(charset_of(held)).removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def _text(body: object, keys: list[str]) -> str:
-    values = [body[key] for key in keys if key in body] if isinstance(body, dict) else []
+    values = [field_of(body, key) for key in keys]
     lines = [" ".join(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v for v in values]
     return "\n".join(line for line in lines if isinstance(line, str))

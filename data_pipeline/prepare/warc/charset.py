@@ -20,15 +20,33 @@ LOST = "\N{REPLACEMENT CHARACTER}"
 def decode(html: bytes, charset: str | None) -> str:
     """The text of `html`; `charset` is that of the HTTP header. Bytes that are no character become U+FFFD.
 
-    A byte order mark decides, or the zeros of UTF-16; then UTF-8, if the bytes are that, whatever is declared; then the
-    charset of the HTTP header, of the page's own meta tag, and a guess from the bytes: the first that fits all bytes,
-    or else the one that loses the fewest.
+    Zeros vanish, as in a browser. A byte order mark decides, or the zeros of UTF-16; then UTF-8, if the bytes are that,
+    whatever is declared; then the charset of the HTTP header, of the page's own meta tag, and a guess from the bytes:
+    the first that fits all bytes, or else the one that loses the fewest.
     """
     for bom, name in BOMS:
         if html.startswith(bom):
-            return html[len(bom) :].decode(name, "replace")
-    if b"\0" in html and max(zeros := (html[::2].count(0), html[1::2].count(0))) > len(html) // 4:
-        return html.decode("utf-16-be" if zeros[0] > zeros[1] else "utf-16-le", "replace")
+            return html[len(bom) :].decode(name, "replace").replace("\0", "")
+    if b"\0" in html:
+        zeros = _zeros(html)
+        if max(zeros) > len(html.rstrip(b"\0")) // 4:
+            return html.decode("utf-16-be" if zeros[0] > zeros[1] else "utf-16-le", "replace").replace("\0", "")
+        if not max(zeros):
+            html = html.replace(b"\0", b"")
+    return _by_charset(html, charset).replace("\0", "")
+
+
+def _zeros(html: bytes) -> tuple[int, int]:
+    """Zeros at even and at odd bytes, if nearly all are at the one or the other, as UTF-16 has them; else (0, 0).
+
+    Zeros that fill a page up are at both.
+    """
+    text = html.rstrip(b"\0")
+    even, odd = text[::2].count(0), text[1::2].count(0)
+    return (even, odd) if max(even, odd) > 8 * min(even, odd) else (0, 0)
+
+
+def _by_charset(html: bytes, charset: str | None) -> str:
     if (text := _utf8(html)) is not None:
         return text
     best = None

@@ -124,7 +124,11 @@ def document(header: Header, content: bytes, limit: int, ratio: float, source: s
 def _text(header: Header, content: bytes, mime: str, charset: str | None, source: str, path: str) -> Document | Dropped:
     if not content.strip():
         return Dropped(EMPTY, path)
-    if content.startswith(BINARY) or (b"\0" in content[:1024] and not _utf16(content)):
+    if content.startswith(b"\0\0"):
+        content = content.lstrip(b"\0")
+    head = content[:1024]
+    zeros = b"\0" in head and not _utf16(content) and not TAG.search(head)
+    if content.startswith(BINARY) or zeros:
         return Dropped(NOT_TEXT, path)
     metadata: dict[str, object] = {"url": header.url, "date": header.date, "source": source, "path": path}
     metadata = {key: value for key, value in metadata.items() if value is not None}

@@ -54,7 +54,7 @@ def test_rows_are_documents_or_have_a_reason(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()])
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.string_view(), pa.binary_view()])
 def test_reading_goes_on_at_any_row(tmp_path: Path, kind: pa.DataType) -> None:
     seed = seeded()
     rng = np.random.default_rng(seed)
@@ -113,3 +113,23 @@ def test_tables_are_a_corpus(tmp_path: Path) -> None:
         "empty": 1,
         "no column of text 'content'": 1,
     }
+
+
+def test_a_field_of_a_struct_is_a_column_of_text(tmp_path: Path) -> None:
+    rows = [{"content": {"text": f"text {i}", "words": i}, "about": {"id": i}} for i in range(600)]
+    pq.write_table(pa.Table.from_pylist([*rows, {"content": None, "about": None}]), tmp_path / "a.parquet")
+    found = list(parquet.read(files_at(str(tmp_path))[0], "web", "content.text", "about.id", 1000, 7))
+    assert [(doc.text, doc.id) for doc, _ in found if isinstance(doc, Document)] == [
+        (f"text {i}", str(i)) for i in range(7, 600)
+    ]
+    assert found[-1] == (Dropped("no text in the column 'content.text'", "a.parquet:601"), 601)
+    for key in ("content", "content.words", "content.no", "no.text"):
+        (item,) = parquet.read(files_at(str(tmp_path))[0], "web", key, "id", 1000)
+        assert item == (Dropped(f"no column of text {key!r}", "a.parquet"), 601)
+
+
+def test_columns_of_one_name_are_one_reason(tmp_path: Path) -> None:
+    columns = [pa.array(["one", "two"])] * 3
+    for names, key in ((["text", "text", "id"], "text"), (["text", "id", "id"], "id")):
+        pq.write_table(pa.Table.from_arrays(columns, names), tmp_path / "a.parquet")
+        assert read(files_at(str(tmp_path))[0]) == [(Dropped(f"2 columns {key!r}: rename all but one", "a.parquet"), 2)]

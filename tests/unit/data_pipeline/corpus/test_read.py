@@ -42,14 +42,14 @@ def write_jsonl(path: Path, *lines: object) -> Path:
 
 
 def test_a_folder_gives_one_document_per_file(tmp_path: Path) -> None:
-    """In sorted order, byte for byte."""
+    """In sorted order; without a byte order mark, and each line ends with \\n."""
     (tmp_path / "b").mkdir()
-    for name, text in {"b/2.md": "zwei\r\n", "a.txt": "\ufeffeins", "c": "drei"}.items():
+    for name, text in {"b/2.md": "zwei\r\ndrei\rvier", "a.txt": "\ufeffeins", "c": "drei"}.items():
         (tmp_path / name).write_bytes(text.encode())
     found, report = read_all(corpus(tmp_path))
     assert [(d.id, d.text, d.metadata["path"], d.metadata["source"]) for d in found] == [
-        ("a.txt", "\ufeffeins", "a.txt", "text"),
-        ("b/2.md", "zwei\r\n", "b/2.md", "text"),
+        ("a.txt", "eins", "a.txt", "text"),
+        ("b/2.md", "zwei\ndrei\nvier", "b/2.md", "text"),
         ("c", "drei", "c", "text"),
     ]
     assert not report.dropped
@@ -162,8 +162,21 @@ def test_jsonl_counts_each_kind_of_bad_line(tmp_path: Path, suffix: str) -> None
         "empty": 2,
         "not UTF-8": 1,
         "not Unicode (a lone surrogate)": 1,
-        "not a .jsonl, .jsonl.gz, .jsonl.zst file": 1,
+        "no JSON lines": 1,
     }
+
+
+def test_dotted_keys_lead_into_objects(tmp_path: Path) -> None:
+    rows = (
+        {"content": {"text": "one"}, "a": {"b": {"c": 7}}},
+        {"content.text": "two", "a.b.c": "x"},
+        {"content": "three"},
+    )
+    cfg = corpus(write_jsonl(tmp_path / "a.jsonl", *rows), "jsonl")
+    cfg.text_key, cfg.id_key = "content.text", "a.b.c"
+    found, report = read_all(cfg)
+    assert [(doc.text, doc.id) for doc in found] == [("one", "7"), ("two", "x")]
+    assert counts(report) == {"no text in the field 'content.text'": 1}
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

@@ -152,6 +152,25 @@ def test_a_nanogpt_file_becomes_documents_and_the_file_again(
         convert.export(ExportConfig(str(tmp_path / "out/train"), str(tmp_path / "new/back.bin")))
 
 
+@pytest.mark.parametrize("most", [65, 60_000, 130_000])
+@pytest.mark.parametrize("dtype", ["uint32", "int64"])
+def test_wide_ids_are_not_read_as_uint16(home: Path, tmp_path: Path, most: int, dtype: str) -> None:
+    ids = np.random.default_rng(seeded()).integers(0, most, 5000)
+    ids.astype(dtype).tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError, match=f"train.bin: every other id .* reads as {dtype}: give dtype={dtype}, or dtype"):
+        convert.import_(config(home, tmp_path / "train.bin", tmp_path / "out", "nanogpt"))
+
+
+@pytest.mark.parametrize("most", [2, 4, 65, 300, 60_000])
+def test_narrow_ids_are_read_as_uint16(home: Path, tmp_path: Path, most: int) -> None:
+    """Without dtype, also those of few values; and given as uint16 all are."""
+    ids = np.random.default_rng(seeded()).integers(0, most, 5000)
+    for name, dtype, given, count in (("a", "uint16", None, 5000), ("b", "uint32", Width.uint16, 10_000)):
+        ids.astype(dtype).tofile(tmp_path / f"{name}.bin")
+        convert.import_(config(home, tmp_path / f"{name}.bin", tmp_path / name, "nanogpt", dtype=given))
+        assert count <= read_manifest(tmp_path / name / "train").tokens <= count + 1
+
+
 @pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
 def test_a_file_with_llm_cs_header_says_its_width_itself(
     home: Path, tmp_path: Path, magic: int, version: int, dtype: str

@@ -304,7 +304,7 @@ def test_sets_are_json_lines_and_paragraphs_of_text(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"text", r"a\.jsonl\.gz: cannot be read \(.*\): give JSON lines or UTF-8 text"),
         ("a.txt", b"\xff", r"a\.txt: cannot be read \(.*\): give JSON lines or UTF-8 text"),
         ("a.txt", b"--- ...", r"no word in .*a\.txt: leave it out"),
-        ("a.csv", b"text", r"a\.csv: give \.txt, \.jsonl, \.jsonl\.gz, \.jsonl\.zst files"),
+        ("a.csv", b"text", r"a\.csv is a table of .*: give \.txt files and JSON lines"),
     ],
 )
 def test_what_is_no_evaluation_set_is_refused_in_one_line(tmp_path: Path, name: str, data: bytes, line: str) -> None:

@@ -15,6 +15,7 @@ import zstandard
 
 from data_pipeline.corpus.document import Document, Dropped
 from data_pipeline.prepare.recipe_config import LimitsConfig
+from data_pipeline.prepare.warc.charset import decode
 from data_pipeline.prepare.warc.compression import START
 from tests.helpers.archives import Made, frame, plain_items, put, read_all, squeeze
 
@@ -110,10 +111,16 @@ def test_each_record_that_is_no_page_says_why(reason: str, tmp_path: Path) -> No
     assert item == Dropped(reason, "a.warc:0")
 
 
-@pytest.mark.parametrize("body", [b"%PDF-1.7 <p>", b"\x89PNG\r\n\x1a\n<p>", b"<p>\0\0\0", b"PK\3\4<html>"])
+@pytest.mark.parametrize("body", [b"%PDF-1.7 <p>", b"\x89PNG\r\n\x1a\n<p>", b"\1\2\0\0\0", b"PK\3\4<html>"])
 def test_a_file_that_only_says_it_is_html_is_dropped(body: bytes, tmp_path: Path) -> None:
     item = one(tmp_path, Made(body))
     assert isinstance(item, Dropped) and item.reason == "neither HTML nor plain text"
+
+
+@pytest.mark.parametrize("page", [b"<p>text" + bytes(3000), bytes(3000) + b"<html>text", b"<p>te\0xt"])
+def test_a_page_with_zeros_is_a_page(page: bytes, tmp_path: Path) -> None:
+    item = one(tmp_path, Made(page))
+    assert isinstance(item, Document) and decode(item.metadata["html"], None).endswith("text")
 
 
 def test_pages_are_known_by_type_or_by_sight(tmp_path: Path) -> None:

@@ -68,6 +68,15 @@ def test_invalid_bytes_in_utf_8_cost_only_themselves() -> None:
     assert decode(page + b"\xff\xc3", "utf-8") == f"<p>{FRENCH}</p>\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}"
 
 
+def test_zeros_that_fill_a_page_up_do_not_show() -> None:
+    page = f"<html><body><p>{'A line of plain text. ' * 9}</p></body></html>"
+    for data in (page.encode() + bytes(len(page)), bytes(3000) + page.encode(), page.encode().replace(b". ", b".\0 ")):
+        assert decode(data, None) == page and decode(data, "utf-8") == page
+    french = page.replace("plain", "français")
+    assert decode(french.encode("cp1252") + bytes(9000), None) == french
+    assert decode(french.encode("utf-16-le") + bytes(9000), None) == french
+
+
 def test_ascii_and_nothing() -> None:
     assert decode(b"", None) == "" and decode(b"<p>plain", "shift_jis") == "<p>plain"
 
