@@ -20,18 +20,19 @@ GIB = 2**30  # bytes
 JSON_LIMIT = 256 << 20  # bytes of a manifest or an index: both are held whole
 
 
-def publish_json(path: Path, body: dict[str, Any]) -> None:
+def publish_json(path: Path, body: dict[str, Any], *, private: bool = False) -> None:
     """Publish a JSON object, indented, as UTF-8."""
-    publish(path, (json.dumps(body, ensure_ascii=False, indent=1) + "\n").encode())
+    publish(path, (json.dumps(body, ensure_ascii=False, indent=1) + "\n").encode(), private=private)
 
 
-def publish(path: Path, data: bytes, *, durable: bool = True) -> None:
+def publish(path: Path, data: bytes, *, durable: bool = True, private: bool = False) -> None:
     """Write a staging file and rename it: a reader sees the old file or the new one, never half of one.
 
     durable: fsync both steps, so that the new file also outlives a crash of the machine.
+    private: for its owner alone (mode 0600).
     """
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with staging.open("wb") as f:
+    with open(staging, "wb", opener=lambda p, flags: os.open(p, flags, 0o600 if private else 0o666)) as f:
         f.write(data)
         if durable:
             f.flush()

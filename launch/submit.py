@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,7 +36,7 @@ from launch.ssh import launcher as ssh
 from trainer.config.pretrain import PretrainConfig
 from trainer.run.code_version import code_version
 from trainer.run.folder import RunFolder
-from trainer.run.redact import redact_command
+from trainer.run.redact import redact_command, refuse_secrets
 
 LAUNCHERS = {"slurm": slurm, "ssh": ssh, "local": local}  # by the section of cluster that asks for it
 OURS = ("run", "run.name", "run.dir")  # given left of the --
@@ -49,6 +50,7 @@ def submit(cfg: SubmitConfig, overrides: list[str], argv: list[str]) -> int:
     """
     prepare = LAUNCHERS[launcher_of(cfg.cluster)].prepare
     check_forward(cfg.cluster)
+    refuse_secrets(asdict(cfg))
     run_dir = Path(cfg.run.dir).absolute()
     runs, said = [], []
     for i, (name, path, given) in enumerate(elements(cfg, run_dir, overrides)):
@@ -134,9 +136,9 @@ def write(cfg: SubmitConfig, run_dir: Path, frozen: list[str], run_dirs: list[Pa
     publish(folder / "submit.yaml", submitted)
     code: dict[str, Any] = {"argv": redact_command(argv), "host": socket.gethostname(), "time": time.time(), **version}
     code |= {"runs": [str(path) for path in run_dirs]} if cfg.sweep else {}
-    publish_json(folder / "code.json", code)
+    publish_json(folder / "code.json", code, private=True)
     if patch:
-        publish(folder / "code.patch", patch)
+        publish(folder / "code.patch", patch, private=True)
     return Job(
         name=cfg.run.name,
         run_dir=run_dir,
@@ -156,7 +158,7 @@ def elements_folders(job: Job) -> list[Path]:
     code = {k: v for k, v in read_json(job.folder / "code.json", "submit it again").items() if k != "runs"}
     folders = [RunFolder(path).take_submission() for path in others]
     for folder in folders:
-        publish_json(folder / "code.json", {**code, "folder": str(job.folder)})
+        publish_json(folder / "code.json", {**code, "folder": str(job.folder)}, private=True)
     return folders
 
 

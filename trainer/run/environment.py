@@ -38,17 +38,16 @@ def gather(folder: RunFolder) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": nvidia_smi(*GPUS),
         "python": sys.version,
-        "packages": packages(),
         "code": code_of(folder),
         "environment": {k: v for k, v in sorted(os.environ.items()) if STEERING.fullmatch(k)},
     }
-    return {**redact_tree(body), "command": redact_command(sys.orig_argv)}
+    return {**redact_tree(body), "packages": packages(), "command": redact_command(sys.orig_argv)}
 
 
 def store(folder: RunFolder, generation: int) -> None:
     """Write the file of this start."""
     folder.environments.mkdir(exist_ok=True)
-    publish_json(folder.environments / f"{generation:04d}.json", gather(folder))
+    publish_json(folder.environments / f"{generation:04d}.json", gather(folder), private=True)
 
 
 def code_of(folder: RunFolder) -> dict[str, Any]:

@@ -133,6 +133,7 @@ REFUSED = [
     (["cluster.forward=[SLURM_CPU_BIND]"], [], "cluster.forward: SLURM_CPU_BIND is of the allocation that you are in"),
     (["cluster.forward=[NOT_SET_ANYWHERE]"], [], "cluster.forward names NOT_SET_ANYWHERE, which is not in your env"),
     (["run.name="], [], "run.name is empty"),
+    (["run.name='curl -u me:abc h'"], [], "run.name holds what looks like a password, a token or a key"),
     (["max_restarts=-1"], [], "max_restarts=-1: give 0 (never restart) or more"),
 ]
 
@@ -235,6 +236,11 @@ def test_code_is_known_by_its_commit_and_patch(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "new.py").write_text("")
     found, patch = code_version.code_version()
     assert (found["dirty"], found["untracked"]) == (True, ["new.py"]) and b"-one\n+two\n" in patch
+    assert "patch" not in found
+    here.write_text(f'two\n# token: hf_{"aB3" * 8}\nPASSWORD = "hush"\n\xff', encoding="latin-1")
+    found, patch = code_version.code_version()
+    assert b'+two\n+# token: ***\n+PASSWORD = "***"\n+\xff\n' in patch
+    assert found["patch"] == "cut: what looks like a secret, in 2 lines"
     monkeypatch.setattr(code_version, "MAX_PATCH", 5)
     found, patch = code_version.code_version()
     assert found["patch"].startswith("left out: ") and patch == b""
