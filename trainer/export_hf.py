@@ -1,8 +1,7 @@
-"""Entry: `python -m trainer.export_hf checkpoint=RUN out=DIR`: a checkpoint as transformers opens it. The one file
-that imports transformers.
+"""Entry: `python -m trainer.export_hf checkpoint=RUN out=DIR`: a checkpoint to a folder that transformers opens.
 
-Nothing is at `out` before transformers has opened the written folder and made of it, on CPU in fp32, the logits that
-our model makes of the checkpoint, and the same tokens of the same text.
+`out` appears only if transformers opens the folder and gives the logits of our model, on CPU in fp32, and its tokens.
+The one file that imports transformers.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ def export_hf(cfg: ExportHfConfig) -> None:
         raise UserError(f"{checkpoint}: {refusal}")
     if cfg.compare and not importlib.util.find_spec("transformers"):
         raise UserError(
-            "compare=true opens what is written with transformers, which is not installed: pip install 'gradus[hf]', "
-            "or give compare=false, and compare where it is"
+            "compare=true needs transformers, which is not installed: pip install 'gradus[hf]', or give compare=false "
+            "and compare on a machine that has it"
         )
     tokenizer = read_tokenizer(checkpoint)
     with new_folder(cfg.out) as staging:
@@ -55,7 +54,7 @@ def export_hf(cfg: ExportHfConfig) -> None:
         done = compare(staging, checkpoint, model, tokenizer) if cfg.compare else "not compared (compare=false)"
     print(f"{cfg.out}: {model.name}, {param_count(model):,} parameters, from {checkpoint}\n  {done}")
     if tokenizer is None:
-        print(f"  {checkpoint} has no {TOKENIZER}: none is written, AutoTokenizer finds nothing")
+        print(f"  {checkpoint} has no {TOKENIZER}: none is written, and AutoTokenizer cannot be used")
 
 
 def read_tokenizer(checkpoint: Path) -> Tokenizer | None:
@@ -66,7 +65,7 @@ def read_tokenizer(checkpoint: Path) -> Tokenizer | None:
 
 
 def write(folder: Path, checkpoint: Path, cfg: ModelConfig, tokenizer: Tokenizer | None) -> None:
-    """config.json, model.safetensors, and where there is a vocabulary tokenizer.json and tokenizer_config.json."""
+    """Write config.json, model.safetensors and, for a vocabulary, tokenizer.json and tokenizer_config.json."""
     from trainer.checkpoint.files import write_file, write_safetensors
     from trainer.checkpoint.load import assemble
     from trainer.hf.weights import hf_config, to_hf
@@ -80,7 +79,7 @@ def write(folder: Path, checkpoint: Path, cfg: ModelConfig, tokenizer: Tokenizer
 
 
 def tokenizer_config(cfg: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Settings with which AutoTokenizer takes tokenizer.json as it is: a class without a vocabulary of its own."""
+    """Settings that make AutoTokenizer use tokenizer.json as it is: its class has no vocabulary of its own."""
     special = {"eos_token": tokenizer.eot_id, "bos_token": tokenizer.eot_id, "unk_token": tokenizer.unk_id}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -112,7 +111,7 @@ def compare(folder: Path, checkpoint: Path, cfg: ModelConfig, tokenizer: Tokeniz
     if not worst <= TOLERANCE:
         raise UserError(
             f"transformers' logits differ by {worst:.3g} of the largest, more than {TOLERANCE}, on {what}: nothing is "
-            f"written; {checkpoint} or the two packages' versions are at fault"
+            f"written; the cause is {checkpoint} or the versions of torch and transformers"
         )
     same = f"; AutoTokenizer gives the same tokens for {len(TEXTS)} texts" if tokenizer is not None else ""
     return f"transformers' logits differ by {worst:.2g} of the largest at most, on {what}{same}"
@@ -127,8 +126,8 @@ def _same_tokens(folder: Path, tokenizer: Tokenizer) -> list[list[int]]:
         their_ids = theirs(text, add_special_tokens=False)["input_ids"]
         if ids != their_ids:
             raise UserError(
-                f"AutoTokenizer makes {len(their_ids)} other tokens of {text!r} than our {len(ids)}: nothing is "
-                f"written; {TOKENIZER} of the checkpoint says what transformers does not do"
+                f"AutoTokenizer gives {len(their_ids)} tokens for {text!r} that are not our {len(ids)}: nothing is "
+                f"written; transformers does not support all of the checkpoint's {TOKENIZER}"
             )
         out.append(ids)
     return out

@@ -1,7 +1,7 @@
 """Entry: `python -m trainer.import_hf source=DIR out=CHECKPOINT`: Hugging Face's GPT-2 or OpenAI GPT as a checkpoint.
 
-The checkpoint holds weights alone: a run starts from it (`init_from=`) with a fresh optimizer, `trainer.generate`
-samples from it. What the files say is checked before any of it is used; transformers is not needed.
+The checkpoint holds only weights: a run starts from it (`init_from=`) with a fresh optimizer, `trainer.generate`
+samples from it. The files are checked before they are used; transformers is not needed.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def import_hf(cfg: ImportHfConfig) -> None:
     for dtype, n in sorted(folder.converted.items()):
         print(f"  {n} tensors of {LONG[dtype]} are converted to float32")
     if folder.unused:
-        print(f"  not used of its config.json: {', '.join(folder.unused)}")
+        print(f"  keys of its config.json that are not used: {', '.join(folder.unused)}")
     if tokenizer is None:
-        print(f"  no {TOKENIZER} in {cfg.source}: generate takes prompt_ids, and nothing checks a run's vocabulary")
+        print(f"  no {TOKENIZER} in {cfg.source}: generate needs prompt_ids, and a run's vocabulary cannot be checked")
     elif tokenizer.vocab_size < model.vocab_size:
         print(f"  {TOKENIZER} has {tokenizer.vocab_size} tokens, the model has rows for {model.vocab_size}")
 

@@ -11,8 +11,8 @@ from conf.errors import TransientError
 from trainer.distributed.world import World
 from trainer.run.stack_location import place_of_error
 
-# Messages of gloo, NCCL and torch's store about other ranks; all else (sizes that differ, CUDA's errors, memory, a port
-# in use) is this rank's own.
+# Messages of gloo, NCCL and torch's store about other ranks. Other errors (different sizes, CUDA, memory, a used
+# port) are this rank's own.
 SILENT = re.compile(
     "timed out (waiting|after|connecting)|before timing out|connection timed out|wait timeout|operation timeout",
     re.IGNORECASE,
@@ -31,10 +31,10 @@ GONE = re.compile(
 def ranks_lost(world: World, timeout_s: float) -> Iterator[None]:
     """Turn torch's errors about ranks that are silent or gone into one line that a user understands.
 
-    Any other error of a collective is a defect, and keeps its traceback.
+    Any other error of a collective is a defect and keeps its traceback.
 
     Raises:
-        TransientError: a collective or the start of the process group failed for want of the others.
+        TransientError: a collective, or the start of the process group, failed because of other ranks.
     """
     try:
         yield
@@ -47,8 +47,8 @@ def ranks_lost(world: World, timeout_s: float) -> Iterator[None]:
         if silent:
             line = (
                 f"{me} waited for the other ranks for watch.collective_s={timeout_s:g} s and got no answer: a host or "
-                "its network is gone, or a rank hangs"
+                "its network is down, or a rank hangs"
             )
         else:
-            line = f"{me} lost the connection to another rank: that one, or its host, has ended; what it said tells why"
+            line = f"{me} lost the connection to another rank: it or its host has ended, and its own output says why"
         raise TransientError(f"{line}; in {place_of_error(e.__traceback__)} ({text[:300]})") from e

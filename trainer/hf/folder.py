@@ -1,7 +1,6 @@
-"""A folder as transformers keeps a model, read with safetensors alone; new folders that appear whole or not at all.
+"""Reads the weights of a transformers model with safetensors alone, and publishes new folders whole or not at all.
 
-Everything that is read was written by someone else: names and sizes are checked before they are used, and no pickle is
-opened.
+The files come from others: names and sizes are checked before they are used, and no pickle is opened.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ DTYPES = ("F32", "F16", "BF16")
 
 
 class HfFolder:
-    """config.json as our model, and where each tensor lies; `tensors` reads them.
+    """A model folder of transformers: `cfg` is its model, `tensors` reads its weights.
 
     Raises:
-        UserError: no such folder or model, or weights that no one may open.
+        UserError: the folder is missing, its model is not one of ours, or its weights are a pickle.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +47,7 @@ class HfFolder:
             )
         name = path.resolve().name or "imported"
         try:
-            cfg, unused = model_from_hf(read_json(path / CONFIG, "fetch it anew", JSON_BYTES), name)
+            cfg, unused = model_from_hf(read_json(path / CONFIG, "download it again", JSON_BYTES), name)
         except UserError as e:
             raise UserError(str(e) if str(path) in str(e) else f"{path / CONFIG}: {e}") from None
         self.cfg = cfg
@@ -62,10 +61,10 @@ class HfFolder:
         )  # the tied head may be there too
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every weight by its name in the files, fp32, without what old files carry beside them.
+        """Every weight in fp32, by its name in the files, without the constants of old files.
 
         Raises:
-            UserError: a file that lies, more than the model has, a tensor of another type, or one that is not finite.
+            UserError: a damaged file, too many numbers, a tensor of another type, or one that is not finite.
         """
         import torch
         from safetensors import SafetensorError, safe_open
@@ -82,8 +81,10 @@ class HfFolder:
                                 f"{self.path / file}: {_short(name)} holds values that are not finite: damaged"
                             )
                         out[name] = x
-            except (SafetensorError, OSError, RuntimeError) as e:  # the last where it cannot be mapped
-                raise UserError(f"{self.path / file}: not a safetensors file ({_short(e)}): fetch it anew") from None
+            except (SafetensorError, OSError, RuntimeError) as e:  # RuntimeError: it cannot be mapped
+                raise UserError(
+                    f"{self.path / file}: not a safetensors file ({_short(e)}): download it again"
+                ) from None
         return out
 
     def _wanted(self, file: str, opened: Any, named: set[str] | None) -> list[str]:
@@ -91,7 +92,7 @@ class HfFolder:
         path = self.path / file
         names = set(opened.keys())
         if named is not None and names != named:
-            raise UserError(f"{path}: it or {INDEX} has {_few(names ^ named)}, not both: fetch them anew")
+            raise UserError(f"{path}: it or {INDEX} has {_few(names ^ named)}, not both: download them again")
         wanted = sorted(name for name in names if not name.endswith(MASKS))
         for name in wanted:
             tensor = opened.get_slice(name)
@@ -103,18 +104,18 @@ class HfFolder:
                 self.converted[tensor.get_dtype()] = self.converted.get(tensor.get_dtype(), 0) + 1
             bare = name.removeprefix(PREFIX)
             if bare in self._seen:
-                raise UserError(f"{path}: {_short(bare)} is there twice, with and without {PREFIX!r} before it")
+                raise UserError(f"{path}: {_short(bare)} is there twice, with and without the prefix {PREFIX!r}")
             self._seen.add(bare)
             self._elements += prod(tensor.get_shape())
         if self._elements > self._max_elements:
-            raise UserError(f"{path}: it brings more than the {param_count(self.cfg):,} parameters that {CONFIG} says")
+            raise UserError(f"{path}: it has more than the {param_count(self.cfg):,} parameters of {CONFIG}")
         return wanted
 
     def tokenizer(self) -> Tokenizer | None:
         """The folder's tokenizer.json; None without one.
 
         Raises:
-            UserError: it has more tokens than the model, or is none.
+            UserError: it is damaged, or has more tokens than the model.
         """
         from data_pipeline.tokenizer.tokenizer import Tokenizer
 
@@ -127,7 +128,7 @@ class HfFolder:
         if tokenizer.vocab_size > self.cfg.vocab_size:
             raise UserError(
                 f"{path} has {tokenizer.vocab_size} tokens, the model vocab_size={self.cfg.vocab_size}: "
-                "put the model's own tokenizer.json there, or none"
+                "put the model's own tokenizer.json there, or remove it"
             )
         return tokenizer
 
@@ -135,7 +136,7 @@ class HfFolder:
         """Each file of weights with the names that the index gives it; None where there is no index."""
         one, index = (self.path / WEIGHTS).is_file(), (self.path / INDEX).is_file()
         if one and index:
-            raise UserError(f"source={self.path} holds {WEIGHTS} and {INDEX}: remove the one that is not meant")
+            raise UserError(f"source={self.path} holds {WEIGHTS} and {INDEX}: remove one of them")
         if one:
             return {WEIGHTS: None}
         if index:
@@ -143,30 +144,30 @@ class HfFolder:
         pickle = next((name for name in PICKLES if (self.path / name).is_file()), None)
         if pickle:
             raise UserError(
-                f"{self.path / pickle} is a pickle, which may run any program when it is opened, and is not opened: "
-                "save the model as safetensors, by transformers' save_pretrained(DIR) where you trust the file"
+                f"{self.path / pickle} is a pickle, which may run any program when it is opened: if you trust it, "
+                "save the model as safetensors with transformers' save_pretrained(DIR)"
             )
         raise UserError(f"source={self.path} holds neither {WEIGHTS} nor {INDEX}: save the model as safetensors")
 
     def _check_size(self, file: str) -> None:
-        """The file's size and its header's are asked before anyone maps or reads as much."""
+        """Check the sizes of the file and of its header before anything maps or reads them."""
         path, cfg = self.path / file, self.cfg
         masks = cfg.n_layer * (cfg.n_ctx**2 + 1) + cfg.n_ctx
         if path.stat().st_size > 4 * (self._max_elements + masks) + HEADER_BYTES:
             raise UserError(
-                f"{path} has {path.stat().st_size:,} bytes, more than the {param_count(cfg):,} parameters that "
-                f"{CONFIG} says can take: one of the two is of another model"
+                f"{path} has {path.stat().st_size:,} bytes, more than the {param_count(cfg):,} parameters of "
+                f"{CONFIG} can take: one of the two is of another model"
             )
         with path.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
         if not 2 <= length <= min(HEADER_BYTES, path.stat().st_size - 8):
-            raise UserError(f"{path}: not a safetensors file (a header of {length} bytes): fetch it anew")
+            raise UserError(f"{path}: not a safetensors file (a header of {length} bytes): download it again")
 
 
 def _shards(path: Path) -> dict[str, set[str]]:
-    weight_map = read_json(path / INDEX, "fetch it anew", JSON_BYTES).get("weight_map")
+    weight_map = read_json(path / INDEX, "download it again", JSON_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path / INDEX}: no weight_map: fetch it anew")
+        raise UserError(f"{path / INDEX}: no weight_map: download it again")
     out: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         plain = isinstance(file, str) and Path(file).name == file and not file.startswith(".")
@@ -180,20 +181,20 @@ def _shards(path: Path) -> dict[str, set[str]]:
 
 @contextmanager
 def new_folder(out: str) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when the block ends well, and is gone when it does not.
+    """A new folder to fill: it becomes `out` at the end of the block, and is deleted after an error.
 
     Raises:
-        UserError: `out` is there already, or the disk refuses.
+        UserError: `out` exists, or cannot be written.
     """
     final = Path(out)
     staging = final.with_name(f".{final.name}.tmp")
     if not final.name or final.exists() or final.is_symlink():
-        raise UserError(f"out={out} is there already: give a folder that is not")
+        raise UserError(f"out={out} exists: give another folder")
     try:
         staging.mkdir(parents=True)
     except FileExistsError:
         raise UserError(
-            f"{staging} is there: another command writes out={out}, or was killed: remove it then"
+            f"{staging} exists: another command is writing out={out}; if that was killed, remove the folder"
         ) from None
     except OSError as e:
         raise UserError(f"out={out}: {e.strerror}: give a folder that can be written") from None
@@ -204,7 +205,9 @@ def new_folder(out: str) -> Iterator[Path]:
         fsync_folder(final.parent)
     except BaseException as e:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(e, UserError) and isinstance(e.__context__, OSError):  # of write_file, which speaks of runs
+        if isinstance(e, UserError) and isinstance(
+            e.__context__, OSError
+        ):  # of write_file, whose message is about runs
             kind = TransientError if isinstance(e, TransientError) else UserError
             raise kind(f"out={out}: {e.__context__.strerror}: give a disk with room") from None
         raise

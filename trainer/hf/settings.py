@@ -1,6 +1,6 @@
 """The settings of a Hugging Face config.json (GPT-2 or OpenAI GPT) as our model. Standard library only.
 
-Someone else wrote it: whatever changes what the model computes is checked, and no number makes anyone allocate.
+The file comes from others: each setting that changes what the model computes is checked, and sizes are bounded.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from conf.errors import UserError
 from trainer.config.model import ModelConfig, Norm
 
 PREFIX = "transformer."  # of tensors' names
-MASKS = (".attn.bias", ".attn.masked_bias", "position_ids")  # constants that old files carry
+MASKS = (".attn.bias", ".attn.masked_bias", "position_ids")  # constants in old files
 NORMS = {"gpt2": Norm.pre, "openai-gpt": Norm.post}
 LIMITS = {"n_layer": 1000, "n_head": 1000, "n_embd": 100_000, "n_positions": 1_000_000, "vocab_size": 10_000_000}
 DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 DEFAULTS = {**dict.fromkeys(DROPOUTS, 0.1), "layer_norm_epsilon": 1e-5, "initializer_range": 0.02}  # transformers' own
-ONLY: dict[str, dict[str, tuple[Any, ...]]] = {  # what our model can be; the first is what is not said
+ONLY: dict[str, dict[str, tuple[Any, ...]]] = {  # the values that we support; the first is that of a missing key
     "gpt2": {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
         "scale_attn_weights": (True,),
@@ -33,7 +33,7 @@ ONLY_BOTH: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
     "quantization_config": (None,),
 }
-SAID_ELSEWHERE = {  # says nothing of the weights: who wrote it, how to sample, what a head for another task looks like
+UNUSED = {  # keys that change no logit: the author, sampling, heads for other tasks
     *("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params", "n_special", "predict_special_tokens"),
     *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
@@ -44,14 +44,14 @@ SAID_ELSEWHERE = {  # says nothing of the weights: who wrote it, how to sample, 
 
 
 def model_from_hf(config: Mapping[str, Any], name: str) -> tuple[ModelConfig, list[str]]:
-    """The model `name`, and the keys of config.json that are not known here and were not used.
+    """The model `name`, and the unknown keys of config.json, which were not used.
 
     Raises:
-        UserError: a kind of model, a size or a setting that our GPT does not have, by its key.
+        UserError: a kind of model, a size or a setting that our GPT does not have; names the key.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in NORMS:
-        raise UserError(f"model_type={_show(kind)}: give a model of {' or '.join(NORMS)}")
+        raise UserError(f"model_type={_show(kind)}: give a model of type {' or '.join(NORMS)}")
     size = {key: _size(config, key) for key in LIMITS}
     for key, only in {**ONLY[kind], **ONLY_BOTH}.items():
         given = config.get(key, only[0])
@@ -64,8 +64,10 @@ def model_from_hf(config: Mapping[str, Any], name: str) -> tuple[ModelConfig, li
     real = {key: _real(config, key, default) for key, default in DEFAULTS.items()}
     if len({real[key] for key in DROPOUTS}) > 1:
         said = ", ".join(f"{key}={real[key]}" for key in DROPOUTS)
-        raise UserError(f"{said}: our model has one dropout: write one value into all three, 0 if it is not to train")
-    known = {*LIMITS, *DEFAULTS, *ONLY[kind], *ONLY_BOTH, *SAID_ELSEWHERE, "n_ctx", "n_inner"}
+        raise UserError(
+            f"{said}: our model has one dropout: write one value into all three, such as 0 if you do not train it"
+        )
+    known = {*LIMITS, *DEFAULTS, *ONLY[kind], *ONLY_BOTH, *UNUSED, "n_ctx", "n_inner"}
     cfg = ModelConfig(
         name=name,
         n_layer=size["n_layer"],
@@ -96,6 +98,6 @@ def _real(config: Mapping[str, Any], key: str, default: float) -> float:
 
 
 def _show(value: Any) -> str:
-    """A value as JSON has it, cut short."""
+    """A value as in JSON, cut to 60 characters."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else " ".join(str(value).split())
     return text if len(text) <= 60 else text[:57] + "..."

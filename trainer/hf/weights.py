@@ -27,8 +27,8 @@ def hf_refusal(cfg: ModelConfig) -> str | None:
     numbers = {"band": cfg.band, "stride": cfg.stride, "summary": cfg.summary}
     given = ", ".join([f"attention={cfg.attention}", *(f"{k}={v}" for k, v in numbers.items() if v is not None)])
     return (
-        f"model={cfg.name} has {given} in n_ctx={cfg.n_ctx}: Hugging Face's GPT-2 and OpenAI GPT know dense attention "
-        "alone, and would compute something else from these weights"
+        f"model={cfg.name} has {given} in n_ctx={cfg.n_ctx}: Hugging Face's GPT-2 and OpenAI GPT have dense attention "
+        "only, and would compute something else from these weights"
     )
 
 
@@ -38,7 +38,7 @@ def to_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     Parameters of other parts, such as a reward's head or a value trunk, have no place there and are left out.
 
     Raises:
-        UserError: the model's attention is not dense, which these formats cannot say.
+        UserError: the model's attention is not dense, which these formats cannot express.
     """
     if refusal := hf_refusal(cfg):
         raise UserError(refusal)
@@ -46,7 +46,7 @@ def to_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
 
 
 def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """The way back; names with or without their "transformer." prefix.
+    """Our parameters from those of Hugging Face's model, whose names may lack the prefix "transformer.".
 
     Raises:
         UserError: a parameter that is missing, of another shape, or unknown; a head that is not tied.
@@ -65,7 +65,7 @@ def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     if theirs:
         more = f" and {len(theirs) - 3} more" if len(theirs) > 3 else ""
         raise UserError(
-            f"the Hugging Face state has {', '.join(sorted(theirs)[:3])}{more}, which model={cfg.name} has no place for"
+            f"the Hugging Face state has {', '.join(sorted(theirs)[:3])}{more}, which model={cfg.name} does not have"
         )
     if head is not None and not torch.equal(head, out["wte.weight"]):
         raise UserError(f"{HEAD} is not the token embedding in the Hugging Face state: model={cfg.name} ties the two")

@@ -180,7 +180,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
     "not JSON": (lambda folder: (folder / "config.json").write_text("{" * 9), "config.json: not JSON"),
     "deep JSON": (lambda folder: (folder / "config.json").write_text("[" * 99999), "config.json: not JSON"),
-    "another kind": (config(model_type="llama"), "model_type=llama: give a model of gpt2 or openai-gpt"),
+    "another kind": (config(model_type="llama"), "model_type=llama: give a model of type gpt2 or openai-gpt"),
     "huge": (config(n_embd=10**30, n_head=1), "n_embd=1000000000000000000000000000000: give a whole number"),
     "huge within bounds": (config(n_embd=98304, n_head=1), "wte.weight is [1000, 64] in the Hugging Face state"),
     "negative": (config(n_layer=-1), "n_layer=-1: give a whole number from 1"),
@@ -206,10 +206,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a header past the end": (header(9999), "a header of 9999 bytes"),
     "a tensor past the end": (header(shape=[2**40], data_offsets=[0, 2**42]), "not a safetensors file"),
     "a shape that overflows": (header(shape=[2**40, 2**40]), "not a safetensors file"),
-    "more than it says": (sparse, "more than the 168,192 parameters that config.json says can take"),
-    "more elements than it says": (weights(y=torch.ones(999999)), "it brings more than the 168,192 parameters"),
+    "more than it says": (sparse, "more than the 168,192 parameters of config.json can take"),
+    "more elements than it says": (weights(y=torch.ones(999999)), "it has more than the 168,192 parameters"),
     "a missing tensor": (weights(**{QKV.replace(".", "__"): None}), "has no h.1.attn.c_attn.weight"),
-    "an extra tensor": (weights(transformer__x=torch.ones(3)), "has x, which model=gpt2 has no place for"),
+    "an extra tensor": (weights(transformer__x=torch.ones(3)), "has x, which model=gpt2 does not have"),
     "a wrong shape": (weights(**{QKV.replace(".", "__"): torch.ones(192, 64)}), "c_attn.weight is [192, 64]"),
     "a wrong type": (weights(transformer__ln_f__bias=torch.ones(64, dtype=torch.int8)), "ln_f.bias is I8"),
     "not finite": (weights(transformer__ln_f__bias=torch.full((64,), torch.nan)), "ln_f.bias holds values that are"),
@@ -244,7 +244,7 @@ def test_openai_gpts_settings_are_checked_by_its_own_names(tmp_path: Path) -> No
 def test_keys_that_are_not_known_are_named(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config(my_scale=3)(folder)
     imported(folder, tmp_path / "a")
-    assert "not used of its config.json: my_scale\n" in capsys.readouterr().out
+    assert "keys of its config.json that are not used: my_scale\n" in capsys.readouterr().out
 
 
 def test_what_is_there_is_never_written_over(tmp_path: Path, folder: Path) -> None:
@@ -253,10 +253,10 @@ def test_what_is_there_is_never_written_over(tmp_path: Path, folder: Path) -> No
         lambda: import_hf(ImportHfConfig(str(folder), str(tmp_path / "a"))),
         lambda: export_hf(ExportHfConfig(str(tmp_path / "a"), str(folder))),
     ):
-        with pytest.raises(UserError, match="is there already: give a folder that is not"):
+        with pytest.raises(UserError, match="exists: give another folder"):
             call()
     (tmp_path / ".b.tmp").mkdir()
-    with pytest.raises(UserError, match=r"\.b\.tmp is there: another command writes"):
+    with pytest.raises(UserError, match=r"\.b\.tmp exists: another command is writing"):
         import_hf(ImportHfConfig(str(folder), str(tmp_path / "b")))
 
 
