@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from data_pipeline.corpus.report import Report
+from data_pipeline.corpus.inputs import Input
+from data_pipeline.corpus.report import EXCERPT, Report
 from data_pipeline.files import publish, publish_json, read_json
 from data_pipeline.prepare.parts import Mark
+from data_pipeline.prepare.readers import read_published
 
 TEMPLATE = "report.html.jinja"
 
@@ -32,10 +34,24 @@ def write_report(corpus: str, out: Path, marks: Sequence[tuple[str, Path]], more
     check(rows)
     body: dict[str, Any] = {"corpus": corpus, "funnel": [row_of(*row) for row in rows]}
     body |= {name: read_json(path, "run the stage anew") for name, path in more.items() if path.exists()}
+    if "duplicates" in body:
+        for groups in body["duplicates"]["groups"].values():
+            show_members(groups["largest"], out / "work" / "documents")
     publish_json(out / "report.json", body)
     publish(out / "report.html", page(body).encode())
     if not rows or not rows[-1][2].given.documents:
         raise nothing_kept(corpus, out, rows)
+
+
+def show_members(groups: Sequence[dict[str, Any]], documents: Path) -> None:
+    """Give each named member of the groups its id, url and the beginning of its text."""
+    for group in groups:
+        for member in [group, *group["members"]] if "members" in group else []:
+            if "part" in member:
+                path = documents / f"{member['part']}.jsonl.zst"
+                file = Input(path, path.name, path.stat().st_size, 0)
+                doc, _ = next(read_published(None, file, member["row"]))
+                member |= {"id": doc.id, "url": doc.metadata.get("url"), "text": doc.text[:EXCERPT]}
 
 
 def nothing_kept(corpus: str, out: Path, rows: Sequence[tuple[str, str, Report]]) -> UserError:

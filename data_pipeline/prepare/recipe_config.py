@@ -169,6 +169,13 @@ class QualityConfig:
         check_alpha("quality.alpha", self.alpha)
 
 
+class TextMatch(Enum):
+    """The texts that count as one."""
+
+    exact = "exact"  # of the same characters
+    words = "words"  # of the same words: case, punctuation and spaces do not count, so that "C" and "C++" are one
+
+
 @dataclass
 class MinHashConfig:
     """bands x rows hashes of word n-grams; documents that agree in a whole band are duplicates."""
@@ -176,6 +183,7 @@ class MinHashConfig:
     bands: int = MISSING
     rows: int = MISSING
     ngram: int = MISSING  # words
+    numbers: bool = False  # tell numbers (and accents) apart; false: any number is one word, as FineWeb has it
     min_jaccard: float | None = None  # of the n-gram sets, compared exactly where a band agrees; null = not compared
     seed: int = 1
 
@@ -192,7 +200,7 @@ class DedupConfig:
     """Of similar documents one is kept: with the best quality score, then the oldest, then the first."""
 
     url: bool = False  # the same address
-    text: bool = False  # the same text, but for case, punctuation and spaces
+    text: TextMatch | None = None  # the same text: exact or words; null = texts are not compared
     minhash: MinHashConfig | None = None
     against: list[str] = field(default_factory=list)  # outputs of other recipes: their documents are removed from this
     memory_gib: float = 3.0  # of the decision; past it, keys are read from disk in several rounds

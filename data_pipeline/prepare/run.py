@@ -22,6 +22,7 @@ from data_pipeline.corpus.corpus_config import CorpusFormat
 from data_pipeline.corpus.inputs import files_at
 from data_pipeline.corpus.remote_inputs import inputs_at
 from data_pipeline.files import publish_json, read_json
+from data_pipeline.prepare.dedup.clusters import LARGE, NEAR
 from data_pipeline.prepare.parts import vocabulary
 from data_pipeline.prepare.preconditions import check, files_of, inputs_of
 from data_pipeline.prepare.prepare_config import Executor, PrepareConfig
@@ -89,12 +90,24 @@ def hold_to(path: Path, plan: dict[str, Any]) -> None:
 
 
 def summary(folder: Path) -> str:
-    """One line on the result of a corpus."""
+    """One line on the result of a corpus, and one on its large groups of near-duplicates."""
     body = read_json(folder / "report.json", "run the same command again")
     first, last = body["funnel"][0], body["funnel"][-1]["given"]
     records = f"{first['taken']['documents']:,} {'submissions' if first['stage'] == 'links' else 'records'}"
     kept = f"{last['documents']:,} documents, {last['bytes']:,} bytes, {last['tokens']:,} tokens"
-    return f"{folder / 'documents'}: {kept}, of {records}; {folder / 'report.html'} says why"
+    line = f"{folder / 'documents'}: {kept}, of {records}; {folder / 'report.html'} says why"
+    return "\n".join([line, *_warnings(body.get("duplicates", {}).get("groups", {}), folder)])
+
+
+def _warnings(groups: dict[str, Any], folder: Path) -> Iterator[str]:
+    """A line if near-duplicates form large groups: A is like B and B like C, but A and C may differ."""
+    sizes = {int(size): count for size, count in groups.get(NEAR, {}).get("sizes", {}).items() if int(size) > LARGE}
+    if sizes:
+        yield (
+            f"warning: {sum(sizes.values()):,} groups of {NEAR} have more than {LARGE} documents, the largest "
+            f"{max(sizes):,}: look at their members in {folder / 'report.html'}; corpus.recipe.dedup.minhash."
+            f"min_jaccard=0.7 compares each pair exactly, minhash.numbers=true tells numbers apart"
+        )
 
 
 if __name__ == "__main__":

@@ -29,8 +29,11 @@ from data_pipeline.prepare.dedup.near import join_near
 from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig
 from data_pipeline.prepare.text.hashing import U64, mix
 
-KINDS = {"the same URL": 1, "the same text": 2, "nearly the same text": 3}
+NEAR = "nearly the same text"
+KINDS = {"the same URL": 1, "the same text": 2, NEAR: 3}
 LARGEST = 10  # groups that are named
+LARGE = 100  # documents: a larger group of near-duplicates is warned of, since links may chain documents that differ
+SHOWN = 5  # documents of a large group that are named
 SUMMARY = "clusters.json"
 
 
@@ -41,7 +44,8 @@ class Groups:
     groups: int = 0
     documents: int = 0  # in them
     sizes: dict[int, int] = field(default_factory=dict)  # groups of each size
-    largest: list[dict[str, Any]] = field(default_factory=list)  # {size, and part and row, or corpus, of what stays}
+    largest: list[dict[str, Any]] = field(default_factory=list)
+    """{size, and part and row, or corpus, of what stays}; of one above LARGE also `members`, the first that go."""
 
 
 @dataclass
@@ -90,7 +94,8 @@ def _decide(docs: Documents, code: int, cfg: DedupConfig) -> Groups | None:
     if code == 1:
         return _settle(docs, code, lambda _, file: file.column("url")) if cfg.url else None
     if code == 2:
-        return _settle(docs, code, lambda _, file: file.column("text")) if cfg.text else None
+        match = cfg.text
+        return _settle(docs, code, lambda _, file: file.column(match.value)) if match else None
     if cfg.minhash is None:
         return None
     forest = _linked(docs, cfg.minhash)
@@ -116,7 +121,24 @@ def _settle(docs: Documents, code: int, read: Reader) -> Groups:
         largest = sorted(largest)[:LARGEST]
     documents = sum(size * count for size, count in sizes.items())
     named = [{"size": -size, **docs.locate(index)} for size, index in largest]
+    large = [index for size, index in largest if -size > LARGE]
+    for group, members in zip(named, _losers(docs, code, read, large), strict=False):
+        group["members"] = [docs.locate(index) for index in members]
     return Groups(sizes.total(), documents, dict(sorted(sizes.items())), named)
+
+
+def _losers(docs: Documents, code: int, read: Reader, winners: Sequence[int]) -> list[list[int]]:
+    """The first SHOWN documents that lost by this code to each of the winners."""
+    keys = [
+        int(read(start, file)[i - start]) for i in winners for start, file in docs.files if 0 <= i - start < file.rows
+    ]
+    losers: list[list[int]] = [[] for _ in keys]
+    for start, file in docs.files if keys else ():
+        codes = docs.codes[start : start + file.rows]
+        lost = np.where((codes > 0) & ((codes - code) % len(KINDS) == 0), read(start, file), np.uint64(0))
+        for key, found in zip(keys, losers, strict=True):
+            found += (start + np.flatnonzero(lost == key)[: SHOWN - len(found)]).tolist()
+    return losers
 
 
 def _linked(docs: Documents, minhash: MinHashConfig) -> Forest:

@@ -2,7 +2,9 @@
 
 A keys file is safetensors of n rows, one for each document of the part, in order:
 
-    url, text   [n] uint64        of the URL, of the text's plain form; 0 = it has none
+    url         [n] uint64        of the URL; 0 = it has none
+    exact       [n] uint64        of the text as it is; 0 = it is empty
+    words       [n] uint64        of the text's plain form; 0 = it has no word
     bands       [bands, n] uint64 MinHash, if the recipe has it; 0 = none
     score       [n] float32       of the quality model; NaN = none
     date        [n] int64         seconds since 1970 (UTC); NO_DATE, which is later than any = none or not ISO 8601
@@ -32,7 +34,7 @@ from data_pipeline.prepare.dedup.minhash import MinHash
 from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig
 from data_pipeline.prepare.text.hashing import U64, pieces, plain_form
 
-FORMAT = 1
+FORMAT = 2
 ENDING = ".safetensors"
 NO_DATE = np.iinfo(np.int64).max
 _PORTS = {"http": ":80", "https": ":443"}
@@ -58,7 +60,14 @@ def url_key(url: str | None) -> int:
     return max(1, xxhash.xxh3_64_intdigest(same.encode("utf-8", "surrogatepass")))
 
 
-def text_key(text: str) -> int:
+def exact_key(text: str) -> int:
+    """64 bits of the text, 0 for none."""
+    import xxhash
+
+    return max(1, xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))) if text else 0
+
+
+def words_key(text: str) -> int:
     """64 bits of the text but for case, punctuation and spaces; 0 if it has nothing else."""
     import xxhash
 
@@ -77,7 +86,8 @@ def write_keys(path: Path, docs: Sequence[Document], cfg: DedupConfig) -> None:
     texts = [doc.text for doc in docs]
     columns: dict[str, np.ndarray] = {
         "url": np.array([url_key(doc.metadata.get("url")) for doc in docs], np.uint64),
-        "text": np.array([text_key(text) for text in texts], np.uint64),
+        "exact": np.array([exact_key(text) for text in texts], np.uint64),
+        "words": np.array([words_key(text) for text in texts], np.uint64),
         "score": np.array([doc.metadata.get("score", np.nan) for doc in docs], np.float32),
         "date": np.array([_seconds(doc.metadata.get("date")) for doc in docs], np.int64),
     }
@@ -90,9 +100,9 @@ def write_keys(path: Path, docs: Sequence[Document], cfg: DedupConfig) -> None:
     publish(path, save(columns, {"made": _made(cfg.minhash)}))
 
 
-def settings_of(minhash: MinHashConfig) -> tuple[int, int, int, int]:
+def settings_of(minhash: MinHashConfig) -> tuple[int, int, int, int, bool]:
     """The settings on which the bands depend."""
-    return minhash.bands, minhash.rows, minhash.ngram, minhash.seed
+    return minhash.bands, minhash.rows, minhash.ngram, minhash.seed, minhash.numbers
 
 
 class KeysFile:
@@ -112,7 +122,8 @@ class KeysFile:
             raise UserError(f"{path}: made with {made}, wanted is {_made(minhash)}: {_ANEW}")
         self.rows = columns["url"][1][0] if "url" in columns else 0
         rows = [self.rows]
-        wanted = {"url": ("U64", rows), "text": ("U64", rows), "score": ("F32", rows), "date": ("I64", rows)}
+        wanted = dict.fromkeys(("url", "exact", "words"), ("U64", rows))
+        wanted |= {"score": ("F32", rows), "date": ("I64", rows)}
         if minhash:
             wanted["bands"] = ("U64", [minhash.bands, self.rows])
             if minhash.min_jaccard is not None:
@@ -132,7 +143,7 @@ class KeysFile:
             raise UserError(f"{self.path}: not a keys file ({e}): {_ANEW}") from None
 
     def column(self, name: str) -> np.ndarray:
-        """url, text, score, date or gram_ends, [rows]; bands, [bands, rows]."""
+        """url, exact, words, score, date or gram_ends, [rows]; bands, [bands, rows]."""
         with self._open() as file:
             return file.get_tensor(name)
 
@@ -160,14 +171,14 @@ _ANEW = "make the corpus anew with this recipe, data_pipeline.prepare.run"
 def _made(minhash: MinHashConfig | None) -> str:
     if minhash is None:
         return f"format {FORMAT}, no minhash"
-    bands, rows, ngram, seed = settings_of(minhash)
-    sets = "" if minhash.min_jaccard is None else ", n-gram sets"
+    bands, rows, ngram, seed, numbers = settings_of(minhash)
+    sets = ("" if minhash.min_jaccard is None else ", n-gram sets") + (", numbers" if numbers else "")
     return f"format {FORMAT}, bands={bands} rows={rows} ngram={ngram} seed={seed}{sets}"
 
 
 @cache
-def _minhash(bands: int, rows: int, ngram: int, seed: int) -> MinHash:
-    return MinHash(MinHashConfig(bands, rows, ngram, seed=seed))
+def _minhash(bands: int, rows: int, ngram: int, seed: int, numbers: bool) -> MinHash:
+    return MinHash(MinHashConfig(bands, rows, ngram, numbers, seed=seed))
 
 
 def _seconds(date: str | None) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.prepare.recipe_config import MinHashConfig
-from data_pipeline.prepare.text.hashing import U64, batches, mix, powers, shingles
+from data_pipeline.prepare.text.hashing import U64, WordForm, batches, mix, powers, shingles
 
 _BLOCK = 2048  # n-grams whose hashes are held at a time: what the cache next to a core holds
 _BASE = 0xD6E8FEB86659FD93
@@ -47,7 +47,7 @@ class MinHash:
         return np.concatenate(sets), np.cumsum([len(own) for own in sets[1:]], dtype=np.int64)
 
     def _shingles(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        hashes, counts = shingles(texts, self.config.ngram)
+        hashes, counts = shingles(texts, self.config.ngram, WordForm.plain if self.config.numbers else WordForm.loose)
         return (hashes >> np.uint64(32)).astype(np.uint32) | np.uint32(1), counts
 
     def _bands(self, grams: npt.NDArray[np.uint32], counts: npt.NDArray[np.int64]) -> U64:

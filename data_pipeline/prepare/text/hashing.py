@@ -163,12 +163,12 @@ def ngrams(words: np.ndarray, lengths: Iterable[int]) -> Iterator[tuple[int, U64
             yield n, grams
 
 
-def shingles(texts: Sequence[str], n: int) -> tuple[U64, npt.NDArray[np.int64]]:
-    """Mixed hashes of the n-grams of words in loose form, text after text, and how many each text has, [texts].
+def shingles(texts: Sequence[str], n: int, form: WordForm = WordForm.loose) -> tuple[U64, npt.NDArray[np.int64]]:
+    """Mixed hashes of the n-grams of words, text after text, and how many each text has, [texts].
 
     A text of fewer than n words is one n-gram of all its words; a text without a word has none.
     """
-    words, numbers = hashes(texts, WordForm.loose)
+    words, numbers = hashes(texts, form)
     counts = np.bincount(numbers, minlength=len(texts))
     sizes = np.where(counts, np.maximum(counts, n), 0)  # zeros fill up a text of fewer words
     filled = np.cumsum(sizes - counts) - (sizes - counts)

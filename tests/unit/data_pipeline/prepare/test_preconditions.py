@@ -108,7 +108,7 @@ def test_a_glob_that_takes_in_the_output_is_refused(where: str, out: str, refuse
 
 def several(*sources: str) -> list[str]:
     each = [
-        f"corpus.sources.{s}={{name: {s}, format: jsonl, path: a, recipe: {{dedup: {{text: true}}}}}}" for s in sources
+        f"corpus.sources.{s}={{name: {s}, format: jsonl, path: a, recipe: {{dedup: {{text: words}}}}}}" for s in sources
     ]
     return ["corpus=jsonl", "corpus.format=several", "input=null", "tokenizer=null", "output=out", *each]
 
@@ -127,9 +127,11 @@ def test_several_corpora_have_recipes_of_their_own_alone() -> None:
 
 
 def test_a_corpus_may_lose_all_its_documents(tmp_path: Path) -> None:
-    """A corpus without a document left is no error, and others compare with it."""
-    source, dedup = lines(tmp_path / "a.jsonl", {"a": "a text", "b": "other words"}), "corpus.recipe.dedup.text=true"
-    empty = made(tmp_path / "empty", f"input={source}", dedup, "corpus.recipe.length.min_chars=100")
+    """A corpus without a document left is an error with a report, and others compare with it."""
+    source, dedup = lines(tmp_path / "a.jsonl", {"a": "a text", "b": "other words"}), "corpus.recipe.dedup.text=words"
+    empty = tmp_path / "empty"
+    with pytest.raises(UserError, match="no document is left of 2 records"):
+        made(empty, f"input={source}", dedup, "corpus.recipe.length.min_chars=100")
     assert (kept_ids(empty), drops(empty)) == ([], {"too few characters": 2})
     assert report(empty)["duplicates"]["documents"] == 0
     first = made(tmp_path / "first", f"input={lines(tmp_path / 'b.jsonl', {'x': 'A text!'})}", dedup)

@@ -20,9 +20,9 @@ from data_pipeline.prepare.dedup import near
 from data_pipeline.prepare.dedup.clusters import KINDS, LARGEST, SUMMARY, find, reasons
 from data_pipeline.prepare.dedup.documents import Other, read_codes
 from data_pipeline.prepare.dedup.groups import MEMBER_BYTES
-from data_pipeline.prepare.dedup.keys import text_key, url_key, write_keys
+from data_pipeline.prepare.dedup.keys import url_key, words_key, write_keys
 from data_pipeline.prepare.dedup.minhash import MinHash
-from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig
+from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig, TextMatch
 from tests.helpers.duplicates import Sets, edited, jaccard, loose_words, ngrams, random_text, vocabulary, write_parts
 from tests.helpers.seeds import seeded
 
@@ -134,7 +134,7 @@ def test_the_decision_is_that_of_plain_loops_over_all_pairs(
     for trial in range(12):
         words = vocabulary(rng, 60)
         texts = [random_text(rng, words, rng.randint(5, 15)) for _ in range(rng.randint(3, 12))]
-        cfg = DedupConfig(trial % 2 == 0, trial % 4 > 1, minhash)
+        cfg = DedupConfig(trial % 2 == 0, TextMatch.words if trial % 4 > 1 else None, minhash)
         folder = tmp_path / str(trial)
         others, given = [], []
         for k in range(trial % 3):
@@ -177,7 +177,7 @@ def test_the_same_documents_stay_in_any_order(rng: random.Random, tmp_path: Path
     docs = random_corpus(rng, 120, texts, words).docs
     for i, doc in enumerate(docs):
         doc.metadata["score"] = i / len(docs)  # no ties
-    cfg = DedupConfig(True, True, SMALL)
+    cfg = DedupConfig(True, TextMatch.words, SMALL)
     stays = set()
     for trial in range(4):
         rng.shuffle(docs)
@@ -245,14 +245,16 @@ def test_little_memory_joins_only_similar_documents(rng: random.Random, tmp_path
 
 def test_documents_that_are_all_the_same_are_one_in_any_memory(tmp_path: Path) -> None:
     docs = [Document(text="the very same words again", id=str(i), metadata={"score": i % 7}) for i in range(500)]
-    cfg = DedupConfig(text=True, minhash=FINEWEB, memory_gib=(10 * 500 + 20 * MEMBER_BYTES) / 2**30)
-    for name, given in (("text", cfg), ("near", replace(cfg, text=False))):
+    cfg = DedupConfig(text=TextMatch.words, minhash=FINEWEB, memory_gib=(10 * 500 + 20 * MEMBER_BYTES) / 2**30)
+    for name, given in (("text", cfg), ("near", replace(cfg, text=None))):
         write_parts(tmp_path / name, docs, given, [150] * 3)
         report = find(tmp_path / name, [], given, tmp_path / f"{name}-out")
         codes = codes_in(tmp_path / f"{name}-out")
         assert [i for i, code in enumerate(codes) if not code] == [6]  # the first of the best score
         (groups,) = [g for g in report.groups.values() if g.groups]
-        assert (groups.sizes, groups.largest) == ({500: 1}, [{"size": 500, "part": "00000-0000", "row": 6}])
+        members = [{"part": "00000-0000", "row": i} for i in (0, 1, 2, 3, 4)]
+        largest = [{"size": 500, "part": "00000-0000", "row": 6, "members": members}]
+        assert (groups.sizes, groups.largest) == ({500: 1}, largest)
 
 
 def test_an_address_is_the_same_however_it_is_written() -> None:
@@ -266,16 +268,35 @@ def test_an_address_is_the_same_however_it_is_written() -> None:
 
 def test_a_text_is_the_same_but_for_case_punctuation_and_spaces() -> None:
     same = ["Déjà vu: 12, again", " déjà VU 12\n\nagain!", "déjà—vu (12) a\u00adgain"]
-    assert len({text_key(text) for text in same}) == 1
+    assert len({words_key(text) for text in same}) == 1
     others = ["deja vu 12 again", "déjà vu 13 again", "déjàvu 12 again", "déjà vu again"]
-    assert len({text_key(text) for text in [same[0], *others]}) == 1 + len(others)
-    assert text_key("") == text_key(" .\n") == 0
+    assert len({words_key(text) for text in [same[0], *others]}) == 1 + len(others)
+    assert words_key("") == words_key(" .\n") == 0
+
+
+def stays(folder: Path, texts: list[str], cfg: DedupConfig) -> int:
+    write_parts(folder / "keys", [Document(text=text, id=str(i)) for i, text in enumerate(texts)], cfg, [1])
+    return find(folder / "keys", [], cfg, folder / "out").stay
+
+
+def test_exact_keeps_texts_that_differ_in_any_character(tmp_path: Path) -> None:
+    texts = ["C", "C++", "C#", "c", "a + b", "a - b", "a  + b", "C", "a - b"]
+    assert stays(tmp_path / "exact", texts, DedupConfig(text=TextMatch.exact)) == 7
+    assert stays(tmp_path / "words", texts, DedupConfig(text=TextMatch.words)) == 2
+
+
+def test_numbers_tell_tables_apart_if_asked(rng: random.Random, tmp_path: Path) -> None:
+    cells = [[rng.randrange(10_000) for _ in range(60)] for _ in range(300)]
+    tables = ["\n".join(f"row {i} has the value {n} here" for i, n in enumerate(row)) for row in cells]
+    assert stays(tmp_path / "fineweb", tables, DedupConfig(minhash=FINEWEB)) == 1
+    assert stays(tmp_path / "numbers", tables, DedupConfig(minhash=replace(FINEWEB, numbers=True))) == 300
+    assert stays(tmp_path / "twice", tables * 2, DedupConfig(minhash=replace(FINEWEB, numbers=True))) == 300
 
 
 def test_keys_are_the_same_bytes_each_time(tmp_path: Path) -> None:
     """Keys are the same bytes each time, and no other file is left."""
     docs = [Document(text=f"text {i} of some words", id=str(i), metadata={"url": f"http://a/{i}"}) for i in range(9)]
-    cfg = DedupConfig(True, True, replace(FINEWEB, min_jaccard=0.7))
+    cfg = DedupConfig(True, TextMatch.words, replace(FINEWEB, min_jaccard=0.7))
     for name in ("a", "b"):
         write_keys(tmp_path / name / "00000-0000.safetensors", docs, cfg)
     written = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
@@ -284,14 +305,14 @@ def test_keys_are_the_same_bytes_each_time(tmp_path: Path) -> None:
 
 
 def test_a_part_without_documents_has_keys_and_codes(tmp_path: Path) -> None:
-    cfg = DedupConfig(True, True, replace(FINEWEB, min_jaccard=0.7))
+    cfg = DedupConfig(True, TextMatch.words, replace(FINEWEB, min_jaccard=0.7))
     write_keys(tmp_path / "keys/00000-0000.safetensors", [], cfg)
     report = find(tmp_path / "keys", [], cfg, tmp_path / "out")
     assert (report.documents, report.stay, codes_in(tmp_path / "out")) == (0, 0, [])
 
 
 def test_what_cannot_be_used_is_told_in_one_line(tmp_path: Path) -> None:
-    cfg = DedupConfig(True, True, FINEWEB)
+    cfg = DedupConfig(True, TextMatch.words, FINEWEB)
     docs = [Document(text=f"text {i} of some words", id=str(i)) for i in range(9)]
     (path,) = [tmp_path / "keys/00000-0000.safetensors"]
     write_keys(path, docs, cfg)
@@ -316,7 +337,7 @@ def test_what_cannot_be_used_is_told_in_one_line(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         refused([], cfg, "not a keys file")
     path.write_bytes(save({"url": np.zeros(4, np.uint64)}, settings))
-    refused([], cfg, "damaged: text is None")
+    refused([], cfg, "damaged: exact is None")
     for wrong in (0.0, 1.5, float("nan")):
         with pytest.raises(UserError, match=r"minhash\.min_jaccard=.*above 0, 1 at most"):
             replace(FINEWEB, min_jaccard=wrong)
