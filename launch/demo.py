@@ -30,7 +30,7 @@ RUN = RunFolder(ROOT / "run")
 
 
 def demo() -> dict[str, Any]:
-    """Raises UserError where a step of it fails."""
+    """Run the demo. Raises UserError if a step fails."""
     started = time.monotonic()
     shutil.rmtree(ROOT, ignore_errors=True)  # a demo starts from nothing
     say("Raw text to shards: the English prose that this Python carries, a vocabulary of 2,048")
@@ -53,7 +53,7 @@ def demo() -> dict[str, Any]:
 
 
 def train(ranks: int) -> None:
-    """Under the supervisor, which starts the run again from its last checkpoint after the kill."""
+    """Train under the supervisor, which restarts the run from its last checkpoint after the kill."""
     supervise = ["-m", "launch.supervise", f"run.dir={RUN.root}", "backoff_s=0.5", "--"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     pretrain = ["-m", "trainer.pretrain", "experiment=demo", "run.name=demo", f"run.dir={RUN.root}"]
@@ -116,7 +116,7 @@ def unigram_entropy(source: Path) -> float:
 
 
 def run(module: str, *args: str, capture: bool = False) -> str:
-    """`python -m module args`; its output is shown, or returned. Raises UserError where it fails."""
+    """`python -m module args`; its output is shown, or returned. Raises UserError if it fails."""
     print(f"$ python -m {module} {' '.join(args)}", flush=True)
     done = subprocess.run(
         [sys.executable, "-m", module, *args], stdout=subprocess.PIPE if capture else None, text=True, check=False

@@ -1,4 +1,4 @@
-"""Entry: `python -m launch.doctor cluster=slurm run.dir=... -- experiment=...`: whether a run would work here.
+"""Entry: `python -m launch.doctor cluster=slurm run.dir=... -- experiment=...`: checks that a run can work here.
 
 What follows `--` is the command line of trainer.pretrain, as for launch.submit; without it the machine alone is looked
 at. One line for each check, ok, warn or fail, with what to do; exit code 1 where one fails (docs/doctor.md).
@@ -35,7 +35,7 @@ DISK = "the disk hangs: look at its server (mount, df), or give another run.dir"
 
 
 def look(cfg: DoctorConfig, command: list[str] | None) -> list[CheckResult]:
-    """`command`: what follows the `--`; None where there is none.
+    """Make the checks; `command`: the words after `--`, None without them.
 
     Raises:
         UserError: the command line is wrong.
@@ -69,10 +69,10 @@ def look(cfg: DoctorConfig, command: list[str] | None) -> list[CheckResult]:
 
 
 def pretrain_config(cfg: DoctorConfig, command: list[str], run_dir: Path) -> PretrainConfig:
-    """The run that is given, in the run folder that is given left of the `--`, as launch.submit takes it."""
+    """The config of the given run, in the run folder left of the `--`, as in launch.submit."""
     for key, value in (("data.path", cfg.data.path), ("tracking.uri", cfg.tracking.uri)):
         if value is not None:
-            raise UserError(f"{key}={value}: a run is given, say it behind the --")
+            raise UserError(f"{key}={value}: a run is given: give it after the --")
     own = [f"run.name={literal(cfg.run.name)}", f"run.dir={literal(str(run_dir))}"]
     return load(PretrainConfig, [*command, *own])
 
@@ -129,7 +129,7 @@ def one(function: Callable[[], CheckResult]) -> Callable[[], Iterable[CheckResul
 
 
 def report(results: list[CheckResult], as_json: bool) -> int:
-    """Print them; the exit code."""
+    """Print the results; returns the exit code."""
     failed = any(result.state is State.fail for result in results)
     if as_json:
         print(json.dumps({"ok": not failed, "findings": [result.as_json() for result in results]}))

@@ -11,7 +11,7 @@ from trainer.plan.hardware import CPU
 
 
 def prepare(job: Job) -> list[list[str]]:
-    """The command of each run of the job, which is to run in `job.cwd`; one after the other where it is a sweep."""
+    """The command of each run of the job, to be run in `job.cwd`; those of a sweep one after the other."""
     cluster = job.cluster
     if cluster.nodes > 1:
         raise UserError(f"cluster.nodes={cluster.nodes} with cluster=local, which is one machine: give cluster=ssh")

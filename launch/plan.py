@@ -66,7 +66,7 @@ def parts_of(cfg: PlanConfig) -> list[Part]:
 
 
 def cluster_of(cfg: ClusterConfig) -> tuple[Cluster, float]:
-    """The cluster, and USD for a GPU and hour. Raises UserError where no row of the choices has that name."""
+    """The cluster, and USD for a GPU and hour. Raises UserError if no row of the choices has that name."""
     gpu = gpu_named(cfg.gpu)
     if cfg.memory_gib is not None:
         gpu = replace(gpu, memory_gib=cfg.memory_gib)
@@ -95,7 +95,7 @@ class Run:
         return seconds(Workload.of(self.cfg), row.layout, self.cluster, self.parts) / 86400
 
     def cost(self, row: Row) -> float:
-        """USD."""
+        """The cost in USD."""
         return self.days(row) * 24 * row.layout.world_size * self.price
 
 
@@ -143,7 +143,7 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def simulated(cluster: Cluster) -> bool:
-    """True where a collective takes part: this project has measured no link between GPUs."""
+    """True if a collective takes part: this project has measured no link between GPUs."""
     return cluster.world_size > 1
 
 

@@ -29,7 +29,7 @@ QUEUE_S = 15.0
 
 
 def preflight(cfg: PretrainConfig, cluster: ClusterConfig) -> tuple[PretrainConfig, list[str]]:
-    """The config to freeze, still open where the plan is to choose at each start, and some lines on what will run.
+    """The config to freeze, with what the plan chooses at each start left open, and lines that describe the run.
 
     Raises:
         UserError: what its ranks would refuse, or a model that does not fit on them.
@@ -71,7 +71,7 @@ def preflight(cfg: PretrainConfig, cluster: ClusterConfig) -> tuple[PretrainConf
 
 
 def alive(run_dir: Path) -> str | None:
-    """A warning where a rank of this run has just been heard of: two starts of a run end one another."""
+    """A warning if a rank of this run has just written a heartbeat: two starts of a run end one another."""
     for beat in read_heartbeats(RunFolder(run_dir).heartbeats):
         age = time.time() - beat.time
         if age < FRESH_S and beat.phase != "end":
@@ -83,7 +83,7 @@ def alive(run_dir: Path) -> str | None:
 
 
 def queued(run_dir: Path) -> str | None:
-    """A warning where a job that was submitted for this run still waits or runs, as far as squeue is here and says."""
+    """A warning if squeue shows that an earlier job of this run still waits or runs."""
     ids: set[str] = set()
     for path in RunFolder(run_dir).submissions.glob(f"*/{SUBMITTED}"):
         with suppress(UserError, TransientError):  # damaged: launch.status tells

@@ -79,6 +79,6 @@ def reap() -> None:
 
 
 def send(pid: int, number: int) -> None:
-    """Send a signal; nothing happens where the process has ended or is another user's."""
+    """Send a signal; nothing happens if the process has ended or is another user's."""
     with contextlib.suppress(OSError):
         os.kill(pid, number)

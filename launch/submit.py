@@ -43,7 +43,7 @@ OURS = ("run", "run.name", "run.dir")  # given left of the --
 
 
 def submit(cfg: SubmitConfig, overrides: list[str], argv: list[str]) -> int:
-    """The exit code of what was started; 0 where it was handed over, or not asked for.
+    """The exit code of the run; 0 if it was handed to Slurm, or not started.
 
     Raises:
         UserError: a run or a cluster that cannot be; then nothing is started and nothing written.
@@ -88,7 +88,7 @@ def submit(cfg: SubmitConfig, overrides: list[str], argv: list[str]) -> int:
 
 
 def launcher_of(cluster: ClusterConfig) -> str:
-    """Raises UserError where the cluster is started in no way, or in several."""
+    """Raises UserError if the cluster is started in no way, or in several."""
     sections = [name for name in LAUNCHERS if getattr(cluster, name) is not None]
     if len(sections) != 1:
         how = " and ".join(f"cluster.{name}" for name in sections) or "no way to start a run"
@@ -100,7 +100,7 @@ def launcher_of(cluster: ClusterConfig) -> str:
 
 
 def check_forward(cluster: ClusterConfig) -> None:
-    """Raises UserError where there is nothing to forward under a name."""
+    """Raises UserError if there is nothing to forward under a name."""
     missing = [name for name in cluster.forward if name not in os.environ]
     if missing:
         raise UserError(f"cluster.forward names {missing[0]}, which is not in your environment: export it first")
@@ -127,7 +127,7 @@ def write(cfg: SubmitConfig, run_dir: Path, frozen: list[str], run_dirs: list[Pa
         texts = [text.encode() for text in frozen]
         submitted = freeze(cfg).encode()
     except UnicodeEncodeError as e:
-        raise UserError(f"a value is no text in UTF-8 ({e.reason}): rename what it names") from None
+        raise UserError(f"a value is not UTF-8 text ({e.reason}): rename what it names") from None
     version, patch = code_version()
     folder = RunFolder(run_dir).take_submission()
     names = [f"config-{i}.yaml" for i in range(len(texts))] if cfg.sweep else ["config.yaml"]
@@ -153,7 +153,7 @@ def write(cfg: SubmitConfig, run_dir: Path, frozen: list[str], run_dirs: list[Pa
 
 
 def elements_folders(job: Job) -> list[Path]:
-    """A submission in the folder of each run of a sweep, which says where all of it lies; [] where it is no sweep."""
+    """A submission in the folder of each run of a sweep, which says where all of it lies; [] without a sweep."""
     others = [path for path in job.run_dirs if path != job.run_dir]
     code = {k: v for k, v in read_json(job.folder / "code.json", "submit it again").items() if k != "runs"}
     folders = [RunFolder(path).take_submission() for path in others]
@@ -163,14 +163,14 @@ def elements_folders(job: Job) -> list[Path]:
 
 
 def record(folders: list[Path], commands: list[list[str]], jobs: list[str]) -> None:
-    """That it was started: without this file a submission was a dry run. `jobs`: Slurm's ids."""
+    """Record that it was started: a submission without this file was a dry run. `jobs`: Slurm's ids."""
     body = {"jobs": jobs, "commands": [redact_command(command) for command in commands], "time": time.time()}
     for folder in folders:
         publish_json(folder / SUBMITTED, body)
 
 
 def foreground(commands: list[list[str]], cwd: Path) -> int:
-    """Run the commands one after the other; the exit code of the first that failed, else 0 where all were run.
+    """Run the commands one after the other; the exit code of the first that failed, else 0.
 
     SIGINT, SIGTERM and SIGUSR1 go on to the one that runs, SIGHUP (a closed terminal) as SIGTERM, unless it is ignored
     (nohup); no other is started after it.

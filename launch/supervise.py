@@ -89,7 +89,7 @@ class Supervisor:
                 return self._end(outcome(code, self._asked), at_first, step)
 
     def _max_steps(self, generation: int) -> int | None:
-        """Of the run that the command has trained; None where it trained none: no newer start than `generation`."""
+        """max_steps of the run that the command trained; None if it trained none: no start after `generation`."""
         if self.folder.newest_generation() <= generation:
             return None
         try:
@@ -99,7 +99,7 @@ class Supervisor:
         return max_steps if isinstance(max_steps, int) else None
 
     def _end(self, code: int, at_first: int, step: int) -> int:
-        """85 makes a job come back, which has no end where each time is too short for a checkpoint: 1 instead."""
+        """The exit code, with 1 for an 85 that would requeue a job for ever: its time is too short for a checkpoint."""
         if code != PREEMPTED or step > at_first:
             return code
         idle = 1 + idle_stops(self.root / "supervise.jsonl", step)
@@ -129,7 +129,7 @@ class Supervisor:
         return code if code >= 0 else 128 - code, tail.text()
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
-        """Its exit code. srun drops a SIGUSR1 that comes before its tasks run: it is repeated until ranks are there."""
+        """Wait for the exit code. srun drops a SIGUSR1 that comes before its tasks run: repeat it until ranks run."""
         generation = self.folder.newest_generation()
         while True:
             try:
@@ -143,8 +143,8 @@ class Supervisor:
             os.killpg(process.pid, number)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        """To the ranks of this host, for launchers do what they like with it: torchrun dies of a SIGUSR1, and gives its
-        workers 30 s for a checkpoint. Where there are none (yet, or under srun), and when asked again: to the command.
+        """Pass a signal to the ranks of this host. Launchers do not: torchrun dies of a SIGUSR1, and gives its workers
+        30 s for a checkpoint. If there are no ranks (yet, or under srun), and the second time, the command gets it.
         """
         again = number in self._asked
         self._asked.append(number)
@@ -157,7 +157,7 @@ class Supervisor:
             self._tell(self._process, number)
 
     def _log(self, event: str, *, step: int, exit_code: int | None = None, **more: float | str | None) -> None:
-        """`step`: of the latest checkpoint, -1 where there is none."""
+        """Append a row to supervise.jsonl. `step`: of the latest checkpoint, -1 without one."""
         body = {"time": time.time(), "event": event, "exit_code": exit_code, "step": step, **more}
         with (self.root / "supervise.jsonl").open("a") as f:
             f.write(json.dumps(body) + "\n")
@@ -188,7 +188,7 @@ class Tee(threading.Thread):
 
 
 def latest_step(root: Path) -> int:
-    """The step of the run's latest checkpoint, -1 where it has none. Raises UserError where the pointer is damaged."""
+    """The step of the run's latest checkpoint, -1 without one. Raises UserError if the pointer is damaged."""
     latest = RunFolder(root).latest()
     return int(latest.name.split(".")[0].removeprefix("step-")) if latest else -1
 
@@ -220,7 +220,7 @@ def judged(code: int, why: str | None, step: int, max_steps: int | None) -> tupl
 
 
 def rank_exit_code(code: int, stderr: str) -> int:
-    """A rank's exit code that says what to do, also where the launcher turned it into another and tells of it.
+    """A rank's exit code, also if the launcher returned another one and reports the rank's in its output.
 
     torchrun makes 1 of it. srun ends with the highest of all ranks' codes, and kills those that are left of a failed
     step: the first rank that ended says why, by its own code, or by srun's where a signal killed it.

@@ -1,4 +1,4 @@
-"""The run folder's disk: whether it can hold the run, and whether what the trainer relies on works there."""
+"""Checks of the run folder's disk: its free space, and the operations that the trainer relies on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLOW_MB_S = 50
 
 
 def run_folder(path: Path, needed: int | None, nodes: int) -> Iterator[CheckResult]:
-    """`needed`: bytes of the run's checkpoints, None where no run is given; `nodes` are to share the folder."""
+    """Check the run folder. `needed`: bytes of the run's checkpoints, None without a run; `nodes` share the folder."""
     above = next(p for p in (path, *path.parents) if p.exists())
     text = f"{path}" if above == path else f"{path}, to be made in {above},"
     try:
@@ -79,7 +79,7 @@ def mounted(folder: Path, mounts: Path) -> tuple[str, str]:
 
 
 def semantics(probe: Path) -> Iterator[CheckResult]:
-    """The trainer takes generations by exclusive create, publishes by rename, and locks the tracker's state."""
+    """Check exclusive create (for generations), rename (for publishing) and locks (for the tracker's state)."""
     broken = [name for name, works in (("exclusive create", _exclusive), ("rename", _rename)) if not works(probe)]
     if broken:
         cure = "give a run.dir on a POSIX file system"
@@ -108,7 +108,7 @@ def _exclusive(probe: Path) -> bool:
 
 
 def _rename(probe: Path) -> bool:
-    """A whole folder, and a file over another."""
+    """Rename a whole folder, and a file over another."""
     staging, final = probe / ".aside", probe / "final"
     staging.mkdir()
     (staging / "new").write_text("new")
@@ -124,7 +124,7 @@ def _rename(probe: Path) -> bool:
 
 
 def _flock(probe: Path) -> bool:
-    """True where a lock of one open file keeps out a second one. Raises OSError where there are no locks."""
+    """True if a lock of one open file keeps out a second one. Raises OSError if there are no locks."""
     with (probe / "lock").open("w") as first, (probe / "lock").open("w") as second:
         fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:

@@ -45,7 +45,7 @@ def programs(names: Sequence[str]) -> CheckResult:
 
 
 def reachable(name: str, root: Path) -> CheckResult:
-    """One host, asked over ssh with the same Python and checkout paths as here."""
+    """Check one host over ssh, with the Python and checkout paths of this machine."""
     what = f"host {name}"
     probe = [sys.executable, "-c", PROBE, str(root)]
     ours, _, _ = _ask(probe)
@@ -72,7 +72,7 @@ def reachable(name: str, root: Path) -> CheckResult:
 
 
 def _ask(argv: list[str]) -> tuple[dict[str, Any], float, float]:
-    """(what the probe says of itself, how far its clock is ahead of ours in seconds, at most how wrong that is)."""
+    """(the probe's facts, seconds that its clock is ahead of ours, the largest error of that)."""
     with subprocess.Popen(
         argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
     ) as process:

@@ -26,7 +26,7 @@ NAME = "nodes"
 
 
 def examine_nodes(cfg: DoctorConfig, root: Path) -> list[CheckResult]:
-    """The results that rank 0 of the check prints; where it prints none, one failure with the launcher's last words."""
+    """The results that rank 0 of the check prints; if it prints none, one failure with the launcher's last output."""
     argv, limit_s = command(cfg), START_S + STAGES * cfg.timeout_s
     env = {**os.environ, **cfg.cluster.env, **({"DS_ACCELERATOR": CPU} if cfg.cluster.gpu == CPU else {})}
     with tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as out:
@@ -57,7 +57,7 @@ def examine_nodes(cfg: DoctorConfig, root: Path) -> list[CheckResult]:
 
 
 def command(cfg: DoctorConfig) -> list[str]:
-    """srun over all nodes of the allocation where we are in one, else torchrun here."""
+    """The command: srun over all nodes of the allocation; outside of one, torchrun on this machine."""
     allocated = "SLURM_JOB_ID" in os.environ
     gpus = 0 if cfg.cluster.gpu == CPU else gpus_of_a_node(os.environ, cfg.cluster.gpus_per_node)
     ranks = gpus or CPU_RANKS
@@ -76,7 +76,7 @@ def command(cfg: DoctorConfig) -> list[str]:
 
 
 def gpus_of_a_node(env: Mapping[str, str], wanted: int) -> int:
-    """In an allocation as many as Slurm gave, else as nvidia-smi shows and CUDA_VISIBLE_DEVICES leaves.
+    """GPUs of a node: those that Slurm gave, else those of nvidia-smi that CUDA_VISIBLE_DEVICES allows.
 
     salloc runs its command where it was typed, on a login node as a rule: there Slurm tells what was asked for, and
     where GPUs were asked for in another way (--gres, a whole node) nothing: then srun is to give the `wanted`.

@@ -30,7 +30,7 @@ def python_version(root: Path) -> CheckResult:
 
 
 def packages(root: Path, extras: tuple[str, ...]) -> Iterator[CheckResult]:
-    """Against what pyproject.toml asks for, and against the versions that constraints.txt says were tested together."""
+    """Compare the packages with pyproject.toml's requirements and with constraints.txt's tested versions."""
     installed, amiss = {}, []
     for need in _needs(root, extras):
         try:
@@ -94,7 +94,7 @@ def _project(root: Path) -> dict[str, Any]:
 
 
 def _needs(root: Path, extras: tuple[str, ...]) -> list[Requirement]:
-    """Of the checkout where there is one, else of the installed package."""
+    """The requirements of the checkout, or of the installed package without one."""
     project = _project(root)
     if project:
         optional = project.get("optional-dependencies", {})

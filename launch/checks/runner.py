@@ -40,7 +40,7 @@ def run_checks(checks: Sequence[Check]) -> list[CheckResult]:
 
 
 def _listen(fds: dict[int, int], said: dict[int, bytearray], deadlines: dict[int, float], late: set[int]) -> None:
-    """Until each has said all, or its deadline has passed: fills `said` and `late`."""
+    """Read until each check has ended or its deadline has passed; fills `said` and `late`."""
     with selectors.DefaultSelector() as selector:
         for i, fd in fds.items():
             selector.register(fd, selectors.EVENT_READ, i)

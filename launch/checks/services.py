@@ -38,8 +38,8 @@ def tracking(cfg: TrackingConfig, run_dir: Path) -> CheckResult:
 
 
 def server(uri: str) -> CheckResult:
-    """MLflow's own health and version pages. A run goes on while it is away: what waits is sent later."""
-    cure = "start the server, mend tracking.uri, or track with `tracking=none`; a run waits for it without stopping"
+    """Check MLflow's health and version pages. A run continues without the server and sends its rows later."""
+    cure = "start the server, correct tracking.uri, or give tracking=none; a run trains on without the server"
     try:
         _ask(f"{uri.rstrip('/')}/health")
         theirs = _ask(f"{uri.rstrip('/')}/version")
@@ -59,13 +59,13 @@ def server(uri: str) -> CheckResult:
 
 
 def _ask(url: str) -> str:
-    """The first of what is said there. Raises OSError, ValueError."""
+    """The first bytes of the answer at a URL. Raises OSError, ValueError."""
     with urllib.request.urlopen(url, timeout=ANSWER_S) as answer:
         return answer.read(MOST).decode("ascii", "replace").strip()
 
 
 def database(path: Path) -> CheckResult:
-    """A file of SQLite that can be written, or a folder in which one can be made."""
+    """Check that the SQLite file, or its folder, can be written."""
     above = next(p for p in (path.parent, *path.parent.parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=above):

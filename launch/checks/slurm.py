@@ -26,7 +26,7 @@ def commands() -> CheckResult:
 
 
 def controller() -> CheckResult:
-    """Of a controller and its backups one must be up."""
+    """Check that the controller, or one of its backups, is up."""
     said = _said(["scontrol", "ping"])
     if re.search(r"\bis UP\b", said):
         return ok("slurm controller", said)
@@ -34,7 +34,7 @@ def controller() -> CheckResult:
 
 
 def partition(cluster: ClusterConfig, slurm: SlurmConfig) -> Iterator[CheckResult]:
-    """That it exists, is up, lets a job run as long as asked, and has as many nodes and GPUs as asked."""
+    """Check that the partition is up, allows the job's time, and has the nodes and GPUs that it asks for."""
     table = [row for line in _said(["sinfo", "-h", "-o", FIELDS]).splitlines() if len(row := line.split("|")) == 7]
     names = sorted({row[0] for row in table})
     wanted = slurm.partition.split(",") if slurm.partition else sorted({r[0] for r in table if r[1].endswith("*")})
@@ -72,17 +72,17 @@ def _partition(name: str, rows: Sequence[list[str]], cluster: ClusterConfig, slu
 
 
 def limit_of(time: str) -> float:
-    """Seconds; sinfo writes infinite and n/a where there is no limit."""
+    """A time limit in seconds; sinfo writes infinite or n/a for none."""
     return seconds(time) if time[:1].isdecimal() else math.inf
 
 
 def _gpus(gres: str) -> int:
-    """Of a node: gpu:8, gpu:h100:8(S:0-1), gpu:a:1,gpu:b:2."""
+    """GPUs of a node, from gpu:8, gpu:h100:8(S:0-1), gpu:a:1,gpu:b:2."""
     counts = re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres)
     return sum(map(int, counts))
 
 
 def _said(argv: list[str]) -> str:
-    """Its output, or its error where it has none. Raises OSError, subprocess.TimeoutExpired."""
+    """The output of a command, or its errors if it has none. Raises OSError, subprocess.TimeoutExpired."""
     said = subprocess.run(argv, capture_output=True, text=True, timeout=ANSWER_S, errors="replace")
     return said.stdout.strip() or said.stderr.strip()

@@ -80,7 +80,7 @@ def hosts_of(cluster: ClusterConfig) -> list[str]:
             )
     twice = sorted({h for h in hosts if hosts.count(h) > 1})
     if twice:
-        raise UserError(f"{source}: {', '.join(twice)} stands there twice: name each host once")
+        raise UserError(f"{source}: {', '.join(twice)} is there twice: name each host once")
     if len(hosts) != cluster.nodes:
         raise UserError(f"cluster.nodes={cluster.nodes}, but {source} names {len(hosts)} hosts: make them the same")
     return hosts
@@ -110,7 +110,7 @@ def read_hostfile(path: Path, slots: int) -> list[str]:
 
 
 def check_elastic(cfg: PretrainConfig, cluster: ClusterConfig) -> None:
-    """Raises UserError where a number of hosts from min_nodes to nodes cannot train the run, and names it."""
+    """Raises UserError if a number of hosts from min_nodes to nodes cannot train the run; names that number."""
     assert cluster.ssh is not None
     min_nodes = cluster.ssh.min_nodes or cluster.nodes
     refused = {}

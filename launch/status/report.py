@@ -73,7 +73,7 @@ def _whole(part: Callable[[], Any]) -> Any:
 
 
 def _config(root: Path) -> Report:
-    """Of the last start's frozen config what the other parts need; empty where there is none."""
+    """The values of the last start's frozen config that the other parts need; empty without a config."""
     path = RunFolder(root).config
     if not path.exists():
         return {}
@@ -141,7 +141,7 @@ def _journal(root: Path) -> Report:
 
 
 def _tracking(root: Path, journal: Report) -> Report:
-    """MLflow's run, and what of the journal has not been sent: bytes, and rows where they are few enough to count."""
+    """MLflow's run, and the part of the journal that is not sent: bytes, and rows if they are few enough to count."""
     path = root / "tracking.json"
     if not path.exists():
         return {}
@@ -154,7 +154,7 @@ def _tracking(root: Path, journal: Report) -> Report:
 
 
 def _checkpoints(root: Path, now: float) -> Report:
-    """Those that stand, in the order that they were published, the best of them, and what is half written."""
+    """The published checkpoints, in order, the best of them, and the unfinished ones."""
     folder = RunFolder(root)
     checkpoints = [_whole(partial(_checkpoint, path, now)) for path in folder.published()]
     valued = [c for c in checkpoints if isinstance(c.get("val_loss"), float) and math.isfinite(c["val_loss"])]
@@ -191,7 +191,7 @@ def _checkpoint(path: Path, now: float) -> Report:
 
 
 def _submissions(root: Path) -> list[Report]:
-    """Each `launch.submit`, with the version of the code that it froze; `submitted`: None where it started nothing."""
+    """Each `launch.submit`, with the version of the code that it froze; `submitted`: None if it started nothing."""
     submissions = []
     for folder in sorted(p for p in (root / "submit").glob("*") if p.name.isdecimal()):
         code = _whole(partial(read_json, folder / "code.json", DAMAGED))
@@ -246,7 +246,7 @@ def _has(body: Any, keys: Mapping[str, type]) -> bool:
 
 
 def _read(path: Path, limit: int, offset: int = 0) -> tuple[bool, str]:
-    """At most so many bytes of a regular file from `offset` on (less than 0: from the end); True where that is all."""
+    """At most so many bytes of a regular file from `offset` on (less than 0: from the end); True if that is all."""
     with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:  # a fifo would wait
         status = os.fstat(f.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -257,7 +257,7 @@ def _read(path: Path, limit: int, offset: int = 0) -> tuple[bool, str]:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON, which has no NaN: such numbers become words."""
+    """The value for JSON, which has no NaN: such numbers become words."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -266,7 +266,7 @@ def _plain(value: Any) -> Any:
 
 
 def unreadable(report: Report) -> Iterator[tuple[str, str]]:
-    """(part, why) of what could not be read, wherever it stands."""
+    """(part, reason) of each part that could not be read, at any depth."""
     for name, part in report.items():
         for item in part if isinstance(part, list) else [part]:
             if isinstance(item, dict) and "unreadable" in item:

@@ -32,7 +32,7 @@ SILENT_BEATS, SILENT_S = 6, 60.0  # a rank that let so many beats fall out, and 
 
 
 def judge(report: dict[str, Any], now: float) -> dict[str, str]:
-    """{"state", "why"}."""
+    """The state and its reason, {"state", "why"}."""
     state, why = _judge(report, now)
     return {"state": state, "why": why}
 
@@ -91,7 +91,7 @@ def _alive(beats: list[dict[str, Any]]) -> tuple[str, str]:
 
 
 def _over(beats: list[dict[str, Any]], saved: Any) -> tuple[str, str]:
-    """All ranks came to their end before max_steps, and no supervisor saw how: what they saved tells."""
+    """The state of a run whose ranks all ended before max_steps without a supervisor, from what they saved."""
     step, age = max(b.get("step") or 0 for b in beats), min(b["age_s"] for b in beats)
     said = (
         f"all ranks ended {age:.0f} s ago after step {step}, before max_steps; the last checkpoint is of step {saved}"
@@ -100,7 +100,7 @@ def _over(beats: list[dict[str, Any]], saved: Any) -> tuple[str, str]:
 
 
 def _ended(last: dict[str, Any], events: list[dict[str, Any]], cfg: dict[str, Any], now: float) -> tuple[str, str]:
-    """`last` is the supervisor's row of an end, or of what it does about one."""
+    """The state after an end; `last`: the supervisor's row of that end, or of its reaction."""
     exits = [e for e in events if e.get("event") == "exit"]
     code = exits[-1].get("exit_code") if exits else last.get("exit_code")
     why = f"launch.supervise: {last.get('event')}, exit code {named(code)}"
@@ -137,7 +137,7 @@ def _without_beats(report: dict[str, Any], last: dict[str, Any], now: float) -> 
 
 
 def _late(beat: dict[str, Any], cfg: dict[str, Any]) -> bool:
-    """In one step for longer than the watch lets pass, by the rank's own clock."""
+    """The ranks that are in one step for longer than the watchdog allows, by their own clocks."""
     if beat.get("phase") != "step" or not isinstance(beat.get("since"), int | float):
         return False
     limit = max(cfg.get("watch.hang_min_s") or 120, (cfg.get("watch.hang_factor") or 10) * (beat.get("step_s") or 0))

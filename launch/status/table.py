@@ -120,7 +120,7 @@ def _guard(report: Report) -> list[str]:
     events, lines = guard.get("events", []), []
     if events:
         back = sum(e["did"] == "rolled back" for e in events)
-        lines.append(f"guard: {guard.get('skipped', len(events) - back)} steps skipped, {back} times gone back")
+        lines.append(f"guard: {guard.get('skipped', len(events) - back)} steps skipped, {back} rollbacks")
     for e in events[-SHOWN:]:
         loss, norm = ("not finite" if e[k] is None else _number(e[k], ".4g") for k in ("loss", "norm"))
         to = f" to step {e['to']}" if "to" in e else ""

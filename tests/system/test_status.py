@@ -220,7 +220,7 @@ def test_guard_events_lost_shards_and_rows_that_wait_are_told(going: Path) -> No
     text = told(going)[1]
     assert (
         "step 7: non-finite (loss not finite, norm 2), skipped" in text
-        and "guard: 1 steps skipped, 1 times gone back" in text
+        and "guard: 1 steps skipped, 1 rollbacks" in text
     )
     assert "rolled back to step 4, windows 32 to 56 jumped" in text
     assert "lost shards: shards 2" in text

@@ -44,7 +44,7 @@ def find_checkpoint(path: str, key: str = "checkpoint") -> Path:
 
 
 def check_model(path: Path, theirs: ModelConfig, ours: ModelConfig, otherwise: str = "another run.dir") -> None:
-    """Raises UserError where weights of one model cannot be the other's."""
+    """Raises UserError if weights of one model cannot be the other's."""
     pairs = {f.name: (getattr(theirs, f.name), getattr(ours, f.name)) for f in fields(ModelConfig)}
     layers = range(min(theirs.n_layer, ours.n_layer))
     if all(theirs.kind(i) == ours.kind(i) for i in layers):  # DB and DBDB are the same

@@ -1,4 +1,4 @@
-"""The settings of pre-training, refused before a GPU is taken where they cannot be. Standard library only."""
+"""The settings of pre-training, checked before a GPU is taken. Standard library only."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class TpChannel:
 
 
 def _payload(item: Item) -> Tensor:
-    """Tokens, labels and segment ids where there are any, as int64 [micro steps, 2 or 3, B, T]; or the bytes of the
+    """Tokens, labels and perhaps segment ids, as int64 [micro steps, 2 or 3, B, T]; or the bytes of the
     error's text as [bytes, 1, 1, 1]."""
     if item.error is None:
         return torch.stack([torch.stack([t.long() for t in batch if t is not None]) for batch in item.batches])
@@ -53,5 +53,5 @@ def _payload(item: Item) -> Tensor:
 
 
 def channel(mesh: Mesh) -> TpChannel | None:
-    """For the loader; None where each rank reads for itself (tp = 1)."""
+    """The channel for the loader; None if each rank reads for itself (tp = 1)."""
     return TpChannel(mesh) if mesh.tp > 1 else None

@@ -39,7 +39,7 @@ class Sources(NamedTuple):
 
 
 def open_sources(cfg: DataConfig) -> Sources:
-    """Raises UserError where a source is missing, damaged or out of reach, or none has validation data."""
+    """Raises UserError if a source is missing, damaged or out of reach, or none has validation data."""
     cache = open_cache(cfg)
     sources = Sources({}, {}, cache)
     no_val = None
@@ -58,7 +58,7 @@ def open_sources(cfg: DataConfig) -> Sources:
 
 
 def check_sources(sources: Sources, model: ModelConfig, eval_windows: int | None) -> None:
-    """Raises UserError where the shards do not fit the model or one another."""
+    """Raises UserError if the shards do not fit the model or one another."""
     one = sources.any
     for manifest in (*sources.train.values(), *sources.val.values()):
         tokenizer = manifest.root / TOKENIZER
@@ -86,7 +86,7 @@ def check_sources(sources: Sources, model: ModelConfig, eval_windows: int | None
 
 
 def check_cache(data: DataConfig, sources: Sources, world: World, tp: int) -> None:
-    """Raises UserError where the cache of a node cannot hold the shards that its ranks use at once.
+    """Raises UserError if the cache of a node cannot hold the shards that its ranks use at once.
 
     A lane is in one shard of each source while another is read ahead for it. Lanes may share a shard, so what counts is
     as many of the source's largest shards, or all of them where there are fewer.
@@ -142,7 +142,7 @@ def plan_run(
 
 
 def plan_of(data: DataConfig, sources: Sources, ledger: Ledger, *, seed: int, max_steps: int) -> Plan:
-    """Raises UserError where `max_epochs` would be passed: at the start, or when a lost shard leaves too little."""
+    """Raises UserError if `max_epochs` would be passed: at the start, or when a lost shard leaves too little."""
     tokens = {name: [shard.tokens for shard in m.shards] for name, m in sources.train.items()}
     plan = Plan(tokens, ledger, lanes=data.lanes, seed=seed)
     for name, source in data.sources.items():
@@ -174,7 +174,7 @@ def data_state(sources: Sources, plan: Plan, step: int) -> dict[str, Any]:
 def check_past(
     data: DataConfig, sources: Sources, past: Mapping[str, Any], *, seed: int, checkpoint: str, run_dir: str
 ) -> None:
-    """Raises UserError where the order of the data, in which `checkpoint` was trained, can no longer be followed.
+    """Raises UserError if the order of the data, in which `checkpoint` was trained, can no longer be followed.
 
     `past`: the data state of that checkpoint.
     """

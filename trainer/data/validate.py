@@ -32,7 +32,7 @@ def validate(
 def _loss_on(
     engine: Engine, batches: Iterator[tuple[AnyBatch, UserError | None]], on_progress: Callable[[], None]
 ) -> float:
-    """Every rank runs the same number of forwards and gets the same bits."""
+    """The loss on one set: every rank runs the same number of forwards and gets the same bits."""
     mesh, objective = engine.mesh, engine.objective
     terms = len(objective.terms)
     unread = None

@@ -119,7 +119,7 @@ def leave_ranks(mesh: Mesh) -> None:
 
 
 def _device(world: World) -> torch.device:
-    """This rank's GPU; the CPU where there is none, or where DS_ACCELERATOR=cpu asks for it."""
+    """This rank's GPU; the CPU without one, or if DS_ACCELERATOR=cpu asks for it."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():

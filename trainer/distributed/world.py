@@ -1,4 +1,4 @@
-"""Which process this is. The only reader of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE. Standard library only."""
+"""This process's rank. The only reader of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from conf.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of the run; `local_world_size` of them are on its node, None where nobody says."""
+    """This process among the ranks of the run; `local_world_size` of them are on its node, None if unknown."""
 
     rank: int
     world_size: int
@@ -32,7 +32,7 @@ OPENMPI = {
 
 
 def read_world() -> World:
-    """From what `torchrun`, `deepspeed`, mpirun or Slurm's rendezvous put into the environment; alone without it.
+    """Read the variables that torchrun, deepspeed, mpirun or Slurm's rendezvous set; without them, one rank alone.
 
     Alone, the process becomes a world of one and takes a free port for it.
 

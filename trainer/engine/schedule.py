@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of where the run is. Standard library only."""
+"""The learning rate as a pure function of the run's step and tokens. Standard library only."""
 
 from __future__ import annotations
 

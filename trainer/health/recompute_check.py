@@ -42,14 +42,15 @@ def recheck(engine: Engine, every: int, run_seed: int, step: int, batch: AnyBatc
 
 
 def compare(engine: Engine, batch: AnyBatch, seed: Callable[[], None]) -> None:
-    """Raises UserError where two passes over one batch differ in a bit."""
+    """Raises UserError if two passes over one batch differ in a bit."""
     first, second = (_fingerprint(engine, batch, seed) for _ in range(2))
     names = ["the loss", *(f"the gradient of {name}" for name, _ in engine.module.named_parameters())]
     differ = [name for name, same in zip(names, (first == second).tolist(), strict=True) if not same]
     if differ:
         raise UserError(
-            f"host {socket.gethostname()}, device {engine.mesh.device}: {len(differ)} of {len(names)} numbers, "
-            f"{differ[0]} first: take the machine out, and resume from a checkpoint before the last good recheck"
+            f"host {socket.gethostname()}, device {engine.mesh.device}: {len(differ)} of {len(names)} tensors "
+            f"differ, the first is {differ[0]}: take the machine out, and resume from a checkpoint "
+            "that is not newer than the last recheck without a difference"
         )
 
 

@@ -107,7 +107,7 @@ class Guard:
             return
         events = "; ".join(explain(e) for e in [*self.rollbacks, *self._episode(step)])
         raise UserError(
-            f"guard: {self.cfg.skips} bad steps among the last {self.cfg.within}, and the run has gone back "
+            f"guard: {self.cfg.skips} bad steps among the last {self.cfg.within}, and the run has rolled back "
             f"{len(self.rollbacks)} times of guard.max_rollbacks={self.cfg.max_rollbacks}: {events}: give a lower "
             "optim.lr or a longer optim.schedule.warmup, or look at what the steps were fed (python -m "
             f"data_pipeline.order checkpoint=RUN steps={self.first_bad(step)}:{step}); then resume, with more "

@@ -133,7 +133,7 @@ class HfFolder:
         return tokenizer
 
     def _files(self) -> dict[str, set[str] | None]:
-        """Each file of weights with the names that the index gives it; None where there is no index."""
+        """Each file of weights with its names in the index; None without an index."""
         one, index = (self.path / WEIGHTS).is_file(), (self.path / INDEX).is_file()
         if one and index:
             raise UserError(f"source={self.path} holds {WEIGHTS} and {INDEX}: remove one of them")

@@ -17,7 +17,7 @@ from trainer.config.model import ModelConfig
 
 
 def patterns(cfg: ModelConfig, n: int) -> dict[str, Pattern]:
-    """The pattern of each letter of a model in a text of `n` tokens; DENSE where it sees all of the past there."""
+    """The pattern of each letter of a model in a text of `n` tokens; DENSE if it sees all of the past there."""
     named = {kind: cfg.pattern(kind) for kind in sorted(set(cfg.attention))}
     return {kind: DENSE if pattern.sees_all(n) else pattern for kind, pattern in named.items()}
 

@@ -38,7 +38,7 @@ class Objective(Protocol):
 
 
 def weighted_loss(objective: Objective, sums: Sequence[float], counts: Sequence[float]) -> float:
-    """The loss from global sums and counts; terms that count nothing add 0, and where none counts it is NaN."""
+    """The loss from global sums and counts; terms that count nothing add 0; if none counts, it is NaN."""
     terms = zip(objective.weights, sums, counts, strict=True)
     means = [weight * (total / count) for weight, total, count in terms if count != 0]
     return sum(means[1:], means[0]) if means else math.nan

@@ -94,7 +94,7 @@ def test_one_wrong_number_stops_all_and_names_the_rank(case: str, two: list[dict
     for rank in two:
         said = rank[case]["error"]
         assert "step 1 computed twice is not the same" in said and said.endswith("(rank 1)")
-        assert f"host {socket.gethostname()}, device cpu: " in said and " numbers, the " in said
+        assert f"host {socket.gethostname()}, device cpu: " in said and " tensors differ, the first is the " in said
 
 
 def test_layouts_that_cannot_be_rechecked_are_refused() -> None:

@@ -155,7 +155,7 @@ def test_hostile_paths_and_values_stay_data(tmp_path: Path, launcher: SshLaunche
         ({}, {"hosts": ["h1", "-oProxyCommand=x"]}, "'-oProxyCommand=x' is no host name: letters"),
         ({}, {"hosts": ["h1", "root@h2"]}, "'root@h2' is no host name: .* ~/.ssh/config"),
         ({}, {"hosts": ["h1", "h[2-3]"]}, "is no host name"),
-        ({}, {"hosts": ["h1", "h1"]}, "h1 stands there twice"),
+        ({}, {"hosts": ["h1", "h1"]}, "h1 is there twice"),
         ({"nodes": 3}, {}, "cluster.nodes=3, but cluster.ssh.hosts names 2 hosts: make them the same"),
         ({}, {"master_port": 80}, "cluster.ssh.master_port=80: give 1024 to 65535"),
         ({}, {"interface": "eth0 x"}, "cluster.ssh.interface='eth0 x': give a network interface"),
