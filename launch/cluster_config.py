@@ -51,11 +51,14 @@ class SlurmConfig:
     container: str | None = None  # an image for the pyxis plugin's --container-image; it sees the checkout and the run
     container_mounts: list[str] = field(default_factory=list)  # what else it sees, the data for one: FROM:TO
     container_python: str = "python3"  # the interpreter in it
+    options: dict[str, str] = field(default_factory=dict)  # other long options of sbatch: {gres: gpu:a100:4}; "" = none
     modules: list[str] = field(default_factory=list)  # loaded before the start
+    prologue: list[str] = field(default_factory=list)  # lines of your own shell, run as they are: conda, apptainer, ...
     signal_s: int = 120  # before the time limit, where Slurm may be a minute early: then the run saves and ends
     requeue: bool = True  # by itself when its time is up, and by Slurm when a node is lost
     chain: int = 1  # jobs of which the next goes on when the time of one is up; after the last, requeue counts
     chain_by: Chain = Chain.singleton
+    array_limit: int | None = None  # of a sweep so many runs at a time; null = as many as Slurm starts
 
     def __post_init__(self) -> None:
         for key, (form, allowed) in FORMS.items():
@@ -63,10 +66,15 @@ class SlurmConfig:
             for value in given if isinstance(given, list) else [given]:
                 if value is not None and not re.fullmatch(form, value, re.ASCII):
                     raise UserError(f"cluster.slurm.{key}: {value!r}: give {allowed}")
-        for key, limit in (("cpus_per_task", 1 << 16), ("signal_s", 65535), ("chain", 1000)):
+        for key, limit in (("cpus_per_task", 1 << 16), ("signal_s", 65535), ("chain", 1000), ("array_limit", 1 << 16)):
             value = getattr(self, key)
             if value is not None and not 1 <= value <= limit:
                 raise UserError(f"cluster.slurm.{key}={value}: give 1 to {limit}")
+        for name, value in self.options.items():
+            self._check_option(name, value)
+        for line in self.prologue:
+            if not line.strip() or "\0" in line:
+                raise UserError(f"cluster.slurm.prologue: {line!r} is no line of a shell: give one, or leave it out")
         if self.time is not None and self.signal_s + EARLY_S >= seconds(self.time):
             raise UserError(
                 f"cluster.slurm.time={self.time} is {seconds(self.time)} s and signal_s={self.signal_s}, a signal "
@@ -74,8 +82,58 @@ class SlurmConfig:
                 "smaller signal_s"
             )
 
+    def _check_option(self, name: str, value: str) -> None:
+        given = f"cluster.slurm.options.{name}"
+        if own := OWN_OPTIONS.get(name):
+            raise UserError(f"{given}: the job script says that itself: {own}")
+        if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
+            raise UserError(f"{given}: give the name of a long option of sbatch, without its dashes, such as gres")
+        if not value.isprintable():
+            raise UserError(f"{given}={value!r}: give one line without control characters, which sbatch does not take")
+        if name == "dependency" and self.chain > 1:
+            raise UserError(
+                f"{given} and cluster.slurm.chain={self.chain}, whose jobs wait for one another: leave one out"
+            )
+
+    @property
+    def asks_for_gpus(self) -> bool:
+        """True where an option asks for the GPUs of the job, in place of --gpus-per-node."""
+        return self.gpus_of_gres is not None or bool(GPU_OPTIONS & self.options.keys())
+
+    @property
+    def gpus_of_gres(self) -> int | None:
+        """Of a node: 4 for gpu:a100:4 or gpu:a100:3,gpu:1; None where gres asks for none."""
+        kinds = [part.split(":") for part in self.options.get("gres", "").split(",")]
+        counts = [int(kind[-1]) if kind[-1].isdecimal() else 1 for kind in kinds if kind[0] == "gpu"]
+        return sum(counts) if counts else None
+
 
 EARLY_S = 60  # Slurm's own resolution
+GPU_OPTIONS = {"gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task"}
+_OURS = "leave it out"
+OWN_OPTIONS = {
+    **{
+        name: f"give cluster.slurm.{name.replace('-', '_')}"
+        for name in ("partition", "account", "qos", "time", "exclusive")
+    },
+    **{
+        name: f"give cluster.slurm.{name.replace('-', '_')}"
+        for name in ("cpus-per-task", "mem", "constraint", "reservation")
+    },
+    **{name: f"give cluster.slurm.{name}" for name in ("exclude", "requeue")},
+    "no-requeue": "give cluster.slurm.requeue=false",
+    "signal": "give cluster.slurm.signal_s",
+    "array": "give sweep, and cluster.slurm.array_limit",
+    "nodes": "give cluster.nodes",
+    "ntasks-per-node": "give cluster.gpus_per_node",
+    "job-name": "give run.name",
+    "container-image": "give cluster.slurm.container",
+    **dict.fromkeys(
+        ("ntasks", "export", "export-file", "output", "error", "open-mode", "parsable", "wrap", "chdir"), _OURS
+    ),
+    **dict.fromkeys(("wait", "test-only", "help", "version", "usage", "kill-on-invalid-dep"), _OURS),
+}
+"""Options of sbatch that the script has from other settings."""
 WORDS = r"\w[\w.@+-]*"
 FORMS = {
     "partition": (rf"{WORDS}(,{WORDS})*", "names of letters, digits and . _ - + @, with commas between them"),
@@ -148,6 +206,11 @@ class ClusterConfig:
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"cluster.{key}={value}: give a positive number")
+        if self.slurm is not None and self.slurm.gpus_of_gres not in (None, self.gpus_per_node):
+            raise UserError(
+                f"cluster.slurm.options.gres={self.slurm.options['gres']} and "
+                f"cluster.gpus_per_node={self.gpus_per_node}: a node has a rank for each GPU, make them the same"
+            )
         for name, value in self.env.items():
             if not _VARIABLE.fullmatch(name) or "\0" in value:
                 raise UserError(f"cluster.env: {name!r} is no variable: give letters, digits and _, and no zero byte")

@@ -40,9 +40,10 @@ def preflight(cfg: PretrainConfig, cluster: ClusterConfig) -> tuple[PretrainConf
     ranks = machines.world_size
     cfg = replace(cfg, gpu=cluster.gpu)
     checked = check(cfg, World(0, ranks, 0, cluster.gpus_per_node))
+    cfg = replace(cfg, tracking=checked.cfg.tracking)  # the nodes may have other variables
     step = checked.state.get("step", 0)
     lines = [f"{cfg.run.name}: {'resumes at' if checked.state else 'starts at'} step {step} of {cfg.max_steps}"]
-    lines += [checked.chosen] if checked.chosen else []
+    lines += filter(None, (checked.chosen, checked.tracked))
     if cluster.gpu == CPU:
         return cfg, [*lines, f"  {ranks} ranks on CPUs, for which nothing is planned: memory and time are not checked"]
     work = Workload.of(checked.cfg)

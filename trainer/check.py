@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ from trainer.checkpoint.find import check_model, find_checkpoint, model_of
 from trainer.config.model import ModelConfig
 from trainer.config.optim import Kind, OptimConfig
 from trainer.config.pretrain import PretrainConfig
-from trainer.config.tracking import TrackingConfig, check_tracking
+from trainer.config.tracking import TrackingConfig
+from trainer.config.tracking import resolved as resolved_tracking
 from trainer.config.train import Resume
 from trainer.data.sources import Sources, check_cache, check_past, check_sources, open_sources, plan_run
 from trainer.distributed.world import World
@@ -34,6 +35,7 @@ class Checked(NamedTuple):
     sources: Sources
     state: dict[str, Any]  # of that checkpoint, {} for a new run
     chosen: str  # the plan's choice, in words; "" if nothing was open
+    tracked: str = ""  # where the metrics go, in words; "" if into the run folder only
 
     def plan(self, state: Mapping[str, Any]) -> Plan:
         """The plan of the run that resumes from this state, {} for a new run. Raises UserError as `plan_run`."""
@@ -57,7 +59,8 @@ def check(cfg: PretrainConfig, world: World) -> Checked:
     sources = open_sources(cfg.data)
     check_sources(sources, cfg.model, cfg.eval.windows)
     check_cache(cfg.data, sources, world, cfg.parallel.tp)
-    check_tracking(cfg.tracking)
+    tracking, tracked = resolved_tracking(cfg.tracking)
+    cfg = replace(cfg, tracking=tracking)
     refuse_secrets(asdict(cfg))
     check_registry(cfg.tracking, cfg.model)
     state = check_resume(cfg.resume, cfg.run.dir, cfg.model, cfg.optim, cfg.max_steps)
@@ -70,7 +73,7 @@ def check(cfg: PretrainConfig, world: World) -> Checked:
     if chosen:
         chosen += resumed(state.get("layout", {}))
     sources = sources._replace(past=state.get("data", {}).get("sources", {}))
-    checked = Checked(cfg, sources, state, chosen)
+    checked = Checked(cfg, sources, state, chosen, tracked)
     tokens = checked.plan(state).ledger.tokens(cfg.max_steps)
     lr_at(cfg.optim.schedule, cfg.optim.lr, step=0, max_steps=cfg.max_steps, tokens=0, step_tokens=0, end_tokens=tokens)
     return checked

@@ -29,8 +29,9 @@ def pretrain(cfg: PretrainConfig) -> None:
     world = read_world()
     checked = check(cfg, world)
     cfg = checked.cfg
-    if checked.chosen and world.is_main:
-        print(checked.chosen, flush=True)
+    for line in filter(None, (checked.chosen, checked.tracked)):
+        if world.is_main:
+            print(line, flush=True)
     from trainer.distributed.lost_ranks import ranks_lost
     from trainer.loop import Trainer  # from here on torch, deepspeed and megatron
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from conf.errors import UserError
 from data_pipeline.config import DataConfig
-from trainer.config.tracking import TrackerName, TrackingConfig, check_tracking, tracking_uri
+from trainer.config.tracking import TrackerName, TrackingConfig, resolved, tracking_uri
 from trainer.data.sources import open_sources
 from trainer.diagnostics.check_result import CheckResult, fail, ok, warn
 
@@ -26,7 +26,7 @@ def tracking(cfg: TrackingConfig, run_dir: Path) -> CheckResult:
     if cfg.name is TrackerName.none:
         return ok(NAME, "none: metrics.jsonl in the run folder only")
     try:
-        check_tracking(cfg)
+        cfg, _ = resolved(cfg)
     except UserError as e:
         return fail(NAME, str(e), "or train with tracking=none")
     uri = tracking_uri(cfg, run_dir)

@@ -25,10 +25,12 @@ TEMPLATE = "job.sbatch.jinja"
 WAIT_S = 60  # after the end of the first rank the others are killed
 PREVIOUS = "PREVIOUS_JOB"  # in a command of a chain: the id of the job before it, known once that one is submitted
 
+_MEMORY = ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU")
+_GPUS = ("SBATCH_GPUS_PER_NODE", "SBATCH_GPUS", "SBATCH_GPUS_PER_TASK", "SBATCH_GRES")
 OVERRULES = {
     "time": ("SBATCH_TIMELIMIT",),
-    "mem": ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"),
-    "gpus-per-node": ("SBATCH_GPUS_PER_NODE", "SBATCH_GPUS", "SBATCH_GPUS_PER_TASK", "SBATCH_GRES"),
+    **dict.fromkeys(("mem", "mem-per-cpu", "mem-per-gpu"), _MEMORY),
+    **dict.fromkeys(("gpus-per-node", "gpus", "gpus-per-task", "gres"), _GPUS),
     "requeue": ("SBATCH_NO_REQUEUE",),
     "no-requeue": ("SBATCH_REQUEUE",),
 }
@@ -47,6 +49,10 @@ def prepare(job: Job) -> list[list[str]]:
         raise UserError(
             f"cluster.slurm.chain={slurm.chain} and a sweep of {n} runs: each run of a sweep requeues itself when its "
             "time is up; leave the chain out, or submit one run at a time"
+        )
+    if slurm.array_limit is not None and n == 1:
+        raise UserError(
+            f"cluster.slurm.array_limit={slurm.array_limit} is for a sweep, and this is one run: leave it out"
         )
     script = job.folder / "job.sbatch"
     publish(script, render(job).encode())
@@ -103,7 +109,7 @@ def render(job: Job) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["q"] = shlex.quote
+    environment.filters |= {"q": shlex.quote, "sbatch": quoted}
     slurm, cluster = _slurm(job), job.cluster
     env = {"DS_ACCELERATOR": "cpu"} if cluster.gpu == "cpu" else {}
     env |= {"OMP_NUM_THREADS": str(slurm.cpus_per_task)} if slurm.cpus_per_task else {}
@@ -114,6 +120,13 @@ def render(job: Job) -> str:
         env=env | cluster.env,
         commands=[lines(supervised(job, i, srun(job, i))) for i in range(len(job.configs))],
         preempted=PREEMPTED,
+    )
+
+
+def quoted(value: str) -> str:
+    """The value of an option in an `#SBATCH` line, where quotes and backslashes count and # begins a comment."""
+    return (
+        value if re.fullmatch(r"[\w.,:=/@%+*-]+", value, re.ASCII) else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
     )
 
 

@@ -80,3 +80,17 @@ def test_a_submitters_own_allocation_does_not_reach_the_job(
     assert got["MY_OWN"] == "kept" and got["SLURM_CONF"] == env["SLURM_CONF"] and got["SLURM_NTASKS"] == "1"
     assert {"SLURM_MEM_PER_CPU", "PMI_RANK", "PMIX_NAMESPACE"}.isdisjoint(got) and got["SRUN_DEBUG"] != "9", got
     assert "not passed on" in capsys.readouterr().err
+
+
+def test_options_and_a_prologue_are_taken_as_they_were_given(
+    env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comment = 'it\'s "a" #1 $(touch hit) 100% \\ b'
+    options = {"comment": comment, "nice": "7", "nodelist": "n2", "spread-job": ""}
+    prologue = ["module_like() {", "  export FROM_PROLOGUE=$1", "}", "module_like 'its value'"]
+    made = job(tmp_path, options=options, prologue=prologue)
+    state, said = done(made, env, {"SBATCH_COMMENT": "overruled"}, monkeypatch)
+    assert "JobState=COMPLETED" in state, said
+    assert "Nice=7" in state in state and "NodeList=n2" in state, state
+    assert re.findall(r"Comment=(.*?) (?=[A-Z]\w+=)", state) == [comment]
+    assert rank(made)["env"]["FROM_PROLOGUE"] == "its value"

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from conf.frozen import thaw
 from tests.helpers.ranks import free_port
 from tests.system.runs import finish, make_data, start
 from tests.system.tracked import client_of, counted, logged, needs_mlflow, signal_group, start_server
+from trainer.config.pretrain import PretrainConfig
 from trainer.run.folder import RunFolder
 
 pytestmark = needs_mlflow
@@ -30,10 +32,12 @@ def test_a_run_is_stored_whole_and_no_secret_is(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     port, root = free_port(), tmp_path / "runs" / "a"
     uri = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # MLflow's own variables count where the config says nothing
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the shell")
     server = start_server(tmp_path, port)
     try:
         data = make_data(tmp_path / "data")
-        given = [f"data.path={data}", "max_steps=9", "tracking=mlflow", f"tracking.uri={uri}"]
+        given = [f"data.path={data}", "max_steps=9", "tracking=mlflow"]
         given += ["tracking.register=tiny gpt", "tracking.system_s=0.05", "eval.every=3"]
         refused = finish(start(tmp_path / "no", *given, f"run.name=a hf_{secrets.token_hex(16)} b"))
         assert refused[0][0] == 2 and "run.name holds what looks like" in refused[0][1]
@@ -45,6 +49,9 @@ def test_a_run_is_stored_whole_and_no_secret_is(tmp_path: Path, monkeypatch: pyt
         state = json.loads((root / "tracking.json").read_text())
         run = client.get_run(state["run_id"])
         assert run.info.status == "FINISHED"
+        assert client.get_experiment(run.info.experiment_id).name == "of the shell"
+        frozen = thaw(folder.config, PretrainConfig).tracking
+        assert (frozen.uri, frozen.experiment) == (uri, "of the shell"), "the run folder says where the numbers are"
         assert counted(client, state["run_id"]) == logged(root)
         keys = set(run.data.metrics)
         assert keys >= {"train/loss", "val/loss", "run/generation", "checkpoint/write_s", "system/cpu_percent"}

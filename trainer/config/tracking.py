@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class TrackerName(Enum):
 class TrackingConfig:
     name: TrackerName = MISSING
     uri: str | None = None  # mlflow: where the server or the database is
-    experiment: str = "gradus"
+    experiment: str | None = None  # mlflow: its experiment
     system_s: float = 10.0  # between two looks at the CPU, memory, disk, network and GPUs of rank 0's node; 0 = none
     register: str | None = None  # mlflow: the finished run's last checkpoint becomes a version of this model
 
@@ -48,6 +49,7 @@ class SyncConfig:
             raise UserError(f"timeout_s={self.timeout_s}: give a positive number of seconds")
 
 
+EXPERIMENT = "gradus"
 _PASSWORD = r"[^:/@]*:[^@]*@|.*[?&]password="  # in what follows a database's scheme
 
 
@@ -69,6 +71,32 @@ def check_tracking(cfg: TrackingConfig) -> None:
         cure, secret = "into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD", r"[^/]*@"
     if re.match(secret, rest):
         raise UserError(f"tracking.uri={scheme}://… holds a password, which the run folder would show: put it {cure}")
+
+
+def resolved(cfg: TrackingConfig) -> tuple[TrackingConfig, str]:
+    """(the settings with what is null taken from MLflow's own variables, a line that says where the metrics go).
+
+    A variable counts before the defaults, the database beside the run folder and the experiment `EXPERIMENT`.
+
+    Raises:
+        UserError: as `check_tracking`; or the experiment is given by its number alone.
+    """
+    if cfg.name is TrackerName.none:
+        return cfg, ""
+    uri, experiment = (os.environ.get(f"MLFLOW_{name}") or None for name in ("TRACKING_URI", "EXPERIMENT_NAME"))
+    if cfg.experiment is None and experiment is None and os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        raise UserError(
+            "MLFLOW_EXPERIMENT_ID is in the environment, and experiments go by their names here: give "
+            "MLFLOW_EXPERIMENT_NAME or tracking.experiment=NAME"
+        )
+    made = replace(cfg, uri=cfg.uri or uri, experiment=cfg.experiment or experiment or EXPERIMENT)
+    by_variable = cfg.uri is None and uri is not None
+    try:
+        check_tracking(made)
+    except UserError as e:
+        raise (UserError(f"{e} (it comes from MLFLOW_TRACKING_URI)") if by_variable else e) from None
+    source = " (MLFLOW_TRACKING_URI)" if by_variable else ""
+    return made, f"metrics: {made.uri or 'mlflow.db beside the run folder'}{source}, experiment {made.experiment}"
 
 
 def tracking_uri(cfg: TrackingConfig, root: Path) -> str:

@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.tracking import TrackingConfig, artifacts_of, tracking_uri
+from trainer.config.tracking import EXPERIMENT, TrackingConfig, artifacts_of, tracking_uri
 from trainer.run.folder import RunFolder
 from trainer.run.journal import NewNumbers, read_rows, superseded
 from trainer.run.redact import redact_tree
@@ -47,7 +47,7 @@ class Sender:
         self._params = params
         self._folder = folder
         self.uri = tracking_uri(cfg, folder.root)
-        self.state = TrackingState(folder.root, self.uri, cfg.experiment)
+        self.state = TrackingState(folder.root, self.uri, cfg.experiment or EXPERIMENT)
         self._news = NewNumbers(folder.metrics)
         self._client: MlflowClient | None = None
         self._new_start = True  # the journal has a start that the run's tags do not name
@@ -124,7 +124,7 @@ class Sender:
         return client
 
     def _find_run(self, client: MlflowClient) -> str:
-        name = self._cfg.experiment
+        name = self._cfg.experiment or EXPERIMENT
         experiment = client.get_experiment_by_name(name)
         folder = artifacts_of(self.uri)
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(name, folder)

@@ -18,7 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conf.errors import TransientError, UserError
+from conf.schema import load
 from launch.cluster_config import Chain, ClusterConfig, SlurmConfig, seconds
+from launch.config import SubmitConfig
 from launch.job import Job, rank_arguments, supervised
 from launch.slurm.launcher import PREVIOUS, prepare, render, srun, submit
 
@@ -95,12 +97,15 @@ FULL = {
     "reservation": "week-1",
     "exclude": ["n3", "n-4.site"],
     "modules": ["cuda/12.4", "gcc"],
+    "options": {"comment": 'it\'s "a" #1 $(touch hit)\\', "nice": "100", "spread-job": ""},
+    "prologue": ["conda activate x"],
 }
 CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (3, {}),
     (1, FULL),
     (2, FULL | {"requeue": False}),
+    (2, {"array_limit": 1, "prologue": ["if true; then", "  export x=1", "fi"]}),
     (1, {"chain": 3}),
     (1, {"chain": 3, "chain_by": Chain.afterok, "requeue": False}),
     (2, {"container": "docker://reg#a/b:1", "container_mounts": ["/data:/data:ro"], "container_python": "py 3"}),
@@ -143,11 +148,15 @@ def test_the_lines_for_sbatch_say_all_that_was_given(tmp_path: Path) -> None:
         "--exclude=n3,n-4.site",
         "--exclusive",
         "--array=0-1",
+        '--comment="it\'s \\"a\\" #1 $(touch hit)\\\\"',
+        "--nice=100",
+        "--spread-job",
         "--requeue",
         "--open-mode=append",
         "--signal=B:USR1@120",
     ]
     assert "\nmodule load cuda/12.4 || exit 1\nmodule load gcc || exit 1\n" in script
+    assert "|| exit 1\n\n# cluster.slurm.prologue" in script and "\nconda activate x\n" in script
     assert "DS_ACCELERATOR" not in script and "\nexport OMP_NUM_THREADS=8\n" in script
     assert (
         "srun --export=ALL --mpi=none --distribution=block --kill-on-bad-exit=0 --wait=60 --cpus-per-task=8 " in script
@@ -191,6 +200,16 @@ def test_what_slurm_could_take_for_something_else_is_refused(key: str, value: st
         ({"signal_s": 0}, "cluster.slurm.signal_s=0: give 1 to 65535"),
         ({"chain": 0}, "cluster.slurm.chain=0: give 1 to"),
         ({"exclude": ["n1", "n[2-3]"]}, "cluster.slurm.exclude: 'n[2-3]': give names of hosts"),
+        ({"options": {"partition": "x"}}, "cluster.slurm.options.partition: the job script says that itself: give "),
+        ({"options": {"wrap": "ls"}}, "cluster.slurm.options.wrap: the job script says that itself: leave it out"),
+        ({"options": {"--gres": "x"}}, "cluster.slurm.options.--gres: give the name of a long option of sbatch, with"),
+        ({"options": {"comment": "a\n#SBATCH -x"}}, "cluster.slurm.options.comment='a\\n#SBATCH -x': give one line"),
+        (
+            {"options": {"dependency": "afterok:7"}, "chain": 2},
+            "cluster.slurm.options.dependency and cluster.slurm.chain",
+        ),
+        ({"prologue": [" "]}, "cluster.slurm.prologue: ' ' is no line of a shell"),
+        ({"array_limit": 0}, "cluster.slurm.array_limit=0: give 1 to"),
         ({"container": ""}, "cluster.slurm.container: '': give an image, or null"),
         ({"container": "img", "container_python": ""}, "cluster.slurm.container_python: ''"),
         ({"time": "3"}, "cluster.slurm.time=3 is 180 s and signal_s=120, a signal that may come 60 s early: the job"),
@@ -200,6 +219,34 @@ def test_a_mistake_is_refused_with_its_key(given: dict[str, Any], message: str) 
     with pytest.raises(UserError) as caught:
         SlurmConfig(**given)
     assert str(caught.value).startswith(message)
+
+
+def gpus(options: dict[str, str], ranks: int = 4) -> ClusterConfig:
+    return ClusterConfig("x", gpus_per_node=ranks, gpu="a100_80gb", network_gbit=1, slurm=SlurmConfig(options=options))
+
+
+def test_an_option_that_asks_for_gpus_replaces_our_own(tmp_path: Path) -> None:
+    given = {"gpu:a100:4": True, "gpu:4,lustre:1": True, "lustre:1": False}
+    for gres, replaces in given.items():
+        script = render(replace(job(tmp_path), cluster=gpus({"gres": gres})))
+        assert f"\n#SBATCH --gres={gres}\n" in script and ("--gpus-per-node" not in script) == replaces, gres
+    assert "\n#SBATCH --gpus-per-node=a100:4\n" in render(
+        replace(job(tmp_path), cluster=gpus({"gpus-per-node": "a100:4"}))
+    )
+    with pytest.raises(
+        UserError, match=r"^cluster.slurm.options.gres=gpu:a100:8 and cluster.gpus_per_node=4: a node has"
+    ):
+        gpus({"gres": "gpu:a100:8"})
+
+
+def test_options_come_from_the_command_line_as_they_are() -> None:
+    words = ["run.name=x", "cluster=slurm", "cluster.gpus_per_node=4", "cluster.slurm.options.mail-user=a@b.c"]
+    words += ["cluster.slurm.options.gres='gpu:a100:4'", "cluster.slurm.prologue=['module load x || exit 1']"]
+    slurm = load(SubmitConfig, words).cluster.slurm
+    assert slurm is not None and slurm.prologue == ["module load x || exit 1"]
+    assert slurm.options == {"mail-user": "a@b.c", "gres": "gpu:a100:4"}
+    braces = load(SubmitConfig, [*words[:3], "cluster.slurm.options={gres: gpu:a100:4, nice: '5'}"]).cluster.slurm
+    assert braces is not None and braces.options == {"gres": "gpu:a100:4", "nice": "5"}
 
 
 def test_slurms_times_in_seconds() -> None:

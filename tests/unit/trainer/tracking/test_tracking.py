@@ -16,7 +16,7 @@ from conf.schema import load
 from tests.helpers.ranks import ROOT
 from trainer.check import check_registry
 from trainer.config.pretrain import PretrainConfig
-from trainer.config.tracking import TrackerName, TrackingConfig, check_tracking, tracking_uri, ui_command
+from trainer.config.tracking import TrackerName, TrackingConfig, check_tracking, resolved, tracking_uri, ui_command
 from trainer.run.code_version import code_version
 from trainer.run.environment import code_of
 from trainer.run.exit_codes import PREEMPTED
@@ -92,6 +92,31 @@ def test_default_database_lies_beside_the_run_folder(tmp_path: Path, monkeypatch
     assert ui_command(uri) == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/runs/mlflow.db"
     assert ui_command("sqlite:////a b/m.db") == "mlflow ui --backend-store-uri 'sqlite:////a b/m.db'"
     assert ui_command("http://host:5000") == "http://host:5000"
+
+
+def test_mlflows_own_variables_count_before_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+    null = TrackingConfig(TrackerName.mlflow)
+    assert resolved(null)[1] == "metrics: mlflow.db beside the run folder, experiment gradus"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://h:1")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "theirs")
+    cfg, line = resolved(null)
+    assert (cfg.uri, cfg.experiment) == ("http://h:1", "theirs")
+    assert line == "metrics: http://h:1 (MLFLOW_TRACKING_URI), experiment theirs"
+    given = TrackingConfig(TrackerName.mlflow, "http://mine:2", "mine")
+    assert resolved(given) == (given, "metrics: http://mine:2, experiment mine")
+    none = TrackingConfig(TrackerName.none)
+    assert resolved(none) == (none, "")
+    for uri, message in (("mlruns", "has no scheme"), ("http://me:hush@h", "holds a password")):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(UserError, match=rf"{message}.*it comes from MLFLOW_TRACKING_URI") as caught:
+            resolved(null)
+        assert "hush" not in str(caught.value)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "7")
+    with pytest.raises(UserError, match=r"^MLFLOW_EXPERIMENT_ID is in the environment.*tracking.experiment=NAME"):
+        resolved(null)
 
 
 def test_damaged_state_is_refused_with_its_cure(tmp_path: Path) -> None:
