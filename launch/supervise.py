@@ -30,7 +30,7 @@ from conf.schema import run
 from launch.config import SuperviseConfig
 from launch.processes import become_subreaper, end_descendants, ranks_below, send
 from trainer.run.exit_codes import ALONE, HUNG, PREEMPTED, USER_ERROR
-from trainer.run.folder import RunFolder
+from trainer.run.folder import RunFolder, step_of
 from trainer.run.redact import redact
 from trainer.run.signals import CODES
 
@@ -188,9 +188,9 @@ class Tee(threading.Thread):
 
 
 def latest_step(root: Path) -> int:
-    """The step of the run's latest checkpoint, -1 without one. Raises UserError if the pointer is damaged."""
+    """The step of the run's latest checkpoint, -1 without one."""
     latest = RunFolder(root).latest()
-    return int(latest.name.split(".")[0].removeprefix("step-")) if latest else -1
+    return step_of(latest) if latest else -1
 
 
 def idle_stops(events: Path, step: int) -> int:

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 from conf.errors import UserError
 from data_pipeline.manifest import TOKENIZER
 from data_pipeline.order.plan import Plan
-from trainer.checkpoint.find import check_model, find_checkpoint, model_of
+from trainer.checkpoint.find import check_model, find_checkpoint, model_of, resumable
 from trainer.config.model import ModelConfig
-from trainer.config.optim import Kind, OptimConfig
+from trainer.config.optim import Kind
 from trainer.config.pretrain import PretrainConfig
 from trainer.config.tracking import TrackingConfig
 from trainer.config.tracking import resolved as resolved_tracking
-from trainer.config.train import Resume
+from trainer.config.train import Resume, TrainConfig
 from trainer.data.sources import Sources, check_cache, check_past, check_sources, open_sources, plan_run
 from trainer.distributed.world import World
 from trainer.engine.schedule import lr_at
@@ -63,10 +63,10 @@ def check(cfg: PretrainConfig, world: World) -> Checked:
     cfg = replace(cfg, tracking=tracking)
     refuse_secrets(asdict(cfg))
     check_registry(cfg.tracking, cfg.model)
-    state = check_resume(cfg.resume, cfg.run.dir, cfg.model, cfg.optim, cfg.max_steps)
-    if state:
-        latest = RunFolder(cfg.run.dir).latest()
-        name = latest.name if latest else ""
+    checkpoint, state = resumable(RunFolder(cfg.run.dir))
+    check_resume(cfg, checkpoint, state)
+    if checkpoint:
+        name = checkpoint.name
         check_past(cfg.data, sources, state.get("data", {}), seed=cfg.seed, checkpoint=name, run_dir=cfg.run.dir)
     elif cfg.init_from is not None:
         check_init_from(cfg.init_from, cfg.model, sources.any.root / TOKENIZER)
@@ -88,37 +88,31 @@ def check_registry(tracking: TrackingConfig, model: ModelConfig) -> None:
         )
 
 
-def check_resume(
-    resume: Resume, run_dir: str, model: ModelConfig, optim: OptimConfig, max_steps: int
-) -> dict[str, Any]:
-    """The state of the checkpoint to resume from, {} for a new run.
+def check_resume(cfg: TrainConfig, checkpoint: Path | None, state: Mapping[str, Any]) -> None:
+    """Raises UserError where the run folder is not of the kind that `resume` asks for, or holds another run.
 
-    Raises:
-        UserError: the run folder is not of the kind that `resume` asks for, or holds another run.
+    `checkpoint`: the one to resume from, None for a new run; `state`: its own.
     """
-    folder = RunFolder(run_dir)
-    latest = folder.latest()
-    if latest is None:
-        if resume is Resume.must:
+    run_dir = cfg.run.dir
+    if checkpoint is None:
+        if cfg.resume is Resume.must:
             raise UserError(
                 f"resume=must, but {run_dir} holds no checkpoint: give the run's own run.dir, or resume=auto"
             )
-        return {}
-    if resume is Resume.never:
-        raise UserError(f"resume=never, but {run_dir} holds {latest.name}: give another run.name, or resume=auto")
-    state = folder.state(latest)
-    check_model(latest, model_of(latest, state), model)
+        return
+    if cfg.resume is Resume.never:
+        raise UserError(f"resume=never, but {run_dir} holds {checkpoint.name}: give another run.name, or resume=auto")
+    check_model(checkpoint, ModelConfig(**state["model"]), cfg.model)
     optimizer = state.get("optimizer", Kind.adamw.value)  # older checkpoints do not say: all are AdamW's
-    if optimizer != optim.kind.value:
+    if optimizer != cfg.optim.kind.value:
         raise UserError(
-            f"optim.kind={optim.kind.value}, but {latest.name} of {run_dir} has the moments of {optimizer}: "
+            f"optim.kind={cfg.optim.kind.value}, but {checkpoint.name} of {run_dir} has the moments of {optimizer}: "
             "give the old kind, or another run.name"
         )
-    if state.get("step", 0) > max_steps:
+    if state.get("step", 0) > cfg.max_steps:
         raise UserError(
-            f"max_steps={max_steps}, but {run_dir} is at step {state['step']}: give more, or another run.name"
+            f"max_steps={cfg.max_steps}, but {run_dir} is at step {state['step']}: give more, or another run.name"
         )
-    return state
 
 
 def check_init_from(init_from: str, model: ModelConfig, tokenizer: Path) -> None:

@@ -53,7 +53,8 @@ def import_hf(cfg: ImportHfConfig) -> None:
 
 def write_checkpoint(folder: Path, cfg: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes | None) -> None:
     """A checkpoint of step 0 with these weights, in their true shapes, and no moments."""
-    from trainer.checkpoint.files import FORMAT, INDEX, MANIFEST, MOMENTS, index_of, write_file, write_safetensors
+    from trainer.checkpoint.files import MOMENTS, index_of, write_file, write_safetensors
+    from trainer.checkpoint.verify import FORMAT, INDEX, MANIFEST
     from trainer.model.specs import specs, to_local
 
     names = {prefix: f"{prefix}-00000.safetensors" for prefix in (WEIGHTS, MOMENTS)}

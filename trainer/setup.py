@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from conf.errors import UserError
-from data_pipeline.files import publish
 from trainer.checkpoint import load
-from trainer.checkpoint.find import find_checkpoint
+from trainer.checkpoint.claim import claim_run
+from trainer.checkpoint.find import find_checkpoint, read_state
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.write import Writer, run_facts
 from trainer.config.optim import ScheduleConfig, Unit
@@ -86,7 +86,7 @@ class Start:
         self.tracker: Tracker | None = None  # on rank 0
         self.generation, checkpoint = claim_run(self.run, self.mesh, config_text)
         self.watch = Watch(cfg.watch, self.run, self.generation, world, self.progress, self._flush, task.fetch_s)
-        state = load.read_state(checkpoint) if checkpoint else {}
+        state = read_state(checkpoint) if checkpoint else {}
         self.guard = Guard(cfg.guard, state.get("guard"))
         dtype = torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16
         self.speed = Speed(flops_per_token(cfg.model), peak_flops(self.mesh.device, dtype) * world.world_size)
@@ -197,33 +197,6 @@ class Start:
             if kind is Stopped:
                 dist.barrier()  # a launcher ends the other ranks as soon as one ends with a code
             leave_ranks(self.mesh)
-
-
-def claim_run(run: RunFolder, mesh: Mesh, config_text: str) -> tuple[int, Path | None]:
-    """Take the next generation on rank 0 and freeze the config; then find the last checkpoint on all ranks.
-
-    Raises:
-        UserError: on every rank, if the folder cannot be written or the ranks do not see the same checkpoint.
-    """
-
-    def take() -> int:
-        if not mesh.world.is_main:
-            return 0
-        generation = run.take_generation()
-        publish(run.config, config_text.encode())
-        return generation
-
-    [generation, *_] = all_ranks(f"run.dir={run.root} cannot be used", take)
-    checkpoint = run.latest()
-    step = run.state(checkpoint)["step"] if checkpoint else 0
-    bounds = torch.tensor([step, -step], device=mesh.device)
-    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
-    if bounds[0] != -bounds[1]:
-        raise UserError(
-            f"the ranks' last checkpoints in run.dir={run.root} go from step {-bounds[1]} to step {bounds[0]}: "
-            "give a folder that all nodes share"
-        )
-    return generation, checkpoint
 
 
 def init_checkpoint(init_from: str | None, checkpoint: Path | None) -> Path | None:

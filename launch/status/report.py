@@ -163,18 +163,21 @@ def _checkpoints(root: Path, now: float) -> Report:
         "published": checkpoints,
         "best": best,
         "unpublished": sorted(p.name for p in folder.checkpoints.glob(".step-*")),
+        "set_aside": sorted(p.name for p in folder.checkpoints.glob("damaged-step-*")),
     }
 
 
 def _latest(root: Path) -> Report:
     """The checkpoint to resume from, with its guard's history, its ledger and the shards lost by then."""
-    path = RunFolder(root).latest()
+    folder = RunFolder(root)
+    path = folder.latest()
     if path is None:
         return {}
     state = RunFolder.state(path)
     ledger = Ledger.from_json(state["data"]["ledger"])
     return {
         "name": path.name,
+        "problem": folder.pointer_problem(),
         "step": state["step"],
         "best_val_loss": state.get("best_val_loss"),
         "lost_shards": {name: list(shards) for name, shards in ledger.segments[-1].lost.items() if shards},

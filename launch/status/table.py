@@ -90,6 +90,9 @@ def _checkpoints(report: Report) -> list[str]:
     if best := by_name.get(checkpoints.get("best")):
         lines.append(f"best checkpoint: {best['name']}, val loss {best['val_loss']:.4f}")
     lines += [f"being written, or left by a kill: {name}" for name in checkpoints.get("unpublished", [])]
+    lines += [f"damaged, set aside: {name}" for name in checkpoints.get("set_aside", [])]
+    if problem := latest.get("problem"):
+        lines.append(f"damaged: {problem}: the next start takes the newest that verifies")
     lines += [
         f"checkpoint: cannot be read: {c['unreadable']}" for c in checkpoints.get("published", []) if "unreadable" in c
     ]

@@ -16,7 +16,7 @@ from tests.system.runs import finish, make_data, pretrain, start
 from tests.system.supervised import rows, supervised
 from tests.system.test_preemption import signal_at
 from tests.system.test_resume import story, weights
-from trainer.checkpoint.files import check_files, verify
+from trainer.checkpoint.verify import check_files, verify
 from trainer.run.folder import RunFolder
 from trainer.run.heartbeat import read_heartbeats
 from trainer.run.journal import read_journal

@@ -1,4 +1,4 @@
-"""A checkpoint's files: written raw, verified before use, read range by range. No DeepSpeed, no pickle.
+"""A checkpoint's files: written raw, read range by range. No DeepSpeed, no pickle.
 
 The index holds the layout of every parameter, those of heads and other trunks too. Files that are read may come from
 anyone: names and sizes are checked before they are used.
@@ -22,12 +22,10 @@ from torch import Tensor
 from conf.errors import TransientError, UserError
 from data_pipeline.files import from_json, read_json
 from trainer.checkpoint.find import model_of
+from trainer.checkpoint.verify import FORMAT, INDEX, file_name
 from trainer.model.specs import ParamSpec, from_local, specs
 from trainer.run.folder import DAMAGED, STATE, RunFolder
 
-FORMAT = 1
-INDEX = "index.json"
-MANIFEST = "manifest.json"
 MOMENTS = "moments"
 CHUNK = 4 << 20  # bytes hashed and written at a time
 SYNC = 64 << 20  # bytes between two fsyncs: one at the end of a big file would be minutes in which it does not grow
@@ -160,7 +158,7 @@ class SavedWeights(Mapping[str, Tensor]):
             raise self._damaged(f"{INDEX}: {differ[0]} is not as in the model of {STATE}")
         segments: dict[tuple[str, int], list[tuple[str, str, int, int]]] = {}
         for rank in self.index.ranks:
-            weights, moments = _name(rank.weights), _name(rank.moments)
+            weights, moments = file_name(rank.weights), file_name(rank.moments)
             for name, start, length in rank.fragments:
                 segments.setdefault((name, rank.tp_rank), []).append((weights, moments, int(start), int(length)))
             if 4 * sum(int(length) for _, _, length in rank.fragments) > (self.path / weights).stat().st_size:
@@ -178,40 +176,6 @@ class SavedWeights(Mapping[str, Tensor]):
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self.path}: damaged: {what}: use another checkpoint")
-
-
-def check_files(path: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's files, each there with the size it should have.
-
-    Raises:
-        UserError: naming what is missing, too short or too long.
-    """
-    body = read_json(path / MANIFEST, DAMAGED)
-    try:
-        files = {
-            _name(name): {"bytes": int(i["bytes"]), "sha256": str(i["sha256"])} for name, i in body["files"].items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{path / MANIFEST}: damaged ({e!r}): use another checkpoint") from None
-    if body.get("format") != FORMAT or not {STATE, INDEX} <= files.keys():
-        raise UserError(f"{path / MANIFEST}: not the manifest of a checkpoint of format {FORMAT}")
-    for name, info in files.items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != info["bytes"]:
-            problem = "is missing" if size is None else f"has {size} bytes, not {info['bytes']}"
-            raise UserError(f"{file} {problem}: the checkpoint is damaged, use another one")
-    return files
-
-
-def verify(path: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> None:
-    """Raises UserError naming the first file whose bytes are not those that were written."""
-    for name in names:
-        with (path / name).open("rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != files[name]["sha256"]:
-                raise UserError(
-                    f"{path / name}: its sha256 is not the manifest's: the file is damaged, use another checkpoint"
-                )
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -261,10 +225,3 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
 def _tp_ranks(spec: ParamSpec, tp: int) -> range:
     """The tp ranks that hold a part of their own; what is replicated, tp rank 0 holds for all."""
     return range(tp if spec.tp_dim is not None else 1)
-
-
-def _name(value: Any) -> str:
-    """A file name that stays inside its folder."""
-    if not isinstance(value, str) or Path(value).name != value or value.startswith("."):
-        raise ValueError(f"{value!r} is not a file name")
-    return value

@@ -1,4 +1,4 @@
-"""Finding a checkpoint and checking that its model is the one that is wanted, without torch."""
+"""Choice of the checkpoint to go on from, and the check that its model is the one that is wanted, without torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from trainer.checkpoint.verify import DamagedError, check_files, check_format, verify
 from trainer.config.model import ModelConfig, Norm
 from trainer.model.arithmetic import param_count
 from trainer.run.folder import STATE, WEIGHTS, RunFolder
@@ -29,7 +30,55 @@ def model_of(path: Path, state: dict[str, Any]) -> ModelConfig:
             raise ValueError(f"{count} parameters, but the weights have {size} bytes")
         return cfg
     except (KeyError, TypeError, ValueError, UserError) as e:
-        raise UserError(f"{path / STATE}: damaged: no model ({e}): use another checkpoint") from None
+        raise DamagedError(f"{path / STATE}: damaged: no model ({e}): use another checkpoint") from None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json, once the manifest's files are all there with their sizes; `model` holds ModelConfig's arguments.
+
+    Raises:
+        DamagedError: a file that is missing, of another size or damaged, by name.
+        UserError: the checkpoint is of a newer version.
+    """
+    verify(path, check_files(path), [STATE])
+    state = RunFolder.state(path)
+    check_format(path / STATE, state.get("format"))
+    return {**state, "model": vars(model_of(path, state))}
+
+
+def damage(path: Path, rank: int, ranks: int) -> str | None:
+    """The damage of a checkpoint, in words, as far as it is in this rank's share of the files; None: it is whole."""
+    try:
+        read_state(path)
+        files = check_files(path)
+        verify(path, files, sorted(files)[rank::ranks])
+    except DamagedError as e:
+        return str(e)
+    return None
+
+
+def resumable(run: RunFolder) -> tuple[Path | None, dict[str, Any]]:
+    """The first checkpoint to resume from whose state and sizes are right, and its state; (None, {}) for a new run.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole.
+    """
+    problem = None
+    for checkpoint in run.candidates():
+        try:
+            return checkpoint, read_state(checkpoint)
+        except DamagedError as e:
+            problem = problem or str(e)
+    if problem is None:
+        return None, {}
+    raise none_whole(run, problem)
+
+
+def none_whole(run: RunFolder, problem: str) -> UserError:
+    """`problem`: of the first one."""
+    return UserError(
+        f"run.dir={run.root}: none of its checkpoints is whole ({problem}): restore one, or give another run.name"
+    )
 
 
 def find_checkpoint(path: str, key: str = "checkpoint") -> Path:

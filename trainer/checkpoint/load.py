@@ -18,36 +18,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from conf.errors import UserError
-from trainer.checkpoint.files import FORMAT, MOMENTS, SavedWeights, check_files, verify
-from trainer.checkpoint.find import check_model, model_of
+from trainer.checkpoint.files import MOMENTS, SavedWeights
+from trainer.checkpoint.find import check_model
+from trainer.checkpoint.verify import check_files, verify
 from trainer.config.model import ModelConfig
 from trainer.distributed.collective import all_ranks
 from trainer.distributed.mesh import Mesh
 from trainer.engine.fragments import owned, set_optimizer_step
 from trainer.model.gpt import GPT
 from trainer.model.specs import ParamSpec
-from trainer.run.folder import STATE, RunFolder
+from trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from trainer.engine.engine import Engine  # imports DeepSpeed, which whoever only reads weights does not need
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json, once the manifest's files are all there with their sizes; `model` holds ModelConfig's arguments.
-
-    Raises:
-        UserError: a file that is missing, of another size or damaged, by name.
-    """
-    verify(path, check_files(path), [STATE])
-    state = RunFolder.state(path)
-    if state.get("format") != FORMAT:
-        raise UserError(f"{path / STATE}: not a checkpoint of format {FORMAT}")
-    return {**state, "model": vars(model_of(path, state))}
 
 
 def assemble(path: Path) -> SavedWeights:

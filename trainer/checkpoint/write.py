@@ -24,16 +24,8 @@ from typing import Any
 from conf.errors import UserError
 from data_pipeline.files import fsync_folder, read_json
 from data_pipeline.manifest import TOKENIZER
-from trainer.checkpoint.files import (
-    FORMAT,
-    INDEX,
-    MANIFEST,
-    MOMENTS,
-    SavedWeights,
-    index_of,
-    write_file,
-    write_safetensors,
-)
+from trainer.checkpoint.files import MOMENTS, SavedWeights, index_of, write_file, write_safetensors
+from trainer.checkpoint.verify import FORMAT, INDEX, MANIFEST
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.model import ModelConfig
 from trainer.config.optim import OptimConfig
@@ -184,8 +176,9 @@ class Writer:
         _afterwards("an old one is not removed", lambda: self._prune(save))
 
     def _prune(self, save: Save) -> None:
-        also = None if save.back_to is None else self.run.before(save.back_to, self.config.every_steps)
-        self.run.prune(self.config.keep, self.config.keep_best, also)
+        every, generation = self.config.every_steps, self.generation
+        also = None if save.back_to is None else self.run.before(save.back_to, every, generation)
+        self.run.prune(self.config.keep, self.config.keep_best, generation, also)
 
 
 class FolderActivity:

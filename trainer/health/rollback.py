@@ -15,12 +15,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.checkpoint.load import read_state
+from trainer.checkpoint.claim import newest_whole, set_aside
+from trainer.checkpoint.find import read_state
 from trainer.data.feed import Feed
 from trainer.distributed.collective import all_ranks
 from trainer.distributed.mesh import Mesh
 from trainer.health.spike_guard import Guard
-from trainer.run.folder import RunFolder
+from trainer.run.folder import RunFolder, step_of
 
 
 class Target(NamedTuple):
@@ -46,9 +47,13 @@ def roll_back(
     what = f"run.dir={run.root} cannot go back"
     is_main = mesh.world.is_main
 
-    def choose() -> str | None:
-        checkpoint = run.before(guard.first_bad(step), every_steps) if is_main else None
-        return checkpoint.name if checkpoint else None
+    def candidates() -> list[Path]:
+        """The checkpoints before the bad steps, each for the case that those before it are damaged."""
+        found, end = [], guard.first_bad(step)
+        while (checkpoint := run.before(end, every_steps, generation)) is not None:
+            found.append(checkpoint)
+            end = step_of(checkpoint) - 1
+        return found
 
     def look_ahead() -> dict[str, Any]:
         state = read_state(checkpoint) if checkpoint else {}
@@ -57,12 +62,15 @@ def roll_back(
     def move() -> int | None:
         if not is_main:
             return None
+        for line in set_aside(run, generation, damaged):
+            print(f"guard: {line}", flush=True)
         if deleted := run.go_back(checkpoint, generation):
             print(f"guard: removed, as made of the bad steps: {', '.join(p.name for p in deleted)}", flush=True)
-        return run.take_generation()
+        taken = run.take_generation()
+        run.begin(taken, checkpoint)
+        return taken
 
-    name = all_ranks(what, choose)[0]
-    checkpoint = run.checkpoints / name if name else None
+    checkpoint, damaged = newest_whole(run, mesh, candidates)
     state = all_ranks(what, look_ahead)[mesh.world.rank]
     new_generation = all_ranks(what, move)[0]
     assert new_generation is not None

@@ -7,13 +7,15 @@ tracking.json                         how much of it MLflow has; tracking.lock: 
 supervise.jsonl                       the starts and ends that launch.supervise has seen, with causes
 plots/loss.png                        and grad_norm.png, throughput.png, drawn from the journal now and then
 environment/0001.json                 one file for each start: code version, packages, GPUs, command line
-generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time
+generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time; `from`: the
+                                      checkpoint that it resumed from, null where it began anew
 submit/0001/                          what launch.submit started: frozen config, code version, job script
 heartbeats/rank-00003.json            step and phase of a rank, replaced every few seconds (trainer/run/heartbeat.py)
 hangs/gen-0001/report.txt             of a start that stopped making progress: the state of each rank (hang_report.py)
 hangs/gen-0001/rank-00003.txt         the stacks of a rank at that moment
-checkpoints/latest                    the name of the checkpoint to resume from
+checkpoints/latest                    the name of the checkpoint to resume from, or "beginning"
 checkpoints/step-00000100.gen-0001/   a published checkpoint
+checkpoints/damaged-step-…/           one that was not what had been written, set aside by a start that took another
 checkpoints/.step-….tmp/              one that is being written or deleted
 """
 
@@ -31,13 +33,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError
-from data_pipeline.files import fsync_folder, publish, read_json
+from conf.errors import TransientError, UserError
+from data_pipeline.files import fsync_folder, publish, publish_json, read_json
 
 STATE = "state.json"
 WEIGHTS = "weights"  # prefix of the files that hold them
 DAMAGED = "the checkpoint is damaged, use another one"
+BEGINNING = "beginning"  # in the pointer: a rollback went back to where there is no checkpoint
 _NAME = re.compile(r"step-(\d{8,})\.gen-(\d{4,})")
+_UNFINISHED = re.compile(rf"\.{_NAME.pattern}\.tmp|\.latest\.\d+\.tmp")  # the names that a killed start leaves
 
 
 class RunFolder:
@@ -57,24 +61,43 @@ class RunFolder:
         self.pointer = self.checkpoints / "latest"
 
     def take_generation(self) -> int:
-        """The number of this start, one more than any before; removes half-written files of interrupted starts."""
+        """The number of this start, one more than any before; removes half-written files of interrupted starts.
+
+        Call `begin` next, with the checkpoint that it goes on from.
+        """
         self.generations.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         generation = self.newest_generation() + 1
         while True:
             try:
-                with (self.generations / f"{generation:04d}").open("x", encoding="utf-8") as f:
+                with self._start(generation).open("x", encoding="utf-8") as f:
                     json.dump({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}, f)
                 break
             except FileExistsError:
                 generation += 1
         fsync_folder(self.generations)
-        for leftover in self.checkpoints.glob(".*.tmp"):
+        for leftover in [p for p in self.checkpoints.glob(".*.tmp") if _UNFINISHED.fullmatch(p.name)]:
             if leftover.is_dir():
                 _remove(leftover)
             else:
                 leftover.unlink(missing_ok=True)  # the pointer's: a stranded start may just have moved it
         return generation
+
+    def begin(self, generation: int, checkpoint: Path | None) -> list[Path]:
+        """Record that this start goes on from `checkpoint`, and point to it; returns the checkpoints that it will
+        never delete, since it does not descend from them."""
+        self.fence(generation)
+        path = self._start(generation)
+        publish_json(path, {**self._facts(generation), "from": checkpoint.name if checkpoint else None})
+        if checkpoint is not None and self._pointed() != checkpoint.name:
+            self._point_to(checkpoint.name)
+        line = self.lineage(generation)
+        return [p for p in self.published() if p not in line]
+
+    def set_aside(self, checkpoint: Path, generation: int) -> Path:
+        """Rename a checkpoint that is damaged, so that no start tries it again; returns its new path."""
+        self.fence(generation)
+        return checkpoint.rename(checkpoint.with_name(f"damaged-{checkpoint.name}"))
 
     def take_submission(self) -> Path:
         """A new folder for the next submission, numbered as `generations` are, made exclusively."""
@@ -87,8 +110,10 @@ class RunFolder:
                 return folder
 
     def newest_generation(self) -> int:
-        """The number of the run's last start, 0 before the first."""
-        return max((int(p.name) for p in self.generations.glob("*") if p.name.isdecimal()), default=0)
+        """The number of the run's last start, 0 before the first. Its checkpoints tell it too, if they were copied
+        without `generations`."""
+        starts = [int(p.name) for p in self.generations.glob("*") if p.name.isdecimal()]
+        return max([*starts, *(start_of(p) for p in self.published())], default=0)
 
     def hang(self, generation: int) -> Path:
         """The folder of the stacks of a start that hung."""
@@ -122,26 +147,22 @@ class RunFolder:
         final = self.checkpoint(step, generation)
         staging.rename(final)
         fsync_folder(self.checkpoints)
-        self._point_to(final)
+        self._point_to(final.name)
         return final
 
     def go_back(self, to: Path | None, generation: int) -> list[Path]:
-        """Make `to` the latest checkpoint, or none with None; delete those of later steps, and return them."""
+        """Make `to` the latest checkpoint, or none with None; delete this start's of later steps, and return them."""
         self.fence(generation)
-        if to is None:
-            self.pointer.unlink(missing_ok=True)
-            fsync_folder(self.checkpoints)
-        else:
-            self._point_to(to)
-        return self._delete([p for p in self.published() if to is None or step_of(p) > step_of(to)])
+        self._point_to(to.name if to else BEGINNING)
+        return self._delete([p for p in self.lineage(generation) if to is None or step_of(p) > step_of(to)])
 
-    def before(self, step: int, every: int) -> Path | None:
-        """The newest checkpoint that has made at most `step` steps.
+    def before(self, step: int, every: int, generation: int) -> Path | None:
+        """The newest checkpoint of this start or its ancestors that has made at most `step` steps.
 
         One of those that are due every `every` steps, if there are any: those by the clock or a signal may come at
         any step, and a run that is repeated must take the same one.
         """
-        older = [p for p in self.published() if step_of(p) <= step]
+        older = [p for p in self.lineage(generation) if step_of(p) <= step]
         due = [p for p in older if every and step_of(p) % every == 0]
         return max(reversed(due or older), key=step_of, default=None)  # of equal steps the newest start's
 
@@ -153,18 +174,58 @@ class RunFolder:
         return not final.exists() or self._pointed() == final.name
 
     def latest(self) -> Path | None:
-        """The checkpoint to resume from; None if the run has published none.
+        """The checkpoint to resume from if it is whole; None if the run has published none, or is to begin anew."""
+        return next(iter(self.candidates()), None)
 
-        Raises:
-            UserError: the pointer names none, or one that does not exist.
+    def candidates(self) -> list[Path]:
+        """The checkpoints to resume from, each for the case that those before it are damaged.
+
+        First the one that the pointer names; if it names none that is there, the newest: a lost pointer makes no new
+        run. Then those that it descends from, then all others that are not newer; from the newest to the oldest.
         """
+        name, published = self._pointed(), self.published()
+        if name == BEGINNING:
+            return []
+        names = [p.name for p in published]
+        older = published[: names.index(name) + 1] if name in names else published
+        if not older:
+            return []
+        *older, first = older
+        line = [p for p in self.lineage(start_of(first)) if p in older]
+        return [first, *reversed(line), *(p for p in reversed(older) if p not in line)]
+
+    def lineage(self, generation: int) -> list[Path]:
+        """The checkpoints that a start has made or descends from, in the order of (start, step)."""
+        upto: dict[int, float] = {generation: math.inf}  # the last step of each start that belongs to it
+        while (facts := self._facts(generation)).get("from") is not None:
+            match = _NAME.fullmatch(str(facts["from"]))
+            if not match or int(match[2]) >= generation:
+                break
+            generation = int(match[2])
+            upto[generation] = int(match[1])
+        if "from" not in facts:  # a start of an older version: one line of starts, as far as is known
+            upto |= dict.fromkeys(range(1, generation), upto[generation])
+        return [p for p in self.published() if step_of(p) <= upto.get(start_of(p), -1)]
+
+    def pointer_problem(self) -> str | None:
+        """The reason in words why the pointer does not say which checkpoint is the latest; None if it does."""
         name = self._pointed()
         if name is None:
-            return None
-        if _NAME.fullmatch(name) and (self.checkpoints / name).is_dir():
-            return self.checkpoints / name
-        others = ", ".join(p.name for p in self.published()) or "none"
-        raise UserError(f"{self.pointer} names {name!r}, which is not there: write into it one that is ({others})")
+            return f"{self.pointer} is missing"
+        known = name == BEGINNING or name in [p.name for p in self.published()]
+        return None if known else f"{self.pointer} names {name!r}, which is not there"
+
+    def _start(self, generation: int) -> Path:
+        return self.generations / f"{generation:04d}"
+
+    def _facts(self, generation: int) -> dict[str, Any]:
+        """The file of a start; {} if it is not there or damaged. Raises TransientError if it cannot be read now."""
+        try:
+            return read_json(self._start(generation), "the other starts count")
+        except TransientError:
+            raise
+        except UserError:
+            return {}
 
     def _pointed(self) -> str | None:
         """The name in the pointer; None if there is no pointer."""
@@ -175,25 +236,29 @@ class RunFolder:
 
     def published(self) -> list[Path]:
         """All checkpoints, in the order of (start, step): the last is the newest."""
-        named = [(m, p) for p in self.checkpoints.glob("step-*") if p.is_dir() and (m := _NAME.fullmatch(p.name))]
-        return [p for m, p in sorted(named, key=lambda x: (int(x[0][2]), int(x[0][1])))]
+        named = [p for p in self.checkpoints.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+        return sorted(named, key=lambda p: (start_of(p), step_of(p)))
 
-    def prune(self, keep: int, best: bool, also: Path | None = None) -> list[Path]:
-        """Delete all but the newest `keep`, the latest, `also` and, if `best`, that of the lowest `val_loss`."""
-        published = self.published()
-        kept = {*published[-keep:], self.latest(), also}
+    def prune(self, keep: int, best: bool, generation: int, also: Path | None = None) -> list[Path]:
+        """Delete all but the newest `keep`, the latest, `also` and, if `best`, that of the lowest `val_loss`.
+
+        Of the checkpoints that start `generation` has made or descends from: others are not its own to delete.
+        """
+        self.fence(generation)
+        line = self.lineage(generation)
+        kept = {*line[-keep:], self.latest(), also}
         if best:
-            losses = {p: loss for p in published if (loss := self._val_loss(p)) is not None}
+            losses = {p: loss for p in line if (loss := self._val_loss(p)) is not None}
             kept.add(min(losses, key=lambda p: losses[p]) if losses else None)
-        return self._delete([p for p in published if p not in kept])
+        return self._delete([p for p in line if p not in kept])
 
     def _delete(self, checkpoints: list[Path]) -> list[Path]:
         for p in checkpoints:  # renamed first: a half-deleted checkpoint is never listed
             shutil.rmtree(p.rename(p.with_name(f".{p.name}.tmp")))
         return checkpoints
 
-    def _point_to(self, checkpoint: Path) -> None:
-        publish(self.pointer, f"{checkpoint.name}\n".encode())
+    def _point_to(self, name: str) -> None:
+        publish(self.pointer, f"{name}\n".encode())
 
     @staticmethod
     def state(checkpoint: Path) -> dict[str, Any]:
@@ -209,6 +274,11 @@ class RunFolder:
 def step_of(checkpoint: Path) -> int:
     """The number of steps that a published checkpoint has made, from its name."""
     return int(checkpoint.name.split(".")[0].removeprefix("step-"))
+
+
+def start_of(checkpoint: Path) -> int:
+    """The number of the start that published a checkpoint, from its name."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _remove(folder: Path) -> None:

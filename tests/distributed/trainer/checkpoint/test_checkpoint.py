@@ -274,7 +274,7 @@ def test_a_flipped_byte_is_found_and_its_file_named(copy: Path, name: str) -> No
 @pytest.mark.parametrize("name", ["moments-00001.safetensors", "weights-00000.safetensors", "index.json", "state.json"])
 @pytest.mark.parametrize("defect", ["missing", "short"])
 def test_an_incomplete_checkpoint_is_refused_by_its_manifest(copy: Path, name: str, defect: str) -> None:
-    from trainer.checkpoint.load import read_state
+    from trainer.checkpoint.find import read_state
 
     if defect == "missing":
         (copy / name).unlink()
@@ -328,7 +328,7 @@ def test_a_checkpoint_that_lies_is_refused_and_exhausts_nothing(copy: Path, name
 
 
 def test_a_manifest_that_names_files_elsewhere_is_refused(copy: Path) -> None:
-    from trainer.checkpoint.load import read_state
+    from trainer.checkpoint.find import read_state
 
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["files"]["../../secret"] = {"bytes": 1, "sha256": ""}

@@ -91,7 +91,7 @@ def test_an_unpublished_checkpoint_is_ignored_then_removed(run: RunFolder) -> No
     kept = publish(run, 10, 1)
     run.staging(20, 1).mkdir()
     (run.staging(20, 1) / "weights").write_text("half")
-    (run.checkpoints / ".latest.tmp").write_text("half")
+    (run.checkpoints / ".latest.7.tmp").write_text("half")
     assert run.latest() == kept and names(run) == [kept.name]
     run.take_generation()
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["latest", kept.name]
@@ -107,37 +107,113 @@ def test_a_crash_before_the_pointer_leaves_the_one_before(run: RunFolder) -> Non
     assert publish(run, 20, 2) == run.latest()
 
 
-@pytest.mark.parametrize("text", ["step-00000099.gen-0001", "../../etc", "", "step-1.gen-1"])
-def test_a_pointer_to_nothing_names_what_there_is(run: RunFolder, text: str) -> None:
+@pytest.mark.parametrize("text", [None, "step-00000099.gen-0001", "../../etc", "", "step-1.gen-1"])
+def test_without_a_good_pointer_the_newest_is_the_latest(run: RunFolder, text: str | None) -> None:
+    """A clean-up that removed the pointer, or a copy that left it out, makes no new run."""
     publish(run, 10, 1)
-    run.pointer.write_text(text)
-    with pytest.raises(UserError, match=r"latest names .* not there: .*step-00000010\.gen-0001"):
-        run.latest()
+    newest = publish(run, 20, 1)
+    assert run.pointer_problem() is None
+    run.pointer.unlink()
+    if text is not None:
+        run.pointer.write_text(text)
+    assert run.latest() == newest
+    assert (run.pointer_problem() or "").endswith("missing" if text is None else f"names {text!r}, which is not there")
+    run.take_generation()
+    run.begin(2, newest)
+    assert run.latest() == newest and run.pointer_problem() is None
+
+
+def test_a_start_deletes_nothing_that_it_does_not_descend_from(run: RunFolder) -> None:
+    """Start 2 goes on from step 10 of start 1; start 3 from step 20 of start 2, and start 4 begins anew."""
+    for step in (10, 20, 30):
+        publish(run, step, 1)
+    for start, source, steps in ((2, (10, 1), (20, 40)), (3, (20, 2), (30, 50)), (4, None, (10, 20))):
+        assert run.take_generation() == start
+        run.begin(start, run.checkpoint(*source) if source else None)
+        for step in steps:
+            publish(run, step, start)
+    line = [run.checkpoint(*at) for at in ((10, 1), (20, 2), (30, 3), (50, 3))]
+    assert run.lineage(3) == line
+    assert run.before(29, 10, generation=3) == line[1]
+    assert run.prune(keep=1, best=False, generation=4) == [run.checkpoint(10, 4)]
+    before = names(run)
+    run.take_generation()
+    others = run.begin(5, line[-1])
+    assert others == [run.checkpoint(*at) for at in ((20, 1), (30, 1), (40, 2), (20, 4))]
+    assert run.prune(keep=1, best=True, generation=5) == line[:-1]
+    assert names(run) == [name for name in before if name not in [p.name for p in line[:-1]]]
+
+
+def test_the_next_candidates_are_ancestors_then_the_others(run: RunFolder) -> None:
+    for step in (10, 20, 30):
+        publish(run, step, 1)
+    run.take_generation()
+    run.begin(2, run.checkpoint(20, 1))
+    newest = publish(run, 30, 2)
+    order = [run.checkpoint(*at) for at in ((30, 2), (20, 1), (10, 1), (30, 1))]
+    assert run.candidates() == order
+    aside = run.set_aside(newest, 2)
+    assert aside.is_dir() and newest not in run.published()
+    assert run.candidates()[0] == run.checkpoint(30, 1), "the newest that is left, for the pointer names none"
+    run.begin(2, run.checkpoint(20, 1))
+    assert run.candidates() == order[1:3], "newer ones than the pointer names are never taken"
+
+
+def test_a_rollback_to_the_beginning_is_no_lost_pointer(run: RunFolder) -> None:
+    """A kill after the pointer has moved and before the checkpoints of the bad steps are deleted."""
+    publish(run, 10, 1)
+    run.go_back(None, generation=1)
+    run.checkpoint(10, 1).mkdir()  # as if it were not deleted
+    assert run.candidates() == [] and run.pointer_problem() is None
+
+
+def test_checkpoints_without_starts_tell_the_next_number(run: RunFolder) -> None:
+    """A copy of `checkpoints` alone: the next start must not publish under a name that exists."""
+    publish(run, 10, 1)
+    (run.generations / "0001").unlink()
+    assert run.take_generation() == 2
+    assert run.begin(2, run.latest()) == []
+
+
+def test_files_of_others_among_the_checkpoints_are_kept(run: RunFolder) -> None:
+    publish(run, 10, 1)
+    mine = [
+        run.checkpoints / name for name in (".notes.tmp", "step-10", "step-00000010.gen-0001.backup", ".step-x.tmp")
+    ]
+    for path in mine:
+        path.mkdir()
+        (path / "thesis").write_text("years")
+    run.take_generation()
+    run.prune(keep=1, best=False, generation=2)
+    run.go_back(None, generation=2)
+    assert all((path / "thesis").exists() for path in mine) and names(run) == []
 
 
 def test_prune_keeps_the_newest_and_the_best(run: RunFolder) -> None:
     for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, None), (50, 2.5)):
         publish(run, step, 1, loss)
-    gone = run.prune(keep=2, best=True)
+    gone = run.prune(keep=2, best=True, generation=1)
     assert [p.name for p in gone] == ["step-00000010.gen-0001", "step-00000030.gen-0001"]
     assert [n[5:13] for n in names(run)] == ["00000020", "00000040", "00000050"]
-    assert run.prune(keep=2, best=True) == []
+    assert run.prune(keep=2, best=True, generation=1) == []
 
 
 def test_prune_without_best_keeps_the_newest_alone(run: RunFolder) -> None:
     for step in (10, 20, 30):
         publish(run, step, 1, float(step))
-    run.prune(keep=1, best=False)
+    run.prune(keep=1, best=False, generation=1)
     assert [n[5:13] for n in names(run)] == ["00000030"]
     assert run.latest() == run.published()[0]
 
 
 def test_going_back_moves_the_pointer_and_deletes_later_ones(run: RunFolder) -> None:
     for step, generation in ((10, 1), (20, 1), (25, 1), (30, 1), (20, 2), (40, 2)):
-        publish(run, step, generation)
-    assert run.before(29, every=10) == run.checkpoint(20, 2), "one that is due, and the newest start's"
-    assert run.before(29, every=0) == run.before(29, every=7) == run.checkpoint(25, 1), "none is due: any"
-    assert run.before(9, every=10) is None
+        publish(run, step, generation)  # of an older version: where a start went on from is not known
+    assert run.before(29, 10, generation=2) == run.checkpoint(20, 2), "one that is due, and the newest start's"
+    assert run.before(29, 0, generation=2) == run.before(29, 7, generation=2) == run.checkpoint(25, 1), (
+        "none is due: any"
+    )
+    assert run.before(9, 10, generation=2) is None
     gone = run.go_back(run.checkpoint(20, 2), generation=2)
     assert {p.name[5:] for p in gone} == {"00000025.gen-0001", "00000030.gen-0001", "00000040.gen-0002"}
     assert [n[5:] for n in names(run)] == ["00000010.gen-0001", "00000020.gen-0001", "00000020.gen-0002"]
@@ -157,7 +233,7 @@ def test_a_stranded_start_cannot_go_back(run: RunFolder) -> None:
 def test_prune_keeps_what_the_guard_may_go_back_to(run: RunFolder) -> None:
     for step in (10, 20, 30):
         publish(run, step, 1)
-    run.prune(keep=1, best=False, also=run.before(12, every=10))
+    run.prune(keep=1, best=False, generation=1, also=run.before(12, every=10, generation=1))
     assert [n[5:13] for n in names(run)] == ["00000010", "00000030"]
 
 
@@ -165,7 +241,7 @@ def test_prune_never_deletes_the_latest(run: RunFolder) -> None:
     for step in (10, 20, 30):
         publish(run, step, 1)
     run.pointer.write_text("step-00000010.gen-0001\n")
-    run.prune(keep=1, best=True)
+    run.prune(keep=1, best=True, generation=1)
     assert [n[5:13] for n in names(run)] == ["00000010", "00000030"]
 
 

@@ -1,0 +1,102 @@
+"""A run whose pointer or newest checkpoint is lost goes on from the newest that verifies, and says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.system.runs import finish, make_data, pretrain, start
+from tests.system.test_resume import story
+from trainer.run.folder import RunFolder
+
+COMMON = ("checkpoint.every_steps=3", "checkpoint.keep=2", "checkpoint.keep_best=false", "model.dropout=0.1")
+SIX, NINE = "step-00000006.gen-0001", "step-00000009.gen-0001"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 9 steps with the checkpoints of 6 and 9, and its data beside it."""
+    root = tmp_path_factory.mktemp("recovery")
+    make_data(root / "data")
+    pretrain(root / "run", f"data.path={root / 'data'}", "max_steps=9", *COMMON)
+    return root
+
+
+def again(whole: Path, run: Path, ranks: int = 1) -> tuple[int, str]:
+    """Exit code and stderr of rank 0 of a start to step 9."""
+    return finish(start(run, f"data.path={whole / 'data'}", "max_steps=9", *COMMON, ranks=ranks))[0]
+
+
+def names(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "checkpoints").iterdir())
+
+
+def test_a_lost_pointer_makes_no_new_run(whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole / "run", tmp_path / "run")
+    (run / "checkpoints" / "latest").unlink()
+    code, err = again(whole, run)
+    assert code == 0 and f"latest is missing\nwarning: the newest checkpoint that verifies is taken: {NINE}" in err, err
+    assert names(run) == ["latest", SIX, NINE]
+    assert RunFolder(run).latest() == run / "checkpoints" / NINE
+    assert story(run) == story(whole / "run")
+
+
+def flip(checkpoint: Path) -> None:
+    path = checkpoint / "weights-00000.safetensors"
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 1
+    path.write_bytes(body)
+
+
+def cut(checkpoint: Path) -> None:
+    os.truncate(checkpoint / "state.json", 10)
+
+
+def remove_manifest(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "ranks"),
+    [
+        (flip, 1),
+        pytest.param(flip, 2, marks=pytest.mark.slow),
+        pytest.param(cut, 1, marks=pytest.mark.slow),
+        pytest.param(remove_manifest, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_of_damaged_and_whole_the_whole_one_is_taken(whole: Path, tmp_path: Path, harm: object, ranks: int) -> None:
+    """The steps since then are done again, to the same end, and the damaged one is kept under another name."""
+    run = shutil.copytree(whole / "run", tmp_path / "run")
+    assert callable(harm)
+    harm(run / "checkpoints" / NINE)
+    code, err = again(whole, run, ranks)
+    assert code == 0 and f"set aside as damaged-{NINE}" in err and f"verifies is taken: {SIX}" in err, err
+    assert names(run) == [f"damaged-{NINE}", "latest", SIX, "step-00000009.gen-0002"]
+    if ranks == 1:
+        assert story(run) == story(whole / "run")
+
+
+@pytest.mark.slow
+def test_no_whole_checkpoint_starts_nothing(whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole / "run", tmp_path / "run")
+    for name in (SIX, NINE):
+        flip(run / "checkpoints" / name)
+    before = names(run)
+    code, err = again(whole, run)
+    assert code == 2 and "none of its checkpoints is whole" in err and "weights-00000.safetensors" in err, err
+    assert names(run) == before
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_a_newer_version_is_refused(whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole / "run", tmp_path / "run")
+    path = run / "checkpoints" / NINE / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    code, err = again(whole, run)
+    assert code == 2 and "made by a newer version of Gradus (format 2, this one reads 1)" in err, err
+    assert names(run) == ["latest", SIX, NINE]
