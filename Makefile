@@ -2,7 +2,7 @@
 # make test        the tests, under 15 minutes on 2 cores
 # make test-slow   the tests that take minutes each
 # make check       ruff and mypy
-# make docs        writes docs/config.md and parts of docs/architecture.md anew
+# make docs        writes docs/config.md and parts of docs/architecture.md and docs/runbook.md anew
 # make clean       removes .venv and caches; runs and data stay
 #
 # Each makes its own .venv on first use. With another interpreter: make demo PYTHON=python3.12
@@ -45,6 +45,7 @@ check: $(STAMP)
 docs: $(STAMP)
 	@$(RUN) -m docs.generate_config
 	@$(RUN) -m docs.generate_architecture
+	@$(RUN) -m docs.generate_runbook
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 
@@ -14,3 +15,51 @@ class TransientError(UserError):
 
 
 MISSING: Any = "???"  # OmegaConf's mark for "must be given"; written out so that this file needs no OmegaConf
+
+PERMANENT = {
+    errno.ENOENT: "no such file or folder",
+    errno.ENOTDIR: "a file where a folder is meant",
+    errno.EISDIR: "a folder where a file is meant",
+    errno.EEXIST: "something is there already",
+    errno.ENOTEMPTY: "the folder holds something",
+    errno.EACCES: "you may not",
+    errno.EPERM: "nobody may",
+    errno.EROFS: "the disk is mounted read-only",
+    errno.EFBIG: "larger than the disk or `ulimit -f` takes",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "links that go in a circle",
+    errno.EXDEV: "two disks where one is meant",
+    errno.EINVAL: "the system knows no such operation",
+    errno.ENOEXEC: "the file is no program",
+}
+"""The answers of the operating system that stay until somebody changes something."""
+
+TRANSIENT = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your quota is used up",
+    errno.EIO: "the disk or its server failed",
+    errno.ESTALE: "the file server has started again",
+    errno.ETIMEDOUT: "no answer in time",
+    errno.ENOTCONN: "the folder's server is away",
+    errno.EBUSY: "somebody else uses it",
+    errno.EAGAIN: "not now",
+    errno.ENOMEM: "no memory is left",
+    errno.EMFILE: "too many files are open in this process",
+    errno.ENFILE: "too many files are open on this machine",
+    errno.EPIPE: "the other end is gone",
+    errno.ECONNREFUSED: "nobody listens there",
+    errno.ECONNRESET: "the connection was cut",
+    errno.EHOSTUNREACH: "no way to that host",
+    errno.ENETUNREACH: "no way to that network",
+}
+"""The best known of those that may pass by themselves: these are all that are not PERMANENT."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """True for a failure that may go away by itself. What happened decides, not the file that it happened to."""
+    return isinstance(error, TransientError) or (isinstance(error, OSError) and error.errno not in PERMANENT)
+
+
+def of_nature(error: BaseException, message: str) -> UserError:
+    """`message` as TransientError where `error` may pass by itself, as UserError where it stays."""
+    return (TransientError if may_pass(error) else UserError)(message)

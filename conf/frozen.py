@@ -18,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.errors import TransientError, UserError
+from conf.errors import UserError, of_nature
 
 T = TypeVar("T")
 MAX_BYTES = 1 << 18
@@ -117,7 +117,7 @@ def _read(path: Path) -> str:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
         raise UserError((e.strerror or str(e)).lower()) from None
     except OSError as e:
-        raise TransientError((e.strerror or str(e)).lower()) from None
+        raise of_nature(e, (e.strerror or str(e)).lower()) from None
 
 
 def _plain_yaml(text: str) -> str:

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.errors import TransientError, UserError
+from conf.errors import UserError, may_pass
 from conf.frozen import flat, thaw, user_error_in
 from conf.hints import inner, keys, near, type_of, wording
 
@@ -43,7 +43,7 @@ def run(schema: type[T], function: Callable[[T], None]) -> None:
     `--help` explains the groups and the values, `--cfg job` prints the config that the command would get.
 
     Exits with code 2 and one line after a user's mistake; with code 1 and one line if the machine or a server fails (a
-    full disk, a missing file, no answer), which may go away, so `launch.supervise` tries again.
+    full disk, no answer; `conf.errors`), which may go away, so `launch.supervise` tries again.
     """
     with _exit_codes():
         _run_one(schema, function, sys.argv[1:])
@@ -76,14 +76,14 @@ def _run_one(schema: type[T], function: Callable[[T], None], argv: list[str]) ->
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
-    """Exit with one line and the code of the error: 2 for a user's mistake, 1 for a transient failure, 130 for ^C."""
+    """Exit with one line and the code of the error: 1 if it may pass by itself, else 2; 130 for ^C."""
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(1 if isinstance(e, (TransientError, OSError)) else 2)
+        sys.exit(1 if may_pass(e) else 2)
 
 
 def load(schema: type[T], overrides: Sequence[str] = ()) -> T:

@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from data_pipeline.manifest import TOKENIZER
 from data_pipeline.shards.shards_config import BpeCodeConfig, BpeTrainConfig
 from data_pipeline.tokenizer.tokenizer import Tokenizer, train_bpe
@@ -36,7 +36,7 @@ def train(cfg: BpeTrainConfig) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path.parent)
     except OSError as e:
-        raise UserError(f"output={cfg.output}: {e.strerror}: give a folder that can be written") from None
+        raise of_nature(e, f"output={cfg.output}: {e.strerror}: give a folder that can be written") from None
     report.print()
     print(f"{path}: {tokenizer.vocab_size:,} tokens, sha256 {tokenizer.sha256}")
 

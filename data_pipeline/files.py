@@ -7,13 +7,14 @@ import os
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from conf.errors import TransientError, UserError
+from conf.errors import UserError, of_nature
 
 T = TypeVar("T")
 GIB = 2**30  # bytes
@@ -46,6 +47,29 @@ def rename(staging: Path, path: Path) -> None:
     fsync_folder(path.parent)
 
 
+def own_folder(folder: Path, kind: str, knob: str) -> None:
+    """Make a folder that may be cleaned later, or take one that was made for this: the file `.gradus-KIND` says so.
+
+    Raises:
+        UserError: the folder holds files and not that one: they are somebody's; ends in `knob`, what to give instead.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / f".gradus-{kind}"
+    names = [path.name for path in folder.iterdir()]
+    if marker.name not in names and names and not marker.exists():  # another process may just have made it
+        raise UserError(f"{folder} holds files and no {marker.name}, so it is no {kind} of ours to clean: {knob}")
+    with suppress(FileExistsError):
+        marker.open("x").close()
+
+
+def remove_unfinished(folder: Path, names: str) -> None:
+    """Remove what killed publications of files `names` (a regular expression) have left in a folder, and no more."""
+    ours = re.compile(rf"\.(?:{names})(?:\.\d+)?\.tmp")
+    for path in folder.glob(".*.tmp"):
+        if ours.fullmatch(path.name) and not path.is_dir():
+            path.unlink()
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
     fd = os.open(folder, os.O_RDONLY)
@@ -59,7 +83,7 @@ def read_json(path: Path, cure: str, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """Read the JSON object in a regular file of at most `limit` bytes.
 
     Raises:
-        UserError: no such file, too large, or no JSON object; the message ends in `cure`.
+        UserError: no such file, none that may be read, too large, or no JSON object; the message ends in `cure`.
         TransientError: the file cannot be read now.
     """
     try:
@@ -72,7 +96,7 @@ def read_json(path: Path, cure: str, limit: int = JSON_LIMIT) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
         raise UserError(f"{path}: {(e.strerror or str(e)).lower()}: {cure}") from None
     except OSError as e:
-        raise TransientError(f"{path}: {(e.strerror or str(e)).lower()}: mend it, then try again") from e
+        raise of_nature(e, f"{path}: {(e.strerror or str(e)).lower()}: mend it, then try again") from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON ({e}): {cure}") from None
     if not isinstance(body, dict):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from conf.errors import UserError
+from data_pipeline.files import own_folder
 from data_pipeline.manifest import decode_block, read_manifest
 from trainer.run.folder import RunFolder
 from trainer.run.journal import read_journal, read_rows
@@ -32,7 +33,9 @@ RUN = RunFolder(ROOT / "run")
 def demo() -> dict[str, Any]:
     """Run the demo. Raises UserError if a step fails."""
     started = time.monotonic()
-    shutil.rmtree(ROOT, ignore_errors=True)  # a demo starts from nothing
+    own_folder(ROOT, "demo", "move them away")
+    shutil.rmtree(ROOT)  # a demo starts from nothing
+    own_folder(ROOT, "demo", "move them away")
     say("Raw text to shards: the English prose that this Python carries, a vocabulary of 2,048")
     run("data_pipeline.bpe", "train", "corpus=pydocs", "vocab_size=2048", f"output={ROOT}/tokenizer")
     shards = [f"tokenizer={ROOT}/tokenizer", f"output={ROOT}/data", "val_fraction=0.05", "shard_tokens=100000"]

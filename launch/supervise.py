@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from conf.frozen import peek
 from conf.schema import run
 from launch.config import SuperviseConfig
@@ -119,7 +119,7 @@ class Supervisor:
         try:
             self._process = subprocess.Popen(self.command, stderr=subprocess.PIPE, process_group=0)
         except OSError as e:
-            raise UserError(f"{self.command[0]} cannot be started: {e}") from None
+            raise of_nature(e, f"{self.command[0]} cannot be started: {e}") from None
         for number in tuple(self._asked):  # it came while there was nobody to tell
             self._forward(number, None)
         assert self._process.stderr is not None

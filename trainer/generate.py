@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from conf.schema import run
 from data_pipeline.manifest import TOKENIZER
 from trainer.checkpoint.find import find_checkpoint, model_of
@@ -76,7 +76,7 @@ def _prompts(cfg: GenerateConfig, tokenizer: Tokenizer | None) -> list[list[int]
     try:
         text = sys.stdin.read() if cfg.prompt_file == "-" else Path(str(cfg.prompt_file)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"prompt_file={cfg.prompt_file}: {e}") from None
+        raise of_nature(e, f"prompt_file={cfg.prompt_file}: {e}") from None
     return [tokenizer.encode(line) for line in text.removesuffix("\n").split("\n")] if text else []
 
 

@@ -22,7 +22,7 @@ from data_pipeline.corpus.document import Document, Dropped
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.corpus.report import Report
 from data_pipeline.corpus.workers import follow_parent
-from data_pipeline.files import from_json, publish, publish_json, read_json
+from data_pipeline.files import from_json, publish, publish_json, read_json, remove_unfinished
 from data_pipeline.prepare.step import CountTokens, Step
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
@@ -191,6 +191,5 @@ def exclusive(task: int, marks: Path, *others: Path) -> Iterator[None]:
     with (marks / f".{task:05d}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for folder in (marks, *others):
-            for unfinished in folder.glob(f".{task:05d}-*.tmp"):
-                unfinished.unlink()
+            remove_unfinished(folder, rf"{task:05d}-\d+\..+")
         yield

@@ -6,11 +6,13 @@
                   index.json   the shard's index
                   use          locked (flock) by every user of the shard; the process that fetches a block locks the
                                byte of that number (OFD); its mtime is the time of the last use
+    .gradus-cache              says that this folder is a cache: without it none is taken that holds files
     lock                       locked (flock) while shards are added, opened and evicted; holds the bytes of all shards,
                                or nothing while they change, so that they are counted again after a crash
 
-A lock ends with the process that holds it. A block's checksum is compared when it arrives and when it is read back
-(cached_shard.py): a faulty disk, or a crash that lost written data, costs another fetch and never a wrong token.
+Only files and folders of these names are counted and removed. A lock ends with the process that holds it. A block's
+checksum is compared when it arrives and when it is read back (cached_shard.py): a faulty disk, or a crash that lost
+written data, costs another fetch and never a wrong token.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -27,13 +29,15 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from conf.errors import TransientError, UserError
+from conf.errors import TransientError, UserError, of_nature
 from data_pipeline.config import CacheConfig, FetchConfig
-from data_pipeline.files import GIB, publish
+from data_pipeline.files import GIB, own_folder, publish
 from data_pipeline.manifest import ShardIndex
 from data_pipeline.remote.backends import Backend, backend_of
 
 T = TypeVar("T")
+_SHARD = re.compile(r"[0-9a-f]{64}")
+_FILE = re.compile(r"tokens|index\.json|use|\.index\.json\.\d+\.tmp")
 _POLL = 0.005  # seconds between two looks at a lock
 _INDEXES = 16  # parsed indexes to keep, more if more shards are open
 _LOCK_PATIENCE = 60.0  # seconds: work under the cache's lock takes milliseconds
@@ -67,6 +71,7 @@ class Cache:
         self._total: int | None = None  # bytes of all shards, as `lock` says
         self._indexes: OrderedDict[str, tuple[ShardIndex, bytes]] = OrderedDict()  # by sha256, those used last
         self.index_limit = _INDEXES
+        self.writing(partial(own_folder, self.dir, "cache", "give an empty data.cache.dir"))
         for folder in ("sources", "shards"):
             self.writing(partial((self.dir / folder).mkdir, parents=True, exist_ok=True))
 
@@ -90,6 +95,8 @@ class Cache:
 
     def hold(self, key: str) -> int:
         """Open or add a shard. It is not evicted until the returned file descriptor is closed."""
+        if not _SHARD.fullmatch(key):
+            raise UserError(f"a shard of sha256 {key!r}, which is none: write the shards anew")
         with self._locked():
             folder = self.dir / "shards" / key
 
@@ -133,7 +140,7 @@ class Cache:
                 return write()
             except OSError as e:
                 if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise TransientError(f"data.cache.dir={self.dir}: {e.strerror} ({e.filename}): mend it") from None
+                    raise of_nature(e, f"data.cache.dir={self.dir}: {e.strerror} ({e.filename}): mend it") from None
                 with nullcontext() if locked else self._locked():
                     evicted, used = self._evict(), self._count()
                 if not evicted:
@@ -166,8 +173,15 @@ class Cache:
 
     def _count(self) -> int:
         """Bytes of all shards, counted anew. Under the lock."""
-        folders = [folder.path for folder in os.scandir(self.dir / "shards")]
-        return sum(file.stat().st_size for folder in folders for file in os.scandir(folder))
+        return sum(_bytes(folder) for folder in self._entries())
+
+    def _entries(self) -> list[Path]:
+        """The folders of shards."""
+        shards = self.dir / "shards"
+        try:
+            return [folder for folder in shards.iterdir() if _SHARD.fullmatch(folder.name)]
+        except FileNotFoundError:  # a full disk did not even take the folder
+            return []
 
     def _evict(self, wanted: int = 1) -> bool:
         """Remove unused shards, the least recently used first, until `wanted` bytes are free. Under the lock.
@@ -179,20 +193,21 @@ class Cache:
         self._total = None
         freed = 0
         by_use: list[tuple[int, Path]] = []
-        for folder in list((self.dir / "shards").iterdir()):
+        for folder in self._entries():
             try:
                 by_use.append(((folder / "use").stat().st_mtime_ns, folder))
-            except FileNotFoundError:  # its maker or remover was killed, or has no room to make it
-                freed += sum(f.stat().st_size for f in os.scandir(folder))
-                shutil.rmtree(folder)
+            except (
+                FileNotFoundError,
+                NotADirectoryError,
+            ):  # its maker or remover was killed, or has no room to make it
+                freed += _remove(folder)
         for _, folder in sorted(by_use):
             if freed >= wanted:
                 break
             use = os.open(folder / "use", os.O_RDWR)
             try:
                 fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                freed += max(1, sum(f.stat().st_size for f in os.scandir(folder)))
-                shutil.rmtree(folder)
+                freed += max(1, _remove(folder))
             except BlockingIOError:
                 continue
             finally:
@@ -204,9 +219,8 @@ class Cache:
         try:
             fd = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as e:
-            raise TransientError(
-                f"{self.dir / 'lock'}: {e.strerror}: mend it, or give another data.cache.dir"
-            ) from None
+            message = f"{self.dir / 'lock'}: {e.strerror}: mend it, or give another data.cache.dir"
+            raise of_nature(e, message) from None
         try:
             end = time.monotonic() + _LOCK_PATIENCE
             while True:
@@ -233,6 +247,29 @@ class Cache:
                 self._total = None
         finally:
             os.close(fd)
+
+
+def _files(folder: Path) -> list[os.DirEntry[str]]:
+    """The files of a shard that the cache has made; `use` last, for without it the rest may be removed by anyone."""
+    try:
+        return sorted((f for f in os.scandir(folder) if _FILE.fullmatch(f.name)), key=lambda f: f.name == "use")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in _files(folder))
+
+
+def _remove(folder: Path) -> int:
+    """Remove a shard, and its folder unless something else lies in it. Returns the bytes that are free now."""
+    freed = 0
+    for file in _files(folder):
+        freed += file.stat().st_size
+        Path(file).unlink()
+    with suppress(OSError):
+        folder.rmdir()
+    return freed
 
 
 def _size(path: Path) -> int | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from conf.errors import TransientError, UserError
+from conf.errors import TransientError, UserError, may_pass
 from data_pipeline.config import DataConfig
 from data_pipeline.manifest import MANIFEST, Manifest, ShardIndex, ShardInfo, index_of, read_manifest
 from data_pipeline.remote.backends import Lost, Unreachable, is_remote, refuse_password, shown
@@ -108,4 +108,5 @@ def shard_errors(manifest: Manifest, shard: ShardInfo, cache: Cache | None, sour
         ) from None
     except OSError as e:
         file = f" ({e.filename})" if e.filename else ""
-        raise UnreachableShard(f"{location}{disk}: {e.strerror or e}{file}: mend it, then resume") from None
+        kind = UnreachableShard if may_pass(e) else ShardError
+        raise kind(f"{location}{disk}: {e.strerror or e}{file}: mend it, then resume") from None

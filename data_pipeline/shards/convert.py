@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from data_pipeline.corpus.document import Dropped
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.corpus.read import MAX_LINE
@@ -93,7 +93,7 @@ def _documents(cfg: ImportConfig, tokenizer: Tokenizer, files: list[Input]) -> I
         try:
             yield from cut(name, good, tokenizer.eot_id) if cfg.packed or cfg.format is TokenFormat.nanogpt else good
         except OSError as e:
-            raise UserError(f"input={cfg.input}: {name} cannot be read: {e.strerror or e}") from None
+            raise of_nature(e, f"input={cfg.input}: {name} cannot be read: {e.strerror or e}") from None
 
 
 def _tasks(
@@ -147,7 +147,7 @@ def export(cfg: ExportConfig) -> None:
         with claimed(out.parent):
             _publish(manifest, parts)
     except OSError as e:
-        raise UserError(f"output={out}: {e.strerror or e}: make room or mend it, then run the same again") from None
+        raise of_nature(e, f"output={out}: {e.strerror or e}: make room or mend it, then run the same again") from None
     counts = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens"
     print(f"{' and '.join(map(str, parts))}: {counts}, {_note(cfg, manifest)}")
 

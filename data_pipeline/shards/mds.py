@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from data_pipeline.corpus.document import Dropped
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.corpus.lines import chunks, codec_of
@@ -154,7 +154,7 @@ def _samples(cfg: ImportConfig, shard: Shard) -> Iterator[Piece | Dropped]:
             if not stream.ended():
                 raise ValueError(f"it goes on after the {shard.bytes} bytes that {INDEX} says")
     except (ValueError, IndexError, OSError) as e:
-        raise UserError(f"{shard.path}: {e}: {GET_ANEW}") from None
+        raise of_nature(e, f"{shard.path}: {e}: {GET_ANEW}") from None
 
 
 def _column(stream: _Stream, shard: Shard, size: int, path: str) -> bytes | None:

@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from data_pipeline.corpus.inputs import Input
-from data_pipeline.files import from_json, publish_json, read_json
-from data_pipeline.manifest import REPORT, SPLITS, Manifest, ShardInfo, write_manifest
+from data_pipeline.files import from_json, publish_json, read_json, remove_unfinished
+from data_pipeline.manifest import MANIFEST, REPORT, SPLITS, TOKENIZER, Manifest, ShardInfo, write_manifest
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
 PROGRESS = "progress.json"
+FILES = rf"\d{{5,}}\.(?:tar|idx\.json)|{PROGRESS}|{REPORT}|{MANIFEST}|{TOKENIZER}"  # a regular expression
 Position = tuple[int, int]
 """(task, item of that task) of a document in the corpus."""
 
@@ -56,8 +57,7 @@ class Progress:
         """
         path = folder / PROGRESS
         if not path.exists():
-            for unfinished in folder.glob(f".{PROGRESS}.*.tmp"):  # of a write that was killed at its start
-                unfinished.unlink()
+            remove_unfinished(folder, PROGRESS)  # of a write that was killed at its start
             refuse_other_files(folder, any(folder.iterdir()))
             progress = cls(folder, plan, {split: [] for split in splits})
             progress.save()
@@ -100,8 +100,8 @@ class Progress:
                     raise UserError(
                         f"{path}: finished before, now gone or changed: delete {self.folder} and write anew"
                     )
-        for unfinished in [*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")]:
-            unfinished.unlink()
+        for folder in {self.folder, *(self.folder / split for split in self.shards)}:
+            remove_unfinished(folder, FILES)
 
 
 @contextmanager
@@ -118,9 +118,10 @@ def open_output(out: Path, plan: dict[str, Any], splits: Sequence[str] = SPLITS)
                 print(f"{out}: already complete ({progress.totals()})")
             yield progress
     except OSError as e:
-        raise UserError(
+        raise of_nature(
+            e,
             f"output={out}: {e.strerror or e}{f' ({e.filename})' if e.filename else ''}: finished shards are kept, "
-            f"make room or mend it and run the same command again"
+            f"make room or mend it and run the same command again",
         ) from None
 
 

@@ -11,7 +11,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from conf.frozen import thaw
 from data_pipeline.files import publish, publish_json
 from launch.cluster_config import ClusterConfig, SshConfig, SshLauncher, Transport
@@ -92,7 +92,7 @@ def read_hostfile(path: Path, slots: int) -> list[str]:
         with path.open("rb") as f:
             text = f.read(HOSTFILE_BYTES).decode(errors="replace")
     except OSError as e:
-        raise UserError(f"cluster.ssh.hostfile={path} cannot be read: {e.strerror}") from None
+        raise of_nature(e, f"cluster.ssh.hostfile={path} cannot be read: {e.strerror}") from None
     hosts = []
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.partition("#")[0].split()

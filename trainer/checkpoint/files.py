@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from conf.errors import TransientError, UserError
+from conf.errors import UserError, of_nature
 from data_pipeline.files import from_json, read_json
 from trainer.checkpoint.find import model_of
 from trainer.checkpoint.verify import FORMAT, INDEX, file_name
@@ -200,7 +200,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
     """Write a new file to the disk itself (fsync); returns its bytes and sha256.
 
     Raises:
-        TransientError: the disk is full or refuses, naming the file.
+        UserError: the disk refuses, naming the file; TransientError, if that may pass: it is full.
     """
     digest, size, synced = hashlib.sha256(), 0, 0
     try:
@@ -216,9 +216,8 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
             f.flush()
             os.fsync(f.fileno())
     except OSError as e:
-        raise TransientError(
-            f"{path}: {e.strerror}: give run.dir a disk with room, or a lower checkpoint.keep"
-        ) from None
+        message = f"{path}: {e.strerror}: give run.dir a disk with room, or a lower checkpoint.keep"
+        raise of_nature(e, message) from None
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

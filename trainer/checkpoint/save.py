@@ -22,7 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from conf.errors import TransientError, UserError
+from conf.errors import TransientError, UserError, may_pass, of_nature
 from trainer.checkpoint.snapshot import Snapshot, bytes_of, check_room
 from trainer.checkpoint.write import ElsewhereError, FolderActivity, Save, Writer, as_json
 from trainer.distributed.collective import all_ranks
@@ -185,7 +185,7 @@ class Saver:
             failure = (str(e), None)
         elif e is not None:
             text = str(e) if isinstance(e, (UserError, OSError)) else repr(e)
-            failure = (f"{text} (rank {self.writer.mesh.world.rank})", isinstance(e, (TransientError, OSError)))
+            failure = (f"{text} (rank {self.writer.mesh.world.rank})", may_pass(e))
         answers: list[tuple[str, bool | None] | None] = [None] * self.writer.mesh.world.world_size
         dist.all_gather_object(answers, failure)
         return answers
@@ -220,7 +220,7 @@ def _make(staging: Path) -> None:
     try:
         staging.mkdir(parents=True)
     except OSError as e:
-        raise TransientError(str(e)) from None
+        raise of_nature(e, str(e)) from None
 
 
 def _failed(step: int) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from conf.errors import TransientError, UserError
+from conf.errors import TransientError, UserError, may_pass
 from data_pipeline.order.plan import Plan
 from trainer.data.step_size import StepSize
 from trainer.distributed.mesh import Mesh
@@ -105,7 +105,7 @@ def agree(mesh: Mesh, error: UserError | None, answer: Any = None) -> list[Any]:
     """
     own = error if mesh.tp_rank == 0 else None  # others of a tp group repeat the error of the rank that reads
     replies: list[Any] = [None] * mesh.world.world_size
-    dist.all_gather_object(replies, (own is not None, isinstance(own, TransientError), answer))
+    dist.all_gather_object(replies, (own is not None, own is not None and may_pass(own), answer))
     failed = [transient for has_error, transient, _ in replies if has_error]
     if failed:
         kind = TransientError if all(failed) else UserError

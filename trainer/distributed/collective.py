@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from conf.errors import TransientError, UserError
+from conf.errors import TransientError, UserError, may_pass
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ def all_ranks(what: str, function: Callable[[], T]) -> list[T]:
         result = function()
     except Exception as e:
         mine, message = e, str(e) if isinstance(e, (UserError, OSError)) else repr(e)
-    answer = (message, isinstance(mine, TransientError), result)
+    answer = (message, mine is not None and may_pass(mine), result)
     answers: list[Any] = [answer]
     if dist.is_initialized():  # else this process is alone
         answers = [None] * dist.get_world_size()

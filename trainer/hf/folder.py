@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.errors import TransientError, UserError
+from conf.errors import UserError, of_nature
 from data_pipeline.files import fsync_folder, read_json
 from data_pipeline.manifest import TOKENIZER
 from trainer.hf.settings import MASKS, PREFIX, model_from_hf
@@ -82,9 +82,8 @@ class HfFolder:
                             )
                         out[name] = x
             except (SafetensorError, OSError, RuntimeError) as e:  # RuntimeError: it cannot be mapped
-                raise UserError(
-                    f"{self.path / file}: not a safetensors file ({_short(e)}): download it again"
-                ) from None
+                message = f"{self.path / file}: not a safetensors file ({_short(e)}): download it again"
+                raise of_nature(e, message) from None
         return out
 
     def _wanted(self, file: str, opened: Any, named: set[str] | None) -> list[str]:
@@ -197,7 +196,7 @@ def new_folder(out: str) -> Iterator[Path]:
             f"{staging} exists: another command is writing out={out}; if that was killed, remove the folder"
         ) from None
     except OSError as e:
-        raise UserError(f"out={out}: {e.strerror}: give a folder that can be written") from None
+        raise of_nature(e, f"out={out}: {e.strerror}: give a folder that can be written") from None
     try:
         yield staging
         fsync_folder(staging)
@@ -205,11 +204,8 @@ def new_folder(out: str) -> Iterator[Path]:
         fsync_folder(final.parent)
     except BaseException as e:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(e, UserError) and isinstance(
-            e.__context__, OSError
-        ):  # of write_file, whose message is about runs
-            kind = TransientError if isinstance(e, TransientError) else UserError
-            raise kind(f"out={out}: {e.__context__.strerror}: give a disk with room") from None
+        if isinstance(e, UserError) and isinstance(e.__context__, OSError):  # of write_file, which speaks of runs
+            raise of_nature(e, f"out={out}: {e.__context__.strerror}: give a disk with room") from None
         raise
 
 

@@ -9,6 +9,7 @@ Python's shortest repr, so they are read back bit for bit; NaN and Infinity are 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import queue
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 
 FSYNC_S = 1.0  # so much of the newest rows may be gone after a power cut; a checkpoint's are flushed before it
 
@@ -98,11 +99,12 @@ class JournalWriter:
 
     def _write(self, line: bytes) -> None:
         if self._file.write(line) != len(line):
-            raise OSError(f"{self._file.name}: a line of {len(line)} bytes was written in part")
+            raise OSError(errno.ENOSPC, f"a line of {len(line)} bytes was written in part", self._file.name)
 
     def _refuse_after_error(self) -> None:
         if self._error is not None:
-            raise UserError(f"metrics cannot be written: {self._error}: make room, then start again (it resumes)")
+            message = f"metrics cannot be written: {self._error}: make room, then start again (it resumes)"
+            raise of_nature(self._error, message)
 
 
 def _cut_torn_line(path: Path) -> None:

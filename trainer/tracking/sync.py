@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict
 
-from conf.errors import TransientError, UserError
+from conf.errors import TransientError, UserError, of_nature
 from conf.frozen import thaw
 from trainer.config.pretrain import PretrainConfig
 from trainer.config.tracking import SyncConfig, TrackerName, check_tracking
@@ -49,7 +49,7 @@ def config_of(folder: RunFolder, uri: str | None) -> PretrainConfig:
     try:
         cfg = thaw(folder.config, PretrainConfig)
     except OSError as e:
-        raise UserError(f"run_dir={folder.root}: its config cannot be read: {e}") from None
+        raise of_nature(e, f"run_dir={folder.root}: its config cannot be read: {e}") from None
     except Exception as e:  # OmegaConf's many, for a file of another version or a damaged one
         raise UserError(f"{folder.config} is no config of this version ({cause(e)})") from None
     cfg.tracking.name = TrackerName.mlflow

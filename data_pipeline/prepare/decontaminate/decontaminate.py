@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from data_pipeline.corpus.document import Document
 from data_pipeline.files import publish
 from data_pipeline.prepare.decontaminate.grams import Grams
@@ -61,7 +61,7 @@ class Overlaps:
                         raise ValueError("counted for other evaluation sets")
                     overlaps.counts += file.get_tensor("counts")
             except (OSError, SafetensorError, ValueError, TypeError) as e:
-                raise UserError(f"{path}: {e}: delete {folder} and count anew") from None
+                raise of_nature(e, f"{path}: {e}: delete {folder} and count anew") from None
         if not paths:
             raise UserError(f"{folder}: no *{SUFFIX} there: count the evaluation sets' n-grams first")
         return overlaps

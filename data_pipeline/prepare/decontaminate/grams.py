@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from data_pipeline.corpus.document import field_of
 from data_pipeline.corpus.inputs import Input, files_at
 from data_pipeline.corpus.kinds import LINES, TEXT, charset_of, kind_of
@@ -171,9 +171,8 @@ def _examples(file: Input, cfg: DecontaminateConfig) -> list[str]:
             return [part for part in _PARAGRAPHS.split(text) if part.strip()]
         bodies = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(
-            f"decontaminate.sets: {file.path}: cannot be read ({e}): give JSON lines or UTF-8 text"
-        ) from None
+        message = f"decontaminate.sets: {file.path}: cannot be read ({e}): give JSON lines or UTF-8 text"
+        raise of_nature(e, message) from None
     texts = [_text(body, cfg.text_keys) for body in bodies]
     if not any(texts):
         seen = sorted(bodies[0]) if bodies and isinstance(bodies[0], dict) else "no JSON object"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from data_pipeline.prepare.dedup.groups import MEMBER_BYTES, Indices, Members
 from data_pipeline.prepare.dedup.keys import ENDING, KeysFile
 from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig
@@ -46,7 +46,7 @@ def read_codes(path: Path) -> Codes:
     try:
         codes = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{path}: not a part's removals ({e}): {_ANEW}") from None
+        raise of_nature(e, f"{path}: not a part's removals ({e}): {_ANEW}") from None
     if not isinstance(codes, np.ndarray) or codes.dtype != np.uint8 or codes.ndim != 1:
         raise UserError(f"{path}: not a part's removals, one uint8 a row: {_ANEW}")
     return codes

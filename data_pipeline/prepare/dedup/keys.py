@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from data_pipeline.corpus.document import Document
 from data_pipeline.files import publish
 from data_pipeline.prepare.dedup.minhash import MinHash
@@ -140,7 +140,7 @@ class KeysFile:
             with safe_open(self.path, framework="numpy") as file:
                 yield file
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{self.path}: not a keys file ({e}): {_ANEW}") from None
+            raise of_nature(e, f"{self.path}: not a keys file ({e}): {_ANEW}") from None
 
     def column(self, name: str) -> np.ndarray:
         """url, exact, words, score, date or gram_ends, [rows]; bands, [bands, rows]."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from data_pipeline.prepare.quality.features import Features, features
 from data_pipeline.prepare.recipe_config import QualityConfig
 
@@ -84,7 +84,7 @@ class Model:
                     raise ValueError(f"not of format {FORMAT}")
                 tensors = {name: file.get_tensor(name) for name in ("coefficients", "bias")}
         except OSError as e:
-            raise UserError(f"{path}: {e.strerror or e}: {_CURE}") from None
+            raise of_nature(e, f"{path}: {e.strerror or e}: {_CURE}") from None
         except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise UserError(f"{path}: no quality model, or a damaged one ({e!r}): {_CURE}") from None
         coefficients, bias = tensors["coefficients"], tensors["bias"]

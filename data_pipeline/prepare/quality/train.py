@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
 from data_pipeline.corpus.document import Document
 from data_pipeline.corpus.inputs import files_at
@@ -79,7 +79,7 @@ def evaluate(cfg: QualityEvaluateConfig) -> None:
         publish(folder / "scores.png", draw_scores(edges, positives, negatives, cfg.alpha))
         publish_json(folder / "evaluation.json", body)
     except OSError as e:
-        raise UserError(f"output={cfg.output}: {e.strerror}: give a folder that can be written") from None
+        raise of_nature(e, f"output={cfg.output}: {e.strerror}: give a folder that can be written") from None
     for kind in kinds:
         mine = body[kind]
         print(f"{kind}: {mine['documents']:,} documents, kept {mine['kept']:.4f}, expected {mine['expected']:.4f}")
@@ -167,4 +167,4 @@ def _publish_model(path: Path, model: Model) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         publish(path, data)
     except OSError as e:
-        raise UserError(f"output={path}: {e.strerror}: give the name of a file that can be written") from None
+        raise of_nature(e, f"output={path}: {e.strerror}: give the name of a file that can be written") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 
 
 def lines(path: str, knob: str) -> Iterator[bytes]:
@@ -25,7 +25,7 @@ def lines(path: str, knob: str) -> Iterator[bytes]:
                 if (line := line.strip().lower()) and not line.startswith(b"#"):
                     yield line
     except OSError as e:
-        raise UserError(f"{knob}={path}: {e.strerror}; give a file with one entry on each line") from None
+        raise of_nature(e, f"{knob}={path}: {e.strerror}; give a file with one entry on each line") from None
 
 
 def words(path: str, knob: str) -> frozenset[str]:

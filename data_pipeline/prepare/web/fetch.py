@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from data_pipeline.corpus.report import Report
 from data_pipeline.prepare.recipe_config import FetchPagesConfig
 from data_pipeline.prepare.web import robots
@@ -54,7 +54,9 @@ def fetch(links: Path, out: Path, task: int, tasks: int, cfg: FetchPagesConfig) 
             crawl.run(f"pages {task}")
             return crawl.report
     except OSError as e:
-        raise UserError(f"{path}: {e.strerror or e}: mend it and run the same command again, no page is lost") from None
+        raise of_nature(
+            e, f"{path}: {e.strerror or e}: mend it and run the same command again, no page is lost"
+        ) from None
 
 
 @lru_cache(1 << 16)

@@ -589,3 +589,29 @@ def test_a_whole_shard_comes_through_the_cache(local: Manifest, server: Server, 
     manifest = open_source(server.url, cache)
     for shard in local.shards:
         assert read_shard(manifest, shard, cache).tolist() == read_shard(local, shard).tolist()
+
+
+def test_a_folder_of_others_is_no_cache_and_stays(local: Manifest, server: Server, tmp_path: Path) -> None:
+    """The user's own FOLDER/shards/corpusA, given as data.cache.dir=FOLDER."""
+    theirs = tmp_path / "cache" / "shards" / "corpusA" / "00000.tar"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("years")
+    with pytest.raises(UserError, match=r"holds files and no \.gradus-cache.*: give an empty data\.cache\.dir"):
+        cache_in(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "cache").rglob("*")) == ["00000.tar", "corpusA", "shards"]
+
+
+def test_files_of_others_in_a_cache_are_never_removed(local: Manifest, server: Server, tmp_path: Path) -> None:
+    """Put there later: beside the shards, in one of them, and under a name like one."""
+    cache = cache_in(tmp_path, max(room_for(local, s) for s in range(3)))
+    stream = stream_of(server.url, cache, open_shards=1)
+    read(stream, every_window(0))
+    shards = cache.dir / "shards"
+    theirs = [shards / "corpusA" / "00000.tar", shards / local.shards[0].sha256 / "notes", shards / ("0" * 63) / "use"]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("years" * 1000)
+    for shard in (1, 2, 1):
+        read(stream, every_window(shard))
+    assert all(path.read_text() == "years" * 1000 for path in theirs)
+    assert not (shards / local.shards[0].sha256 / "tokens").exists(), "the limit did not hold for the cache's own files"

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.errors import UserError
+from conf.errors import TransientError, UserError
 from tests.helpers.ranks import ROOT
 from tests.helpers.seeds import seeded
 from trainer.run.journal import JournalWriter, NewNumbers, Row, read_journal, read_rows, superseded
@@ -220,3 +220,12 @@ def test_superseded_ranges_are_the_steps_left_out(tmp_path: Path) -> None:
         logged = {(row.generation, row.step) for row in rows if row.resumed_at is None}
         counts = {(row.generation, row.step) for row in read_journal(path)}
         assert logged - told == counts and all(r["from_step"] <= r["to_step"] for r in ranges)
+
+
+def test_a_full_disk_under_the_journal_may_pass(tmp_path: Path) -> None:
+    """As one under a checkpoint: the supervisor tries again."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    journal = JournalWriter(tmp_path / "metrics.jsonl")
+    journal.put(Row(1, 1, 1.0, {"train/loss": 1.0}))
+    with pytest.raises(TransientError, match=r"metrics cannot be written: .*No space left on device"):
+        journal.close()
