@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from trainer.checkpoint.find import find_checkpoint, model_of
 from trainer.config.generate import GenerateConfig
 from trainer.config.model import ModelConfig
 from trainer.distributed.world import read_world
+from trainer.inference.growing_text import GrowingText
 from trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -25,26 +27,69 @@ def generate(cfg: GenerateConfig) -> None:
     checkpoint = find_checkpoint(cfg.checkpoint)
     model_cfg = model_of(checkpoint, RunFolder.state(checkpoint))
     tokenizer = _tokenizer(checkpoint)
+    if tokenizer is None and (cfg.stop or cfg.stream):
+        raise UserError(
+            f"checkpoint={cfg.checkpoint} carries no tokenizer.json, which stop and stream need: leave both out"
+        )
     prompts = _prompts(cfg, tokenizer)
-    _check(prompts, cfg, model_cfg)
-    ids = _continue(cfg, checkpoint, model_cfg, prompts, tokenizer.eot_id if tokenizer else None)
-    text = [tokenizer.decode(row) if tokenizer else "" for row in ids]
+    _check(prompts, cfg, model_cfg, tokenizer)
+    samples = [
+        _sample(
+            tokenizer, prompt, cfg.stop, key=i + (j << 32)
+        )  # the j-th sample of a prompt is the same for any number
+        for i, prompt in enumerate(prompts)
+        for j in range(cfg.num_samples)
+    ]
+    _draw(cfg, load_model(checkpoint, model_cfg), samples)
     if cfg.json:
-        print(json.dumps({"ids": ids, "text": text}, ensure_ascii=False))
-    else:
-        print("\n---\n".join(text) if tokenizer else "\n".join(map(str, ids)))
+        print(json.dumps({"ids": [s.ids for s in samples], "text": [s.text.text for s in samples]}, ensure_ascii=False))
+    elif not cfg.stream:
+        print("\n---\n".join(s.text.text for s in samples) if tokenizer else "\n".join(str(s.ids) for s in samples))
 
 
-def _continue(
-    cfg: GenerateConfig, checkpoint: Path, model_cfg: ModelConfig, prompts: list[list[int]], eot: int | None
-) -> list[list[int]]:
-    """Each prompt with its continuation."""
+@dataclass
+class _Sample:
+    key: int  # of its draws
+    ids: list[int]  # its prompt, with what comes after
+    text: GrowingText
+    eot: int | None
+
+
+def _sample(tokenizer: Tokenizer | None, prompt: list[int], stops: list[str], key: int) -> _Sample:
+    if tokenizer is None:
+        return _Sample(key, prompt, GrowingText(lambda _: "", [], []), None)
+    start = [] if prompt else [int(str(tokenizer.eot_id))]
+    return _Sample(key, start + prompt, GrowingText(tokenizer.decode, prompt, stops), tokenizer.eot_id)
+
+
+def _draw(cfg: GenerateConfig, model: GPT, samples: list[_Sample]) -> None:
+    """Continue the samples: all at once, or one after the other as they are printed."""
     from trainer.inference.sampler import Sampling, sample
 
-    sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p)
-    model = load_model(checkpoint, model_cfg)
-    new = sample(model, prompts, sampling, max_new_tokens=cfg.max_new_tokens, seed=cfg.seed, eot=eot)
-    return [prompt + ids for prompt, ids in zip(prompts, new, strict=True)]
+    def follow(index: int, new: list[int]) -> bool:
+        text = batch[index].text
+        stopped = text.update(new)
+        if cfg.stream:
+            print(text.certain(), end="", flush=True)
+        return stopped
+
+    for batch in [[one] for one in samples] if cfg.stream else [samples]:
+        new = sample(
+            model,
+            [s.ids for s in batch],
+            Sampling(cfg.temperature, cfg.top_k, cfg.top_p),
+            max_new_tokens=cfg.max_new_tokens,
+            seed=cfg.seed,
+            keys=[s.key for s in batch],
+            eot=batch[0].eot,
+            stop=follow if cfg.stop or cfg.stream else None,
+            slide=cfg.slide,
+        )
+        for s, ids in zip(batch, new, strict=True):
+            s.ids = s.ids + ids
+            s.text.update(ids)
+        if cfg.stream:
+            print(batch[0].text.rest(), end="\n" if batch[0] is samples[-1] else "\n---\n", flush=True)
 
 
 def load_model(checkpoint: Path, cfg: ModelConfig) -> GPT:
@@ -71,30 +116,47 @@ def _prompts(cfg: GenerateConfig, tokenizer: Tokenizer | None) -> list[list[int]
         return cfg.prompt_ids
     if tokenizer is None:
         raise UserError(f"checkpoint={cfg.checkpoint} carries no tokenizer.json: give prompt_ids=[[...]]")
-    if cfg.prompt is not None:
-        return [tokenizer.encode(cfg.prompt)]
+    lines = [cfg.prompt] if cfg.prompt is not None else _lines(str(cfg.prompt_file))
+    for i, line in enumerate(lines):
+        if not cfg.special_tokens and (found := tokenizer.special_in(line)):
+            _note(f"prompt {i} holds {', '.join(found)}, taken as letters: special_tokens=true takes the token")
+    return [tokenizer.encode(line, special=cfg.special_tokens) for line in lines]
+
+
+def _lines(file: str) -> list[str]:
     try:
-        text = sys.stdin.read() if cfg.prompt_file == "-" else Path(str(cfg.prompt_file)).read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise of_nature(e, f"prompt_file={cfg.prompt_file}: {e}") from None
-    return [tokenizer.encode(line) for line in text.removesuffix("\n").split("\n")] if text else []
+        raise of_nature(e, f"prompt_file={file}: {e}") from None
+    return text.removesuffix("\n").split("\n") if text else []
 
 
-def _check(prompts: list[list[int]], cfg: GenerateConfig, model: ModelConfig) -> None:
+def _check(prompts: list[list[int]], cfg: GenerateConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """Raises UserError for what no model continues, and tells of texts that grow beyond n_ctx."""
     if not prompts:
         raise UserError("no prompt: prompt_ids is an empty list, or prompt_file an empty file: give at least one")
+    if cfg.slide > model.n_ctx:
+        raise UserError(f"slide={cfg.slide}: give at most the model's n_ctx={model.n_ctx}")
     for i, ids in enumerate(prompts):
-        if not ids:
-            raise UserError(f"prompt {i} is empty: a model continues at least one token")
-        if len(ids) + cfg.max_new_tokens > model.n_ctx:
+        if not ids and (tokenizer is None or tokenizer.eot_id is None):
             raise UserError(
-                f"prompt {i} has {len(ids)} tokens, with max_new_tokens={cfg.max_new_tokens} more than "
-                f"the model's n_ctx={model.n_ctx}: give a shorter prompt, or max_new_tokens of at most "
-                f"{max(0, model.n_ctx - len(ids))}"
+                f"prompt {i} is empty, but checkpoint={cfg.checkpoint} has no end-of-text token to start a text with: "
+                "give a prompt of at least one token"
             )
         bad = next((t for t in ids if not 0 <= t < model.vocab_size), None)
         if bad is not None:
             raise UserError(f"prompt {i} holds token id {bad}: the model's ids go from 0 to {model.vocab_size - 1}")
+    longest = max(max(1, len(ids)) for ids in prompts) + cfg.max_new_tokens
+    if longest > model.n_ctx + 1:
+        seen = f"{model.n_ctx - cfg.slide + 1} to {model.n_ctx}" if cfg.slide > 1 else str(model.n_ctx)
+        _note(
+            f"a text of up to {longest} tokens is longer than n_ctx={model.n_ctx}: its later tokens see the last "
+            f"{seen} alone, through a sliding window"
+        )
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

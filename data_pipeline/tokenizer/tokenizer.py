@@ -98,15 +98,22 @@ class Tokenizer:
 
     @cached_property
     def _encode(self) -> Callable[[list[str]], list[np.ndarray]]:
-        clean = json.dumps(
-            {**self._body, "added_tokens": self._plain, "post_processor": None, "truncation": None, "padding": None}
-        )
-        encode = self._opened(_fastokens if self.engine == "fastokens" else _tokenizers, clean)
+        encode = self._encoder(self._plain)
         if self.eot_id is not None and self.eot_id in encode([EOT])[0]:
             raise UserError(
                 f"this vocabulary makes {EOT} from plain text: its merges or pattern are not those of a GPT"
             )
         return encode
+
+    @cached_property
+    def _encode_special(self) -> Callable[[list[str]], list[np.ndarray]]:
+        return self._encoder(self._body["added_tokens"])
+
+    def _encoder(self, added_tokens: list[Any]) -> Callable[[list[str]], list[np.ndarray]]:
+        """The library's encoder that knows these added tokens, and adds none by itself."""
+        own = {"added_tokens": added_tokens, "post_processor": None, "truncation": None, "padding": None}
+        library = _fastokens if self.engine == "fastokens" else _tokenizers
+        return self._opened(library, json.dumps({**self._body, **own}))
 
     @cached_property
     def _decode(self) -> Callable[[list[int]], str]:
@@ -125,9 +132,13 @@ class Tokenizer:
         except Exception as e:  # the libraries raise plain ones
             raise UserError(f"{self.name}: {self.engine} cannot use this vocabulary ({e}): make it anew") from None
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, as `encode_batch`."""
-        return self.encode_batch([text])[0].tolist()
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of a text, as `encode_batch`; with `special` the text of a special token is that token, not letters."""
+        return (self._checked(self._encode_special, [text]) if special else self.encode_batch([text]))[0].tolist()
+
+    def special_in(self, text: str) -> list[str]:
+        """The special tokens whose text occurs in `text`."""
+        return [t["content"] for t in self._body["added_tokens"] if t["special"] and t["content"] in text]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Ids [n] uint32 of each text, without an end-of-text token.
@@ -135,8 +146,12 @@ class Tokenizer:
         Raises:
             UserError: a text that is not Unicode.
         """
+        return self._checked(self._encode, texts)
+
+    @staticmethod
+    def _checked(encode: Callable[[list[str]], list[np.ndarray]], texts: list[str]) -> list[np.ndarray]:
         try:
-            return self._encode(texts)
+            return encode(texts)
         except UnicodeEncodeError as e:
             raise UserError(f"the text is not Unicode ({e.reason} at character {e.start}): give UTF-8") from None
 

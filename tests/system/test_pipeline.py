@@ -79,12 +79,38 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(run: Path) -> None:
     ]
 
 
+def test_samples_from_the_start_of_a_text_beyond_n_ctx(run: Path) -> None:
+    """An empty prompt is the end-of-text token, which the flag also makes of its text; more samples change no other."""
+    args = (f"checkpoint={run}", "max_new_tokens=90", "json=true", "seed=3")
+    ended = command("trainer.generate", *args, "prompt=", "num_samples=3")
+    assert "n_ctx=64: its later tokens see the last 64 alone" in ended.stderr
+    some = json.loads(ended.stdout)
+    assert len(some["ids"]) == 3 and len({tuple(ids) for ids in some["ids"]}) == 3
+    assert all(ids[0] == VOCAB - 1 for ids in some["ids"])
+    assert not any(text.startswith("<|endoftext|>") for text in some["text"])
+    assert any(len(ids) == 91 for ids in some["ids"])
+    by_flag = generate(run, *args[1:], "prompt=<|endoftext|>", "special_tokens=true")
+    assert by_flag["ids"] == some["ids"][:1]
+    letters = command("trainer.generate", *args, "prompt=<|endoftext|>", "max_new_tokens=1")
+    assert "taken as letters: special_tokens=true" in letters.stderr
+
+
+def test_streamed_samples_are_those_printed_at_the_end(run: Path) -> None:
+    args = (f"checkpoint={run}", "prompt=The class", "num_samples=2", "max_new_tokens=30", "temperature=2")
+    whole = done("trainer.generate", *args)
+    assert whole.count("\n---\n") == 1
+    assert done("trainer.generate", *args, "stream=true") == whole
+    stop = whole[len("The class") + 9 : len("The class") + 11]
+    ended = generate(run, *args[1:], f"stop={json.dumps([stop])}")
+    assert ended["text"][0] == whole[: whole.index(stop, len("The class"))]
+    assert len(ended["ids"][0]) < 30
+
+
 def test_a_wrong_prompt_is_refused_in_one_line(run: Path) -> None:
-    """A prompt that does not fit, an id outside the vocabulary, no prompt, no file."""
+    """A window that does not fit, an id outside the vocabulary, no file."""
     for args, message in {
-        ("prompt_ids=[[1,2,3]]", "max_new_tokens=62"): "n_ctx=64",
+        ("prompt_ids=[[1,2,3]]", "slide=65"): "n_ctx=64",
         ("prompt_ids=[[1,512]]", "max_new_tokens=1"): "token id 512",
-        ("prompt=", "max_new_tokens=1"): "prompt 0 is empty",
         ("prompt_file=nowhere.txt", "max_new_tokens=1"): "nowhere.txt",
     }.items():
         ended = command("trainer.generate", f"checkpoint={run}", *args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from conf.errors import MISSING, UserError
 
@@ -13,10 +13,15 @@ class GenerateConfig:
     """`python -m trainer.generate`: continue prompts with a checkpoint of any layout."""
 
     checkpoint: str = MISSING  # a run folder (its latest), or one checkpoint
-    prompt: str | None = None
+    prompt: str | None = None  # empty, as an empty line or list: a text from its start, after the end-of-text token
     prompt_file: str | None = None  # one prompt a line; "-" = standard input
     prompt_ids: list[list[int]] | None = None
-    max_new_tokens: int = 64
+    special_tokens: bool = False  # true: <|endoftext|> and the like in a prompt are the tokens, not their letters
+    num_samples: int = 1  # of each prompt, one after the other
+    max_new_tokens: int = 64  # beyond the model's n_ctx by a sliding window, which a note says
+    slide: int = 1  # tokens that the window moves by: 1 lets each token see n_ctx others, n_ctx / 2 is far faster
+    stop: list[str] = field(default_factory=list)  # texts before which a sample ends
+    stream: bool = False  # print a sample while it is made, and the samples one after the other
     temperature: float = 1.0  # 0 = greedy
     top_k: int | None = None
     top_p: float | None = None
@@ -27,8 +32,22 @@ class GenerateConfig:
         given = [k for k in ("prompt", "prompt_file", "prompt_ids") if getattr(self, k) is not None]
         if len(given) != 1:
             raise UserError(
-                f"give exactly one of prompt, prompt_file and prompt_ids; given: {', '.join(given) or 'none'}"
+                f"give exactly one of prompt, prompt_file and prompt_ids; given: {', '.join(given) or 'none'}; "
+                "prompt='' samples from the start of a text"
             )
+        if self.num_samples < 1:
+            raise UserError(f"num_samples={self.num_samples}: give at least 1")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise UserError(
+                f"num_samples={self.num_samples} with temperature=0 is one text {self.num_samples} times: give "
+                "num_samples=1, or temperature=1"
+            )
+        if self.slide < 1:
+            raise UserError(f"slide={self.slide}: give at least 1")
+        if "" in self.stop:
+            raise UserError(f"stop={self.stop} holds an empty text, before which every sample ends: leave it out")
+        if self.stream and self.json:
+            raise UserError("stream=true prints text, json=true one object when all is done: give one of them")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens}: give at least 1")
         if not 0 <= self.temperature < math.inf:

@@ -89,27 +89,35 @@ def sample(
     keys: Sequence[int] | None = None,
     eot: int | None = None,
     stop: Stop | None = None,
+    slide: int | None = None,
     batch_size: int = BATCH,
 ) -> list[list[int]]:
     """The new tokens of each prompt: up to its `max_new_tokens`, an `eot`, a true `stop(...)`, or the end of n_ctx.
 
+    With `slide` (1 to n_ctx) texts go on beyond n_ctx: `window_start` says which last tokens the model then sees. A
+    position's embedding changes with the window, so each slide computes the whole window anew.
     A prompt's draws are a function of (seed, key, number of the new token): neither the batch nor the rank counts.
     `keys` are the prompts' indices by default; where ranks have parts of one list, give the indices in that list.
     Collective where ranks share a model: tp ranks give the same prompts; under ZeRO-3 each rank gives its own, any
     number of them.
 
     Raises:
-        UserError: a prompt that is empty, longer than n_ctx, or holds an id outside of the vocabulary.
+        UserError: a prompt that is empty, longer than n_ctx without `slide`, or holds an id outside of the vocabulary.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     texts: list[_Text] = []
 
     def forwards() -> Iterator[None]:
         for i, (prompt, limit, key) in enumerate(zip(prompts, limits, keys or range(len(prompts)), strict=True)):
-            texts.append(_text(i, prompt, limit, stable_seed("sample", seed, key), model.cfg))
+            texts.append(_text(i, prompt, limit, stable_seed("sample", seed, key), model.cfg, slide))
         longest_first = sorted((t for t in texts if t.limit > 0), key=lambda t: -len(t.prompt))
         for start in range(0, len(longest_first), batch_size):
-            yield from _continue(model, longest_first[start : start + batch_size], sampling, eot, stop)
+            batch = longest_first[start : start + batch_size]
+            while batch:  # once more after each slide
+                for text in batch:
+                    text.open_window(model.cfg.n_ctx, slide)
+                yield from _continue(model, batch, sampling, eot, stop)
+                batch = [t for t in batch if not t.ended]
 
     run_in_lockstep(model, forwards())
     return [t.new for t in texts]
@@ -122,51 +130,62 @@ def check_ids(name: str, ids: list[int], vocab_size: int) -> None:
         raise UserError(f"{name} holds token id {bad}: the model's ids go from 0 to {vocab_size - 1}")
 
 
+def window_start(tokens: int, n_ctx: int, slide: int) -> int:
+    """The first token that the one after `tokens` is drawn from: the fewest slides that leave at most n_ctx."""
+    return -(-max(0, tokens - n_ctx) // slide) * slide
+
+
 @dataclass
 class _Text:
     index: int
     prompt: list[int]
     limit: int  # new tokens at most
-    seed: int
+    draws: (
+        Tensor  # uniform numbers in [0, 1), fp64 [limit + 1], of which the i-th does not depend on how many there are
+    )
     new: list[int] = field(default_factory=list)
+    window: list[int] = field(default_factory=list)  # the tokens that the next one is drawn from
     ended: bool = False
 
-    def draws(self) -> Tensor:
-        """Uniform numbers in [0, 1), fp64 [limit + 1], of which the i-th does not depend on how many there are."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(self.limit + 1, generator=generator, dtype=torch.float64)
+    def open_window(self, n_ctx: int, slide: int | None) -> None:
+        ids = self.prompt + self.new
+        self.window = ids[window_start(len(ids), n_ctx, slide or n_ctx) :]
 
 
-def _text(index: int, prompt: list[int], limit: int, seed: int, cfg: ModelConfig) -> _Text:
+def _text(index: int, prompt: list[int], limit: int, seed: int, cfg: ModelConfig, slide: int | None) -> _Text:
     check_ids(f"prompt {index}", prompt, cfg.vocab_size)
-    if not 0 < len(prompt) <= cfg.n_ctx:
+    if not prompt or (slide is None and len(prompt) > cfg.n_ctx):
         raise UserError(f"prompt {index} has {len(prompt)} tokens: give 1 to n_ctx={cfg.n_ctx}")
-    return _Text(index, prompt, min(limit, cfg.n_ctx - len(prompt)), seed)
+    if slide is None:
+        limit = min(limit, cfg.n_ctx - len(prompt))
+    generator = torch.Generator().manual_seed(seed)
+    return _Text(index, prompt, limit, torch.rand(limit + 1, generator=generator, dtype=torch.float64))
 
 
 def _continue(model: GPT, texts: list[_Text], sampling: Sampling, eot: int | None, stop: Stop | None) -> Iterator[None]:
-    """Fills `new` of the texts, all of them in one batch; yields before each forward."""
-    device = model.mesh.device
-    cache = KVCache(max(len(t.prompt) + t.limit for t in texts))
-    width = max(len(t.prompt) for t in texts)
-    tokens_BT = torch.tensor([t.prompt + [0] * (width - len(t.prompt)) for t in texts], device=device)
-    last_B = torch.tensor([len(t.prompt) - 1 for t in texts], device=device)
-    draws = {t.index: t.draws() for t in texts}
+    """Continues the texts in one batch until each has ended or its window is full; yields before each forward."""
+    device, n_ctx = model.mesh.device, model.cfg.n_ctx
+    cache = KVCache(min(n_ctx, max(len(t.window) + t.limit - len(t.new) for t in texts)))
+    width = max(len(t.window) for t in texts)
+    tokens_BT = torch.tensor([t.window + [0] * (width - len(t.window)) for t in texts], device=device)
+    last_B = torch.tensor([len(t.window) - 1 for t in texts], device=device)
     while texts:
         yield
         logits_BV = model.logits(tokens_BT, cache, index_B=last_B)[:, 0]
-        cache.lengths = [len(t.prompt) + len(t.new) - t.ended for t in texts]  # an ended row stays where it is
-        u_B = torch.stack([draws[t.index][len(t.new)] for t in texts]).to(device)
+        # a row that has ended, or waits for a slide, stays where it is
+        cache.lengths = [min(len(t.window) - t.ended, n_ctx - 1) for t in texts]
+        u_B = torch.stack([t.draws[len(t.new)] for t in texts]).to(device)
         for t, token in zip(texts, _same_on_tp(sampling(logits_BV, u_B), model.mesh).tolist(), strict=True):
-            if not t.ended:
+            if not t.ended and len(t.window) <= n_ctx:
                 t.new.append(token)
+                t.window.append(token)
                 stopped = stop is not None and stop(t.index, t.new)
                 t.ended = stopped or token == eot or len(t.new) == t.limit
-        alive = [i for i, t in enumerate(texts) if not t.ended]
+        alive = [i for i, t in enumerate(texts) if not t.ended and len(t.window) <= n_ctx]
         if 2 * len(alive) <= len(texts):
             texts = [texts[i] for i in alive]
             cache.keep(alive)
-        tokens_BT = torch.tensor([t.new[-1:] for t in texts], device=device)
+        tokens_BT = torch.tensor([t.window[-1:] for t in texts], device=device)
         last_B = torch.zeros(len(texts), dtype=torch.long, device=device)
 
 

@@ -17,6 +17,11 @@ from trainer.config.generate import GenerateConfig
         ({"prompt": "a", "top_k": 0}, "top_k=0"),
         ({"prompt": "a", "top_p": 0.0}, "top_p=0.0"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"prompt": "a", "num_samples": 0}, "num_samples=0"),
+        ({"prompt": "a", "num_samples": 2, "temperature": 0.0}, "give num_samples=1, or temperature=1"),
+        ({"prompt": "a", "slide": 0}, "slide=0"),
+        ({"prompt": "a", "stop": ["x", ""]}, "holds an empty text"),
+        ({"prompt": "a", "stream": True, "json": True}, "give one of them"),
     ],
 )
 def test_an_impossible_request_is_refused_by_its_name(given: dict, message: str) -> None:

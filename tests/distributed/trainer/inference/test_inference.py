@@ -40,6 +40,11 @@ def test_32_prompts_of_32_lengths_equal_transformers(case: str, ranks: list[dict
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_texts_beyond_n_ctx_equal_transformers_windows(case: str, ranks: list[dict[str, Any]]) -> None:
+    assert all(rank[case]["beyond"] == rank[case]["expected beyond"] for rank in ranks)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_scores_equal_transformers(case: str, ranks: list[dict[str, Any]]) -> None:
     assert all(rank[case]["score_error"] <= 1e-5 and rank[case]["greedy_equal"] for rank in ranks)
 
@@ -78,22 +83,25 @@ def measure(seed: int) -> dict[str, Any]:
         expected = list(
             zip(prompts, texts, [log_p(hf, *pair) for pair in zip(prompts, texts, strict=True)], strict=True)
         )
+        long = random_texts([60, 64, 70], CFG.vocab_size, seed)
+        beyond = [(prompt, last_window(hf, prompt, n)) for prompt, n in zip(long, [8, 5, 3], strict=True)]
         out["drawn on one rank"] = sample(one, prompts, Sampling(), max_new_tokens=NEW)
         config = run.config(zero=3, model=MODEL)
         engine = run.build(config, mesh, seed)
         first = run.curve(engine, range(2))
         engine = run.build(config, mesh, seed)
-        for case, parts in (("zero3", [expected[:22], expected[22:]]), (CASES[-1], [expected, []])):
-            out[case] = compare(engine.module, parts[mesh.dp_rank], eot)
+        split = ("zero3", [expected[:22], expected[22:]], [beyond[:1], beyond[1:]])
+        for case, parts, longer in (split, (CASES[-1], [expected, []], [beyond, []])):
+            out[case] = compare(engine.module, parts[mesh.dp_rank], eot, longer[mesh.dp_rank])
         with pytest.raises(UserError) as refused:
             sample(engine.module, [[1] * (1 + 64 * mesh.dp_rank)], Sampling(), max_new_tokens=NEW)
         out["refused"] = str(refused.value)
         out["curve after sampling"], out["curve"] = run.curve(engine, range(2)), first
     with run.layout(tp=2) as mesh:
-        for case, split in (("tp2", False), ("tp2 sequence parallel", True)):
-            model = GPT(CFG, mesh, sequence_parallel=split)
+        for case, parallel in (("tp2", False), ("tp2 sequence parallel", True)):
+            model = GPT(CFG, mesh, sequence_parallel=parallel)
             initialise(model, CFG, seed)
-            out[case] = compare(model, expected, eot)
+            out[case] = compare(model, expected, eot, beyond)
             out[case]["drawn"] = sample(model, prompts, Sampling(), max_new_tokens=NEW)
     return out
 
@@ -107,13 +115,24 @@ def transformers_model(model: GPT) -> GPT2LMHeadModel:
     return hf
 
 
-def compare(model: Any, expected: list[Any], eot: int) -> dict[str, Any]:
+def last_window(hf: GPT2LMHeadModel, prompt: list[int], n: int) -> list[int]:
+    """The likeliest token after the last n_ctx ones, n times."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids += greedy(hf, ids[-CFG.n_ctx :], 1)
+    return ids[len(prompt) :]
+
+
+def compare(model: Any, expected: list[Any], eot: int, longer: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
     prompts = [prompt for prompt, *_ in expected]
     texts = sample(model, prompts, Sampling(0.0), max_new_tokens=NEW, eot=eot, batch_size=8)
     pairs: list[Pair] = [(prompt, text) for prompt, text, _ in expected]
     scores: list[Scores] = score(model, pairs, batch_size=8)
     errors = [(got.log_p - log_p).abs().max().item() for got, (*_, (log_p, _)) in zip(scores, expected, strict=True)]
+    limits = [len(text) for _, text in longer]
     return {
+        "beyond": sample(model, [prompt for prompt, _ in longer], Sampling(0.0), max_new_tokens=limits, slide=1),
+        "expected beyond": [text for _, text in longer],
         "texts": texts,
         "expected": [text for _, text, _ in expected],
         "score_error": max(errors, default=0.0),

@@ -300,3 +300,13 @@ def test_train_encode_decode_as_commands(tmp_path: Path, capsys: pytest.CaptureF
     line = capsys.readouterr().out
     bpe.decode(BpeCodeConfig(str(tmp_path / "out"), ids=json.loads(line)))
     assert capsys.readouterr().out == "the fox\n"
+
+
+@pytest.mark.parametrize("text", [EOT, f"a{EOT}b {EOT}", f"{EOT}{EOT}\n", f"<|endof{EOT}text|>", "no token"])
+def test_special_tokens_on_request_are_tiktokens(
+    text: str, gpt2: Tokenizer, slow_gpt2: Tokenizer, peer: tiktoken.Encoding
+) -> None:
+    for tokenizer in (gpt2, slow_gpt2):
+        assert tokenizer.encode(text, special=True) == peer.encode(text, allowed_special="all")
+        assert tokenizer.encode(text) == peer.encode(text, disallowed_special=())
+        assert tokenizer.special_in(text) == [EOT] * (EOT in text)

@@ -212,6 +212,26 @@ def test_texts_end_at_eot_limit_stop_or_the_context(mesh: Mesh) -> None:
     assert sample(model, [], Sampling(), max_new_tokens=5) == []
 
 
+@pytest.mark.parametrize("slide", [1, 7, 40])
+def test_texts_beyond_n_ctx_see_the_last_tokens_alone(slide: int, mesh: Mesh) -> None:
+    """One forward for each token over what its window holds: prompts below, at and beyond n_ctx in one batch."""
+    seed, n = seeded(), 55
+    model, prompts = build(mesh, SMALL, seed), random_texts([1, 20, 39, 40, 41, 90], SMALL.vocab_size, seed)
+    got = sample(model, prompts, Sampling(0.0), max_new_tokens=[n, 7, n, n, 3, n], slide=slide, batch_size=4)
+    model.eval()
+    with torch.no_grad():
+        for prompt, text, limit in zip(prompts, got, [n, 7, n, n, 3, n], strict=True):
+            ids = list(prompt)
+            for _ in range(limit):
+                first = next(w for w in range(0, 1000, slide) if len(ids) - w <= 40)
+                ids += without_cache(model, ids[first:], 1)
+            assert prompt + text == ids
+    drawn = sample(model, prompts, Sampling(), max_new_tokens=n, slide=slide)
+    within = sample(model, prompts[:4], Sampling(), max_new_tokens=n)
+    assert [text[: len(short)] for text, short in zip(drawn, within, strict=False)] == within
+    assert drawn == sample(model, prompts, Sampling(), max_new_tokens=n, slide=slide, batch_size=1)
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [([], "prompt 1 has 0 tokens"), ([0] * 41, "prompt 1 has 41 tokens"), ([150], "prompt 1 holds token id 150")],
