@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from typing import Any
 
 
@@ -63,3 +64,19 @@ def may_pass(error: BaseException) -> bool:
 def of_nature(error: BaseException, message: str) -> UserError:
     """`message` as TransientError where `error` may pass by itself, as UserError where it stays."""
     return (TransientError if may_pass(error) else UserError)(message)
+
+
+# The words of Python, torch, CUDA, C++'s new, the loader of libraries, NumPy, and of threads that get no stack.
+_NO_MEMORY = re.compile(
+    r"can(no|')t allocate memory|out of memory|bad_alloc|failed to map segment|unable to allocate"
+    r"|can't start new thread|not enough memory",
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """One line where an error of Python or of a library says that there is no memory left; None for any other."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, MemoryError) and not _NO_MEMORY.search(text):
+        return None
+    return f"out of memory ({text[:300] or 'no further word'})"

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.errors import UserError, may_pass
+from conf.errors import UserError, may_pass, out_of_memory
 from conf.frozen import flat, thaw, user_error_in
 from conf.hints import inner, keys, near, type_of, wording
 
@@ -84,6 +84,11 @@ def _exit_codes() -> Iterator[None]:
     except (UserError, OSError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(1 if may_pass(e) else 2)
+    except (MemoryError, RuntimeError, ImportError) as e:
+        if (line := out_of_memory(e)) is None:
+            raise
+        print(f"error: {line}: give the process more, or the work a smaller batch or model", file=sys.stderr)
+        sys.exit(1)
 
 
 def load(schema: type[T], overrides: Sequence[str] = ()) -> T:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections import deque
@@ -147,6 +148,15 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0
         wait()
         best = min(best, time.perf_counter() - start)
     return 2.0 * n**3 / best
+
+
+def gpu_bytes() -> int | None:
+    """The memory of a GPU of this node, of the smallest; None where ranks run on the CPU."""
+    import torch
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return None
+    return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
 
 
 def peak_memory_gib(device: torch.device) -> float:

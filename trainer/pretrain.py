@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from conf.errors import TransientError, out_of_memory
 from conf.frozen import freeze
 from conf.schema import run
 from data_pipeline.manifest import TOKENIZER
@@ -16,6 +17,7 @@ from trainer.check import Checked, check
 from trainer.config.pretrain import PretrainConfig
 from trainer.data.sources import fetch_s
 from trainer.distributed.world import read_world
+from trainer.plan.room import check_room, describe
 from trainer.run.signals import OF_THIS_PROCESS, Stopped
 
 if TYPE_CHECKING:
@@ -34,7 +36,9 @@ def pretrain(cfg: PretrainConfig) -> None:
             print(line, flush=True)
     from trainer.distributed.lost_ranks import ranks_lost
     from trainer.loop import Trainer  # from here on torch, deepspeed and megatron
+    from trainer.metrics import gpu_bytes
 
+    check_room(cfg, world, gpu_bytes())  # after the imports, which take some of it
     try:
         with (
             ranks_lost(world, cfg.watch.collective_s),
@@ -45,6 +49,10 @@ def pretrain(cfg: PretrainConfig) -> None:
         if world.is_main:
             print(e, file=sys.stderr, flush=True)
         sys.exit(e.code)
+    except (MemoryError, RuntimeError, OSError) as e:
+        if cause := out_of_memory(e):
+            raise TransientError(f"rank {world.rank}: {cause}; {describe(cfg, world)}") from None
+        raise
 
 
 def language_model(checked: Checked) -> Task:

@@ -5,6 +5,7 @@ A disk that is full may have room tomorrow: one line, and exit code 1.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -147,3 +148,33 @@ def test_a_full_disk_stops_every_rank_in_one_line(data: Path, tmp_path: Path, sm
     pretrain(tmp_path / "run", *common, ranks=2)
     pretrain(tmp_path / "whole", *common, ranks=2)
     assert story(tmp_path / "run") == story(tmp_path / "whole")
+
+
+def limited(kib: int, *args: str) -> tuple[int, str]:
+    """Exit code and stderr of a command whose address space a shell limits."""
+    argv = ["bash", "-c", f'ulimit -v {kib} && exec "$@"', "bash", sys.executable, "-m", "trainer.pretrain", *args]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    return done.returncode, done.stderr
+
+
+def test_a_model_that_memory_cannot_hold_ends_in_one_line(data: Path, tmp_path: Path) -> None:
+    """Before the run folder is claimed."""
+    args = (*TINY, f"run.dir={tmp_path / 'run'}", "max_steps=3", f"data.path={data}", "model=gpt2_xl")
+    code, err = limited(8 * 2**20, *args, "model.vocab_size=1024", "model.n_ctx=64")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "ulimit -v 8388608, after all imports, has room for" in err and " GiB a rank for tensors" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_memory_that_ends_in_the_engine_is_one_line(data: Path, tmp_path: Path) -> None:
+    """The plan lets it start, for it counts tensors alone: threads and their heaps take address space too."""
+    size = ("model.n_layer=12", "model.n_embd=1024", "model.n_head=16")  # 154 million parameters: 2.3 GiB of states
+    args = (*TINY, f"run.dir={tmp_path / 'run'}", "max_steps=3", f"data.path={data}", *size)
+    code, err = limited(2**20, *args)
+    while code == 2:  # give what the plan asks for, and no more
+        need, room = (float(x) for x in re.findall(r"needs ([0-9.]+) GiB.*room for ([0-9.]+)", err)[0])
+        limit = int(re.findall(r"ulimit -v ([0-9]+)", err)[0])
+        code, err = limited(limit + int((need - room + 0.1) * 2**20), *args)
+    assert (code, err.count("\n")) == (1, 1), err
+    assert "out of memory" in err and "model=test of 15" in err
