@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+import trainer.generate
+from conf.schema import load
 from tests.helpers.ranks import ROOT, free_port
 from tests.system.runs import pretrain
+from trainer.config.generate import GenerateConfig
 from trainer.run.folder import RunFolder
 
 VOCAB = 512
@@ -53,6 +56,14 @@ def generate(run: Path, *args: str, stdin: str = "") -> dict[str, Any]:
     return json.loads(done("trainer.generate", f"checkpoint={run}", "json=true", *args, stdin=stdin))
 
 
+def generated(capsys: pytest.CaptureFixture[str], run: Path, *args: str) -> tuple[str, str]:
+    """Standard output and error of the command, in this process."""
+    capsys.readouterr()
+    trainer.generate.generate(load(GenerateConfig, [f"checkpoint={run}", *args]))
+    out, err = capsys.readouterr()
+    return out, err
+
+
 def test_greedy_on_one_rank_from_two_equals_transformers(run: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -79,29 +90,28 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(run: Path) -> None:
     ]
 
 
-def test_samples_from_the_start_of_a_text_beyond_n_ctx(run: Path) -> None:
+def test_samples_from_the_start_of_a_text_beyond_n_ctx(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An empty prompt is the end-of-text token, which the flag also makes of its text; more samples change no other."""
-    args = (f"checkpoint={run}", "max_new_tokens=90", "json=true", "seed=3")
-    ended = command("trainer.generate", *args, "prompt=", "num_samples=3")
-    assert "n_ctx=64: its later tokens see the last 64 alone" in ended.stderr
-    some = json.loads(ended.stdout)
+    out, err = generated(capsys, run, "max_new_tokens=90", "json=true", "seed=3", "prompt=", "num_samples=3")
+    assert "n_ctx=64: its later tokens see the last 64 alone" in err
+    some = json.loads(out)
     assert len(some["ids"]) == 3 and len({tuple(ids) for ids in some["ids"]}) == 3
     assert all(ids[0] == VOCAB - 1 for ids in some["ids"])
     assert not any(text.startswith("<|endoftext|>") for text in some["text"])
     assert any(len(ids) == 91 for ids in some["ids"])
-    by_flag = generate(run, *args[1:], "prompt=<|endoftext|>", "special_tokens=true")
-    assert by_flag["ids"] == some["ids"][:1]
-    letters = command("trainer.generate", *args, "prompt=<|endoftext|>", "max_new_tokens=1")
-    assert "taken as letters: special_tokens=true" in letters.stderr
+    special = ("max_new_tokens=90", "json=true", "seed=3", "prompt=<|endoftext|>")
+    out, err = generated(capsys, run, *special, "special_tokens=true")
+    assert json.loads(out)["ids"] == some["ids"][:1] and "taken as letters" not in err
+    assert "taken as letters: special_tokens=true" in generated(capsys, run, *special)[1]
 
 
-def test_streamed_samples_are_those_printed_at_the_end(run: Path) -> None:
-    args = (f"checkpoint={run}", "prompt=The class", "num_samples=2", "max_new_tokens=30", "temperature=2")
-    whole = done("trainer.generate", *args)
+def test_streamed_samples_are_those_printed_at_the_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("prompt=The class", "num_samples=2", "max_new_tokens=30", "temperature=2")
+    whole, _ = generated(capsys, run, *args)
     assert whole.count("\n---\n") == 1
-    assert done("trainer.generate", *args, "stream=true") == whole
+    assert generated(capsys, run, *args, "stream=true")[0] == whole
     stop = whole[len("The class") + 9 : len("The class") + 11]
-    ended = generate(run, *args[1:], f"stop={json.dumps([stop])}")
+    ended = json.loads(generated(capsys, run, *args, f"stop={json.dumps([stop])}", "json=true")[0])
     assert ended["text"][0] == whole[: whole.index(stop, len("The class"))]
     assert len(ended["ids"][0]) < 30
 

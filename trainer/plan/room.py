@@ -67,16 +67,15 @@ def _layout(cfg: PretrainConfig, world: World) -> Layout:
 
 def _smaller(layout: Layout) -> Iterator[tuple[Layout, str]]:
     """Layouts with less and less memory, and the settings that make them."""
-    settings: list[str] = []
-    for key, value, is_set in (
-        ("micro_batch_size", 1, layout.micro_batch_size == 1),
-        ("recompute", Recompute.full, layout.recompute is Recompute.full),
-        ("zero_stage", 3, layout.zero_stage == 3 or layout.dp == 1),
-    ):
-        if not is_set:
-            layout = replace(layout, **{key: value})
-            settings.append(f"{'' if key == 'micro_batch_size' else 'parallel.'}{key}={getattr(value, 'value', value)}")
-            yield layout, " ".join(settings)
+    settings = ""
+    if layout.micro_batch_size > 1:
+        layout, settings = replace(layout, micro_batch_size=1), "micro_batch_size=1"
+        yield layout, settings
+    if layout.recompute is not Recompute.full:
+        layout, settings = replace(layout, recompute=Recompute.full), f"{settings} parallel.recompute=full".lstrip()
+        yield layout, settings
+    if layout.zero_stage < 3 and layout.dp > 1:
+        yield replace(layout, zero_stage=3), f"{settings} parallel.zero_stage=3".lstrip()
 
 
 def _host(world: World) -> Iterator[tuple[float, str]]:
