@@ -17,7 +17,9 @@ from trainer.check import Checked, check
 from trainer.config.pretrain import PretrainConfig
 from trainer.data.sources import fetch_s
 from trainer.distributed.world import read_world
+from trainer.plan.layout import Layout
 from trainer.plan.room import check_room, describe
+from trainer.plan.workload import Workload
 from trainer.run.signals import OF_THIS_PROCESS, Stopped
 
 if TYPE_CHECKING:
@@ -38,7 +40,9 @@ def pretrain(cfg: PretrainConfig) -> None:
     from trainer.loop import Trainer  # from here on torch, deepspeed and megatron
     from trainer.metrics import gpu_bytes
 
-    check_room(cfg, world, gpu_bytes())  # after the imports, which take some of it
+    work, layout = Workload.of(cfg), Layout.of(cfg.parallel, int(cfg.micro_batch_size), world.world_size)
+    local_ranks = world.local_world_size or world.world_size
+    check_room(work, layout, gpu_bytes(), local_ranks)  # after the imports, which take some of it
     try:
         with (
             ranks_lost(world, cfg.watch.collective_s),
@@ -51,7 +55,7 @@ def pretrain(cfg: PretrainConfig) -> None:
         sys.exit(e.code)
     except (MemoryError, RuntimeError, OSError) as e:
         if cause := out_of_memory(e):
-            raise TransientError(f"rank {world.rank}: {cause}; {describe(cfg, world)}") from None
+            raise TransientError(f"rank {world.rank}: {cause}; {describe(work, layout)}") from None
         raise
 
 

@@ -22,6 +22,12 @@ class Layout:
     offload: Offload
     micro_batch_size: int
 
+    @classmethod
+    def of(cls, parallel: ParallelConfig, micro_batch_size: int, world_size: int) -> Layout:
+        """The layout of settings that leave nothing open."""
+        p, dp = parallel, world_size // parallel.tp
+        return cls(dp, p.tp, p.sequence_parallel, p.zero_stage, p.recompute, p.offload, micro_batch_size)
+
     @property
     def world_size(self) -> int:
         return self.dp * self.tp

@@ -11,8 +11,6 @@ from pathlib import Path
 from conf.errors import UserError
 from data_pipeline.files import GIB
 from trainer.config.parallel import Recompute
-from trainer.config.pretrain import PretrainConfig
-from trainer.distributed.world import World
 from trainer.model.arithmetic import param_count
 from trainer.plan.layout import Layout
 from trainer.plan.memory import snapshot, tensor_memory
@@ -25,7 +23,7 @@ LIMITS = (  # of a process: how a shell sets them, and which number of /proc/sel
 )
 
 
-def check_room(cfg: PretrainConfig, world: World, gpu_bytes: int | None) -> None:
+def check_room(work: Workload, layout: Layout, gpu_bytes: int | None, local_ranks: int) -> None:
     """Ask the plan whether a rank's tensors fit into `gpu_bytes`, or on a CPU (None) into what it may still take.
 
     Only the tensors are counted, which the plan knows within a percent: what is refused would have died.
@@ -33,36 +31,27 @@ def check_room(cfg: PretrainConfig, world: World, gpu_bytes: int | None) -> None
     Raises:
         UserError: they do not fit; with the settings that would.
     """
-    work, layout = Workload.of(cfg), _layout(cfg, world)
 
     def need(layout: Layout) -> float:
         tensors = tensor_memory(work, layout, on_gpu=gpu_bytes is not None).total
         return tensors if gpu_bytes is not None else tensors + snapshot(work, layout)
 
-    room, place = min(_host(world)) if gpu_bytes is None else (gpu_bytes, "its GPU")
+    room, place = min(_host(local_ranks)) if gpu_bytes is None else (gpu_bytes, "its GPU")
     if need(layout) <= room:
         return
     cure = next((text for other, text in _smaller(layout) if need(other) <= room), "more ranks or a smaller model")
     raise UserError(
-        f"{describe(cfg, world, need(layout))}, and {place} has room for {room / GIB:.1f}: give {cure}; "
+        f"{describe(work, layout, need(layout))}, and {place} has room for {room / GIB:.1f}: give {cure}; "
         "python -m launch.plan shows every layout"
     )
 
 
-def describe(cfg: PretrainConfig, world: World, need: float | None = None) -> str:
+def describe(work: Workload, layout: Layout, need: float | None = None) -> str:
     """The bytes that a rank's tensors need, in words."""
-    layout = _layout(cfg, world)
     if need is None:
-        need = tensor_memory(Workload.of(cfg), layout).total
-    name, params = cfg.model.name, param_count(cfg.model) / 1e6
+        need = tensor_memory(work, layout).total
+    name, params = work.model.name, param_count(work.model) / 1e6
     return f"model={name} of {params:,.0f} million parameters needs {need / GIB:.1f} GiB a rank for tensors ({layout})"
-
-
-def _layout(cfg: PretrainConfig, world: World) -> Layout:
-    """The layout of a config that leaves nothing open."""
-    p = cfg.parallel
-    dp = world.world_size // p.tp
-    return Layout(dp, p.tp, p.sequence_parallel, p.zero_stage, p.recompute, p.offload, int(cfg.micro_batch_size))
 
 
 def _smaller(layout: Layout) -> Iterator[tuple[Layout, str]]:
@@ -78,9 +67,8 @@ def _smaller(layout: Layout) -> Iterator[tuple[Layout, str]]:
         yield replace(layout, zero_stage=3), f"{settings} parallel.zero_stage=3".lstrip()
 
 
-def _host(world: World) -> Iterator[tuple[float, str]]:
+def _host(ranks: int) -> Iterator[tuple[float, str]]:
     """Bytes that this rank may still take, and what says so: the machine, the limits of its group and its own."""
-    ranks = world.local_world_size or world.world_size
     page = os.sysconf("SC_PAGE_SIZE")
     yield page * os.sysconf("SC_PHYS_PAGES") / ranks, f"this machine with {ranks} ranks"
     for limit in _group_limits():

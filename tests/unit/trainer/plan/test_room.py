@@ -13,7 +13,6 @@ from conf.errors import UserError, out_of_memory
 from conf.schema import load, run
 from trainer.config.generate import GenerateConfig
 from trainer.config.pretrain import PretrainConfig
-from trainer.distributed.world import World
 from trainer.plan.layout import Layout
 from trainer.plan.memory import tensor_memory
 from trainer.plan.room import check_room
@@ -23,9 +22,15 @@ GIB = 2**30
 
 
 def config(*more: str) -> PretrainConfig:
-    given = ("experiment=demo", "model=gpt2_xl", "data.path=none", "run.dir=none", "precision=bf16", *more)
-    cfg: PretrainConfig = load(PretrainConfig, given)
+    given = ("experiment=demo", "model=gpt2_xl", "data.path=none", "run.dir=none", "precision=bf16")
+    cfg: PretrainConfig = load(PretrainConfig, [*given, "tokens_per_step=524288", *more])
     return cfg
+
+
+def ask(room_gib: float | None, ranks: int, *more: str) -> None:
+    cfg = config(*more)
+    layout = Layout.of(cfg.parallel, int(cfg.micro_batch_size), ranks)
+    check_room(Workload.of(cfg), layout, None if room_gib is None else int(room_gib * GIB), ranks)
 
 
 @pytest.mark.parametrize(
@@ -37,21 +42,21 @@ def config(*more: str) -> PretrainConfig:
     ],
 )
 def test_a_refusal_names_settings_that_do_fit(layout: str, ranks: int, room_gib: float, cure: str) -> None:
-    cfg, world = config(layout, "tokens_per_step=524288"), World(0, ranks, 0)
     with pytest.raises(UserError) as refused:
-        check_room(cfg, world, int(room_gib * GIB))
+        ask(room_gib, ranks, layout)
     line = str(refused.value)
     assert f"room for {room_gib:.1f}: give {cure}; python -m launch.plan" in line, line
     need = float(re.findall(r"needs ([0-9.]+) GiB", line)[0])
+    cfg = config(layout)
     own = Layout(ranks, 1, False, 1, cfg.parallel.recompute, cfg.parallel.offload, int(cfg.micro_batch_size))
     assert need == round(tensor_memory(Workload.of(cfg), own).total / GIB, 1) > room_gib
     if "=" in cure:
-        check_room(config("tokens_per_step=524288", *cure.split()), world, int(room_gib * GIB))
+        ask(room_gib, ranks, *cure.split())
 
 
 def test_what_fits_starts() -> None:
-    check_room(config("micro_batch_size=1"), World(0, 1, 0), 80 * GIB)
-    check_room(config("model=test"), World(0, 1, 0), None)
+    ask(80, 1, "micro_batch_size=1")
+    ask(None, 1, "model=test")
 
 
 @pytest.mark.parametrize("library", ["torch", "numpy", "python"])
