@@ -102,7 +102,7 @@ def compare(folder: Path, checkpoint: Path, cfg: ModelConfig, tokenizer: Tokeniz
     rows = [torch.randint(cfg.vocab_size, (1, cfg.n_ctx))]
     if tokenizer is not None:
         rows += [torch.tensor([ids[: cfg.n_ctx]]) for ids in _same_tokens(folder, tokenizer) if ids]
-    ours, theirs = _our_logits(checkpoint, cfg, rows), _their_logits(folder, rows)
+    ours, theirs = our_logits(checkpoint, cfg, rows), _their_logits(folder, rows)
     worst = 0.0
     for mine, other in zip(ours, theirs, strict=True):
         worst = max(worst, float((mine - other).abs().max()) / float(other.abs().max()))
@@ -133,7 +133,7 @@ def _same_tokens(folder: Path, tokenizer: Tokenizer) -> list[list[int]]:
     return out
 
 
-def _our_logits(checkpoint: Path, cfg: ModelConfig, rows: list[Tensor]) -> list[Tensor]:
+def our_logits(checkpoint: Path, cfg: ModelConfig, rows: list[Tensor]) -> list[Tensor]:
     import torch
 
     from trainer.generate import load_model

@@ -22,7 +22,7 @@ T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no path, no option of a command, nothing that a URL would escape
 _PROGRESS = 1 << 20  # bytes that must arrive within timeout_s
 _QUEUED = 4  # chunks that the thread of a reader holds
-_sleep = time.sleep
+sleep = time.sleep
 _LONGEST_WAIT = 30.0  # seconds between two tries
 
 
@@ -153,5 +153,5 @@ def retried(once: Callable[[], T], fetch: FetchConfig) -> T:
         except Unreachable as e:
             if n == fetch.retries:
                 raise Unreachable(f"{e}; tried {n + 1} times") from None
-        _sleep(min(_LONGEST_WAIT, 0.25 * 2 ** min(n, 16)) * random.SystemRandom().uniform(0.5, 1.0))
+        sleep(min(_LONGEST_WAIT, 0.25 * 2 ** min(n, 16)) * random.SystemRandom().uniform(0.5, 1.0))
     raise AssertionError("unreachable")

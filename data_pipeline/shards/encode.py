@@ -134,7 +134,7 @@ def encode_all(cfg: Encoding, work: Iterable[Task], workers: int) -> Work:
     # "spawn": fork would copy the libraries' threads in an unknown state
     with worker_pool(workers, "spawn", _start, (cfg,), "workers", "shards") as pool:
         for task in work:
-            waiting.append((task, pool.submit(_run, task)))
+            waiting.append((task, pool.submit(encode_task, task)))
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
@@ -155,6 +155,6 @@ def _start(cfg: Encoding) -> None:
     _encoder = Encoder(cfg)
 
 
-def _run(task: Task) -> list[Encoded | Dropped]:
+def encode_task(task: Task) -> list[Encoded | Dropped]:
     assert _encoder is not None
     return _encoder(task)

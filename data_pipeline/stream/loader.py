@@ -23,7 +23,7 @@ from data_pipeline.stream.windows import ShardStream, shard_windows
 _PLAN_WINDOWS = 2048  # windows of a rank in one call of the plan: a call costs more than its windows
 _READ_WINDOWS = 64  # windows in one read, or those of a step if they are more: few enough for the processor's cache
 _READ_AHEAD = 2  # reads that wait to be used
-_PATIENCE = 5.0  # seconds for the thread to end
+PATIENCE_S = 5.0  # seconds for the thread to end
 
 
 class Batch(NamedTuple):
@@ -127,7 +127,7 @@ class TrainLoader:
         # Frees a thread that waits to put; it puts at most once more, into an empty queue.
         while not self._ready.empty():
             self._ready.get_nowait()
-        self._thread.join(timeout=_PATIENCE)  # a read may hang in a dead file system
+        self._thread.join(timeout=PATIENCE_S)  # a read may hang in a dead file system
         if not self._thread.is_alive():  # else the thread closes it, if it ever returns
             self._stream.close()
 

@@ -54,7 +54,7 @@ def _partition(name: str, rows: Sequence[list[str]], cluster: ClusterConfig, slu
     up, limit = rows[0][2], rows[0][3]
     usable = [row for row in rows if row[5].rstrip("*~#!%$@^-+") in USABLE and not row[5].endswith("*")]
     nodes = sum(int(row[4]) for row in usable)
-    gpus = max((_gpus(row[6]) for row in usable), default=0)
+    gpus = max((gpus_of(row[6]) for row in usable), default=0)
     text = f"{name} is {up}, {nodes} of {sum(int(row[4]) for row in rows)} nodes usable, limit {limit}"
     if up != "up":
         return fail("partition", text, "give another cluster.slurm.partition, or wait until it is up")
@@ -76,7 +76,7 @@ def limit_of(time: str) -> float:
     return seconds(time) if time[:1].isdecimal() else math.inf
 
 
-def _gpus(gres: str) -> int:
+def gpus_of(gres: str) -> int:
     """GPUs of a node, from gpu:8, gpu:h100:8(S:0-1), gpu:a:1,gpu:b:2."""
     counts = re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres)
     return sum(map(int, counts))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from data_pipeline.prepare.recipe_config import MinHashConfig
 from data_pipeline.prepare.text.hashing import U64, WordForm, batches, mix, powers, shingles
 
-_BLOCK = 2048  # n-grams whose hashes are held at a time: what the cache next to a core holds
+BLOCK = 2048  # n-grams whose hashes are held at a time: what the cache next to a core holds
 _BASE = 0xD6E8FEB86659FD93
 _MAX = np.uint32(0xFFFFFFFF)
 
@@ -64,9 +64,9 @@ class MinHash:
         minima = np.full((len(self.factors), len(counts)), _MAX)
         ends = np.cumsum(counts)
         starts = ends - counts
-        products = np.empty((len(self.factors), _BLOCK), np.uint32)
-        for low in range(0, len(grams), _BLOCK):
-            block = grams[low : low + _BLOCK]
+        products = np.empty((len(self.factors), BLOCK), np.uint32)
+        for low in range(0, len(grams), BLOCK):
+            block = grams[low : low + BLOCK]
             hashed = np.multiply(self.factors, block, out=products[:, : len(block)])
             first, last = np.searchsorted(ends, low, "right"), np.searchsorted(starts, low + len(block))
             own = minima[:, first:last]

@@ -302,7 +302,7 @@ def test_a_partition_without_a_limit_lets_a_job_run_for_ever() -> None:
 
 
 def test_gpus_of_a_node_by_slurms_words() -> None:
-    assert [slurm._gpus(g) for g in ("(null)", "gpu:8", "gpu:h100:4(S:0-1)", "gpu:a:1,gpu:b:2", "shard:9")] == [
+    assert [slurm.gpus_of(g) for g in ("(null)", "gpu:8", "gpu:h100:4(S:0-1)", "gpu:a:1,gpu:b:2", "shard:9")] == [
         0,
         8,
         4,

@@ -24,7 +24,7 @@ from trainer.checkpoint.files import SavedWeights
 from trainer.checkpoint.find import model_of
 from trainer.config.hf import ExportHfConfig, ImportHfConfig
 from trainer.config.model import Norm
-from trainer.export_hf import _our_logits, compare, export_hf
+from trainer.export_hf import compare, export_hf, our_logits
 from trainer.import_hf import import_hf
 from trainer.run.folder import RunFolder
 
@@ -48,7 +48,7 @@ def imported(source: Path, out: Path) -> dict[str, Tensor]:
 
 
 def logits_of(checkpoint: Path, tokens: Tensor) -> Tensor:
-    (out,) = _our_logits(checkpoint, model_of(checkpoint, RunFolder.state(checkpoint)), [tokens])
+    (out,) = our_logits(checkpoint, model_of(checkpoint, RunFolder.state(checkpoint)), [tokens])
     return out
 
 

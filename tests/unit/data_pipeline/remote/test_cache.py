@@ -55,7 +55,7 @@ def server(local: Manifest) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "_sleep", lambda s: time.sleep(s / 50))
+    monkeypatch.setattr(fetch, "sleep", lambda s: time.sleep(s / 50))
 
 
 def cache_in(folder: Path, limit_bytes: int = 1 << 30, cfg: FetchConfig = QUICK) -> Cache:

@@ -49,7 +49,7 @@ def server(folder: Path) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waits: list[float] = []
-    monkeypatch.setattr(fetch, "_sleep", waits.append)
+    monkeypatch.setattr(fetch, "sleep", waits.append)
     return waits
 
 

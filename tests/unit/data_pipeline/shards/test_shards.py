@@ -285,7 +285,7 @@ def test_a_killed_worker_and_a_full_disk_are_one_line(
     with pytest.raises(UserError, match=r"output=.*No space left on device .*run the same command again"):
         shards.write(config(home, tmp_path / "out"))
     monkeypatch.undo()
-    monkeypatch.setattr(encode, "_run", die)
+    monkeypatch.setattr(encode, "encode_task", die)
     with pytest.raises(UserError, match=r"a worker process was killed.*fewer than workers=2"):
         shards.write(config(home, tmp_path / "out", workers=2))
 

@@ -195,7 +195,7 @@ def test_close_after_an_error_does_not_hang(manifest: Manifest) -> None:
 
 def test_a_late_thread_closes_the_stream(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that returns late closes the stream and opens nothing."""
-    monkeypatch.setattr("data_pipeline.stream.loader._PATIENCE", 0.05)
+    monkeypatch.setattr("data_pipeline.stream.loader.PATIENCE_S", 0.05)
     ours = loader(manifest)
     stream, thread = ours._stream, ours._thread
     assert stream is not None and thread is not None

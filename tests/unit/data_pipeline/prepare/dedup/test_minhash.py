@@ -76,7 +76,7 @@ def test_a_text_is_read_the_same_however_it_is_cut(rng: random.Random, monkeypat
     one_by_one = np.concatenate([minhash.bands_of([text]) for text in texts])
     assert np.array_equal(whole, one_by_one)
     monkeypatch.setattr(hashing, "SIZE", 350)
-    monkeypatch.setattr(module, "_BLOCK", 7)
+    monkeypatch.setattr(module, "BLOCK", 7)
     assert max(len(text) for text in texts) > 2 * hashing.SIZE
     assert np.array_equal(minhash.bands_of(texts), whole)
     cut = [[piece for _, piece in hashing.pieces(text)] for text in texts]
