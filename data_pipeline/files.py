@@ -96,7 +96,7 @@ def read_json(path: Path, cure: str, limit: int = JSON_LIMIT) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
         raise UserError(f"{path}: {(e.strerror or str(e)).lower()}: {cure}") from None
     except OSError as e:
-        raise of_nature(e, f"{path}: {(e.strerror or str(e)).lower()}: mend it, then try again") from e
+        raise of_nature(e, f"{path}: {(e.strerror or str(e)).lower()}: fix it, then try again") from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON ({e}): {cure}") from None
     if not isinstance(body, dict):

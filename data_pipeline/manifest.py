@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 REPORT = "report.json"  # beside the sources: what was kept of the corpus and what was dropped
 SPLITS = ("train", "val")
-_ANEW = "write the shards anew"
+_ANEW = "write the shards again"
 
 Count = Annotated[int, range(1 << 48)]  # bytes or tokens of a shard: 256 TB, and many such still add up in 64 bits
 FileName = Annotated[str, re.compile(r"(?!\.{1,2}$)[^/\0]+"), "a file name"]  # a path leads out of the folder

@@ -338,4 +338,4 @@ def test_numbers_of_the_corpus_page_are_right() -> None:
 def test_the_numbers_of_a_benchmark_are_those_of_its_result(markdown: Callable[[dict[str, Any]], str]) -> None:
     page = ROOT / "docs" / "benchmarks" / f"{markdown.__module__.rpartition('.')[2]}.md"
     result = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-    assert markdown(result) in page.read_text(encoding="utf-8"), "print it anew with --markdown"
+    assert markdown(result) in page.read_text(encoding="utf-8"), "print it again with --markdown"

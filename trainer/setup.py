@@ -64,7 +64,7 @@ class Task:
 
 
 class Parts(NamedTuple):
-    """All that one start, or one rollback, builds anew."""
+    """All that one start, or one rollback, builds again."""
 
     engine: Engine
     feed: Feed
@@ -73,7 +73,7 @@ class Parts(NamedTuple):
 
 
 class Start:
-    """All that one start of a run holds, and closes. `parts` depend on a checkpoint: a rollback builds them anew."""
+    """All that one start of a run holds, and closes. `parts` depend on a checkpoint: a rollback builds them again."""
 
     def __init__(self, cfg: TrainConfig, config_text: str, world: World, task: Task) -> None:
         self.cfg = cfg
@@ -99,7 +99,7 @@ class Start:
             undo.pop_all()
 
     def restart(self, target: Target) -> None:
-        """Build all parts anew, as a start from the target of a rollback would. Collective."""
+        """Build all parts again, as a start from the target of a rollback would. Collective."""
         self.parts.engine.close()
         self.parts.saver.release()
         self.progress.drain = lambda: None
@@ -158,7 +158,7 @@ class Start:
         return Parts(engine, feed, saver, stepper)
 
     def show_plan(self, feed: Feed) -> None:
-        """Draw the plan of the data anew, from this step on."""
+        """Draw the plan of the data again, from this step on."""
         if self.tracker is not None and feed.plan is not None:
             self.tracker.show(feed.plan, self.step)
 

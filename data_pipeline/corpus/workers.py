@@ -28,7 +28,7 @@ def worker_pool(
         yield pool
     except BrokenProcessPool:
         raise UserError(
-            f"a worker process was killed, perhaps for want of memory: run the same command again with fewer than "
+            f"a worker process was killed, perhaps because memory ran out: run the same command again with fewer than "
             f"{setting}={workers}; finished {kept} are kept"
         ) from None
     finally:

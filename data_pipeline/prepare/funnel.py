@@ -33,7 +33,7 @@ def write_report(corpus: str, out: Path, marks: Sequence[tuple[str, Path]], more
     rows = [row for stage, folder in marks for row in funnel(stage, folder)]
     check(rows)
     body: dict[str, Any] = {"corpus": corpus, "funnel": [row_of(*row) for row in rows]}
-    body |= {name: read_json(path, "run the stage anew") for name, path in more.items() if path.exists()}
+    body |= {name: read_json(path, "run the stage again") for name, path in more.items() if path.exists()}
     if "duplicates" in body:
         for groups in body["duplicates"]["groups"].values():
             show_members(groups["largest"], out / "work" / "documents")

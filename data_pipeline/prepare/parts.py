@@ -48,7 +48,7 @@ class Mark:
 
     @classmethod
     def load(cls, path: Path) -> Mark:
-        cure = "delete the output and begin anew"
+        cure = "delete the output and begin again"
         return from_json(cls, read_json(path, cure), path, cure)
 
 

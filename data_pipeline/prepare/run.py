@@ -82,7 +82,7 @@ def hold_to(path: Path, plan: dict[str, Any]) -> None:
         UserError: the output was begun by another plan; the first value that differs is named.
     """
     if path.exists():
-        begun = read_json(path, "delete the output and begin anew")
+        begun = read_json(path, "delete the output and begin again")
         refuse_other_plan(path.parent, begun, json.loads(json.dumps(plan)))
     else:
         refuse_other_files(path.parent, any(not p.name.startswith(".") for p in path.parent.iterdir()))

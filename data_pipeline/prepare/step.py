@@ -38,7 +38,7 @@ class Step(PipelineStep):
 
     type = "step"
     batch = 1  # documents that `apply` gets at a time
-    rewrites = False  # it changes texts: their tokens are counted anew
+    rewrites = False  # it changes texts: their tokens are counted again
     tokens: CountTokens | None = None  # None = tokens are not counted
 
     def __new__(cls, *args: Any) -> Step:
@@ -52,7 +52,7 @@ class Step(PipelineStep):
         self.report = Report()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process builds the step anew: its state, such as a model, may not be picklable."""
+        """Another process builds the step again: its state, such as a model, may not be picklable."""
         return type(self), self.arguments, {"tokens": self.tokens}
 
     def apply(self, docs: Sequence[Document]) -> list[str | None]:

@@ -96,7 +96,7 @@ class Cache:
     def hold(self, key: str) -> int:
         """Open or add a shard. It is not evicted until the returned file descriptor is closed."""
         if not _SHARD.fullmatch(key):
-            raise UserError(f"a shard of sha256 {key!r}, which is none: write the shards anew")
+            raise UserError(f"a shard of sha256 {key!r}, which is none: write the shards again")
         with self._locked():
             folder = self.dir / "shards" / key
 
@@ -140,7 +140,7 @@ class Cache:
                 return write()
             except OSError as e:
                 if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise of_nature(e, f"data.cache.dir={self.dir}: {e.strerror} ({e.filename}): mend it") from None
+                    raise of_nature(e, f"data.cache.dir={self.dir}: {e.strerror} ({e.filename}): fix it") from None
                 with nullcontext() if locked else self._locked():
                     evicted, used = self._evict(), self._count()
                 if not evicted:
@@ -172,7 +172,7 @@ class Cache:
             self._total += (_size(path) or 0) - before
 
     def _count(self) -> int:
-        """Bytes of all shards, counted anew. Under the lock."""
+        """Bytes of all shards, counted again. Under the lock."""
         return sum(_bytes(folder) for folder in self._entries())
 
     def _entries(self) -> list[Path]:
@@ -219,7 +219,7 @@ class Cache:
         try:
             fd = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as e:
-            message = f"{self.dir / 'lock'}: {e.strerror}: mend it, or give another data.cache.dir"
+            message = f"{self.dir / 'lock'}: {e.strerror}: fix it, or give another data.cache.dir"
             raise of_nature(e, message) from None
         try:
             end = time.monotonic() + _LOCK_PATIENCE

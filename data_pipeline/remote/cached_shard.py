@@ -86,7 +86,7 @@ class CachedShard:
             if os.preadv(self._fds[1], [out.data], offset) == out.nbytes and zlib.crc32(out.data) == block.crc32:
                 return
             print(
-                f"{self._cache.dir}: block {block.member} of {self._shard.name} is damaged in the cache: fetched anew",
+                f"{self._cache.dir}: block {block.member} of {self._shard.name} is damaged in the cache: fetched again",
                 file=sys.stderr,
             )
             os.pwrite(self._fds[1], b"\0", self._flags_offset + b)
@@ -105,7 +105,7 @@ class CachedShard:
                     return
             except (Corrupt, Lost) as e:
                 wrong = e
-        raise Lost(f"{wrong}; fetched anew it was no better" if isinstance(wrong, Corrupt) else str(wrong))
+        raise Lost(f"{wrong}; fetched again it was no better" if isinstance(wrong, Corrupt) else str(wrong))
 
     def obtain_all(self, wanted: list[int], go_on: Callable[[], bool] = lambda: True) -> None:
         """Fetch these blocks, ascending, while `go_on()`; one request for neighbours."""
@@ -167,7 +167,7 @@ class CachedShard:
     def _get_index(self, path: Path) -> ShardIndex:
         name, key = index_name(self._shard.name), self._shard.sha256
         index, body = self._cache.recall_index(key)
-        for anew in (False, True):
+        for again in (False, True):
             with self._claimed(0, 1, path.exists) as mine:
                 if mine:
                     body = body or fetch_small(self._backend, name, JSON_LIMIT, self._cache.fetch)
@@ -181,7 +181,7 @@ class CachedShard:
             except UserError as e:
                 path.unlink(missing_ok=True)
                 body = b""
-                if anew:
+                if again:
                     raise Lost(f"its index {name}: {str(e).removeprefix(f'{path}: ')}") from None
                 continue
             self._cache.remember_index(key, index, body)

@@ -41,7 +41,7 @@ def mirror(url: str, cache: Cache) -> Manifest:
     except Lost as e:
         raise NoSource(f"{backend.url}: {e}: no source there; give what `shards write` made, manifest last") from None
     except Unreachable as e:
-        raise TransientError(f"{backend.url}: {e}: mend it, or give other data.fetch.retries and timeout_s") from None
+        raise TransientError(f"{backend.url}: {e}: fix it, or give other data.fetch.retries and timeout_s") from None
     return manifest
 
 

@@ -99,7 +99,7 @@ def shard_errors(manifest: Manifest, shard: ShardInfo, cache: Cache | None, sour
         raise LostShard(f"{location}: {e}: {cure}", source, number) from None
     except Unreachable as e:
         raise UnreachableShard(
-            f"{location}: {e}: mend the connection or give other data.fetch.retries and timeout_s, then resume"
+            f"{location}: {e}: fix the connection or give other data.fetch.retries and timeout_s, then resume"
         ) from None
     except MemoryError:
         raise UnreachableShard(
@@ -109,4 +109,4 @@ def shard_errors(manifest: Manifest, shard: ShardInfo, cache: Cache | None, sour
     except OSError as e:
         file = f" ({e.filename})" if e.filename else ""
         kind = UnreachableShard if may_pass(e) else ShardError
-        raise kind(f"{location}{disk}: {e.strerror or e}{file}: mend it, then resume") from None
+        raise kind(f"{location}{disk}: {e.strerror or e}{file}: fix it, then resume") from None

@@ -147,7 +147,7 @@ def export(cfg: ExportConfig) -> None:
         with claimed(out.parent):
             _publish(manifest, parts)
     except OSError as e:
-        raise of_nature(e, f"output={out}: {e.strerror or e}: make room or mend it, then run the same again") from None
+        raise of_nature(e, f"output={out}: {e.strerror or e}: make room or fix it, then run the same again") from None
     counts = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens"
     print(f"{' and '.join(map(str, parts))}: {counts}, {_note(cfg, manifest)}")
 

@@ -30,7 +30,7 @@ MAX_SAMPLES = 1 << 24  # of a shard
 SUFFIXES = {"zstd": ".zst", "gz": ".gz"}  # compressions, and their endings in data_pipeline/corpus/lines.py
 DTYPES = {8: "u1", 9: "i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "<u8", 65: "<i8"}
 NAMES = {"uint8": 8, "int8": 9, "uint16": 16, "int16": 17, "uint32": 32, "int32": 33, "uint64": 64, "int64": 65}
-GET_ANEW = "it is damaged, get it anew"
+GET_ANEW = "it is damaged, get it again"
 
 
 class Shard(NamedTuple):
@@ -94,7 +94,7 @@ def _shard(cfg: ImportConfig, shard: dict[str, Any], folder: Path, prefix: str) 
             raise UserError(f"{folder}: compression {family}, only {', '.join(SUFFIXES)} are read: decompress it first")
         path, suffix = folder / packed["basename"], SUFFIXES[family]
     if not path.is_file():
-        raise UserError(f"{path}: not there, but {INDEX} names it: get it anew")
+        raise UserError(f"{path}: not there, but {INDEX} names it: get it again")
     sizes = tuple(size or None for size in sizes)
     name = prefix + raw["basename"]
     return Shard(path, suffix, name, raw["bytes"], samples, sizes, column, encodings[column])

@@ -62,7 +62,7 @@ class Progress:
             progress = cls(folder, plan, {split: [] for split in splits})
             progress.save()
             return progress
-        cure = "delete the folder and write the shards anew"
+        cure = "delete the folder and write the shards again"
         progress = from_json(cls, read_json(path, cure), path, cure, folder=folder)
         if not any(progress.shards.values()):  # nothing is lost by another plan
             progress = cls(folder, plan, {split: [] for split in splits}, progress.done)
@@ -98,7 +98,7 @@ class Progress:
                 path = self.folder / split / shard.info.name
                 if not path.is_file() or path.stat().st_size != shard.info.bytes:
                     raise UserError(
-                        f"{path}: finished before, now gone or changed: delete {self.folder} and write anew"
+                        f"{path}: finished before, now gone or changed: delete {self.folder} and write again"
                     )
         for folder in {self.folder, *(self.folder / split for split in self.shards)}:
             remove_unfinished(folder, FILES)
@@ -121,7 +121,7 @@ def open_output(out: Path, plan: dict[str, Any], splits: Sequence[str] = SPLITS)
         raise of_nature(
             e,
             f"output={out}: {e.strerror or e}{f' ({e.filename})' if e.filename else ''}: finished shards are kept, "
-            f"make room or mend it and run the same command again",
+            f"make room or fix it and run the same command again",
         ) from None
 
 

@@ -86,7 +86,7 @@ def _nanogpt(cfg: ImportConfig, file: Input) -> Iterator[Piece]:
             if tokens * dtype.itemsize != file.size - skip:
                 raise UserError(
                     f"{file.path}: its header says {tokens} tokens, the file has room for "
-                    f"{(file.size - skip) / dtype.itemsize:g}: it is truncated or damaged, get it anew"
+                    f"{(file.size - skip) / dtype.itemsize:g}: it is truncated or damaged, get it again"
                 )
         if (file.size - skip) % dtype.itemsize:
             raise UserError(f"{file.path}: {file.size} bytes are no whole number of {dtype.name} ids: give its dtype=")
@@ -131,7 +131,7 @@ def _megatron(index: Input) -> Iterator[Piece | Dropped]:
     ):  # a mode for each sequence may follow
         raise UserError(
             f"{index.path}: {sequences} sequences and {edges} edges of documents take {needed} bytes, it has "
-            f"{index.size}: it is truncated or damaged, get it anew"
+            f"{index.size}: it is truncated or damaged, get it again"
         )
     if not sequences and not path.stat().st_size:
         return  # no memmap is empty
@@ -160,7 +160,7 @@ def _megatron(index: Input) -> Iterator[Piece | Dropped]:
 
 def _check_sequences(index: Path, path: Path, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> None:
     """Check that each sequence starts at the end of the one before it, and the last one ends with the file."""
-    end, cure = 0, "it is damaged, get it anew"
+    end, cure = 0, "it is damaged, get it again"
     for first in range(0, len(lengths), CHUNK):
         length = np.array(lengths[first : first + CHUNK], np.int64)
         ends = end + np.cumsum(length) * itemsize

@@ -59,7 +59,7 @@ def verify(cfg: VerifyConfig) -> None:
     for line in defects:
         print(line)
     if defects:
-        raise UserError(f"path={root}: {len(defects)} defects in {len(sources)} sources, listed above: write it anew")
+        raise UserError(f"path={root}: {len(defects)} defects in {len(sources)} sources, listed above: write it again")
     shards, documents = sum(len(m.shards) for m in manifests), sum(m.documents for m in manifests)
     tokens = sum(m.tokens for m in manifests)
     print(f"{root}: ok, {len(sources)} sources, {shards} shards, {documents:,} documents, {tokens:,} tokens")
@@ -69,7 +69,7 @@ def _report(path: Path, manifests: list[Manifest]) -> Iterator[str]:
     """Compare the counts in the writer's report, if there is one, with the sources."""
     if not path.is_file():
         return
-    report = read_json(path, "write the shards anew")
+    report = read_json(path, "write the shards again")
     sources = {m.root.name: {"documents": m.documents, "tokens": m.tokens} for m in manifests}
     for split in SPLITS:
         promised, counts = report.get(split), sources.get(split, {"documents": 0, "tokens": 0})

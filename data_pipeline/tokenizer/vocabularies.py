@@ -36,7 +36,7 @@ def gpt2(read: Callable[[str], bytes]) -> bytes:
         sha256 = hashlib.sha256(data).hexdigest()
         if sha256 != GPT2_FILES[name]:
             raise UserError(
-                f"{name}: not GPT-2's (sha256 {sha256}, expected {GPT2_FILES[name]}): fetch it anew from {GPT2_URL}"
+                f"{name}: not GPT-2's (sha256 {sha256}, expected {GPT2_FILES[name]}): fetch it again from {GPT2_URL}"
             )
     return byte_level(json.loads(files["encoder.json"]), _merges(files["vocab.bpe"]))
 
@@ -60,7 +60,7 @@ def gpt1(encoder: bytes, merges: bytes) -> bytes:
             end_of_word_suffix="</w>",
         )
     except ValueError as e:
-        raise UserError(f"{' or '.join(GPT1_FILES)}: damaged ({e}): fetch it anew") from None
+        raise UserError(f"{' or '.join(GPT1_FILES)}: damaged ({e}): fetch it again") from None
 
 
 def _merges(data: bytes) -> list[tuple[str, ...]]:

@@ -63,7 +63,7 @@ def check_sources(sources: Sources, model: ModelConfig, eval_windows: int | None
     for manifest in (*sources.train.values(), *sources.val.values()):
         tokenizer = manifest.root / TOKENIZER
         if manifest.tokenizer_sha256 != one.tokenizer_sha256:
-            raise UserError(f"{one.root} and {manifest.root} were written with different tokenizers: write both anew")
+            raise UserError(f"{one.root} and {manifest.root} were written with different tokenizers: write both again")
         if not tokenizer.is_file() or hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest.tokenizer_sha256:
             raise UserError(f"{tokenizer} is not the tokenizer that the shards were written with: put it back")
         if manifest.vocab_size != model.vocab_size:

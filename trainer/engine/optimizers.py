@@ -43,6 +43,6 @@ def param_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float)
 
 
 def adamw(model: nn.Module, cfg: OptimConfig) -> GatedAdamW:
-    """Fused: one pass over a flat group, on CPU as on GPU. The rate is set anew for each step (`schedule.py`)."""
+    """Fused: one pass over a flat group, on CPU as on GPU. The rate is set again for each step (`schedule.py`)."""
     groups = param_groups(model.named_parameters(), cfg.weight_decay)
     return GatedAdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)

@@ -87,7 +87,7 @@ class PartNorms:
                     self.squares.index_add_(0, index, squares)
 
     def take(self, norm: float) -> dict[str, float]:
-        """Each part's share of the global gradient norm `norm`, before clipping. Collective; starts anew."""
+        """Each part's share of the global gradient norm `norm`, before clipping. Collective; starts again."""
         dist.all_reduce(self.squares)
         squares = self.squares.tolist()
         self.squares.zero_()

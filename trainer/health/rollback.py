@@ -1,7 +1,7 @@
 """A rollback: return to the run's last good checkpoint and go on behind the bad data, as a new start in this process.
 
 The mesh stays, since a process cannot create its gloo groups a second time; the engine, the feed and the saver are
-built anew, as a start builds them. So the run continues as a start from that checkpoint with that data state would.
+built again, as a start builds them. So the run continues as a start from that checkpoint with that data state would.
 
     saver waits -> all ranks agree on the target -> `latest` moves back, later checkpoints are deleted
     -> a new generation -> old engine freed -> as any start

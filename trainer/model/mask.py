@@ -32,10 +32,10 @@ def attention_bias(
 ) -> Tensor | None:
     """The bias on attention's scores: 0 where a token sees another, else -inf; built once for a pattern's layers.
 
-    A token looks at what `pattern` says, with `segment_ids_BT` at its own segment only, where the pattern starts anew
+    A token looks at what `pattern` says, with `segment_ids_BT` at its own segment only, where the pattern starts again
     (then T = S). The queries are the last T of the S positions, or with `positions_BT` those of each row.
     [T, S], with segments [B, 1, T, T], with positions [B, 1, T, S], in the dtype and on the device of `like`:
-    attention would make the same of a bool mask, but in each layer anew, and keep each for its backward. None where
+    attention would make the same of a bool mask, but in each layer again, and keep each for its backward. None where
     attention needs no bias: causal attention over a square says it all, and a last token sees everything.
     """
     if positions_BT is not None:

@@ -51,7 +51,7 @@ class Progress:
         self.state = replace(self.state, since=time.monotonic())
 
     def next_takes(self, work: int, n_ctx: int) -> None:
-        """Announce the size of the next step. With much more work, or another length (which compiles anew), it counts
+        """Announce the size of the next step. With much more work, or another length (which compiles again), it counts
         as a first one."""
         before, length = self._work
         if n_ctx == length and work <= MUCH * before:

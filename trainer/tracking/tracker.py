@@ -56,7 +56,7 @@ class Tracker:
             self._last = (step, self.generation)
 
     def show(self, plan: Plan, step: int) -> None:
-        """Draw mixture.png anew, in the background: the plan from `step` on has changed."""
+        """Draw mixture.png again, in the background: the plan from `step` on has changed."""
         self._plot.show(plan, step)
 
     def flush(self) -> None:

@@ -61,7 +61,7 @@ class Overlaps:
                         raise ValueError("counted for other evaluation sets")
                     overlaps.counts += file.get_tensor("counts")
             except (OSError, SafetensorError, ValueError, TypeError) as e:
-                raise of_nature(e, f"{path}: {e}: delete {folder} and count anew") from None
+                raise of_nature(e, f"{path}: {e}: delete {folder} and count again") from None
         if not paths:
             raise UserError(f"{folder}: no *{SUFFIX} there: count the evaluation sets' n-grams first")
         return overlaps

@@ -25,7 +25,7 @@ Reader = Callable[[int, KeysFile], U64]
 KINDS = 3  # codes of each corpus
 STAYING_BYTES = 10  # of memory for each document all the time: its code, its group, and a mark that it has one
 _FIRST = np.iinfo(np.int64).min
-_ANEW = "make that corpus anew, data_pipeline.prepare.run"
+_ANEW = "make that corpus again, data_pipeline.prepare.run"
 
 
 @dataclass(frozen=True)

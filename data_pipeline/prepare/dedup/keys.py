@@ -165,7 +165,7 @@ class KeysFile:
                 yield grams[int(bounds[row]) : int(bounds[row + 1])]
 
 
-_ANEW = "make the corpus anew with this recipe, data_pipeline.prepare.run"
+_ANEW = "make the corpus again with this recipe, data_pipeline.prepare.run"
 
 
 def _made(minhash: MinHashConfig | None) -> str:

@@ -76,7 +76,7 @@ def run(executor: PipelineExecutor, workers: int, memory_gib: int) -> None:
             raise e.cause from None
         except RayError as e:
             raise UserError(
-                f"executor=ray: the process of task {rank} died each time, perhaps for want of memory: see "
+                f"executor=ray: the process of task {rank} died each time, perhaps because memory ran out: see "
                 f"executor.memory_gib={memory_gib} and {executor.logging_dir.path}/logs: {str(e).splitlines()[0]}"
             ) from None
         running |= {remote_task.remote(shared, rank, folder): rank for rank in islice(waiting, 1)}

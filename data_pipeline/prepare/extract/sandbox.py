@@ -36,7 +36,7 @@ REASONS = {
 }
 
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
-"""glibc: keep the memory of one page for the next, instead of giving it back and getting it anew for each page."""
+"""glibc: keep the memory of one page for the next, instead of giving it back and getting it again for each page."""
 
 
 class Failed(Exception):

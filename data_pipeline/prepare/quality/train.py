@@ -153,7 +153,7 @@ def _split_of(model: Model, cfg: QualityEvaluateConfig) -> tuple[float, int]:
         return float(values["held_out"]), int(values["seed"])
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
-            f"classifier={cfg.classifier}: it does not say what it was trained on ({e!r}): train it anew"
+            f"classifier={cfg.classifier}: it does not say what it was trained on ({e!r}): train it again"
         ) from None
 
 

@@ -55,7 +55,7 @@ def fetch(links: Path, out: Path, task: int, tasks: int, cfg: FetchPagesConfig) 
             return crawl.report
     except OSError as e:
         raise of_nature(
-            e, f"{path}: {e.strerror or e}: mend it and run the same command again, no page is lost"
+            e, f"{path}: {e.strerror or e}: fix it and run the same command again, no page is lost"
         ) from None
 
 

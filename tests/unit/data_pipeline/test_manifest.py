@@ -86,7 +86,7 @@ def test_a_damaged_manifest_is_one_line_that_names_it(tmp_path: Path, change: di
     write_manifest(manifest(tmp_path))
     body = json.loads((tmp_path / MANIFEST).read_text())
     publish_json(tmp_path / MANIFEST, body | change)
-    with pytest.raises(UserError, match=f"manifest.json: .*{message}.*write the shards anew"):
+    with pytest.raises(UserError, match=f"manifest.json: .*{message}.*write the shards again"):
         read_manifest(tmp_path)
 
 
@@ -115,11 +115,11 @@ def test_a_damaged_index_is_one_line_that_names_it(tmp_path: Path, change: dict)
     publish_json(path, body)
     read_index(path)
     publish_json(path, body | {"blocks": [body["blocks"][0] | change]})  # type: ignore[index]
-    with pytest.raises(UserError, match=r"00000.idx.json: damaged \(blocks\[0\].*write the shards anew"):
+    with pytest.raises(UserError, match=r"00000.idx.json: damaged \(blocks\[0\].*write the shards again"):
         read_index(path)
     for wrong in ({"format": 1}, {"surprise": 1}, {"document_tokens": [-1]}, {"blocks": 5}):
         publish_json(path, body | wrong)
-        with pytest.raises(UserError, match=r"00000.idx.json: (damaged|not an index of format 2).*anew"):
+        with pytest.raises(UserError, match=r"00000.idx.json: (damaged|not an index of format 2).*again"):
             read_index(path)
 
 
@@ -143,7 +143,7 @@ def test_an_index_is_held_against_the_manifest(tmp_path: Path, change: dict, mes
     if message is None:
         assert index_of(source, shard).document_tokens == (4, 5)
         return
-    with pytest.raises(UserError, match=rf"00000.idx.json: .*{message}.*write the shards anew"):
+    with pytest.raises(UserError, match=rf"00000.idx.json: .*{message}.*write the shards again"):
         index_of(source, shard)
 
 
@@ -219,7 +219,7 @@ def test_missing_is_a_mistake_and_unreadable_may_pass(tmp_path: Path) -> None:
             read_json(path, "do this")
         assert not isinstance(caught.value, TransientError)
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(TransientError, match=rf"^{tmp_path}/loop: too many levels .*: mend it, then try again$"):
+    with pytest.raises(TransientError, match=rf"^{tmp_path}/loop: too many levels .*: fix it, then try again$"):
         read_json(tmp_path / "loop", "do this")
 
 
@@ -246,7 +246,7 @@ class Tree:
 def tree(extra: bool = False, **changes: Any) -> Tree:
     body = {"leaves": [{"number": 1}], "by_name": {"a": [1, 2.5]}} | changes
     return from_json(
-        Tree, {k: v for k, v in body.items() if v != "LEFT OUT"}, "f.json", "mend it", extra=extra, root=Path("r")
+        Tree, {k: v for k, v in body.items() if v != "LEFT OUT"}, "f.json", "fix it", extra=extra, root=Path("r")
     )
 
 
@@ -281,7 +281,7 @@ def test_json_becomes_its_dataclass() -> None:
 )
 def test_json_of_another_form_is_named(changes: dict, message: str) -> None:
     """The message names the file, the field down to its index, the value and the cure."""
-    with pytest.raises(UserError, match=rf"^f.json: damaged \({message}\): mend it$"):
+    with pytest.raises(UserError, match=rf"^f.json: damaged \({message}\): fix it$"):
         tree(**changes)
-    with pytest.raises(UserError, match=r"^f.json: damaged \(the whole=\[\], not dict\): mend it$"):
-        from_json(Tree, [], "f.json", "mend it")
+    with pytest.raises(UserError, match=r"^f.json: damaged \(the whole=\[\], not dict\): fix it$"):
+        from_json(Tree, [], "f.json", "fix it")

@@ -68,7 +68,7 @@ def test_each_check_has_its_own_limit_and_its_own_failure(tmp_path: Path) -> Non
         os.kill(os.getpid(), signal.SIGKILL)
         return []
 
-    two = [ok("one", "1"), fail("two", "2", "mend it")]
+    two = [ok("one", "1"), fail("two", "2", "fix it")]
     checks = [Check("hang", hang, 2.0, "wake it"), Check("broken", broken, 20), Check("killed", killed, 20)]
     begin = time.monotonic()
     found = run_checks([*checks, Check("fine", lambda: two, 20)])

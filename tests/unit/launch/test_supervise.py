@@ -274,7 +274,7 @@ def test_a_command_that_others_told_to_end_is_not_restarted(tmp_path: Path, code
 
 
 def test_stops_without_a_new_checkpoint_come_to_an_end(tmp_path: Path) -> None:
-    """As a job that requeues itself would: what is saved in between begins the count anew."""
+    """As a job that requeues itself would: what is saved in between begins the count again."""
     stop, save = f"{PUBLISH}\nsys.exit(85)", f"{PUBLISH}\n{SAVE}\nsys.exit(85)"
     codes = []
     for program in (stop, stop, save, stop, stop, stop):

@@ -49,7 +49,7 @@ def train(data: str, run: str, how: tuple[str, ...], lost: int | None, at: int, 
         if lost is not None:
             feed: Any = trainer.parts.feed
             feed.plan = feed._plan_of(feed.plan.ledger.lose(at, "some", lost))
-            feed.retire(None)  # reads anew, by the plan as it is now
+            feed.retire(None)  # reads again, by the plan as it is now
         try:
             trainer.train()
         except UserError as e:

@@ -74,7 +74,7 @@ def test_a_resumed_run_that_changes_nothing_has_the_same_ledger() -> None:
 
 
 def test_a_resumed_runs_changes_are_events_at_its_step() -> None:
-    """Changes of a resumed run are events at its step; the rest is planned anew."""
+    """Changes of a resumed run are events at its step; the rest is planned again."""
     config = data(4, (StageConfig(30, {"a": 3}),), a=1, b=1)
     ledger = plan_ledger(config, n_ctx=16, tokens_per_step=64, ramp=NO_RAMP)
     other = plan_ledger(data(4, a=1, b=1, c=2), n_ctx=16, tokens_per_step=128, ramp=NO_RAMP, past=ledger, step=20)

@@ -135,7 +135,7 @@ def test_a_fault_that_passes_costs_no_token(local: Manifest, server: Server, tmp
 LOST = {
     "404": "HTTP 404",
     "410": "HTTP 410",
-    "flip": r"sample 000000.npy: checksum [0-9a-f]{8}, the index says [0-9a-f]{8}; fetched anew it was no better",
+    "flip": r"sample 000000.npy: checksum [0-9a-f]{8}, the index says [0-9a-f]{8}; fetched again it was no better",
 }
 
 
@@ -156,7 +156,7 @@ def test_a_shard_of_another_size_is_lost(local: Manifest, tmp_path: Path, kind: 
     body = path.read_bytes()
     path.write_bytes(body[:-512] if kind == "truncated" else body + b"\0")
     with serving(local.root, ranges=not without) as server:
-        message = rf"{kind}, \d+ bytes, the manifest says {len(body)}; fetched anew it was no better"
+        message = rf"{kind}, \d+ bytes, the manifest says {len(body)}; fetched again it was no better"
         with pytest.raises(LostShard, match=rf"00001.tar: {message}"):
             read(stream_of(server.url, cache_in(tmp_path)), window(1))
 
@@ -180,8 +180,8 @@ def test_a_replaced_shard_is_lost(local: Manifest, server: Server, tmp_path: Pat
     with pytest.raises(LostShard, match=r"00001.tar: its index 00001.idx.json: of shard sha256 '[0-9a-f]{64}'"):
         read(stream, window(1))
     (local.root / "manifest.json").write_bytes((other.root / "manifest.json").read_bytes())
-    anew = stream_of(server.url, cache)  # the next start of the run reads the new manifest
-    np.testing.assert_array_equal(read(anew, window(0))[0], read(ShardStream([other], open_shards=1), window(0))[0])
+    again = stream_of(server.url, cache)  # the next start of the run reads the new manifest
+    np.testing.assert_array_equal(read(again, window(0))[0], read(ShardStream([other], open_shards=1), window(0))[0])
     assert (read(stream, window(0))[0] == before).all()
 
 
@@ -272,7 +272,7 @@ def test_a_block_damaged_in_the_cache_is_fetched_anew_and_told(
     got = read(stream_of(server.url, cache_in(tmp_path)), window(0))
     np.testing.assert_array_equal(got[0], expected[0])
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "block 000000.npy of 00000.tar is damaged in the cache: fetched anew" in said
+    assert said.count("\n") == 1 and "block 000000.npy of 00000.tar is damaged in the cache: fetched again" in said
     assert server.requests.count(("00000.tar", first_block(local))) == 2 == server.asked("00000.idx.json")
 
 
@@ -329,7 +329,7 @@ def test_a_full_disk_evicts_then_stops(local: Manifest, server: Server, small_di
         whole = every_window(shard)
         np.testing.assert_array_equal(read(stream, whole)[0], read(here, whole)[0])
     asked = [times_asked(server, local, shard) for shard in local.shards]
-    assert all(map(all, asked)) and max(map(max, asked)) > 1  # what was evicted was fetched anew
+    assert all(map(all, asked)) and max(map(max, asked)) > 1  # what was evicted was fetched again
     with cache._locked():
         while cache._evict():
             pass

@@ -248,7 +248,7 @@ def test_a_second_write_finds_all_done_and_other_work_is_refused(
     lost["shards"].pop("val")
     for body in ("{}", json.dumps({"plan": 3, "shards": {"train": [], "val": []}, "done": False}), json.dumps(lost)):
         (tmp_path / "torn" / "progress.json").write_text(body)
-        with pytest.raises(UserError, match=r"progress.json: damaged .*: delete the folder and write the shards anew"):
+        with pytest.raises(UserError, match=r"progress.json: damaged .*: delete the folder and write the shards again"):
             shards.write(config(home, tmp_path / "torn"))
     with monkeypatch.context() as other_version:
         other_version.setattr(encode, "TASK", encode.TASK + 1)

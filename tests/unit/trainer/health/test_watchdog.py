@@ -71,7 +71,7 @@ def test_the_median_is_of_steps_alone() -> None:
 
 
 def test_much_more_work_begins_a_new_median() -> None:
-    """So does another length of the windows, which compiles anew."""
+    """So does another length of the windows, which compiles again."""
     progress = Progress()
     progress.start(0)
     for step in range(1, 4):

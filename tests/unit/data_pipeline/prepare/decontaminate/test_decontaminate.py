@@ -194,7 +194,7 @@ def test_too_many_pieces_and_nothing_left_are_two_reasons(tmp_path: Path) -> Non
 
 
 def test_pieces_keep_metadata_and_tokens_are_counted(tmp_path: Path) -> None:
-    """Pieces keep the document's metadata, and their tokens are counted anew."""
+    """Pieces keep the document's metadata, and their tokens are counted again."""
     cfg = config(tmp_path / "set.jsonl", [GRAM])
     filler = "word " * 200
     grams = Grams.load(cfg)

@@ -298,7 +298,7 @@ def test_a_full_disk_is_one_line_and_loses_no_page(web: Site, tmp_path: Path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(PageArchive, "add", full)
-        with pytest.raises(UserError, match=r"pages-00000-of-00001.warc.gz: No space left on device: mend it"):
+        with pytest.raises(UserError, match=r"pages-00000-of-00001.warc.gz: No space left on device: fix it"):
             fetched(tmp_path, *urls)
     assert fetched(tmp_path, *urls).given.documents == 4 and len(archived(tmp_path)) == 4
     assert Counter(path for _, _, path in web.asked if path != "/robots.txt").most_common(2)[1][1] == 1
