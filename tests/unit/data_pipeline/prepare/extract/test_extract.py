@@ -18,7 +18,7 @@ from ftfy.badness import MOJIBAKE_CATEGORIES, is_bad
 
 from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.extract.extract import Extract
-from data_pipeline.prepare.extract.page_text import SUSPECT, repairer
+from data_pipeline.prepare.extract.page_text import SUSPECT, best, fast, repairer
 from data_pipeline.prepare.recipe_config import Extractor, LimitsConfig
 from tests.benchmarks.extraction import quality, read_gold, resiliparse
 from tests.helpers.seeds import seeded
@@ -252,3 +252,49 @@ def test_no_charset_passes_a_page_unextracted(step_of: Callable[..., Extract]) -
     for charset in ("plain", "text/plain", "plain_text"):
         doc = Document("", "x", metadata={"html": page, "charset": charset})
         assert step_of(Extractor.fast).apply([doc]) == [None] and "<" not in doc.text
+
+
+SENTENCE = "Each of these sentences tells the reader something that belongs to the article. "
+MENU = "<ul class=top><li><a href=/>Home</a></li><li><a href=/about>About us</a></li></ul>"
+CONTENT = {
+    "sentences": "<ul>" + "".join(f"<li>item {i} {SENTENCE}</li>" for i in range(5)) + "</ul>",
+    "paragraphs": "<ul>" + "".join(f"<li><p>item {i} {SENTENCE}</p></li>" for i in range(5)) + "</ul>",
+    "short items": "<ul>" + "".join(f"<li>item {i}</li>" for i in range(5)) + "</ul>",
+    "a link in each": "<ul>" + "".join(f"<li><a href=/{i}>item {i}</a>: {SENTENCE}</li>" for i in range(5)) + "</ul>",
+    "nested": "<ul>" + "".join(f"<li>item {i}<ul><li>{SENTENCE}</li></ul></li>" for i in range(5)) + "</ul>",
+    "numbered": "<ol>" + "".join(f"<li>item {i} {SENTENCE}</li>" for i in range(5)) + "</ol>",
+    "table": "<table>" + "".join(f"<tr><td>item {i}</td><td>{SENTENCE}</td></tr>" for i in range(5)) + "</table>",
+    "code": "<pre><code>" + "".join(f"item {i} = f({i})\n" for i in range(5)) + "</code></pre>",
+}
+
+
+@pytest.mark.parametrize("kind", CONTENT)
+@pytest.mark.parametrize(
+    "around",
+    ["<article>{}</article>", "<article><p>{p}{}<p>{p}</article>", "<p>{p}{}<p>{p}", "<div><main>{}</main></div>"],
+)
+def test_lists_tables_and_code_are_content(kind: str, around: str) -> None:
+    page = f"<html><body>{MENU}{around.format(CONTENT[kind], p=SENTENCE * 2)}<footer>{MENU}</footer></body></html>"
+    text = fast()(page.encode(), "")
+    assert all(f"item {i}" in text for i in range(5)) and "About us" not in text
+
+
+@pytest.mark.parametrize("kind", ["sentences", "short items", "a link in each", "nested", "numbered"])
+@pytest.mark.parametrize("cell", ["<td>{}", "<td>name<td>{}", "<td><p>{p}</p>{}<p>{p}</p>", "<th>{}"])
+def test_lists_in_cells_are_content(kind: str, cell: str) -> None:
+    table = f"<table><tr>{cell.format(CONTENT[kind], p=SENTENCE * 2)}</table>"
+    page = f"<html><body>{MENU}<article><p>{SENTENCE * 3}</p>{table}<p>{SENTENCE * 3}</p></article></body></html>"
+    for text_of in (fast(), best()):
+        text = text_of(page.encode(), "")
+        assert all(f"item {i}" in text for i in range(5)) and "About us" not in text
+
+
+def test_lists_of_links_are_no_content() -> None:
+    links = (
+        "<ul>"
+        + "".join(f"<li><a href=/{i}>Another story with a headline, number {i}</a></li>" for i in range(5))
+        + "</ul>"
+    )
+    page = f"<html><body><article><p>{SENTENCE * 3}{links}<p>{SENTENCE * 3}</article></body></html>"
+    text = fast()(page.encode(), "")
+    assert "headline" not in text and text.count(SENTENCE.strip()) == 6
