@@ -10,6 +10,7 @@ from data_pipeline.config import DataConfig
 from launch.cluster_config import ClusterConfig
 from trainer.config.parallel import Open
 from trainer.config.pretrain import PretrainConfig
+from trainer.config.train import check_run
 
 
 @dataclass
@@ -42,6 +43,9 @@ class SubmittedRunConfig:
     name: str = MISSING  # run.name of what is started, of a sweep NAME-0, NAME-1, ...
     dir: str = MISSING  # run.dir of what is started, of a sweep DIR-0, DIR-1, ...; submit/0001 in it is made here
 
+    def __post_init__(self) -> None:
+        check_run(self.name, self.dir)
+
 
 @dataclass
 class SubmitConfig:
@@ -56,11 +60,6 @@ class SubmitConfig:
     def __post_init__(self) -> None:
         if self.max_restarts < 0:
             raise UserError(f"max_restarts={self.max_restarts}: give 0 (never restart) or more")
-        for key in ("name", "dir"):
-            if not getattr(self.run, key):
-                raise UserError(f"run.{key} is empty: give one")
-            if "\0" in getattr(self.run, key):
-                raise UserError(f"run.{key} holds a zero byte, which no path can: give another")
 
 
 @dataclass
@@ -94,7 +93,7 @@ class DoctorConfig:
 class StatusConfig:
     """`python -m launch.status`: what a run is doing, from its folder's files alone."""
 
-    run_dir: str = MISSING  # the run.dir of the run
+    run_dir: str = MISSING  # the run.dir of a run, or a folder of such, runs for one: then a table
     json: bool = False  # print everything as one JSON object
     watch: float = 0.0  # seconds after which it is printed again; 0 = once
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +12,7 @@ from data_pipeline.files import read_json
 from launch.cluster_config import ClusterConfig
 from launch.job import SUBMITTED
 from launch.plan import cluster_of, simulated
+from launch.slurm.queue import jobs
 from trainer.check import check
 from trainer.config.pretrain import PretrainConfig
 from trainer.distributed.world import World
@@ -25,7 +24,6 @@ from trainer.run.folder import RunFolder
 from trainer.run.heartbeat import read_heartbeats
 
 FRESH_S = 60.0  # a heartbeat younger than this is of a run that goes on
-QUEUE_S = 15.0
 
 
 def preflight(cfg: PretrainConfig, cluster: ClusterConfig) -> tuple[PretrainConfig, list[str]]:
@@ -88,16 +86,11 @@ def queued(run_dir: Path) -> str | None:
     ids: set[str] = set()
     for path in RunFolder(run_dir).submissions.glob(f"*/{SUBMITTED}"):
         with suppress(UserError, TransientError):  # damaged: launch.status tells
-            jobs = read_json(path, "the others are asked for").get("jobs")
-            ids.update(map(str, jobs if isinstance(jobs, list) else ()))
+            started = read_json(path, "the others are asked for").get("jobs")
+            ids.update(map(str, started if isinstance(started, list) else ()))
     if not ids:
         return None
-    argv = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%F"]  # %F: of an array the id of all of it
-    try:
-        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=QUEUE_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    waiting = sorted(ids.intersection(done.stdout.split()))
+    waiting = sorted(ids.intersection(job.job for job in jobs()))
     if not waiting:
         return None
     which = ", ".join(waiting)

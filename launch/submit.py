@@ -81,6 +81,7 @@ def submit(cfg: SubmitConfig, overrides: list[str], argv: list[str]) -> int:
     if cfg.cluster.slurm is not None:
         jobs = slurm.submit(commands)
         record(folders, commands, jobs)
+        print(f"output: {slurm.output(job)}")
         print(f"submitted: {', '.join(jobs)}")
         return 0
     record(folders, commands, [])

@@ -36,6 +36,9 @@ from trainer.run.signals import CODES
 
 TAIL_BYTES = 16384  # of a start's stderr, kept to tell why it failed
 AGAIN_S = 1.0  # between two SIGUSR1 to a launcher whose ranks have not begun
+STOP = re.compile(
+    rf"^(?:[\w.-]+: )*stopped by ({'|'.join(number.name for number in CODES)}) after step .*", re.MULTILINE
+)
 NOTHING_SAVED = "stopped without a checkpoint"  # an event: `idle` times in a row
 
 
@@ -222,9 +225,13 @@ def judged(code: int, why: str | None, step: int, max_steps: int | None) -> tupl
 def rank_exit_code(code: int, stderr: str) -> int:
     """A rank's exit code, also if the launcher returned another one and reports the rank's in its output.
 
-    torchrun makes 1 of it. srun ends with the highest of all ranks' codes, and kills those that are left of a failed
-    step: the first rank that ended says why, by its own code, or by srun's where a signal killed it.
+    A rank that says that all have stopped and what is saved is believed: what killed it or its launcher after that
+    changes nothing. torchrun makes 1 of a rank's code. srun ends with the highest of all ranks' codes, and kills those
+    that are left of a failed step: the first rank that ended says why, by its own code, or by srun's where a signal
+    killed it.
     """
+    if code and (stop := STOP.search(stderr)):
+        return CODES[signal.Signals[stop[1]]]
     ends = re.findall(r"^srun: error: \S+: tasks? [\d,-]+: (?:Exited with exit code (\d+)|\w)", stderr, re.MULTILINE)
     if code and ends:
         return int(ends[0] or code)
@@ -263,7 +270,8 @@ def cause(stderr: str) -> str:
     lines = [line.strip() for line in re.split(r"[\r\n]+", stderr) if line.strip(" =-^~\t")]
     named = r"(\w[\w.-]*: )?(error: |stopped by |([A-Za-z_]\w*\.)*\w*(Error|Exception)\b)"  # a host may stand in front
     errors = [line for line in lines[:-3] if re.match(named, line)]
-    return redact(" | ".join(errors[:1] + lines[-3:]))[:800] or "nothing on stderr"
+    stops = [stop[0] for line in lines if (stop := STOP.match(line))]
+    return redact(" | ".join(stops[:1] or errors[:1] + lines[-3:]))[:800] or "nothing on stderr"
 
 
 def main() -> None:

@@ -56,8 +56,7 @@ def prepare(job: Job) -> list[list[str]]:
         )
     script = job.folder / "job.sbatch"
     publish(script, render(job).encode())
-    output = str(job.folder).replace("%", "%%") + ("/slurm-%A_%a.out" if n > 1 else "/slurm-%j.out")
-    words = ["sbatch", "--parsable", "--export=ALL", f"--job-name={job.name}", f"--output={output}"]
+    words = _sbatch(job)
     if slurm.chain == 1:
         return [[*words, str(script)]]
     return [[*words, *_after(slurm, link), str(script), str(link)] for link in range(1, slurm.chain + 1)]
@@ -120,6 +119,7 @@ def render(job: Job) -> str:
         env=env | cluster.env,
         commands=[lines(supervised(job, i, srun(job, i))) for i in range(len(job.configs))],
         preempted=PREEMPTED,
+        again=(shlex.join(_sbatch(job)), shlex.join(map(str, (job.folder / "job.sbatch", *_last_link(slurm))))),
     )
 
 
@@ -145,7 +145,16 @@ def srun(job: Job, i: int) -> list[str]:
         container = [f"--container-image={slurm.container}", f"--container-mounts={mounts}"]
         container += [f"--container-workdir={job.cwd}"]
     cpus = [f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []
-    step = ["srun", "--export=ALL", "--mpi=none", "--distribution=block", "--kill-on-bad-exit=0", f"--wait={WAIT_S}"]
+    label = ["--label"] if job.cluster.nodes * job.cluster.gpus_per_node > 1 else []  # whose line it is
+    step = [
+        "srun",
+        *label,
+        "--export=ALL",
+        "--mpi=none",
+        "--distribution=block",
+        "--kill-on-bad-exit=0",
+        f"--wait={WAIT_S}",
+    ]
     return [*step, *cpus, *container, python, "-m", "launch.slurm.rendezvous", "--", python, *rank_arguments(job, i)]
 
 
@@ -157,6 +166,22 @@ def lines(command: list[str]) -> list[list[str]]:
         if word == "--":
             split.append([])
     return split
+
+
+def output(job: Job) -> Path:
+    """The file that a job's output goes to; %j, %A and %a stand for Slurm's numbers of the job."""
+    return job.folder / ("slurm-%A_%a.out" if len(job.configs) > 1 else "slurm-%j.out")
+
+
+def _sbatch(job: Job) -> list[str]:
+    """The command that submits the script, up to the script."""
+    path = f"{str(job.folder).replace('%', '%%')}/{output(job).name}"
+    return ["sbatch", "--parsable", "--export=ALL", f"--job-name={job.name}", f"--output={path}"]
+
+
+def _last_link(slurm: SlurmConfig) -> list[str]:
+    """The argument of the script where a job of a chain stands for itself: it has nobody behind it."""
+    return [str(slurm.chain)] if slurm.chain > 1 else []
 
 
 def _after(slurm: SlurmConfig, link: int) -> list[str]:

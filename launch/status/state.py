@@ -6,6 +6,7 @@ writes no heartbeats is judged by its journal.
 
 from __future__ import annotations
 
+import re
 import signal
 from typing import Any
 
@@ -112,7 +113,7 @@ def _ended(last: dict[str, Any], events: list[dict[str, Any]], cfg: dict[str, An
             said = f"launch.supervise was to start it again after {wait_s:g} s and has not: it is gone, submit it again"
             return f"no start for {age:.0f} s", f"{said}; {why}"
         return "starting", f"again after {wait_s:g} s of waiting; {why}"
-    if code in STOPPED or cause.startswith("stopped by "):
+    if code in STOPPED or re.search(r"(^|\| )([\w.-]+: )*stopped by SIG", cause):
         return "stopped by a signal", why
     if code == exit_codes.HUNG or cause.startswith("hang: "):
         return "hung", why

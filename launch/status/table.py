@@ -1,4 +1,5 @@
-"""Entry: `python -m launch.status run_dir=runs/x`: what a run is doing, from its folder's files alone.
+"""Entry: `python -m launch.status run_dir=runs/x`: what a run is doing, from its folder's files alone; of a folder of
+runs, `run_dir=runs`, a table, with what squeue says of their jobs.
 
 For a run that goes on, has ended, crashed, hangs or is damaged, on any machine that sees the folder: no torch, no
 MLflow, no network. What cannot be read is one line that says so. `json=true` prints everything as one JSON object.
@@ -9,25 +10,33 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from launch.config import StatusConfig
+from launch.slurm.queue import jobs
+from launch.status.overview import overview, runs_in, table
 from launch.status.report import Report, gather, unreadable
 from launch.status.state import named
+from launch.status.text import ago, clock, harmless, number, span
 
 SHOWN = 10  # of rows that may be many: starts, events
-CHARS = 400  # of a text that somebody else wrote
 
 
 def status(cfg: StatusConfig) -> None:
     while True:
-        report = gather(Path(cfg.run_dir), time.time())
-        text = json.dumps(report) if cfg.json else "\n".join(show(report))
-        print(text, flush=True)
+        print("\n".join(_lines(Path(cfg.run_dir), cfg.json)), flush=True)
         if not cfg.watch:
             return
         time.sleep(cfg.watch)
         print()
+
+
+def _lines(root: Path, as_json: bool) -> list[str]:
+    now = time.time()
+    if runs := runs_in(root):
+        reports = overview(runs, jobs(), now)
+        return [json.dumps({"run_dir": str(root.absolute()), "runs": reports})] if as_json else table(reports)
+    report = gather(root, now)
+    return [json.dumps(report)] if as_json else show(report)
 
 
 def show(report: Report) -> list[str]:
@@ -42,12 +51,6 @@ def show(report: Report) -> list[str]:
     return [harmless(line) for line in lines]
 
 
-def harmless(text: str) -> str:
-    """One line without anything that a terminal obeys: what is not printable is written as Python writes it."""
-    cut = text if len(text) <= CHARS else text[: CHARS - 1] + "…"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
-
-
 def _state(report: Report) -> list[str]:
     state = report["state"]
     return [f"state: {state['state']} ({state['why']})"] if "state" in state else []
@@ -58,10 +61,10 @@ def _progress(report: Report) -> list[str]:
     if "unreadable" in progress or progress["step"] is None:
         return ["progress: no step yet"]
     forms = {
-        "train/loss": lambda v: f"loss {_number(v, '.4f')}",
-        "optim/lr": lambda v: f"lr {_number(v, '.2e')}",
-        "speed/tokens_per_s": lambda v: f"{_number(v, ',.0f')} tokens/s",
-        "speed/mfu": lambda v: f"mfu {_number(v, '.1%')}",
+        "train/loss": lambda v: f"loss {number(v, '.4f')}",
+        "optim/lr": lambda v: f"lr {number(v, '.2e')}",
+        "speed/tokens_per_s": lambda v: f"{number(v, ',.0f')} tokens/s",
+        "speed/mfu": lambda v: f"mfu {number(v, '.1%')}",
         "eta_s": lambda v: f"eta {span(v)}",
         "age_s": lambda v: f"logged {ago(v)}",
     }
@@ -71,10 +74,8 @@ def _progress(report: Report) -> list[str]:
     ]
     lines = ["progress: " + "  ".join(words)]
     if "val/loss" in progress:
-        best = (
-            f", best of a checkpoint {_number(progress['best_val_loss'], '.4f')}" if progress["best_val_loss"] else ""
-        )
-        lines.append(f"validation: loss {_number(progress['val/loss'], '.4f')} at step {progress['val_step']}{best}")
+        best = f", best of a checkpoint {number(progress['best_val_loss'], '.4f')}" if progress["best_val_loss"] else ""
+        lines.append(f"validation: loss {number(progress['val/loss'], '.4f')} at step {progress['val_step']}{best}")
     return lines
 
 
@@ -125,7 +126,7 @@ def _guard(report: Report) -> list[str]:
         back = sum(e["did"] == "rolled back" for e in events)
         lines.append(f"guard: {guard.get('skipped', len(events) - back)} steps skipped, {back} rollbacks")
     for e in events[-SHOWN:]:
-        loss, norm = ("not finite" if e[k] is None else _number(e[k], ".4g") for k in ("loss", "norm"))
+        loss, norm = ("not finite" if e[k] is None else number(e[k], ".4g") for k in ("loss", "norm"))
         to = f" to step {e['to']}" if "to" in e else ""
         jumped = f", windows {e['jumped'][0]} to {e['jumped'][1]} jumped" if e.get("jumped") else ""
         lines.append(f"  step {e['step']}: {e['why']} (loss {loss}, norm {norm}), {e['did']}{to}{jumped}")
@@ -154,7 +155,7 @@ def _ranks(report: Report) -> list[str]:
     readable = [b for b in beats if "unreadable" not in b]
     lines = [f"heartbeats: {len(readable)} ranks"]
     for b in readable:
-        steps = f", step {_number(b.get('step_s'), '.3f')} s, own {_number(b.get('own_s'), '.3f')} s"
+        steps = f", step {number(b.get('step_s'), '.3f')} s, own {number(b.get('own_s'), '.3f')} s"
         when = ago(b["age_s"]) if "age_s" in b else "at no time"
         lines.append(f"  rank {b.get('rank')} on {b.get('host')}: {b.get('phase')} {b.get('step')}, {when}{steps}")
     timed = [b for b in readable if isinstance(b.get("own_s"), int | float)]
@@ -190,28 +191,3 @@ def _started(submission: Report) -> str:
         return f"cannot be read: {started['unreadable']}"
     jobs = ", ".join(map(str, started.get("jobs") or ()))
     return f"submitted {clock(started.get('time'))}" + (f" as job {jobs}" if jobs else "")
-
-
-def _number(value: Any, form: str) -> str:
-    return format(value, form) if isinstance(value, int | float) else str(value)
-
-
-def span(seconds: float) -> str:
-    """`47s`, `3m12s`, `5h07m`, `2d03h`."""
-    s = round(seconds)
-    for size, unit, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if s >= size:
-            return f"{s // size}{unit}{s % size // below:02}{small}"
-    return f"{s}s"
-
-
-def ago(seconds: float) -> str:
-    """An age; the clock that wrote may be ahead of this one."""
-    return f"{span(seconds)} ago" if seconds > -1 else f"{span(-seconds)} in the future (the clocks disagree)"
-
-
-def clock(seconds: Any) -> str:
-    """A time in UTC."""
-    if not isinstance(seconds, int | float):
-        return "at no time"
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))

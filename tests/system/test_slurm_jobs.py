@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,23 @@ import pytest
 from launch.cluster_config import ClusterConfig, SlurmConfig
 from launch.job import Job
 from launch.slurm.launcher import prepare, submit
+from launch.status.report import gather
 from tests.helpers import slurm
 from tests.helpers.http_server import wait_for
 from tests.helpers.ranks import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 PYTHON = f"""#!{sys.executable}
-import json, os, sys
+import json, os, signal, sys
 if "trainer.pretrain" not in sys.argv[1:3]:
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 about = {{"env": dict(os.environ), "cores": len(os.sched_getaffinity(0))}}
+if os.environ.get("STOPS"):
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    open(f"{{sys.argv[-1].partition('=')[2]}}.up", "w").close()
+    signal.pause()
+    print("stopped by SIGTERM after step 7, saved /x", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)  # as srun does with those that are left of a cancelled step
 with open(f"{{sys.argv[-1].partition('=')[2]}}.rank-{{os.environ['RANK']}}", "w") as f:
     json.dump(about, f)
 """
@@ -42,6 +51,9 @@ def done(job: Job, env: dict[str, str], given: dict[str, str], monkeypatch: pyte
     for name, value in {**env, **given}.items():
         monkeypatch.setenv(name, value)
     [number] = submit(prepare(job))
+    if "STOPS" in given:
+        wait_for((job.folder / "c.up").exists, 60)
+        subprocess.run(["scancel", number], env=env, check=True)
 
     def known() -> str:
         return slurm.said(env, "scontrol", "show", "job", "-o", number)
@@ -92,5 +104,16 @@ def test_options_and_a_prologue_are_taken_as_they_were_given(
     state, said = done(made, env, {"SBATCH_COMMENT": "overruled"}, monkeypatch)
     assert "JobState=COMPLETED" in state, said
     assert "Nice=7" in state in state and "NodeList=n2" in state, state
-    assert re.findall(r"Comment=(.*?) (?=[A-Z]\w+=)", state) == [comment]
+    assert re.findall(r"Comment=(.*?) +(?=[A-Z]\w+=)", state) == [comment]
     assert rank(made)["env"]["FROM_PROLOGUE"] == "its value"
+
+
+def test_a_cancelled_run_that_has_saved_is_told_as_stopped(
+    env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = job(tmp_path, cpus_per_task=1)
+    state, said = done(made, env, {"STOPS": "1"}, monkeypatch)
+    wait_for(lambda: '"exit"' in (tmp_path / "run" / "supervise.jsonl").read_text(), 60)
+    told = gather(tmp_path / "run", time.time())["state"]
+    assert "JobState=CANCELLED" in state and told["state"] == "stopped by a signal", (told, said)
+    assert "stopped by SIGTERM after step 7, saved /x" in told["why"]

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from launch.config import StatusConfig
 from launch.status.report import gather
-from launch.status.table import harmless, show
+from launch.status.table import show, status
+from launch.status.text import harmless
 from tests.helpers.ranks import ROOT
 from tests.helpers.seeds import seeded
 from tests.system.runs import TINY, make_data
@@ -199,7 +201,11 @@ def test_an_early_end_without_supervisor_is_told_by_checkpoints(going: Path) -> 
 
 
 def test_a_launcher_with_an_exit_code_of_its_own_hides_nothing(going: Path) -> None:
-    for cause, state in (("stopped by SIGUSR1 after step 8", "stopped by a signal"), ("hang: 130 s", "hung")):
+    stopped = (
+        "stopped by SIGUSR1 after step 8",
+        "error: *** CANCELLED *** | 0: stopped by SIGTERM after step 8, saved x",
+    )
+    for cause, state in (*((text, "stopped by a signal") for text in stopped), ("hang: 130 s", "hung")):
         supervised(going, {"event": "exit", "exit_code": 1, "cause": f"{cause} | ChildFailedError"})
         assert told(going)[0] == state
 
@@ -303,3 +309,33 @@ def test_whatever_is_damaged_the_rest_is_shown(going: Path, how: str) -> None:
             path.rmdir()
         path.write_bytes(whole)
     assert told(going)[0] == "training", seed
+
+
+def test_a_folder_of_runs_is_a_table(
+    going: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run at work, two of a sweep in the queue and one that was never started; squeue is asked once for all."""
+    root = going.parent
+    beat(going, 0)
+    for name, jobs, more in (("s-0", ["7"], {"folder": "/s"}), ("s-1", ["7"], {"folder": "/s"}), ("dry", [], {})):
+        (root / name / "submit/0001").mkdir(parents=True)
+        (root / name / "submit/0001/code.json").write_text(json.dumps({"commit": "abc", "dirty": False, **more}))
+        if jobs:
+            (root / name / "submit/0001/submitted.json").write_text(json.dumps({"jobs": jobs, "time": 1.0}))
+    (root / "not a run").mkdir()
+    rows = ("7|0|RUNNING|None", "7|1|PENDING|Resources", "70|N/A|RUNNING|None")
+    (root / "squeue").write_text("#!/bin/sh\n" + "".join(f"echo '{row}'\n" for row in rows))
+    (root / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(root))
+    status(StatusConfig(run_dir=str(root)))
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "job", "queue", "state", "step", "loss", "tokens/s", "eta"]
+    of = {line.split()[0]: line.split() for line in lines}
+    assert list(of) == ["dry", "run", "s-0", "s-1"]
+    assert of["dry"][1:] == ["-", "-", "never", "started", "-", "-", "-", "-"]
+    assert of["s-0"][1:3] == ["7_0", "RUNNING"] and of["s-1"][1:4] == ["7_1", "PENDING", "(Resources)"]
+    last = read_journal(going / "metrics.jsonl")[-1].metrics
+    assert of["run"][3:6] == ["training", "8/100", f"{last['train/loss']:.4f}"] and len(of["run"]) == 8
+    status(StatusConfig(run_dir=str(root), json=True))
+    told = json.loads(capsys.readouterr().out)
+    assert [Path(run["run_dir"]).name for run in told["runs"]] == list(of)

@@ -25,6 +25,23 @@ class RunConfig:
     name: str = MISSING
     dir: str = MISSING  # checkpoints, metrics, the frozen config: all that a restart needs
 
+    def __post_init__(self) -> None:
+        check_run(self.name, self.dir)
+
+
+def check_run(name: str, run_dir: str) -> None:
+    """Raises UserError for a run.name or run.dir that is no name of a folder: by default `name` is one in runs/."""
+    for key, value in (("name", name), ("dir", run_dir)):
+        if not value.strip():
+            raise UserError(f"run.{key} is empty: give one")
+        if "\0" in value:
+            raise UserError(f"run.{key} holds a zero byte, which no path can: give another")
+    if name.startswith("/") or {".", ".."} & set(name.split("/")):
+        raise UserError(
+            f"run.name={name!r} names a folder in runs/: give one without / in front and without . or .. as a part of "
+            "it, such as small_1; run.dir may be any folder"
+        )
+
 
 @dataclass
 class TrainConfig:

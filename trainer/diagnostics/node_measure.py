@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from trainer.diagnostics.machine import MIB
 from trainer.diagnostics.node_store import Meeting
+from trainer.distributed.mesh import gpu_index
 from trainer.distributed.world import World
 
 SIZE = 32 * MIB  # of the all-reduce; sweeps over sizes are nccl-tests' business
@@ -21,9 +22,8 @@ TURNS = 5  # of it and of the matrix product; the median counts
 
 def device_of(world: World) -> torch.device:
     """This rank's GPU, or the CPU if it has none."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or world.local_rank >= torch.cuda.device_count():
-        return torch.device("cpu")
-    return torch.device("cuda", world.local_rank)
+    index = None if os.environ.get("DS_ACCELERATOR") == "cpu" else gpu_index(world)
+    return torch.device("cpu") if index is None else torch.device("cuda", index)
 
 
 def matmul(device: torch.device) -> dict[str, Any]:

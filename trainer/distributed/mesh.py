@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from conf.errors import UserError
 from trainer.config.parallel import ParallelConfig
-from trainer.distributed.world import World
+from trainer.distributed.world import World, sees_one_gpu
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,28 @@ def leave_ranks(mesh: Mesh) -> None:
         dist.destroy_process_group()
 
 
+def gpu_index(world: World) -> int | None:
+    """The number of this rank's GPU among those that it sees; None where there is none for it.
+
+    A launcher that shows each rank one GPU (Slurm's --gpus-per-task, --gpu-bind=single) has made the choice: number 0.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    alone = torch.cuda.device_count() == 1 and visible not in ("", "-1") and "," not in visible
+    index = 0 if alone else world.local_rank
+    return index if index < torch.cuda.device_count() else None
+
+
 def _device(world: World) -> torch.device:
     """This rank's GPU; the CPU without one, or if DS_ACCELERATOR=cpu asks for it."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
-    if world.local_rank >= torch.cuda.device_count():
+    index = gpu_index(world)
+    if index is None:
         raise UserError(
             f"LOCAL_RANK={world.local_rank}, but there are {torch.cuda.device_count()} GPUs: start one rank for each"
         )
-    device = torch.device("cuda", world.local_rank)
+    if index != world.local_rank:
+        sees_one_gpu()
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device

@@ -75,6 +75,13 @@ def read_world() -> World:
     return world
 
 
+def sees_one_gpu() -> None:
+    """Tell DeepSpeed, which takes LOCAL_RANK for the number of a GPU, that this rank sees one alone."""
+    for name in ("LOCAL_RANK", OPENMPI["LOCAL_RANK"]):
+        if name in os.environ:
+            os.environ[name] = "0"
+
+
 def environment(world: World, master: str, port: int) -> dict[str, str]:
     """The variables that a launcher sets for a rank, for `read_world` and torch; rank 0 is on the host `master`."""
     names = {"RANK": world.rank, "WORLD_SIZE": world.world_size, "LOCAL_RANK": world.local_rank}

@@ -133,6 +133,10 @@ REFUSED = [
     (["cluster.forward=[SLURM_CPU_BIND]"], [], "cluster.forward: SLURM_CPU_BIND is of the allocation that you are in"),
     (["cluster.forward=[NOT_SET_ANYWHERE]"], [], "cluster.forward names NOT_SET_ANYWHERE, which is not in your env"),
     (["run.name="], [], "run.name is empty"),
+    (["run.name=."], [], "run.name='.' names a folder in runs/: give one without / in front and without . or .."),
+    (["run.name=a/../../x"], [], "run.name='a/../../x' names a folder in runs/"),
+    (["run.name=/x"], [], "run.name='/x' names a folder in runs/"),
+    (["run.name=x", "run.dir="], [], "run.dir is empty"),
     (["run.name='curl -u me:abc h'"], [], "run.name holds what looks like a password, a token or a key"),
     (["max_restarts=-1"], [], "max_restarts=-1: give 0 (never restart) or more"),
 ]
@@ -192,7 +196,7 @@ def test_a_start_is_reported_and_a_job_in_the_queue_warned_of(tmp_path: Path, mo
     monkeypatch.setenv("PATH", str(tmp_path))  # no squeue
     assert queued(tmp_path / "run") is None
     for ids, warned in (("16 170", False), ("16 17", True)):
-        (tmp_path / "squeue").write_text(f"#!/bin/sh\necho {ids}\n")
+        (tmp_path / "squeue").write_text("#!/bin/sh\n" + "".join(f"echo '{i}|N/A|RUNNING|None'\n" for i in ids.split()))
         (tmp_path / "squeue").chmod(0o755)
         assert (queued(tmp_path / "run") is not None) == warned
 
@@ -268,7 +272,8 @@ TRAPS = st.text(st.sampled_from("\\${}x'\" \n.:oc,env!&*#-0e1_n"), min_size=1)
 @example(name="1e5", path="\x85\u2028\ufeff")
 @example(name="!x${*", path="a${b")  # no reference at all
 def test_a_frozen_config_thaws_as_it_was_whatever_its_text(name: str, path: str) -> None:
-    cfg = replace(BASE, run=RunConfig(name.replace("???", ""), path.replace("???", "")))
+    name, path = (text.replace("???", "").replace("/", "x").replace("\0", "") + "x" for text in (name, path))
+    cfg = replace(BASE, run=RunConfig(name, path))
     assert refrozen(cfg) == cfg
 
 

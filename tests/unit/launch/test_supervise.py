@@ -165,6 +165,11 @@ def test_cause_names_the_first_error_and_the_last_lines() -> None:
     )
     assert cause(text) == "ValueError: the cause | RuntimeError: a peer is gone | last but one | last"
     assert cause("\r\n") == "nothing on stderr"
+    cancelled = "slurmstepd-n1: error: *** STEP 1.0 ON n1 CANCELLED AT 2026-11-30 ***\n"
+    cancelled += "1: stopped by SIGTERM after step 7, saved /x\n"
+    cancelled += "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Killed\n"
+    assert cause(cancelled) == "1: stopped by SIGTERM after step 7, saved /x"
+    assert [rank_exit_code(code, cancelled) for code in (0, 9, 137, 143)] == [0, 143, 143, 143]
 
 
 def under_torchrun(tmp_path: Path, script: str) -> list[str]:

@@ -54,10 +54,12 @@ def bash(job: Job, *words: str, **env: str) -> subprocess.Popen[str]:
     """Runs the script as Slurm would, with a scontrol that says what it is asked."""
     script, scontrol = job.folder / "script", job.folder / "scontrol"
     script.write_text(render(job))
-    scontrol.write_text('#!/bin/sh\necho "scontrol $*"\n')
+    scontrol.write_text('#!/bin/sh\necho "scontrol $*"\ntest -z "$refuses"\n')
     scontrol.chmod(0o755)
     env = {"PATH": f"{job.folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"} | env
-    return subprocess.Popen(["bash", str(script), *words], env=env, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        ["bash", str(script), *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def seen(job: Job, **env: str) -> tuple[list[str], dict[str, str]]:
@@ -302,6 +304,26 @@ def test_only_a_run_that_was_stopped_goes_on(
     assert [line for line in out.splitlines() if line.startswith("scontrol")] == [f"scontrol requeue {asks}"] * bool(
         asks
     )
+
+
+@pytest.mark.parametrize(("n", "given"), [(1, {}), (1, {"requeue": False}), (1, {"chain": 2}), (2, {})])
+def test_a_job_that_does_not_come_back_says_what_to_run(n: int, given: dict[str, Any], tmp_path: Path) -> None:
+    """A site may refuse to requeue: the run is saved, and one line has the command that goes on."""
+    made = job(tmp_path, n, name="it's a run", **given)
+    env = {"CODE": "85", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    (made.folder / "sbatch").write_text('#!/bin/sh\nfor word; do echo "word: $word"; done\n')
+    (made.folder / "sbatch").chmod(0o755)
+    process = bash(made, "2", refuses="yes", **env)
+    _, err = process.communicate(timeout=60)
+    [line] = [line for line in err.splitlines() if "does not come back" in line]
+    path = f"{made.folder}:{os.environ['PATH']}"
+    said = subprocess.run(
+        ["bash", "-c", line.partition(", run: ")[2]], env={"PATH": path}, capture_output=True, text=True
+    )
+    words = [text.removeprefix("word: ") for text in said.stdout.splitlines()]
+    assert process.returncode == 85 and f"--job-name={made.name}" in words, (line, said)
+    last = [str(made.folder / "job.sbatch"), *(["2"] if "chain" in given else [])]
+    assert words[-len(last) :] == last and ("--array=1" in words) == (n > 1)
 
 
 def test_an_element_of_a_sweep_asks_for_itself_alone(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from conf.errors import TransientError, UserError
 from trainer.config.parallel import ParallelConfig
 from trainer.data.channel import channel
 from trainer.distributed.lost_ranks import ranks_lost
-from trainer.distributed.mesh import Mesh, join_ranks
+from trainer.distributed.mesh import Mesh, gpu_index, join_ranks
 from trainer.distributed.seeds import stable_seed
 from trainer.distributed.world import World
 from trainer.engine.deepspeed_api import connect, deepspeed_comm, mpu
@@ -49,6 +49,21 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"LOCAL_RANK=2, but there are 2 GPUs: start one rank for each"):
         join_ranks(World(rank=2, world_size=4, local_rank=2), ParallelConfig(name="one"))
+
+
+def test_a_rank_that_sees_one_gpu_takes_number_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's --gpus-per-task shows each rank its own GPU alone, whatever its LOCAL_RANK."""
+    for visible, count, index in (
+        ("3", 1, 0),
+        ("GPU-8f2a", 1, 0),
+        ("0,1", 2, 1),
+        ("0", 1, 0),
+        ("", 1, None),
+        ("-1", 0, None),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert gpu_index(World(rank=1, world_size=2, local_rank=1)) == index, visible
 
 
 def test_seeds_never_change_and_ignore_the_kind_of_integer() -> None:
