@@ -1,4 +1,4 @@
-"""The environment that a program started from here gets. Standard library only."""
+"""The environment of the programs that we start. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from contextlib import contextmanager
 OF_AN_ALLOCATION = re.compile(r"(SLURMD?|SRUN|PMI[0-9X]?)_.+")
 """Names by which Slurm and MPI describe the allocation that a process runs in. The next sbatch, srun or mpirun takes
 them for its own options: a job submitted from inside salloc would be bound to the cores of that shell."""
-KEPT = ("SLURM_CONF", "SLURM_JWT")  # which cluster, and the right to ask it
+KEPT = ("SLURM_CONF", "SLURM_JWT")  # the cluster, and the right to use it
 
 
 def of_an_allocation(name: str) -> bool:
-    """Return True for a variable that must not reach what is started from here."""
+    """Return True for a variable that must not reach a program that we start."""
     return OF_AN_ALLOCATION.fullmatch(name) is not None and name not in KEPT
 
 
 def passed_on() -> dict[str, str]:
-    """Our environment without the description of the allocation that we run in; what is left out is told on stderr."""
+    """Our environment without the variables of the allocation that we run in; prints to stderr which are left out."""
     gone = [name for name in os.environ if of_an_allocation(name)]
     if gone:
         kinds = sorted({name.partition("_")[0] for name in gone})
@@ -31,7 +31,7 @@ def passed_on() -> dict[str, str]:
 
 @contextmanager
 def only_passed_on() -> Iterator[None]:
-    """The same for a library that starts programs by itself, with our own environment."""
+    """Set our own environment to `passed_on()`, for a library that starts programs with it."""
     before = dict(os.environ)
     kept = passed_on()
     for name in before.keys() - kept.keys():

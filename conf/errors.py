@@ -19,50 +19,50 @@ MISSING: Any = "???"  # OmegaConf's mark for "must be given"; written out so tha
 
 PERMANENT = {
     errno.ENOENT: "no such file or folder",
-    errno.ENOTDIR: "a file where a folder is meant",
-    errno.EISDIR: "a folder where a file is meant",
-    errno.EEXIST: "something is there already",
-    errno.ENOTEMPTY: "the folder holds something",
-    errno.EACCES: "you may not",
-    errno.EPERM: "nobody may",
+    errno.ENOTDIR: "a file, not a folder",
+    errno.EISDIR: "a folder, not a file",
+    errno.EEXIST: "it exists already",
+    errno.ENOTEMPTY: "the folder is not empty",
+    errno.EACCES: "no permission",
+    errno.EPERM: "the operation is not permitted",
     errno.EROFS: "the disk is mounted read-only",
     errno.EFBIG: "larger than the disk or `ulimit -f` takes",
     errno.ENAMETOOLONG: "the name is too long",
-    errno.ELOOP: "links that go in a circle",
-    errno.EXDEV: "two disks where one is meant",
-    errno.EINVAL: "the system knows no such operation",
-    errno.ENOEXEC: "the file is no program",
+    errno.ELOOP: "a circle of symbolic links",
+    errno.EXDEV: "the two paths are on different disks",
+    errno.EINVAL: "the operation is not supported",
+    errno.ENOEXEC: "the file is not a program",
 }
-"""The answers of the operating system that stay until somebody changes something."""
+"""Errors of the operating system that stay until somebody changes something."""
 
 TRANSIENT = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "your quota is used up",
     errno.EIO: "the disk or its server failed",
-    errno.ESTALE: "the file server has started again",
+    errno.ESTALE: "the file server was restarted",
     errno.ETIMEDOUT: "no answer in time",
-    errno.ENOTCONN: "the folder's server is away",
-    errno.EBUSY: "somebody else uses it",
-    errno.EAGAIN: "not now",
+    errno.ENOTCONN: "no connection to the file server",
+    errno.EBUSY: "another process uses it",
+    errno.EAGAIN: "temporarily unavailable",
     errno.ENOMEM: "no memory is left",
     errno.EMFILE: "too many files are open in this process",
     errno.ENFILE: "too many files are open on this machine",
     errno.EPIPE: "the other end is gone",
-    errno.ECONNREFUSED: "nobody listens there",
+    errno.ECONNREFUSED: "nothing listens at that address",
     errno.ECONNRESET: "the connection was cut",
-    errno.EHOSTUNREACH: "no way to that host",
-    errno.ENETUNREACH: "no way to that network",
+    errno.EHOSTUNREACH: "no route to that host",
+    errno.ENETUNREACH: "no route to that network",
 }
-"""The best known of those that may pass by themselves: these are all that are not PERMANENT."""
+"""The best known errors that may go away: these are all that are not PERMANENT."""
 
 
 def may_pass(error: BaseException) -> bool:
-    """True for a failure that may go away by itself. What happened decides, not the file that it happened to."""
+    """True for a failure that may go away. The kind of error decides, not the file."""
     return isinstance(error, TransientError) or (isinstance(error, OSError) and error.errno not in PERMANENT)
 
 
 def of_nature(error: BaseException, message: str) -> UserError:
-    """`message` as TransientError where `error` may pass by itself, as UserError where it stays."""
+    """A TransientError with `message` if `error` may go away, else a UserError."""
     return (TransientError if may_pass(error) else UserError)(message)
 
 
@@ -75,7 +75,7 @@ _NO_MEMORY = re.compile(
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """One line where an error of Python or of a library says that there is no memory left; None for any other."""
+    """One line if an error of Python or of a library means that no memory is left; None for any other."""
     text = " ".join(str(error).split())
     if not isinstance(error, MemoryError) and not _NO_MEMORY.search(text):
         return None

@@ -11,17 +11,17 @@ TARGET = ROOT / "docs/runbook.md"
 
 
 def page() -> str:
-    """The page as it should be: the marked part written anew, the rest as it is."""
+    """The page as it should be: the marked part generated, the rest unchanged."""
     return PART.sub(lambda match: f"{match[1]}{errors()}{match[3]}", TARGET.read_text(encoding="utf-8"))
 
 
 def errors() -> str:
     rows = [
-        *(f"| {errno.errorcode[number]} | {words} | may pass: 1 |" for number, words in TRANSIENT.items()),
-        *(f"| {errno.errorcode[number]} | {words} | stays: 2 |" for number, words in PERMANENT.items()),
-        "| any other | | may pass: 1 |",
+        *(f"| {errno.errorcode[number]} | {words} | 1 |" for number, words in TRANSIENT.items()),
+        *(f"| {errno.errorcode[number]} | {words} | 2 |" for number, words in PERMANENT.items()),
+        "| any other | | 1 |",
     ]
-    return "\n".join(["| the system says | in words | exit code |", "|---|---|---|", *rows])
+    return "\n".join(["| error | meaning | exit code |", "|---|---|---|", *rows])
 
 
 if __name__ == "__main__":

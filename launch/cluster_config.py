@@ -97,12 +97,12 @@ class SlurmConfig:
 
     @property
     def asks_for_gpus(self) -> bool:
-        """True where an option asks for the GPUs of the job, in place of --gpus-per-node."""
+        """True if an option asks for the GPUs of the job, in place of --gpus-per-node."""
         return self.gpus_of_gres is not None or bool(GPU_OPTIONS & self.options.keys())
 
     @property
     def gpus_of_gres(self) -> int | None:
-        """Of a node: 4 for gpu:a100:4 or gpu:a100:3,gpu:1; None where gres asks for none."""
+        """GPUs of a node: 4 for gpu:a100:4 or gpu:a100:3,gpu:1; None if gres asks for none."""
         kinds = [part.split(":") for part in self.options.get("gres", "").split(",")]
         counts = [int(kind[-1]) if kind[-1].isdecimal() else 1 for kind in kinds if kind[0] == "gpu"]
         return sum(counts) if counts else None
