@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,7 @@ def _run_one(schema: type[T], function: Callable[[T], None], argv: list[str]) ->
             raise UserError("--cfg: write --cfg job, which prints the config that the run would get")
         _show(OmegaConf.to_yaml(_compose(schema, argv[:i] + argv[i + 2 :])).rstrip("\n"))
     else:
+        tell_twice(argv)
         function(load(schema, argv))
 
 
@@ -82,6 +84,8 @@ def _exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as e:
+        if isinstance(e, BrokenPipeError) and _reader_left():
+            sys.exit(141)  # as a shell says SIGPIPE: `... | head` has read enough
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(1 if may_pass(e) else 2)
     except (MemoryError, RuntimeError, ImportError) as e:
@@ -89,6 +93,26 @@ def _exit_codes() -> Iterator[None]:
             raise
         print(f"error: {line}: give the process more, or the work a smaller batch or model", file=sys.stderr)
         sys.exit(1)
+
+
+def _reader_left() -> bool:
+    """Return True if nobody reads our stdout any more, which is then closed for good."""
+    stdout = select.poll()
+    stdout.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in stdout.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    return True
+
+
+def tell_twice(overrides: Sequence[str]) -> None:
+    """Warn of a key with two values on one command line, of which the last counts."""
+    given: dict[str, str] = {}
+    for text in overrides:
+        key, mark, value = text.partition("=")
+        if mark and given.get(key, value) != value:
+            print(f"warning: {key}={given[key]} and {key}={value} are given: the last counts", file=sys.stderr)
+        given[key] = value
 
 
 def load(schema: type[T], overrides: Sequence[str] = ()) -> T:

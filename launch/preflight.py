@@ -41,7 +41,7 @@ def preflight(cfg: PretrainConfig, cluster: ClusterConfig) -> tuple[PretrainConf
     cfg = replace(cfg, tracking=checked.cfg.tracking)  # the nodes may have other variables
     step = checked.state.get("step", 0)
     lines = [f"{cfg.run.name}: {'resumes at' if checked.state else 'starts at'} step {step} of {cfg.max_steps}"]
-    lines += filter(None, (checked.chosen, checked.tracked))
+    lines += filter(None, (checked.chosen, checked.tracked, checked.done))
     if cluster.gpu == CPU:
         return cfg, [*lines, f"  {ranks} ranks on CPUs, for which nothing is planned: memory and time are not checked"]
     work = Workload.of(checked.cfg)

@@ -24,7 +24,7 @@ from typing import Any
 from conf.environment import passed_on
 from conf.errors import UserError
 from conf.frozen import freeze, literal
-from conf.schema import load, run
+from conf.schema import load, run, tell_twice
 from data_pipeline.files import publish, publish_json, read_json
 from launch import local
 from launch.cluster_config import ClusterConfig
@@ -209,6 +209,7 @@ def main() -> None:
     def started(cfg: SubmitConfig) -> None:
         if split == len(argv):
             raise UserError("what to train is not given: end the line with -- and trainer.pretrain's own overrides")
+        tell_twice(overrides)
         sys.exit(submit(cfg, overrides, argv))
 
     run(SubmitConfig, started)

@@ -37,6 +37,14 @@ class Checked(NamedTuple):
     chosen: str  # the plan's choice, in words; "" if nothing was open
     tracked: str = ""  # where the metrics go, in words; "" if into the run folder only
 
+    @property
+    def done(self) -> str:
+        """A line where nothing is left to do, else ""."""
+        step, max_steps = self.state.get("step", 0), self.cfg.max_steps
+        if step < max_steps:
+            return ""
+        return f"{self.cfg.run.dir} is done, at step {step} of max_steps={max_steps}: give more max_steps to go on"
+
     def plan(self, state: Mapping[str, Any]) -> Plan:
         """The plan of the run that resumes from this state, {} for a new run. Raises UserError as `plan_run`."""
         cfg = self.cfg

@@ -33,7 +33,7 @@ def pretrain(cfg: PretrainConfig) -> None:
     world = read_world()
     checked = check(cfg, world)
     cfg = checked.cfg
-    for line in filter(None, (checked.chosen, checked.tracked)):
+    for line in filter(None, (checked.chosen, checked.tracked, checked.done)):
         if world.is_main:
             print(line, flush=True)
     from trainer.distributed.lost_ranks import ranks_lost

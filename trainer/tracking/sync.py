@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from dataclasses import asdict
 
 from conf.errors import TransientError, UserError, of_nature
 from conf.frozen import thaw
 from trainer.config.pretrain import PretrainConfig
-from trainer.config.tracking import SyncConfig, TrackerName, check_tracking
+from trainer.config.tracking import SyncConfig, TrackerName, check_tracking, tracking_uri
 from trainer.run.folder import RunFolder
+from trainer.run.redact import redact
 from trainer.tracking.messages import cause
 from trainer.tracking.mlflow_sender import Sender
 from trainer.tracking.shipper import backoff_s, draw_curves
@@ -29,6 +32,7 @@ def sync(cfg: SyncConfig) -> None:
     lock = ShippingLock(folder.root)
     if not lock.take():
         raise UserError(f"run_dir={cfg.run_dir}: the run is going on and sends its rows itself: let it, or wait for it")
+    print(f"sends to {tracking_uri(frozen.tracking, folder.root)}", file=sys.stderr, flush=True)
     draw_curves(folder.root, frozen.run.name)
     sender = Sender(frozen.tracking, frozen.run.name, asdict(frozen), folder)
     before = sender.waiting()
@@ -52,6 +56,12 @@ def config_of(folder: RunFolder, uri: str | None) -> PretrainConfig:
         raise of_nature(e, f"run_dir={folder.root}: its config cannot be read: {e}") from None
     except Exception as e:  # OmegaConf's many, for a file of another version or a damaged one
         raise UserError(f"{folder.config} is no config of this version ({cause(e)})") from None
+    owner, address = folder.config.stat().st_uid, redact(cfg.tracking.uri or "")
+    if uri is None and address and owner not in (os.getuid(), 0):
+        raise UserError(
+            f"run_dir={folder.root} is of another user ({owner}), and its config names {address}, which would get your "
+            f"credentials: give uri={address} if you trust it, or another uri"
+        )
     cfg.tracking.name = TrackerName.mlflow
     cfg.tracking.uri = uri or cfg.tracking.uri
     check_tracking(cfg.tracking)
