@@ -161,7 +161,8 @@ def test_the_lines_for_sbatch_say_all_that_was_given(tmp_path: Path) -> None:
     assert "|| exit 1\n\n# cluster.slurm.prologue" in script and "\nconda activate x\n" in script
     assert "DS_ACCELERATOR" not in script and "\nexport OMP_NUM_THREADS=8\n" in script
     assert (
-        "srun --export=ALL --mpi=none --distribution=block --kill-on-bad-exit=0 --wait=60 --cpus-per-task=8 " in script
+        "srun --label --export=ALL --mpi=none --distribution=block --kill-on-bad-exit=0 --wait=60 --cpus-per-task=8 "
+        in script
     )
     assert script.count("srun ") == 2, "one step for each run of the sweep"
 
