@@ -70,13 +70,13 @@ def preflight(cfg: PretrainConfig, cluster: ClusterConfig) -> tuple[PretrainConf
 
 
 def alive(run_dir: Path) -> str | None:
-    """A warning if a rank of this run has just written a heartbeat: two starts of a run end one another."""
+    """A warning if a rank of this run has just written a heartbeat."""
     for beat in read_heartbeats(RunFolder(run_dir).heartbeats):
         age = time.time() - beat.time
         if age < FRESH_S and beat.phase != "end":
             return (
-                f"warning: rank {beat.rank} of {run_dir} was at work on {beat.host!r} {max(0, age):.0f} s ago: this "
-                "start takes the run over from it"
+                f"warning: rank {beat.rank} of {run_dir} was at work on {beat.host!r} {max(0, age):.0f} s ago: while "
+                f"it is, this start is refused; take_over={beat.generation} takes the run over from it"
             )
     return None
 

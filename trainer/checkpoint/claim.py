@@ -16,23 +16,28 @@ from trainer.checkpoint.find import damage, none_whole
 from trainer.distributed.collective import all_ranks
 from trainer.distributed.mesh import Mesh
 from trainer.run.folder import RunFolder, step_of
+from trainer.run.owner import job, refuse_living
 
 Damaged = list[tuple[Path, str]]
 """Checkpoints, each with its damage in words."""
 
 
-def claim_run(run: RunFolder, mesh: Mesh, config_text: str) -> tuple[int, Path | None]:
+def claim_run(
+    run: RunFolder, mesh: Mesh, config_text: str, take_over: int | None, beat_s: float
+) -> tuple[int, Path | None]:
     """Take the next generation on rank 0 and freeze the config; then choose the checkpoint to go on from.
 
     Raises:
-        UserError: on every rank, if the folder cannot be written or the ranks do not see the same checkpoint.
+        UserError: on every rank, if another start goes on that is not number `take_over`, the folder cannot be written
+            or the ranks do not see the same checkpoint.
     """
     what = f"run.dir={run.root} cannot be used"
 
     def take() -> int:
         if not mesh.world.is_main:
             return 0
-        generation = run.take_generation()
+        refuse_living(run, take_over, beat_s)
+        generation = run.take_generation(job=job())
         publish(run.config, config_text.encode())
         return generation
 

@@ -63,6 +63,7 @@ class TrainConfig:
     seed: int = 1337  # of the weights, the data's order and dropout
     deterministic: bool = False  # GPU: bit-exact resume, at some cost of speed; CPU is always exact
     resume: Resume = Resume.auto
+    take_over: int | None = None  # the number of a start that goes on in run.dir, to take the run over from it
     log_every: int = 1  # steps
     gpu: str | None = None  # what `auto` reckons with, as launch.plan names it; null = what nvidia-smi says
 

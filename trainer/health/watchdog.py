@@ -21,14 +21,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from conf.errors import UserError
 from trainer.config.health import WatchConfig
 from trainer.distributed.world import World
 from trainer.health.hang_report import Spot, publish_report, read_spots, report, write_stacks
 from trainer.health.stragglers import Stragglers, say
-from trainer.run.exit_codes import HUNG
+from trainer.run.exit_codes import HUNG, USER_ERROR
 from trainer.run.folder import RunFolder
 from trainer.run.heartbeat import Heartbeat, read_heartbeats, write_heartbeat
 from trainer.run.progress import END, STEP, Progress
+from trainer.run.signals import end
 from trainer.run.stack_location import place_of
 
 TICK_S = 1.0
@@ -129,16 +131,27 @@ class Watch:
                 if not warned:
                     say(f"rank {self.world.rank} writes no heartbeat: {e}; training goes on")
                 warned = True
+        with contextlib.suppress(OSError):
+            self._write()  # that the run has ended
 
     def _write(self) -> None:
         if self.run.newest_generation() > self.generation:
-            return  # a stranded start: the files are the newer one's
+            if self.run.taken_over(self.generation):
+                self._end_fenced()
+            return  # the files are the newer one's
         state, now = self.progress.state, time.time()
         since = now - (time.monotonic() - state.since)
         facts = (self.world.rank, self._host, os.getpid(), self.generation, now, state.step, state.phase, since)
         write_heartbeat(self.run.heartbeats, Heartbeat(*facts, self.progress.step_s, self.progress.own_s))
         if self.world.is_main:
             self.stragglers.look(read_heartbeats(self.run.heartbeats))
+
+    def _end_fenced(self) -> None:
+        """End this process, whose steps nobody needs any more."""
+        try:
+            self.run.fence(self.generation)
+        except UserError as e:
+            end(USER_ERROR, str(e))
 
     def _spot(self) -> Spot:
         state = self.progress.state

@@ -60,8 +60,10 @@ class RunFolder:
         self.heartbeats = self.root / "heartbeats"
         self.pointer = self.checkpoints / "latest"
 
-    def take_generation(self) -> int:
+    def take_generation(self, **facts: Any) -> int:
         """The number of this start, one more than any before; removes half-written files of interrupted starts.
+
+        `facts`: kept in its file, beside host, pid and time.
 
         Call `begin` next, with the checkpoint that it goes on from.
         """
@@ -71,7 +73,7 @@ class RunFolder:
         while True:
             try:
                 with self._start(generation).open("x", encoding="utf-8") as f:
-                    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}, f)
+                    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), **facts}, f)
                 break
             except FileExistsError:
                 generation += 1
@@ -88,7 +90,7 @@ class RunFolder:
         never delete, since it does not descend from them."""
         self.fence(generation)
         path = self._start(generation)
-        publish_json(path, {**self._facts(generation), "from": checkpoint.name if checkpoint else None})
+        publish_json(path, {**self.facts(generation), "from": checkpoint.name if checkpoint else None})
         if checkpoint is not None and self._pointed() != checkpoint.name:
             self._point_to(checkpoint.name)
         line = self.lineage(generation)
@@ -131,6 +133,14 @@ class RunFolder:
                 f"{self.root}: start {newest} of this run has taken over, start {generation} publishes nothing more: "
                 "let one start at a time use a run.dir"
             )
+
+    def taken_over(self, generation: int) -> bool:
+        """True if another process has taken the run over: a rollback is a start of the same one."""
+        newest = self.newest_generation()
+        if newest <= generation:
+            return False
+        ours, theirs = ([self.facts(n).get(key) for key in ("host", "pid")] for n in (generation, newest))
+        return theirs not in (ours, [None, None])  # None: it is being written
 
     def checkpoint(self, step: int, generation: int) -> Path:
         """The folder of the checkpoint of `step` once it is published."""
@@ -197,7 +207,7 @@ class RunFolder:
     def lineage(self, generation: int) -> list[Path]:
         """The checkpoints that a start has made or descends from, in the order of (start, step)."""
         upto: dict[int, float] = {generation: math.inf}  # the last step of each start that belongs to it
-        while (facts := self._facts(generation)).get("from") is not None:
+        while (facts := self.facts(generation)).get("from") is not None:
             match = _NAME.fullmatch(str(facts["from"]))
             if not match or int(match[2]) >= generation:
                 break
@@ -218,7 +228,7 @@ class RunFolder:
     def _start(self, generation: int) -> Path:
         return self.generations / f"{generation:04d}"
 
-    def _facts(self, generation: int) -> dict[str, Any]:
+    def facts(self, generation: int) -> dict[str, Any]:
         """The file of a start; {} if it is not there or damaged. Raises TransientError if it cannot be read now."""
         try:
             return read_json(self._start(generation), "the other starts count")

@@ -11,17 +11,23 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from conf.errors import UserError
 from tests.helpers.ranks import ROOT, free_port, rank_env
 from tests.helpers.seeds import seeded
 from trainer.config.health import WatchConfig
 from trainer.health.hang_report import Spot, publish_report, read_spots, report, write_stacks
 from trainer.health.stragglers import AGAIN_S, LONG_S, Stragglers
 from trainer.health.watchdog import limit_s
+from trainer.run.exit_codes import USER_ERROR
+from trainer.run.folder import RunFolder
 from trainer.run.heartbeat import Heartbeat, read_heartbeats, write_heartbeat
+from trainer.run.owner import refuse_living
 from trainer.run.progress import END, SAVE, START, STEP, VALIDATE, Progress
 from trainer.run.signals import CODES, Signals, agreed
 from trainer.run.stack_location import place_of
@@ -343,3 +349,67 @@ def test_a_signal_without_agreement(step: int, code: int, out: str, said: str) -
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (code, out)
     assert done.stderr.startswith(said)
+
+
+def test_a_living_start_is_named_and_ends_when_taken_over(tmp_path: Path) -> None:
+    """Refused while its process lives, whatever its clock says; with its number taken over, and then it ends."""
+    run = RunFolder(tmp_path)
+    refuse_living(run, None, 0.1)  # a new run
+    process = waiting(tmp_path, 1000.0)
+    while not read_heartbeats(run.heartbeats):
+        time.sleep(0.02)
+    said = f"start 1 goes on: rank 0 is process {process.pid} on .*: stop it first, or give take_over=1"
+    for take_over in (None, 2):
+        with pytest.raises(UserError, match=said):
+            refuse_living(run, take_over, 0.1)
+    refuse_living(run, 1, 0.1)
+    assert run.take_generation() == 2
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == USER_ERROR and "start 2 of this run has taken over, start 1 publishes nothing" in err
+    refuse_living(run, None, 0.1)
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped", "ended"])
+def test_a_start_that_is_gone_stops_no_other(tmp_path: Path, how: str) -> None:
+    """Killed a moment ago, asleep on a host that does not answer, or ended well: its last heartbeat is young."""
+    process = waiting(tmp_path, 1000.0)
+    while not read_heartbeats(tmp_path / "heartbeats"):
+        time.sleep(0.02)
+    if how == "ended":
+        process.communicate("end\n")
+        [beat] = read_heartbeats(tmp_path / "heartbeats")
+        assert beat.phase == END
+        write_heartbeat(tmp_path / "heartbeats", replace(beat, host="n7"))  # another one's process cannot be asked
+    else:
+        process.send_signal({"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[how])
+    try:
+        refuse_living(RunFolder(tmp_path), None, 0.1)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_requeued_job_follows_itself_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    run = RunFolder(tmp_path)
+    run.take_generation(job={"SLURM_JOB_ID": "7"})
+    beat = Heartbeat(0, "n7", 1, 1, time.time(), 5, START, time.time(), None, None)
+    going = threading.Event()
+
+    def beats() -> None:
+        while not going.wait(0.02):
+            write_heartbeat(run.heartbeats, replace(beat, time=time.time()))
+
+    write_heartbeat(run.heartbeats, beat)
+    thread = threading.Thread(target=beats)
+    thread.start()
+    try:
+        for job, refused in (("7", True), ("8", True), ("7", False)):
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+            monkeypatch.setenv("SLURM_RESTART_COUNT", "0" if refused else "1")
+            with pytest.raises(UserError, match="start 1 goes on") if refused else nullcontext():
+                refuse_living(run, None, 0.1)
+    finally:
+        going.set()
+        thread.join()
