@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from conf.errors import UserError
+from trainer.changes import changed_lines
 from trainer.checkpoint import load
 from trainer.checkpoint.claim import claim_run
 from trainer.checkpoint.find import find_checkpoint, read_state
@@ -143,7 +144,9 @@ class Start:
         self._open_parts.callback(saver.close)
         self.progress.drain = saver.drain
         if self.mesh.world.is_main:
-            print(run_summary(cfg, self.mesh, feed, checkpoint, init_from), flush=True)
+            then = checkpoint / "config.yaml" if checkpoint else None
+            changed = changed_lines(cfg, feed, self.step, then, self.run.config) if then else []
+            print(run_summary(cfg, self.mesh, feed, checkpoint, init_from, changed), flush=True)
         stepper = Stepper(
             engine,
             feed,

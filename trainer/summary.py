@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,8 +19,15 @@ from trainer.model.arithmetic import param_count
 from trainer.step import Outcome
 
 
-def run_summary(cfg: TrainConfig, mesh: Mesh, feed: Feed, checkpoint: Path | None, init_from: Path | None) -> str:
-    """The model, the layout, the data and the start of a run."""
+def run_summary(
+    cfg: TrainConfig,
+    mesh: Mesh,
+    feed: Feed,
+    checkpoint: Path | None,
+    init_from: Path | None,
+    changed: Sequence[str] = (),
+) -> str:
+    """The model, the layout, the data and the start of a run; `changed`: lines on what a resumed run changes."""
     work = feed.size(cfg.max_steps).done
     unit = "tokens" if feed.size(0).fixed else "examples"
     lines = [
@@ -32,6 +39,7 @@ def run_summary(cfg: TrainConfig, mesh: Mesh, feed: Feed, checkpoint: Path | Non
         *attention_lines(cfg.model, mesh.device),
         *feed.summary(),
         f"{cfg.run.dir}: {_start(cfg.init_from, checkpoint, init_from)}",
+        *changed,
     ]
     return "\n  ".join(lines)
 

@@ -183,8 +183,12 @@ def check_past(
         "data.lanes": (data.lanes, past.get("lanes")),
     }
     for name, source in past.get("sources", {}).items():
-        if name in sources.train:
-            pairs[f"data.sources.{name}"] = (sources.train[name].sha256, source["sha256"])
+        if name in sources.train and sources.train[name].sha256 != source["sha256"]:
+            raise UserError(
+                f"data.sources.{name}: the shards in {sources.train[name].root} are not those that {checkpoint} of "
+                f"{run_dir} was trained with, which were in {source.get('path')}: their bytes differ, and the order of "
+                "the data depends on them; give the old shards, or another run.name"
+            )
     for knob, (now, then) in pairs.items():
         if now != then:
             raise UserError(
