@@ -123,7 +123,7 @@ class Trainer(Start):
 
     def _is_best(self) -> bool:
         """Return True if the best checkpoint is kept and this validation is better than all before."""
-        if not self.cfg.checkpoint.keep_best or self.val_loss is None:
+        if not self.cfg.checkpoint.keep_best or self.val_loss is None or not math.isfinite(self.val_loss):
             return False
         return self.best_val_loss is None or self.val_loss < self.best_val_loss
 
@@ -136,7 +136,7 @@ class Trainer(Start):
             size = self.parts.feed.size(self.step)
             state = {
                 "tokens": size.done if size.fixed else None,
-                "val_loss": self.val_loss,
+                "val_loss": self.val_loss if self.val_loss is not None and math.isfinite(self.val_loss) else None,
                 "best_val_loss": self.best_val_loss,
                 "data": self.parts.feed.state(self.step),
                 "guard": self.guard.to_json(),

@@ -29,6 +29,7 @@ EVENT = {"time": float, "event": str}
 BEAT = {"rank": int, "generation": int, "time": float, "phase": str}
 ROW = {"step": int, "generation": int, "time": float, "metrics": dict}
 STEP_KEYS = ("train/loss", "optim/lr", "optim/grad_norm", "speed/tokens_per_s", "speed/mfu", "data/tokens")
+NOT_FINITE = ("nan", "inf", "-inf")  # as the journal writes them
 DAMAGED = "the rest is shown"
 
 Report = dict[str, Any]
@@ -132,6 +133,7 @@ def _journal(root: Path) -> Report:
     for row in rows:
         if row.get("resumed_at") is not None:
             kept = [r for r in kept if r["step"] <= row["step"]]
+        row["metrics"] = {k: float(v) if v in NOT_FINITE else v for k, v in row["metrics"].items()}
         kept.append(row)
     report: Report = {"bytes": path.stat().st_size if path.exists() else 0, "rows": len(rows) if whole else None}
     for name, key in (("train", "train/loss"), ("val", "val/loss")):

@@ -36,6 +36,7 @@ def claim_run(
     def take() -> int:
         if not mesh.world.is_main:
             return 0
+        refuse_strangers(run)
         refuse_living(run, take_over, beat_s)
         generation = run.take_generation(job=job())
         publish(run.config, config_text.encode())
@@ -54,6 +55,13 @@ def claim_run(
     checkpoint, damaged = newest_whole(run, mesh, run.candidates)
     all_ranks(what, lambda: _begin(run, generation, checkpoint, damaged) if mesh.world.is_main else None)
     return generation, checkpoint
+
+
+def refuse_strangers(run: RunFolder) -> None:
+    """Raises UserError if a run's first start would overwrite what it did not make."""
+    theirs = [] if run.newest_generation() else [path.name for path in (run.config, run.metrics) if path.exists()]
+    if theirs:
+        raise UserError(f"it holds {' and '.join(theirs)} and no start of a run: give another run.dir")
 
 
 def newest_whole(run: RunFolder, mesh: Mesh, candidates: Callable[[], list[Path]]) -> tuple[Path | None, Damaged]:

@@ -4,13 +4,14 @@
 
 A *generation* is one start of the run. Its first line also has `"resumed_at"`, the step of the checkpoint from which it
 resumes: later steps of earlier generations are then superseded, since they are done again. Floats are written as
-Python's shortest repr, so they are read back bit for bit; NaN and Infinity are written as these words.
+Python's shortest repr, so they are read back bit for bit; those that JSON lacks are the texts "nan", "inf" and "-inf".
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import queue
 import threading
@@ -36,7 +37,8 @@ class Row:
 
     def line(self) -> bytes:
         body = {k: v for k, v in asdict(self).items() if k != "resumed_at" or v is not None}
-        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        body["metrics"] = {k: v if math.isfinite(v) else str(float(v)) for k, v in self.metrics.items()}
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 class JournalWriter:

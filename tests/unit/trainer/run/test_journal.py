@@ -229,3 +229,13 @@ def test_a_full_disk_under_the_journal_may_pass(tmp_path: Path) -> None:
     journal.put(Row(1, 1, 1.0, {"train/loss": 1.0}))
     with pytest.raises(TransientError, match=r"metrics cannot be written: .*No space left on device"):
         journal.close()
+
+
+def test_what_is_not_finite_is_json_for_every_reader(tmp_path: Path) -> None:
+    """node and orjson refuse NaN and Infinity; the numbers are read back all the same."""
+    metrics = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5}
+    write(tmp_path / "j", Row(1, 1, 1.0, metrics))
+    body = json.loads((tmp_path / "j").read_text(), parse_constant=pytest.fail)
+    assert body["metrics"] == {"a": "nan", "b": "inf", "c": "-inf", "d": 1.5}
+    [(row, _)] = read_rows(tmp_path / "j")
+    assert str(row.metrics) == str(metrics)
