@@ -1,4 +1,4 @@
-"""What a start changes of the run that it resumes: the config, key by key, and the learning rate of its next step."""
+"""The changes that a start makes to the run that it resumes: its config, key by key, and the next learning rate."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.frozen import peek, thaw
-from trainer.config.optim import Unit
-from trainer.config.train import TrainConfig
+from trainer.config.optim import OptimConfig, Unit
 from trainer.data.feed import Feed
 from trainer.engine.schedule import lr_at
 
@@ -32,37 +31,40 @@ def changed_values(then: Path, now: Path) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def changed_lines(cfg: TrainConfig, feed: Feed, step: int, then: Path, now: Path) -> list[str]:
+def changed_lines(
+    schema: type[Any], optim: OptimConfig, max_steps: int, feed: Feed, step: int, then: Path, now: Path
+) -> list[str]:
     """Lines for the start of a run that goes on after `step` steps: each changed value, and what follows for the rate.
 
-    `then`, `now`: the frozen configs of the checkpoint and of this start.
+    `then`, `now`: the frozen configs of the checkpoint and of this start, of dataclass `schema`.
     """
     changed = changed_values(then, now)
     if not changed:
         return []
     lines = [f"changed: {key} {old} -> {new}" for key, (old, new) in changed.items()]
-    if step < cfg.max_steps:
-        ours = _rate(cfg, feed, step)
+    if step < max_steps:
+        ours = _rate(optim, max_steps, feed, step)
         try:
-            theirs = _rate(thaw(then, type(cfg)), feed, step)
+            old = thaw(then, schema)
+            theirs = _rate(old.optim, old.max_steps, feed, step)
         except UserError:  # of another version
             return lines
-        recounted = cfg.optim.schedule.unit is Unit.tokens and any(k.startswith(("tokens_", "batch_")) for k in changed)
+        recounted = optim.schedule.unit is Unit.tokens and any(k.startswith(("tokens_", "batch_")) for k in changed)
         if theirs != ours and not recounted:
             lines.append(f"the learning rate of step {step + 1} is {ours:.2e}; unchanged it would be {theirs:.2e}")
     return lines
 
 
-def _rate(cfg: TrainConfig, feed: Feed, step: int) -> float:
+def _rate(optim: OptimConfig, max_steps: int, feed: Feed, step: int) -> float:
     size = feed.size(step)
     return lr_at(
-        cfg.optim.schedule,
-        cfg.optim.lr,
+        optim.schedule,
+        optim.lr,
         step=step,
-        max_steps=cfg.max_steps,
+        max_steps=max_steps,
         tokens=size.done,
         step_tokens=size.work,
-        end_tokens=feed.size(cfg.max_steps).done,
+        end_tokens=feed.size(max_steps).done,
     )
 
 

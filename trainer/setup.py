@@ -145,7 +145,11 @@ class Start:
         self.progress.drain = saver.drain
         if self.mesh.world.is_main:
             then = checkpoint / "config.yaml" if checkpoint else None
-            changed = changed_lines(cfg, feed, self.step, then, self.run.config) if then else []
+            changed = (
+                changed_lines(type(cfg), cfg.optim, cfg.max_steps, feed, self.step, then, self.run.config)
+                if then
+                else []
+            )
             print(run_summary(cfg, self.mesh, feed, checkpoint, init_from, changed), flush=True)
         stepper = Stepper(
             engine,

@@ -19,7 +19,7 @@ SAME_JOB = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 
 
 def job() -> dict[str, str]:
-    """What tells this job's next start from another job's; in a Slurm job, how often Slurm has started it again."""
+    """The names that tell this job's next start from another job's, with the number of times that Slurm started it anew."""
     given = {name: os.environ.get(name, "none") for name in (*SAME_JOB, "SLURM_RESTART_COUNT")}
     return {name: value for name, value in given.items() if value != "none"}
 
