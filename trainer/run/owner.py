@@ -19,7 +19,7 @@ SAME_JOB = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 
 
 def job() -> dict[str, str]:
-    """The names that tell this job's next start from another job's, with the number of times that Slurm started it anew."""
+    """The names of this job, which tell its next start from another job's, and how often Slurm has restarted it."""
     given = {name: os.environ.get(name, "none") for name in (*SAME_JOB, "SLURM_RESTART_COUNT")}
     return {name: value for name, value in given.items() if value != "none"}
 
