@@ -114,8 +114,11 @@ class Trainer(Start):
 
     def _evaluate(self) -> None:
         with self.progress.phase(VALIDATE):
-            self.val_loss, losses = validate(self.parts.engine, self.parts.feed, self.step, self.progress.touch)
+            found = validate(self.parts.engine, self.parts.feed, self.step, self.progress.touch)
             self.eval_due = False
+            if found is None:
+                return
+            self.val_loss, losses = found
             if self.tracker is not None:
                 self.tracker.log(self.step, validation_row(self.val_loss, losses))
                 print(validation_line(self.step, self.cfg.max_steps, self.val_loss, losses), flush=True)

@@ -100,3 +100,13 @@ def test_a_checkpoint_of_a_newer_version_is_refused(whole: Path, tmp_path: Path)
     code, err = again(whole, run)
     assert code == 2 and "made by a newer version of Gradus (format 2, this one reads 1)" in err, err
     assert names(run) == ["latest", SIX, NINE]
+
+
+def test_a_source_without_validation_data_trains(whole: Path, tmp_path: Path) -> None:
+    """With eval.every=0; any other number is refused, and the line names it."""
+    shutil.copytree(whole / "data" / "train", tmp_path / "data" / "train")
+    given = (f"data.path={tmp_path / 'data'}", "max_steps=2")
+    pretrain(tmp_path / "run", *given)
+    assert [sorted(metrics) for _, metrics in story(tmp_path / "run") if "val/loss" in metrics] == []
+    [(code, err)] = finish(start(tmp_path / "run", *given, "eval.every=1"))
+    assert code == 2 and "eval.every=1, but no source has validation data" in err and "eval.every=0" in err, err

@@ -11,7 +11,7 @@ from trainer.config.train import TrainConfig, at_least_one
 
 @dataclass
 class EvalConfig:
-    every: int = MISSING  # steps; 0 = only at the end
+    every: int = MISSING  # steps; 0 = only at the end, and not at all if no source has validation data
     windows: int | None = None  # validation windows used, from the first on; null = all
 
     def __post_init__(self) -> None:

@@ -132,6 +132,7 @@ class ShardFeed:
         ]
         lines += describe(ledger, self._max_steps, self.mesh.dp, self._micro_batch_size)
         lines += rounding(self.data)
+        lines += [] if self.sources.val else ["data: no source has validation data: there is no validation"]
         return [*lines, _open_shards(self.sources, self.plan, self.mesh.dp)]
 
     def close(self) -> None:

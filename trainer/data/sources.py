@@ -25,7 +25,7 @@ from trainer.distributed.world import World
 
 
 class Sources(NamedTuple):
-    """Manifests by the source's name in `data.sources`; some may have no validation data, not all."""
+    """Manifests by the source's name in `data.sources`; some or all may have no validation data."""
 
     train: dict[str, Manifest]
     val: dict[str, Manifest]
@@ -39,10 +39,9 @@ class Sources(NamedTuple):
 
 
 def open_sources(cfg: DataConfig) -> Sources:
-    """Raises UserError if a source is missing, damaged or out of reach, or none has validation data."""
+    """Raises UserError if a source is missing, damaged or out of reach."""
     cache = open_cache(cfg)
     sources = Sources({}, {}, cache)
-    no_val = None
     for name in cfg.sources:
         try:
             sources.train[name] = open_source(cfg.location(name, "train"), cache)
@@ -50,15 +49,20 @@ def open_sources(cfg: DataConfig) -> Sources:
             raise UserError(f"data.sources.{name}: {e}") from None
         try:
             sources.val[name] = open_source(cfg.location(name, "val"), cache)
-        except NoSource as e:
-            no_val = e
-    if not sources.val:
-        raise no_val or UserError("data.sources is empty")
+        except NoSource:
+            continue
+    if not sources.train:
+        raise UserError("data.sources is empty")
     return sources
 
 
-def check_sources(sources: Sources, model: ModelConfig, eval_windows: int | None) -> None:
-    """Raises UserError if the shards do not fit the model or one another."""
+def check_sources(sources: Sources, model: ModelConfig, eval_every: int, eval_windows: int | None) -> None:
+    """Raises UserError if the shards do not fit the model or one another, or none can validate."""
+    if eval_every and not sources.val:
+        raise UserError(
+            f"eval.every={eval_every}, but no source has validation data: write one with val_fraction above 0, or give "
+            "eval.every=0, which then trains without validation"
+        )
     one = sources.any
     for manifest in (*sources.train.values(), *sources.val.values()):
         tokenizer = manifest.root / TOKENIZER
@@ -76,7 +80,8 @@ def check_sources(sources: Sources, model: ModelConfig, eval_windows: int | None
         if not windows:
             raise UserError(
                 f"{manifest.root} holds {manifest.tokens} tokens in {len(manifest.shards)} shards, none with a window "
-                f"of model.n_ctx={model.n_ctx} + 1 tokens: give a smaller model.n_ctx, more text, or no val"
+                f"of model.n_ctx={model.n_ctx} + 1 tokens: give a smaller model.n_ctx, more text, or no val "
+                "(eval.every=0)"
             )
         if manifest in sources.val.values() and eval_windows is not None and not 0 < eval_windows <= windows:
             raise UserError(

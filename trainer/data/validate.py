@@ -16,8 +16,8 @@ from trainer.objective.objective import weighted_loss
 
 def validate(
     engine: Engine, feed: Feed, step: int, on_progress: Callable[[], None] = lambda: None
-) -> tuple[float, dict[str, float]]:
-    """The loss after `step` updates, over the sets by their weights, and that of each set. Collective.
+) -> tuple[float, dict[str, float]] | None:
+    """The loss after `step` updates, over the sets by their weights, and that of each; None without sets. Collective.
 
     `on_progress` is called at each batch.
 
@@ -25,6 +25,8 @@ def validate(
         UserError: on every rank, where one cannot read its batches.
     """
     sets = feed.validation(step)
+    if not sets:
+        return None
     losses = {each.name: _loss_on(engine, each.batches, on_progress) for each in sets}
     return sum(s.weight * losses[s.name] for s in sets) / sum(s.weight for s in sets), losses
 
