@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import threading
 import time
@@ -64,9 +65,12 @@ def test_one_mlflow_run_serves_all_starts_and_has_each_row_once(tmp_path: Path) 
 
     at_server = counted(client, first_id)
     assert len(at_server) == len(set(at_server)) and set(at_server) <= set(logged(root))
-    assert history(client, first_id, "run/generation") == [(0, 1), (400, 2)]
 
     run = client.get_run(first_id)
+    times = [round(row.time * 1000) for row, _ in read_rows(RunFolder(root).metrics)]
+    assert (run.info.start_time, run.info.end_time) == (min(times), max(times))
+    assert run.data.tags["mlflow.user"] == root.owner()
+    assert "tracking.uri" not in run.data.params and "null" not in run.data.params.values()
     assert run.data.tags["gradus.generation"] == "2"
     reached = max(row.step for row, _ in read_rows(RunFolder(root).metrics) if row.generation == 1)
     assert 500 < reached <= 600  # the kill takes what the queue still holds
@@ -82,6 +86,78 @@ def test_one_mlflow_run_serves_all_starts_and_has_each_row_once(tmp_path: Path) 
     assert picture == (root / "mixture.png").read_bytes()
     cfg = config(root, None)
     assert picture == draw(plan({"books": 2, "web": 1}), 1000, cfg.max_steps, cfg.run.name)  # the last that was shown
+
+
+def test_a_run_without_tracking_is_sent_as_it_was(tmp_path: Path) -> None:
+    """Started, ended and finished when its files say, in the hands of its owner, without curves for programs."""
+    root, uri = tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    shutil.copytree(Path(__file__).parents[1] / "data" / "before" / "run", root)
+    rows = [row for row, _ in read_rows(RunFolder(root).metrics)]
+    code, told = sync(root, f"uri={uri}")
+    assert (code, told["backlog"]) == (0, 0)
+    client = client_of(uri)
+    run = client.get_run(told["run_id"])
+    assert run.info.status == "FINISHED"
+    assert (run.info.start_time, run.info.end_time) == (round(rows[0].time * 1000), round(rows[-1].time * 1000))
+    assert run.data.tags["mlflow.user"] == root.owner()
+    assert set(run.data.metrics) == {key for row in rows for key in row.metrics} - {"run/generation", "data/crc32"}
+    assert "null" not in run.data.params.values()
+
+    (root / "checkpoints" / "latest").unlink()  # as it was before its last checkpoint
+    shutil.rmtree(root / "checkpoints")
+    (root / "tracking.json").unlink()
+    assert client.get_run(sync(root, f"uri={uri}")[1]["run_id"]).info.status == "KILLED"
+
+
+@pytest.mark.slow
+def test_what_lies_in_mlflows_trash_is_named_with_its_cure(tmp_path: Path) -> None:
+    """And taken on when it has been restored, by the same process."""
+    root = tmp_path / "runs" / "a"
+    training = start_training(root, 0, None, pause_s=0.01)
+    wait_for(lambda: offset(root) > 5_000)
+    run_id = json.loads((root / "tracking.json").read_text())["run_id"]
+    client = client_of(tracking_uri(config(root, None).tracking, root))
+    client.delete_run(run_id)
+    wait_for(lambda: said(root, f"mlflow runs restore --run-id {run_id}") == 1)
+    client.restore_run(run_id)
+    wait_for(lambda: not is_away(root))
+    experiment = client.get_run(run_id).info.experiment_id
+    client.delete_experiment(experiment)
+    cure = f"mlflow experiments restore --experiment-id {experiment}"
+    wait_for(lambda: said(root, cure) == 1)
+    (root.parent / "stop").touch()
+    end_of(training)
+    assert said(root, cure) == 2, "also where it says what waits"
+    code, told = sync(root)
+    assert code == 2 and told["backlog"] > 0
+    client.restore_experiment(experiment)
+    client.restore_run(run_id)  # the trash took it with the experiment
+    assert sync(root)[0] == 0
+    assert counted(client, run_id) == logged(root)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_server_that_comes_back_empty_gets_the_whole_run(tmp_path: Path) -> None:
+    root, port = tmp_path / "run", free_port()
+    uri = f"http://127.0.0.1:{port}"
+    server = start_server(tmp_path, port)
+    try:
+        training = start_training(root, 0, None, pause_s=0.01, uri=uri)
+        wait_for(lambda: offset(root) > 5_000)
+        first = json.loads((root / "tracking.json").read_text())["run_id"]
+        signal_group(server, signal.SIGKILL)
+        for path in tmp_path.glob("server.db*"):
+            path.unlink()
+        server = start_server(tmp_path, port)
+        wait_for(lambda: said(root, f"has lost run {first}: the whole journal is sent to a new one") == 1)
+        wait_for(lambda: not is_away(root))
+        (tmp_path / "stop").touch()
+        done = end_of(training)
+        assert done["run_id"] != first
+        assert counted(client_of(uri), done["run_id"]) == logged(root)
+    finally:
+        signal_group(server, signal.SIGKILL)
 
 
 def test_dead_server_costs_one_warning_and_a_bounded_close(tmp_path: Path) -> None:

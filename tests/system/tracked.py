@@ -119,9 +119,10 @@ def counted(client: Any, run_id: str) -> list[tuple[str, int, int]]:
 
 
 def logged(root: Path) -> list[tuple[str, int, int]]:
-    """The same of all lines of the journal."""
+    """The same of all lines of the journal, without what is no curve for a person."""
     rows = [row for row, _ in read_rows(RunFolder(root).metrics)]
-    return sorted((key, row.step, round(row.time * 1000)) for row in rows for key in row.metrics)
+    keys = [(key, row) for row in rows for key in row.metrics if key not in ("run/generation", "data/crc32")]
+    return sorted((key, row.step, round(row.time * 1000)) for key, row in keys)
 
 
 def sync(root: Path, *overrides: str) -> tuple[int, dict[str, Any]]:

@@ -66,6 +66,11 @@ def check_tracking(cfg: TrackingConfig) -> None:
     scheme, mark, rest = (cfg.uri or "sqlite:///").partition("://")
     if not mark and scheme != "databricks":
         raise UserError(f"tracking.uri={cfg.uri} has no scheme: give http://HOST:PORT, or sqlite:///FILE")
+    if scheme == "file":
+        raise UserError(
+            f"tracking.uri={cfg.uri}: MLflow keeps no new runs in folders of files: give sqlite:///FILE, or null for "
+            "mlflow.db beside the run folder"
+        )
     cure, secret = "where the database's own client looks (PostgreSQL: PGPASSWORD or ~/.pgpass)", _PASSWORD
     if scheme in ("http", "https"):
         cure, secret = "into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD", r"[^/]*@"

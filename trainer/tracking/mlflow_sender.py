@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,12 @@ from trainer.config.tracking import EXPERIMENT, TrackingConfig, artifacts_of, tr
 from trainer.run.folder import RunFolder
 from trainer.run.journal import NewNumbers, read_rows, superseded
 from trainer.run.redact import redact_tree
-from trainer.tracking.messages import cause, warn
-from trainer.tracking.state import TrackingState
+from trainer.tracking.messages import Refused, cause, warn
+from trainer.tracking.state import STATE, TrackingState
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Experiment, Metric
 
 TAG, GENERATION, SUPERSEDED = "gradus.run", "gradus.generation", "gradus.superseded"
 BATCH = 1000  # MLflow's limit of metrics in a request
@@ -34,6 +35,7 @@ TIMEOUT_S, PATIENT_S, UPLOAD_S = 3.0, 60.0, 600.0  # of a request; after many fa
 AGAIN_S = 60.0  # before a file that was not taken is offered again
 MODEL = ("model.safetensors", "config.json", "tokenizer.json")  # of a run's last checkpoint
 _CHECKPOINT = ("manifest.json", "state.json")
+BOOKKEEPING = ("run/generation", "data/crc32")  # of the journal, for programs: no curves for a person
 _OUR_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ  # else the user has said it
 
 
@@ -67,22 +69,22 @@ class Sender:
 
     def send(self) -> None:
         """Send all that is new: rows, tags, files."""
-        client = self._connected()
-        self._send_rows(client)
-        if self._new_start:
-            self._tag_starts(client)
-        self._store_files(client)
+        with self._connection() as client:
+            self._send_rows(client)
+            if self._new_start:
+                self._tag_starts(client)
+            self._store_files(client)
 
     def end(self) -> None:
         """Send the run's last status, and register the model of one that is finished."""
-        client, run_id, status = self._connected(), self._run_id, self.state.sent.status
-        name = self._cfg.register
-        if status == "FINISHED" and name is not None and self.state.sent.registered is None:
-            self._register(client, run_id, name)
-        if status == "SCHEDULED":  # it goes on later: not terminated
-            client.update_run(run_id, status=status)
-        elif status != "RUNNING":
-            client.set_terminated(run_id, status)
+        with self._connection() as client:
+            run_id, status, name = self._run_id, self.state.sent.status, self._cfg.register
+            if status == "FINISHED" and name is not None and self.state.sent.registered is None:
+                self._register(client, run_id, name)
+            if status == "SCHEDULED":  # it goes on later: not terminated
+                client.update_run(run_id, status=status)
+            elif status != "RUNNING":
+                client.set_terminated(run_id, status, max(self._times(), default=None))
 
     def waiting(self) -> int:
         """The number of lines of the journal that are not sent."""
@@ -97,10 +99,16 @@ class Sender:
         assert self.state.sent.run_id is not None, "only after _connect"
         return self.state.sent.run_id
 
-    def _connected(self) -> MlflowClient:
-        if self._client is None:
-            self._client = _alone(self.uri, self._connect)
-        return self._client
+    @contextmanager
+    def _connection(self) -> Iterator[MlflowClient]:
+        """The client, connected anew after an error: the server may have come back without the run."""
+        try:
+            if self._client is None:
+                self._client = _alone(self.uri, self._connect)
+            yield self._client
+        except Exception:
+            self._client = None
+            raise
 
     def _connect(self) -> MlflowClient:
         """Import MLflow, find or make the run. A new server gets the rows from before it, too."""
@@ -109,7 +117,7 @@ class Sender:
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # else it tells of each table it makes
         client = MlflowClient(self.uri, registry_uri=self.uri)
         run_id = self.state.sent.run_id
-        if run_id and not _has_run(client, run_id):
+        if run_id and not _is_open(client, run_id):
             warn(f"{self.uri} has lost run {run_id}: the whole journal is sent to a new one")
             self.state.change(run_id=None, offset=0, described=False, stored={}, registered=None)
             run_id = None
@@ -126,15 +134,24 @@ class Sender:
     def _find_run(self, client: MlflowClient) -> str:
         name = self._cfg.experiment or EXPERIMENT
         experiment = client.get_experiment_by_name(name)
+        if experiment:
+            _refuse_deleted(experiment)
         folder = artifacts_of(self.uri)
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(name, folder)
         tag = self.state.sent.uuid
         runs = client.search_runs([experiment_id], f"tags.`{TAG}` = '{tag}'", max_results=1)
-        run = runs[0] if runs else client.create_run(experiment_id, run_name=self._name, tags={TAG: tag})
+        if runs:
+            return str(runs[0].info.run_id)
+        tags = {TAG: tag, "mlflow.user": _owner(self._folder.root)}
+        run = client.create_run(experiment_id, min(self._times(), default=None), tags, self._name)
         return str(run.info.run_id)
 
+    def _times(self) -> list[int]:
+        """The times of the journal's rows, in ms."""
+        return [round(row.time * 1000) for row, _ in read_rows(self._folder.metrics)]
+
     def _describe(self, client: MlflowClient, run_id: str) -> None:
-        """Send the config as params, cut to MLflow's length, once: a param is final. config.yaml is among the files."""
+        """Send what the config sets as params, cut to MLflow's length, once: a param is final. config.yaml has all."""
         from mlflow.entities import Param
 
         values = _flat(redact_tree(self._params))
@@ -151,7 +168,8 @@ class Sender:
         end = start = self.state.sent.offset
         for row, end in self._news.rows(start):
             self._new_start = self._new_start or row.resumed_at is not None
-            metrics += [Metric(k, v, round(row.time * 1000), row.step) for k, v in row.metrics.items()]
+            curves = [(k, v) for k, v in row.metrics.items() if k not in BOOKKEEPING]
+            metrics += [Metric(k, v, round(row.time * 1000), row.step) for k, v in curves]
             if len(metrics) >= BATCH:
                 self._send_metrics(client, metrics, end)
                 metrics = []
@@ -209,7 +227,10 @@ class Sender:
         self._refused_at = None
 
     def _tag_code(self, client: MlflowClient, path: Path) -> None:
-        code = json.loads(path.read_text(encoding="utf-8"))["code"]
+        body = json.loads(path.read_text(encoding="utf-8"))
+        code, argv = body["code"], body["command"]
+        client.set_tag(self._run_id, "mlflow.source.type", "LOCAL")
+        client.set_tag(self._run_id, "mlflow.source.name", argv[argv.index("-m") + 1] if "-m" in argv[:-1] else argv[0])
         if code.get("commit"):
             client.set_tag(self._run_id, "mlflow.source.git.commit", str(code["commit"]))
             client.set_tag(self._run_id, "gradus.dirty", json.dumps(code.get("dirty")))
@@ -248,16 +269,49 @@ def _alone(uri: str, connect: Callable[[], MlflowClient]) -> MlflowClient:
         return connect()
 
 
-def _has_run(client: MlflowClient, run_id: str) -> bool:
+def refusal(error: Exception) -> str | None:
+    """What has to be done before the server takes anything again; None for an error that may pass by itself."""
+    if isinstance(error, Refused):
+        return str(error)
+    if getattr(error, "error_code", None) in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        names = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        return f"it does not let this user in ({cause(error)}): set {names}"
+    return None
+
+
+def _is_open(client: MlflowClient, run_id: str) -> bool:
+    """False if the server does not know the run. Raises Refused if it is in the trash."""
     from mlflow.exceptions import MlflowException
 
     try:
-        client.get_run(run_id)
+        info = client.get_run(run_id).info
     except MlflowException as e:
         if e.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
         raise
+    if info.lifecycle_stage == "deleted":
+        _refuse_deleted(client.get_experiment(info.experiment_id))
+        raise Refused(
+            f"run {run_id} is in MLflow's trash: mlflow runs restore --run-id {run_id}, or delete {STATE} in the run "
+            "folder for a new run"
+        )
     return True
+
+
+def _refuse_deleted(experiment: Experiment) -> None:
+    if experiment.lifecycle_stage == "deleted":
+        raise Refused(
+            f"tracking.experiment={experiment.name} is in MLflow's trash: mlflow experiments restore --experiment-id "
+            f"{experiment.experiment_id}, or give another tracking.experiment at the next start"
+        )
+
+
+def _owner(folder: Path) -> str:
+    """The user whose run it is, also where another one sends it."""
+    try:
+        return folder.owner()
+    except KeyError:  # no name here
+        return str(folder.stat().st_uid)
 
 
 def _flat(body: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -266,4 +320,5 @@ def _flat(body: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             value = value.value if isinstance(value, Enum) else value
-            yield prefix + key, value if isinstance(value, str) else json.dumps(value)
+            if value is not None:
+                yield prefix + key, value if isinstance(value, str) else json.dumps(value)

@@ -19,7 +19,7 @@ from trainer.config.tracking import TrackingConfig
 from trainer.run.exit_codes import PREEMPTED
 from trainer.run.folder import RunFolder
 from trainer.tracking.messages import cause, warn
-from trainer.tracking.mlflow_sender import Sender
+from trainer.tracking.mlflow_sender import Sender, refusal
 from trainer.tracking.state import ShippingLock
 
 PERIOD_S = 1.0  # between two looks at the journal
@@ -62,6 +62,7 @@ class Shipper:
         self._closing = threading.Event()
         self._given_up = threading.Event()
         self._failing = False
+        self._refusal: str | None = None  # what has to be done, where the failure does not pass by itself
         self._status = Status.finished
         self._drawn_at = time.monotonic()
         self._drawn_last = False
@@ -85,9 +86,10 @@ class Shipper:
             self._thread.join(0.05)
         self._given_up.set()
         if self._thread.is_alive():
+            first = f"{self._refusal}; then " if self._refusal else ""
             warn(
-                f"{self._sender.waiting()} rows of {self._folder.metrics} wait for {self._sender.uri}: the next start "
-                f"sends them, or: python -m trainer.tracking sync run_dir={self._folder.root}"
+                f"{self._sender.waiting()} rows of {self._folder.metrics} wait for {self._sender.uri}: {first}the next "
+                f"start sends them, or: python -m trainer.tracking sync run_dir={self._folder.root}"
             )
 
     def _run(self) -> None:
@@ -102,9 +104,10 @@ class Shipper:
                     failures = 0
                 except Exception as e:  # whatever it is, it must not end the training
                     failures += 1
-                    if failures == 1:
+                    told, self._refusal = self._refusal, refusal(e)
+                    if failures == 1 or self._refusal not in (None, told):
                         warn(
-                            f"{self._sender.uri} takes no metrics ({cause(e)}): training goes on, "
+                            f"{self._sender.uri} takes no metrics ({self._refusal or cause(e)}): training goes on, "
                             f"{self._sender.waiting()} rows wait in {self._folder.metrics}"
                         )
                 if self._failing and not failures:

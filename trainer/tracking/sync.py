@@ -13,11 +13,14 @@ from conf.frozen import thaw
 from trainer.config.pretrain import PretrainConfig
 from trainer.config.tracking import SyncConfig, TrackerName, check_tracking, tracking_uri
 from trainer.run.folder import RunFolder
+from trainer.run.heartbeat import read_heartbeats
 from trainer.run.redact import redact
 from trainer.tracking.messages import cause
-from trainer.tracking.mlflow_sender import Sender
+from trainer.tracking.mlflow_sender import Sender, refusal
 from trainer.tracking.shipper import backoff_s, draw_curves
 from trainer.tracking.state import ShippingLock
+
+FRESH_S = 60.0  # a heartbeat younger than this is of a run that goes on
 
 
 def sync(cfg: SyncConfig) -> None:
@@ -35,11 +38,15 @@ def sync(cfg: SyncConfig) -> None:
     print(f"sends to {tracking_uri(frozen.tracking, folder.root)}", file=sys.stderr, flush=True)
     draw_curves(folder.root, frozen.run.name)
     sender = Sender(frozen.tracking, frozen.run.name, asdict(frozen), folder)
+    if sender.state.sent.status == "RUNNING":  # its process has said nothing of its end
+        sender.state.change(status=status_of(folder, frozen.max_steps))
     before = sender.waiting()
     error = deliver(sender, cfg.timeout_s)
     left = sender.waiting()
     print(json.dumps({"rows_sent": before - left, "backlog": left, "run_id": sender.state.sent.run_id}), flush=True)
     lock.release()
+    if error is not None and (reason := refusal(error)):
+        raise UserError(f"{sender.uri} takes no rows: {reason}")
     if error is not None:
         raise TransientError(
             f"{sender.uri} does not take what is left, in {cfg.timeout_s:g} s ({cause(error)}): try later"
@@ -68,8 +75,17 @@ def config_of(folder: RunFolder, uri: str | None) -> PretrainConfig:
     return cfg
 
 
+def status_of(folder: RunFolder, max_steps: int) -> str:
+    """MLflow's status of a run by its files: with its last checkpoint it is finished, with fresh heartbeats it runs."""
+    latest = folder.latest()
+    if latest is not None and folder.state(latest)["step"] >= max_steps:
+        return "FINISHED"
+    beats = read_heartbeats(folder.heartbeats)
+    return "RUNNING" if any(time.time() - beat.time < FRESH_S for beat in beats) else "KILLED"
+
+
 def deliver(sender: Sender, timeout_s: float) -> Exception | None:
-    """Send all that is left; return None, or the last error when nothing was taken for `timeout_s`.
+    """Send all that is left; return None, or the last error: of a refusal, or once nothing was taken for `timeout_s`.
 
     Raises:
         UserError: the journal is damaged.
@@ -86,7 +102,7 @@ def deliver(sender: Sender, timeout_s: float) -> Exception | None:
             if sender.state.sent.offset != offset:  # some of it was taken
                 failures, since, offset = 0, time.monotonic(), sender.state.sent.offset
             failures += 1
-            if time.monotonic() - since > timeout_s:
+            if refusal(e) or time.monotonic() - since > timeout_s:
                 return e
         sender.be_patient(failures, timeout_s)
         time.sleep(min(backoff_s(failures), timeout_s / 10))

@@ -67,6 +67,7 @@ def test_mlflow_missing_is_refused_with_its_cure(monkeypatch: pytest.MonkeyPatch
     [
         ("127.0.0.1:5000", r"tracking.uri=127.0.0.1:5000 has no scheme: give http://HOST:PORT"),
         ("mlruns", "tracking.uri=mlruns has no scheme"),
+        ("file:///tmp/mlruns", "tracking.uri=file:///tmp/mlruns: MLflow keeps no new runs .* give sqlite:///FILE"),
         ("https://me:hunter2@host/mlflow", "MLFLOW_TRACKING_PASSWORD"),
         ("postgresql://me:hunter2@host/mlflow", "PGPASSWORD"),
         ("mysql+pymysql://me:hunter2/3@host/mlflow", "where the database's own client looks"),
