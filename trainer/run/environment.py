@@ -66,3 +66,11 @@ def code_of(folder: RunFolder) -> dict[str, Any]:
     differ = {key: value for key, value in theirs.items() if value != ours.get(key)}
     differ |= {"changes": None} if "changes" in ours and "changes" not in theirs else {}
     return {**own, "submitted": {"number": frozen[-1].parent.name, **differ}} if differ else own
+
+
+def owner(folder: RunFolder) -> str:
+    """The user whose run it is, also where another one sends it; the number of one without a name here."""
+    try:
+        return folder.root.owner()
+    except KeyError:
+        return str(folder.root.stat().st_uid)

@@ -7,10 +7,6 @@ import sys
 from trainer.run.redact import redact
 
 
-class Refused(Exception):
-    """A server's refusal that does not pass by itself; the message says what has to be done."""
-
-
 def warn(message: str) -> None:
     """Print one line."""
     print(f"tracking: {message}", file=sys.stderr, flush=True)

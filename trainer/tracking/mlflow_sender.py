@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.tracking import EXPERIMENT, TrackingConfig, artifacts_of, tracking_uri
+from trainer.run.environment import owner
 from trainer.run.folder import RunFolder
 from trainer.run.journal import NewNumbers, read_rows, superseded
 from trainer.run.redact import redact_tree
-from trainer.tracking.messages import Refused, cause, warn
+from trainer.tracking.messages import cause, warn
+from trainer.tracking.refusals import Refused, refuse_deleted
 from trainer.tracking.state import STATE, TrackingState
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Metric
+    from mlflow.entities import Metric
 
 TAG, GENERATION, SUPERSEDED = "gradus.run", "gradus.generation", "gradus.superseded"
 BATCH = 1000  # MLflow's limit of metrics in a request
@@ -135,14 +137,14 @@ class Sender:
         name = self._cfg.experiment or EXPERIMENT
         experiment = client.get_experiment_by_name(name)
         if experiment:
-            _refuse_deleted(experiment)
+            refuse_deleted(experiment)
         folder = artifacts_of(self.uri)
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(name, folder)
         tag = self.state.sent.uuid
         runs = client.search_runs([experiment_id], f"tags.`{TAG}` = '{tag}'", max_results=1)
         if runs:
             return str(runs[0].info.run_id)
-        tags = {TAG: tag, "mlflow.user": _owner(self._folder.root)}
+        tags = {TAG: tag, "mlflow.user": owner(self._folder)}
         run = client.create_run(experiment_id, min(self._times(), default=None), tags, self._name)
         return str(run.info.run_id)
 
@@ -269,16 +271,6 @@ def _alone(uri: str, connect: Callable[[], MlflowClient]) -> MlflowClient:
         return connect()
 
 
-def refusal(error: Exception) -> str | None:
-    """What has to be done before the server takes anything again; None for an error that may pass by itself."""
-    if isinstance(error, Refused):
-        return str(error)
-    if getattr(error, "error_code", None) in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-        names = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        return f"it does not let this user in ({cause(error)}): set {names}"
-    return None
-
-
 def _is_open(client: MlflowClient, run_id: str) -> bool:
     """False if the server does not know the run. Raises Refused if it is in the trash."""
     from mlflow.exceptions import MlflowException
@@ -290,28 +282,12 @@ def _is_open(client: MlflowClient, run_id: str) -> bool:
             return False
         raise
     if info.lifecycle_stage == "deleted":
-        _refuse_deleted(client.get_experiment(info.experiment_id))
+        refuse_deleted(client.get_experiment(info.experiment_id))
         raise Refused(
             f"run {run_id} is in MLflow's trash: mlflow runs restore --run-id {run_id}, or delete {STATE} in the run "
             "folder for a new run"
         )
     return True
-
-
-def _refuse_deleted(experiment: Experiment) -> None:
-    if experiment.lifecycle_stage == "deleted":
-        raise Refused(
-            f"tracking.experiment={experiment.name} is in MLflow's trash: mlflow experiments restore --experiment-id "
-            f"{experiment.experiment_id}, or give another tracking.experiment at the next start"
-        )
-
-
-def _owner(folder: Path) -> str:
-    """The user whose run it is, also where another one sends it."""
-    try:
-        return folder.owner()
-    except KeyError:  # no name here
-        return str(folder.stat().st_uid)
 
 
 def _flat(body: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -19,7 +19,8 @@ from trainer.config.tracking import TrackingConfig
 from trainer.run.exit_codes import PREEMPTED
 from trainer.run.folder import RunFolder
 from trainer.tracking.messages import cause, warn
-from trainer.tracking.mlflow_sender import Sender, refusal
+from trainer.tracking.mlflow_sender import Sender
+from trainer.tracking.refusals import refusal
 from trainer.tracking.state import ShippingLock
 
 PERIOD_S = 1.0  # between two looks at the journal

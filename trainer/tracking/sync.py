@@ -16,7 +16,8 @@ from trainer.run.folder import RunFolder
 from trainer.run.heartbeat import read_heartbeats
 from trainer.run.redact import redact
 from trainer.tracking.messages import cause
-from trainer.tracking.mlflow_sender import Sender, refusal
+from trainer.tracking.mlflow_sender import Sender
+from trainer.tracking.refusals import refusal
 from trainer.tracking.shipper import backoff_s, draw_curves
 from trainer.tracking.state import ShippingLock
 
