@@ -106,11 +106,13 @@ class Shipper:
                 except Exception as e:  # whatever it is, it must not end the training
                     failures += 1
                     told, self._refusal = self._refusal, refusal(e)
-                    if failures == 1 or self._refusal not in (None, told):
+                    if failures == 1:
                         warn(
                             f"{self._sender.uri} takes no metrics ({self._refusal or cause(e)}): training goes on, "
                             f"{self._sender.waiting()} rows wait in {self._folder.metrics}"
                         )
+                    elif self._refusal not in (None, told):
+                        warn(f"{self._sender.uri} takes none before something is done: {self._refusal}")
                 if self._failing and not failures:
                     warn(f"{self._sender.uri} takes metrics again, nothing is lost")
                 self._failing = failures > 0
