@@ -102,7 +102,7 @@ class Shipper:
                     self._once(closing)
                     if closing:
                         return
-                    failures = 0
+                    failures, self._refusal = 0, None
                 except Exception as e:  # whatever it is, it must not end the training
                     failures += 1
                     told, self._refusal = self._refusal, refusal(e)
