@@ -12,7 +12,7 @@ class Refused(Exception):
 
 
 def refusal(error: Exception) -> str | None:
-    """What has to be done before the server takes anything again; None for an error that may pass by itself."""
+    """The thing to do before the server takes anything again; None for an error that may pass by itself."""
     if isinstance(error, Refused):
         return str(error)
     if getattr(error, "error_code", None) in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
