@@ -48,7 +48,7 @@ def join_ranks(world: World, parallel: ParallelConfig, timeout_s: float = 600.0)
         )
     if parallel.tp > 1:  # before CUDA starts: megatron-core wants a collective launched before the GEMM that hides it
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    device = _device(world)
+    device = device_of(world)
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "nccl"
         bound = device if device.type == "cuda" and world.world_size > 1 else None
@@ -69,7 +69,7 @@ def join_ranks(world: World, parallel: ParallelConfig, timeout_s: float = 600.0)
 def single_rank_mesh(world: World) -> Mesh:
     """A mesh of this process alone, without process groups: for a model that no other rank takes part in."""
     alone = World(rank=0, world_size=1, local_rank=world.local_rank)
-    return Mesh(world=alone, device=_device(world), dp_rank=0, dp=1, tp_rank=0, tp=1, dp_group=None, tp_group=None)
+    return Mesh(world=alone, device=device_of(world), dp_rank=0, dp=1, tp_rank=0, tp=1, dp_group=None, tp_group=None)
 
 
 def _groups(tp: int, device: torch.device, timeout_s: float) -> tuple[Any, Any]:
@@ -129,9 +129,9 @@ def gpu_index(world: World) -> int | None:
     return index if index < torch.cuda.device_count() else None
 
 
-def _device(world: World) -> torch.device:
+def device_of(world: World) -> torch.device:
     """This rank's GPU; the CPU without one, or if DS_ACCELERATOR=cpu asks for it."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     index = gpu_index(world)
     if index is None:

@@ -11,7 +11,7 @@ from conf.errors import TransientError, UserError
 from trainer.config.parallel import ParallelConfig
 from trainer.data.channel import channel
 from trainer.distributed.lost_ranks import ranks_lost
-from trainer.distributed.mesh import Mesh, gpu_index, join_ranks
+from trainer.distributed.mesh import Mesh, device_of, gpu_index, join_ranks
 from trainer.distributed.seeds import stable_seed
 from trainer.distributed.world import World
 from trainer.engine.deepspeed_api import connect, deepspeed_comm, mpu
@@ -64,6 +64,13 @@ def test_a_rank_that_sees_one_gpu_takes_number_0(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
         assert gpu_index(World(rank=1, world_size=2, local_rank=1)) == index, visible
+
+
+def test_a_machine_without_a_gpu_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert device_of(World(rank=0, world_size=1, local_rank=0)) == torch.device("cpu")
 
 
 def test_seeds_never_change_and_ignore_the_kind_of_integer() -> None:
