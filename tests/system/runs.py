@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
 from tests.helpers.fixtures import make_source
-from tests.helpers.ranks import ROOT, free_port, rank_env
+from tests.helpers.ranks import Process, free_port, rank_env, start_module
 from trainer.run.journal import read_journal
 
 TINY = (
@@ -42,24 +40,13 @@ def make_data(root: Path, vocab_size: int = 1024) -> Path:
 
 def start(
     run_dir: Path, *overrides: str, ranks: int = 1, device: str = "cpu", entry: str = "trainer.pretrain"
-) -> list[subprocess.Popen[str]]:
+) -> list[Process]:
     """`python -m trainer.pretrain` on each rank, as torchrun would start it; stderr is kept."""
-    port = free_port()
-    argv = [sys.executable, "-m", entry, *TINY, f"run.dir={run_dir}", *overrides]
-    return [
-        subprocess.Popen(
-            argv,
-            env=rank_env(r, ranks, port, device),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(ranks)
-    ]
+    port, argv = free_port(), [*TINY, f"run.dir={run_dir}", *overrides]
+    return [start_module(entry, argv, rank_env(r, ranks, port, device), device) for r in range(ranks)]
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout_s: float = 200) -> list[tuple[int, str]]:
+def finish(processes: list[Process], timeout_s: float = 200) -> list[tuple[int, str]]:
     """Exit code and stderr of each rank."""
     try:
         return [(p.returncode, err) for p in processes for _, err in [p.communicate(timeout=timeout_s)]]
@@ -73,7 +60,7 @@ def pretrain(run_dir: Path, *overrides: str, ranks: int = 1, device: str = "cpu"
     assert all(code == 0 for code, _ in ended), "\n".join(err[-3000:] for _, err in ended)
 
 
-def kill_at(processes: list[subprocess.Popen[str]], journal: Path, step: int, rank: int, timeout_s: float = 200) -> int:
+def kill_at(processes: list[Process], journal: Path, step: int, rank: int, timeout_s: float = 200) -> int:
     """SIGKILL one rank once `step` is logged; the others end by themselves. Returns the last step logged."""
     deadline = time.monotonic() + timeout_s
     try:

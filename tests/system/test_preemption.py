@@ -5,20 +5,22 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.ranks import ROOT, Process, free_port, rank_env
 from tests.helpers.seeds import seeded
-from tests.system.runs import finish, make_data, pretrain, start
+from tests.system.runs import TINY, finish, make_data, pretrain, start
 from tests.system.supervised import rows, supervised
 from tests.system.test_resume import story, weights
 from trainer.run.folder import RunFolder
 from trainer.run.journal import read_journal
 
 
-def signal_at(processes: list[subprocess.Popen[str]], run: Path, step: int, rank: int, number: int) -> None:
+def signal_at(processes: list[Process], run: Path, step: int, rank: int, number: int) -> None:
     """One rank gets the signal once `step` is logged."""
     deadline = time.monotonic() + 200
     journal = run / "metrics.jsonl"
@@ -54,15 +56,15 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 85), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_before_the_first_step_ends_the_process_at_once(tmp_path: Path, number: int, code: int) -> None:
     """While torch is imported: rank 1 of two, which would wait for rank 0 for ever."""
-    data = make_data(tmp_path / "data")
-    process = start(tmp_path / "run", f"data.path={data}", "max_steps=3", ranks=2)
-    process[0].kill()
-    maps = Path(f"/proc/{process[1].pid}/maps")
+    argv = [sys.executable, "-m", "trainer.pretrain", *TINY, f"run.dir={tmp_path / 'run'}"]
+    argv += [f"data.path={make_data(tmp_path / 'data')}", "max_steps=3"]
+    process = subprocess.Popen(argv, env=rank_env(1, 2, free_port()), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
     while "libtorch" not in maps.read_text():
         time.sleep(0.01)
-    process[1].send_signal(number)
-    _, (ended, err) = finish(process)
-    assert ended == code
+    process.send_signal(number)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == code
     assert err.splitlines()[-1].endswith("before the first step: nothing to save, nothing lost")
 
 

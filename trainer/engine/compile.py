@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dynamo.backends.registry import lookup_backend
 
 from trainer.config.parallel import Compile, ParallelConfig, Precision, Recompute
 from trainer.distributed.mesh import Mesh
@@ -57,6 +56,8 @@ def compile_model(model: GPT, backend: str | Callable[..., Any] = "inductor") ->
     Dropout draws its seeds from torch's generator at each call: a micro step's seed decides it, as without compiling,
     though the bits dropped are others.
     """
+    import torch._dynamo  # seconds, which a run that is not compiled saves
+
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     of_blocks = _selective(backend) if model.recompute is Recompute.selective else backend
     model.run_block = torch.compile(model.run_block, fullgraph=True, dynamic=False, backend=of_blocks)
@@ -69,6 +70,8 @@ def _selective(backend: str | Callable[..., Any]) -> Callable[..., Any]:
     By itself torch keeps what a matrix product reads, since a fused kernel must write it down again. Private: the name
     of that rule; a test counts the bytes that are kept.
     """
+
+    from torch._dynamo.backends.registry import lookup_backend
 
     def compiler(graph: Any, inputs: Any) -> Any:
         with torch._functorch.config.patch(ban_recompute_materialized_backward=False):

@@ -1,7 +1,7 @@
 """DeepSpeed as this project uses it: the one file that imports it, and the mesh in DeepSpeed's words.
 
-DeepSpeed looks for its device when it is imported, and takes two seconds for an MLflow that only its autotuner uses.
-Both are settled here before the import.
+DeepSpeed looks for its device when it is imported, takes two seconds for an MLflow that only its autotuner uses, and
+loads torch's compiler at its first step, more seconds, to decorate a Muon that we do not use. All are settled here.
 """
 
 from __future__ import annotations
@@ -32,13 +32,27 @@ def _hidden(module: str) -> Iterator[None]:
             del sys.modules[module]
 
 
+@contextmanager
+def _decorated_by_nothing(module: Any) -> Iterator[None]:
+    """Functions that are imported meanwhile are not compiled by `module.compile`."""
+    compile = module.compile
+    module.compile = lambda *args, **kwargs: lambda function: function
+    try:
+        yield
+    finally:
+        module.compile = compile
+
+
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 with _hidden("mlflow"), warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
     import deepspeed.comm.comm as deepspeed_comm
+    from deepspeed.runtime import compiler
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+with _decorated_by_nothing(compiler):
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
 __all__ = ["BF16_Optimizer", "connect", "deepspeed", "deepspeed_comm", "mpu", "register_sequence_parallel_hooks"]
 
