@@ -256,11 +256,13 @@ def test_a_command_prints_help_config_or_one_line(argv: list[str], code: int, ou
 
 
 def test_a_failure_of_the_machine_exits_with_1(tmp_path: Path) -> None:
-    """A failure of the machine is one line and the exit code that is tried again."""
-    code = f"{IMPORTS}; run(VerifyConfig, lambda cfg: open(cfg.path))"
-    result = python(code, f"path={tmp_path}/absent", cwd=CONF.parent)
-    assert result.returncode == 1
-    assert re.fullmatch(r"error: \[Errno 2\] No such file or directory: '.*absent'\n", result.stderr), result.stderr
+    """A full disk is one line and the exit code that is tried again; a missing file is a mistake."""
+    code = f"{IMPORTS}; run(VerifyConfig, lambda cfg: open(cfg.path, 'r+b', buffering=0).write(b'x'))"
+    full, missing = (python(code, f"path={path}", cwd=CONF.parent) for path in ("/dev/full", f"{tmp_path}/absent"))
+    assert full.returncode == 1
+    assert full.stderr == "error: [Errno 28] No space left on device\n"
+    assert missing.returncode == 2
+    assert re.fullmatch(r"error: \[Errno 2\] No such file or directory: '.*absent'\n", missing.stderr), missing.stderr
 
 
 def test_a_transient_error_exits_with_1(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conf.errors import TransientError, UserError
+from conf.errors import UserError
 from data_pipeline.files import JSON_LIMIT
 from data_pipeline.manifest import (
     Manifest,
@@ -176,9 +176,9 @@ class CachedShard:
                 return index
             try:
                 index, body = index_of(self._manifest, self._shard, path), path.read_bytes()
-            except TransientError as e:  # does not say that the index is damaged
-                raise (e.__cause__ or e) from None
             except UserError as e:
+                if isinstance(e.__cause__, OSError):  # does not say that the index is damaged
+                    raise e.__cause__ from None
                 path.unlink(missing_ok=True)
                 body = b""
                 if again:

@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 
-from conf.errors import TransientError, UserError
+from conf.errors import UserError
 from data_pipeline.manifest import Manifest, ShardInfo, index_of
 from data_pipeline.remote.backends import Lost
 from data_pipeline.remote.cache import Cache
@@ -46,9 +46,9 @@ class LocalShard:
     def __init__(self, manifest: Manifest, shard: ShardInfo) -> None:
         try:
             self.index = index_of(manifest, shard)
-        except TransientError as e:
-            raise (e.__cause__ or e) from None
         except UserError as e:
+            if isinstance(e.__cause__, OSError):  # this machine may not or cannot read it: it is not lost
+                raise e.__cause__ from None
             raise Lost(f"its index {e}") from None
         try:
             self._fd = os.open(manifest.root / shard.name, os.O_RDONLY | os.O_NONBLOCK)  # a fifo would wait

@@ -212,15 +212,16 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -
     assert not isinstance(caught.value, TransientError)
 
 
-def test_missing_is_a_mistake_and_unreadable_may_pass(tmp_path: Path) -> None:
+def test_missing_and_linked_to_itself_are_mistakes(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("{}")
     for path in (tmp_path / "none", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"do this$") as caught:
             read_json(path, "do this")
         assert not isinstance(caught.value, TransientError)
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(TransientError, match=rf"^{tmp_path}/loop: too many levels .*: fix it, then try again$"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/loop: too many levels .*: fix it, then try again$") as caught:
         read_json(tmp_path / "loop", "do this")
+    assert not isinstance(caught.value, TransientError)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conf.errors import TransientError, UserError
+from conf.errors import UserError
 from trainer.checkpoint import files as weights
 from trainer.checkpoint.snapshot import Snapshot, bytes_of, check_room
 from trainer.checkpoint.write import FolderActivity
@@ -52,8 +52,8 @@ def test_a_big_file_reaches_the_disk_bit_by_bit(tmp_path: Path, monkeypatch: pyt
     assert at == [1050, 2050, 2550] and (tmp_path / "a").read_bytes() == body
 
 
-def test_a_disk_that_refuses_may_pass(tmp_path: Path) -> None:
-    with pytest.raises(TransientError, match=r"absent/a: No such file or directory: give run.dir a disk with room"):
+def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent/a: No such file or directory: give run.dir a disk with room"):
         weights.write_file(tmp_path / "absent" / "a", [b"x"])
 
 

@@ -287,7 +287,7 @@ def test_exact_keeps_texts_that_differ_in_any_character(tmp_path: Path) -> None:
 
 def test_numbers_tell_tables_apart_if_asked(rng: random.Random, tmp_path: Path) -> None:
     cells = [[rng.randrange(10_000) for _ in range(60)] for _ in range(300)]
-    tables = ["\n".join(f"row {i} has the value {n} here" for i, n in enumerate(row)) for row in cells]
+    tables = ["\n".join(f"value {n}" for n in row) for row in cells]  # no n-gram of five is without a number
     assert stays(tmp_path / "fineweb", tables, DedupConfig(minhash=FINEWEB)) == 1
     assert stays(tmp_path / "numbers", tables, DedupConfig(minhash=replace(FINEWEB, numbers=True))) == 300
     assert stays(tmp_path / "twice", tables * 2, DedupConfig(minhash=replace(FINEWEB, numbers=True))) == 300
