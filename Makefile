@@ -1,6 +1,7 @@
 # make demo        raw text -> shards -> a model that is trained, killed, resumed, validated and sampled
 # make test        the tests, under 15 minutes on 2 cores
 # make test-slow   the tests that take minutes each
+# make test-long   more layouts, kills and jobs of what those show: before a release
 # make check       ruff and mypy
 # make docs        writes docs/config.md and parts of docs/architecture.md and docs/runbook.md anew
 # make clean       removes .venv and caches; runs and data stay
@@ -26,7 +27,7 @@ endif
 
 $(shell $(SOUND) || rm -f $(STAMP))
 
-.PHONY: demo test test-slow check docs clean
+.PHONY: demo test test-slow test-long check docs clean
 
 demo: $(STAMP)
 	@$(RUN) -m launch.demo
@@ -35,7 +36,10 @@ test: $(STAMP)
 	@$(RUN) -m pytest $(SIDE_BY_SIDE)
 
 test-slow: $(STAMP)
-	@$(RUN) -m pytest $(SIDE_BY_SIDE) -m slow --timeout 900
+	@$(RUN) -m pytest $(SIDE_BY_SIDE) -m "slow and not long" --timeout 900
+
+test-long: $(STAMP)
+	@$(RUN) -m pytest $(SIDE_BY_SIDE) -m long --timeout 900
 
 check: $(STAMP)
 	@$(RUN) -m ruff check .

@@ -89,6 +89,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> float:
     return story(root / "run")[-1][1]["val/loss"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_with_spikes_repeats_itself_after_kills(tmp_path: Path) -> None:

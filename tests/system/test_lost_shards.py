@@ -63,6 +63,7 @@ def test_skip_goes_on_without_a_lost_shard(home: Home) -> None:
     assert story(run)[: home.step] == before, "the steps before were made otherwise"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_that_skipped_a_shard_is_exact_after_a_kill(home: Home) -> None:

@@ -137,6 +137,7 @@ def test_a_signal_then_a_lost_node_then_done(site: Site) -> None:
     site.same(run)
 
 
+@pytest.mark.long
 def test_the_time_limit_is_a_signal_before_it(site: Site) -> None:
     """Slurm looks at limits every 30 s; a rank stands still until then, so that the run is not done before."""
     run, [job] = site.submit("limit", "cluster.slurm.time=2", "cluster.slurm.signal_s=10")
@@ -179,6 +180,7 @@ def test_an_array_of_two_one_preempted_one_with_a_killed_rank(site: Site) -> Non
         site.same(one)
 
 
+@pytest.mark.long
 def test_a_chain_of_three_jobs_is_one_run(site: Site) -> None:
     run, jobs = site.submit("chain", "cluster.slurm.chain=3", "cluster.slurm.chain_by=afterok")
     assert len(jobs) == 3 and site.job(jobs[1])["Reason"] == "Dependency"

@@ -161,6 +161,7 @@ def test_a_host_cut_off_for_good_ends_the_run_in_one_line(cluster: Cluster, data
         cluster.heal("h2")
 
 
+@pytest.mark.long
 def test_torchrun_goes_on_without_a_host_and_takes_it_back(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     """At last it is stopped and started once more, so that it ends: nobody knows how many steps this will take."""
     overrides = (

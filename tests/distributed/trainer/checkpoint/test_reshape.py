@@ -73,6 +73,7 @@ def off(ours: list[list[float]], whole: list[list[float]]) -> float:
     return float(((x - y).abs().amax(0) / y.abs().amax(0)).max())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_layout_goes_on_from_one_checkpoint_and_leads_back(tmp_path: Path) -> None:

@@ -160,6 +160,7 @@ def places(found: dict[str, Any]) -> list[tuple[int, int]]:
     return [(s["step"], s["position"]) for s in found["ledger"]]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_rollbacks_free_old_engines_and_jump_bad_windows(ranks: list[Any]) -> None:
@@ -171,6 +172,7 @@ def test_rollbacks_free_old_engines_and_jump_bad_windows(ranks: list[Any]) -> No
             assert (got["skipped"], got["step"]) == (2, 7), case
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_signal_during_a_rollback_stops_after_a_step(root: Path, ranks: list[Any]) -> None:
@@ -182,6 +184,7 @@ def test_a_signal_during_a_rollback_stops_after_a_step(root: Path, ranks: list[A
     assert weights(root / "signal") == weights(root / "bf16 zero1") != {}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_no_data_behind_a_jump_stops_before_any_change(ranks: list[Any]) -> None:

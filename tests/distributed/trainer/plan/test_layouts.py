@@ -14,7 +14,7 @@ from tests.distributed.trainer.engine.test_muon import TOLERANCE as MUON_TOLERAN
 from tests.distributed.trainer.engine.test_zero import FEW, TOLERANCE, assert_same_curve, plain_torch
 from tests.helpers.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 # 4 and 5 heads on 4 ranks, the 5 padded to 8; 3 on 2 ranks, padded to 4
 SHAPES = {1: {"n_head": 3, "n_embd": 42}, 2: {"n_head": 3, "n_embd": 42}, 4: {"n_head": 5, "n_embd": 40}}
 EVEN = {"n_head": 4, "n_embd": 40}

@@ -64,11 +64,13 @@ def test_zero_1_and_2_hold_the_planned_bytes_on_two_ranks() -> None:
     check(2, FEW)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_wrapper_holds_the_planned_bytes_alone() -> None:
     check(1, [*FEW, *MANY])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_layout_of_two_ranks_holds_the_planned_bytes() -> None:
     tp = [{"zero": 1, "tp": 2, "micro": 16, "sequence_parallel": split} for split in (False, True)]
