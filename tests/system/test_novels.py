@@ -26,7 +26,7 @@ def test_shards_of_novels_and_wikitext_hold_tiktokens_tokens(shared_data: Path, 
     where = [f"corpus.path={text}", "tokenizer=gpt2", f"output={out}"]
     done = shards("write", "corpus=text", *where, "val_fraction=0.2", "shard_tokens=500000")
     assert done.returncode == 0, done.stderr
-    assert "2  dropped: not UTF-8" in done.stderr  # the zip files that lie beside the texts
+    assert "2  dropped: a ZIP: corpus=books reads EPUBs" in done.stderr  # the zip files that lie beside the texts
     checked = shards("verify", f"path={out}")
     assert (checked.returncode, ": ok, 2 sources, " in checked.stdout) == (0, True), checked.stdout
 
