@@ -1,5 +1,5 @@
 # make demo        raw text -> shards -> a model that is trained, killed, resumed, validated and sampled
-# make test        the tests, under 15 minutes on 2 cores
+# make test        the tests, 10 minutes on 2 fast cores, 25 on slow ones
 # make test-slow   the tests that take minutes each
 # make test-long   more layouts, kills and jobs of what those show: before a release
 # make check       ruff and mypy

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from conf.errors import TransientError, UserError
+from conf.errors import UserError
 from data_pipeline.files import read_json
 from trainer.run.folder import DAMAGED, STATE
 
@@ -26,13 +26,13 @@ def check_files(path: Path) -> Files:
 
     Raises:
         DamagedError: naming what is missing, too short or too long.
-        UserError: the checkpoint is of a newer version's format.
+        UserError: the checkpoint is of a newer version's format, or this machine may not read it.
     """
     try:
         body = read_json(path / MANIFEST, DAMAGED)
-    except TransientError:
-        raise
     except UserError as e:
+        if isinstance(e.__cause__, OSError):  # says nothing of what was written
+            raise
         raise DamagedError(str(e)) from None
     check_format(path / MANIFEST, body.get("format"))
     try:

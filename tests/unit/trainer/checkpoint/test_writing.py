@@ -12,6 +12,7 @@ import torch
 from conf.errors import UserError
 from trainer.checkpoint import files as weights
 from trainer.checkpoint.snapshot import Snapshot, bytes_of, check_room
+from trainer.checkpoint.verify import DamagedError, check_files
 from trainer.checkpoint.write import FolderActivity
 from trainer.engine.fragments import Fragment
 
@@ -71,3 +72,13 @@ def test_a_folder_is_silent_from_its_last_change_on(tmp_path: Path, monkeypatch:
     assert pulse.silence_s() == 0
     now += 4
     assert pulse.silence_s() == 4
+
+
+def test_a_manifest_that_may_not_be_read_is_not_damaged(tmp_path: Path) -> None:
+    """It would be set aside for what is wrong with this machine; a missing one is damage."""
+    with pytest.raises(DamagedError, match=r"manifest\.json: no such file"):
+        check_files(tmp_path)
+    (tmp_path / "manifest.json").symlink_to("manifest.json")
+    with pytest.raises(UserError, match="too many levels") as caught:
+        check_files(tmp_path)
+    assert not isinstance(caught.value, DamagedError)
