@@ -48,7 +48,9 @@ DEFAULTS = {
     "seed": 0,
 }
 HEADS, HEAD_DIM = (16, 128) if GPU else (2, 32)  # gpt3_xl's
-NUMBERS = {"band": 256, "stride": 256, "summary": 32} if GPU else {"band": 32, "stride": 32, "summary": 4}
+NUMBERS: dict[str, Any] = (
+    {"band": 256, "stride": 256, "summary": 32} if GPU else {"band": 32, "stride": 32, "summary": 4}
+)
 WARMUP = 5
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -160,9 +162,13 @@ def block(rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
         torch.nn.init.normal_(p, std=0.02)
     inputs = [x, *layer.parameters()]
     run = torch.compile(layer, fullgraph=True, dynamic=False) if GPU else layer
+
+    def gradients(kind: str) -> Any:
+        return torch.autograd.grad(run(x, masks[kind]), inputs, dy)
+
     out: dict[str, Any] = {"model": cfg.name, "context": cfg.n_ctx, "rows": rows, "band": cfg.band}
     for kind, name in (("D", "dense_ms"), ("B", "banded_ms")):
-        out[name] = milliseconds(lambda kind=kind: torch.autograd.grad(run(x, masks[kind]), inputs, dy), rounds)
+        out[name] = milliseconds(partial(gradients, kind), rounds)
     out["ratio"] = out["dense_ms"] / out["banded_ms"]
     out["ratio_DB"] = 2 * out["dense_ms"] / (out["dense_ms"] + out["banded_ms"])
     say(str(out))

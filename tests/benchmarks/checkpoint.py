@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,11 +38,10 @@ from tests.benchmarks import machine
 from tests.distributed.tiny_run import TinyEngine, counts
 from trainer.checkpoint import load as checkpoint
 from trainer.checkpoint.save import Saver
-from trainer.checkpoint.write import Writer
+from trainer.checkpoint.write import Writer, run_facts
 from trainer.config.pretrain import PretrainConfig
 from trainer.distributed.mesh import join_ranks
 from trainer.distributed.world import read_world
-from trainer.engine.engine import Engine
 from trainer.engine.fragments import owned
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
@@ -82,11 +82,13 @@ def saver(engine: TinyEngine, folder: Path, background: bool, written: list[floa
     run = RunFolder(folder)
     engine.cfg.checkpoint.background = background
 
-    def note(path, step, seconds):
-        return written.append(seconds)
+    def note(path: Path, step: int, seconds: float) -> None:
+        written.append(seconds)
 
-    cfg = engine.cfg
-    return Saver(engine, Writer(cfg.model, cfg.checkpoint, engine.mesh, run, run.take_generation(), "", published=note))
+    cfg, generation = engine.cfg, run.take_generation()
+    facts = run_facts(cfg.optim, cfg.model, cfg.parallel, cfg.precision, engine.mesh)
+    writer = Writer(cfg.model, engine.specs, cfg.checkpoint, engine.mesh, run, generation, "", facts, published=note)
+    return Saver(engine, writer)
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -103,25 +105,27 @@ def sync(folder: Path) -> None:
         os.close(fd)
 
 
-def torch_save(engine: Engine, folder: Path) -> None:
+def torch_save(engine: TinyEngine, folder: Path) -> None:
     folder.mkdir()
     tensors = {f"{k}/{f.name}": v for f in owned(engine.module, engine.adam) for k, v in f.views.items()}
     torch.save({name: t.clone() for name, t in tensors.items()}, folder / "state.pt")  # clone: a view saves its flat
     sync(folder)
 
 
-def deepspeed_save(engine: Engine, folder: Path) -> None:
+def deepspeed_save(engine: TinyEngine, folder: Path) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         engine.deepspeed.save_checkpoint(str(folder), tag="it")
     sync(folder)
 
 
-def once(engine: Engine, folder: Path, savers: dict[bool, Saver], step: int, written: list[float]) -> dict[str, Any]:
+def once(
+    engine: TinyEngine, folder: Path, savers: dict[bool, Saver], step: int, written: list[float]
+) -> dict[str, Any]:
     """One state, saved in every way; the savers' folders keep their newest checkpoint."""
     blocking, background = savers[False], savers[True]
     found: dict[str, Any] = {"blocking_s": timed(lambda: blocking.save(step, {}))}
     for name, peer in (("torch_save_s", torch_save), ("deepspeed_s", deepspeed_save)):
-        found[name] = timed(lambda peer=peer: peer(engine, folder / "peer"))
+        found[name] = timed(partial(peer, engine, folder / "peer"))
         shutil.rmtree(folder / "peer")
     found["stall_s"] = timed(lambda: background.save(step, {}))
     beside = []
@@ -135,7 +139,7 @@ def once(engine: Engine, folder: Path, savers: dict[bool, Saver], step: int, wri
     found["bytes"] = sum(f.stat().st_size for f in paths[1].iterdir())
 
     def read() -> None:
-        checkpoint.load_weights(paths[1], engine.module, engine.mesh)  # type: ignore[arg-type]
+        checkpoint.load_weights(paths[1], engine.module, engine.mesh)
         checkpoint.restore(paths[1], engine)
         settle()
 
@@ -158,7 +162,7 @@ def same(a: Path, b: Path) -> bool:
 
 
 def measure(folder: Path, model: str, rounds: int, n_ctx: int, quiet: bool) -> dict[str, Any]:
-    loads, written = [machine.load()], []
+    loads, written = [machine.load()], list[float]()
     engine = build(model, n_ctx)
     train(engine)  # moments that are not zero
     savers = {way: saver(engine, folder / str(way), way, written) for way in (False, True)}

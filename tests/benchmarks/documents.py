@@ -89,13 +89,14 @@ def write_flat(folder: Path, tokens: int, seed: int) -> None:
 
 def write_shards(folder: Path, flat: Path) -> None:
     """Through the writer that `data_pipeline.shards write` uses; origins as of JSON lines without ids."""
-    from data_pipeline.manifest import TOKENIZER, Manifest, write_manifest
+    from data_pipeline.manifest import TOKENIZER, Manifest, ShardInfo, write_manifest
     from data_pipeline.shards.encode import Encoded
     from data_pipeline.shards.shards_config import ShardsConfig
     from data_pipeline.shards.write import ShardWriter
 
     cfg = ShardsConfig(tokenizer="gpt2", output=str(folder))
-    shards, writer = [], None
+    shards: list[ShardInfo] = []
+    writer = None
     for number, ids in enumerate(documents(flat)):
         writer = writer or ShardWriter(folder, len(shards), cfg.block_tokens)
         where = f"part.jsonl:{number}"

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from typing import Any
 
@@ -57,7 +58,7 @@ def our_step(engine: Any, batches: list[Any]) -> Callable[[Phases], None]:
     def step(phase: Phases) -> None:
         for batch in batches:
             last = batch is batches[-1]
-            phase("backward", lambda b=batch, la=last: engine.backward(b, counts(64), last=la))
+            phase("backward", partial(engine.backward, batch, counts(64), last=last))
         phase("step", lambda: engine.step(1e-4))
 
     forward = engine._sums
@@ -86,7 +87,7 @@ def plain_step(model: Any, batches: list[Any]) -> Callable[[Phases], None]:
 
     def step(phase: Phases) -> None:
         for batch in batches:
-            loss = phase("forward", lambda b=batch: forward(b))
+            loss = phase("forward", partial(forward, batch))
             phase("backward", loss.backward)
         phase("step", update)
 
@@ -142,8 +143,12 @@ def measure(step: Callable[[Any], None], weights_bytes: int, steps: int, use: Ca
         step(phases)
     seconds = {name: sum(phases.seconds[name]) / steps for name in PHASES}
     out: dict[str, Any] = {"cpu_s": round((time.process_time() - began) / steps, 5), "s": seconds}
-    use_counted = counted(lambda phase: (use(phase), step(phase))[1], weights_bytes)
-    return out | use_counted
+
+    def used(phase: Phases) -> None:
+        use(phase)
+        step(phase)
+
+    return out | counted(used, weights_bytes)
 
 
 def run(layers: int, steps: int, micro_steps: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from tests.benchmarks.documents import N_CTX, open_flat
 
 BATCH = 8  # windows
 SEED = 1729
-Batches = Iterator[tuple[Tensor, Tensor]]
+Batches = Generator[tuple[Tensor, Tensor], None, None]
 
 
 def ours(folder: Path, step: int) -> Batches:

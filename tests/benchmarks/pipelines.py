@@ -166,7 +166,9 @@ def alone(step: Any, path: str) -> Run:
 
 
 def minhash_config() -> Any:
-    return load(PrepareConfig, ["input=x", "output=x"]).corpus.recipe.dedup.minhash
+    dedup = load(PrepareConfig, ["input=x", "output=x"]).corpus.recipe.dedup
+    assert dedup is not None
+    return dedup.minhash
 
 
 def ours_signatures(path: str) -> Run:
@@ -248,7 +250,7 @@ def tiktoken_tokens(path: str) -> Run:
     files = [folder / "vocab.bpe", folder / "encoder.json"]
     for file in files:
         file.write_bytes(find_gpt2_file(file.name))
-    ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files))
+    ranks = data_gym_to_mergeable_bpe_ranks(str(files[0]), str(files[1]))
     coder = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
     texts = [doc.text for doc in texts_of(path)]
     coder.encode_ordinary("warm")

@@ -77,6 +77,7 @@ def speed_rows() -> list[dict[str, Any]]:
 
 def memory_rows() -> list[dict[str, Any]]:
     found = []
+    cases: list[dict[str, Any]]
     for ranks, cases in ((1, [*FEW, *MANY]), (2, [*FEW, *MANY, {"zero": 1, "tp": 2, "micro": 16}])):
         measured = run_ranks(ranks, RUN, timeout_s=900, cases=[{**case, "model": MODEL} for case in cases])[0]
         for case, bytes_ in zip(cases, measured, strict=True):

@@ -56,7 +56,7 @@ def seconds(tp: int, width: int, steps: int, rounds: int) -> list[float]:
 
 
 def row(ranks: int, tp: int, how: dict[str, str]) -> dict[str, Any]:
-    sizes = {key: int(how[key]) for key in ("width", "steps", "rounds")}
+    sizes: dict[str, Any] = {key: int(how[key]) for key in ("width", "steps", "rounds")}
     slowest = max(
         statistics.median(s) for s in run_ranks(ranks, "tests.benchmarks.scaling_cpu:seconds", tp=tp, **sizes)
     )

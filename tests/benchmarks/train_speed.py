@@ -103,13 +103,14 @@ def config_of(size: str, micro_batch: int, given: dict[str, str], fp8: bool) -> 
     from trainer.config.optim import OptimConfig, ScheduleConfig, ScheduleKind
     from trainer.config.parallel import Offload, ParallelConfig, Precision, Recompute
     from trainer.config.tracking import TrackerName, TrackingConfig
+    from trainer.config.train import RunConfig
 
     shape = {"n_ctx": 1024, "vocab_size": 50257, **SIZES[size][1]}
     capped = float(given["cap_gib"]) > 0
-    small = {"recompute": Recompute.full, "offload": Offload.cpu} if capped else {}
+    small: dict[str, Any] = {"recompute": Recompute.full, "offload": Offload.cpu} if capped else {}
     recompute = Recompute(given["recompute"])
     return c.PretrainConfig(
-        run=c.RunConfig(name=size, dir="unused"),
+        run=RunConfig(name=size, dir="unused"),
         model=ModelConfig(name=size, **shape),
         optim=OptimConfig(name="gpt2", lr=3e-4, schedule=ScheduleConfig(ScheduleKind.constant)),
         data=DataConfig(name="random", path="unused", sources={"random": SourceConfig(".")}, lanes=micro_batch),

@@ -23,15 +23,17 @@ from tests.helpers.ranks import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 PYTHON = f"""#!{sys.executable}
-import json, os, signal, sys
+import json, os, pathlib, signal, sys, time
 if "trainer.pretrain" not in sys.argv[1:3]:
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 about = {{"env": dict(os.environ), "cores": len(os.sched_getaffinity(0))}}
 if os.environ.get("STOPS"):
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # so that one that comes before sigwait is not lost
     open(f"{{sys.argv[-1].partition('=')[2]}}.up", "w").close()
-    signal.pause()
+    signal.sigwait([signal.SIGTERM])
     print("stopped by SIGTERM after step 7, saved /x", file=sys.stderr, flush=True)
+    while not any("saved /x" in path.read_text() for path in pathlib.Path(about["env"]["OUTPUTS"]).glob("slurm-*.out")):
+        time.sleep(0.05)  # a cancelled srun does not wait for the last words of a task that has ended
     os.kill(os.getpid(), signal.SIGKILL)  # as srun does with those that are left of a cancelled step
 with open(f"{{sys.argv[-1].partition('=')[2]}}.rank-{{os.environ['RANK']}}", "w") as f:
     json.dump(about, f)
@@ -112,7 +114,7 @@ def test_a_cancelled_run_that_has_saved_is_told_as_stopped(
     env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = job(tmp_path, cpus_per_task=1)
-    state, said = done(made, env, {"STOPS": "1"}, monkeypatch)
+    state, said = done(made, env, {"STOPS": "1", "OUTPUTS": str(made.folder)}, monkeypatch)
     wait_for(lambda: '"exit"' in (tmp_path / "run" / "supervise.jsonl").read_text(), 60)
     told = gather(tmp_path / "run", time.time())["state"]
     assert "JobState=CANCELLED" in state and told["state"] == "stopped by a signal", (told, said)

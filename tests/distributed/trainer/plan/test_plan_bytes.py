@@ -15,8 +15,8 @@ from trainer.plan.workload import Workload
 
 MODEL = {"n_layer": 2, "n_head": 3, "n_embd": 192, "n_ctx": 128, "vocab_size": 2000}
 RUN = "tests.distributed.allocations:measure"
-FEW = [{"zero": 1, "micro": 2}, {"zero": 2, "micro": 16}]
-MANY = [
+FEW: list[dict[str, Any]] = [{"zero": 1, "micro": 2}, {"zero": 2, "micro": 16}]
+MANY: list[dict[str, Any]] = [
     {"zero": 3, "micro": 2},
     {"zero": 1, "micro": 16},
     {"zero": 1, "micro": 16, "recompute": "full"},
