@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.frozen import peek
-from data_pipeline.files import read_json
+from data_pipeline.files import open_regular, read_json
 from data_pipeline.order.ledger import Ledger
 from launch.job import SUBMITTED
 from launch.status.state import judge
@@ -252,13 +251,11 @@ def _has(body: Any, keys: Mapping[str, type]) -> bool:
 
 def _read(path: Path, limit: int, offset: int = 0) -> tuple[bool, str]:
     """At most so many bytes of a regular file from `offset` on (less than 0: from the end); True if that is all."""
-    with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:  # a fifo would wait
-        status = os.fstat(f.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: not a regular file")
-        start = offset if offset >= 0 else max(0, status.st_size + offset)
+    with open_regular(path, DAMAGED) as f:
+        size = os.fstat(f.fileno()).st_size
+        start = offset if offset >= 0 else max(0, size + offset)
         f.seek(start)
-        return start == 0 and status.st_size <= limit, f.read(limit).decode(errors="replace")
+        return start == 0 and size <= limit, f.read(limit).decode(errors="replace")
 
 
 def _plain(value: Any) -> Any:
