@@ -83,10 +83,12 @@ def validation_row(loss: float, losses: Mapping[str, float]) -> dict[str, float]
     return {"val/loss": loss, **({f"val/loss/{name}": x for name, x in losses.items()} if len(losses) > 1 else {})}
 
 
-def validation_line(step: int, max_steps: int, loss: float, losses: Mapping[str, float]) -> str:
-    """`step 100/1500  val loss 3.4120`, with the loss of each set if there are several."""
+def validation_line(
+    step: int, max_steps: int, loss: float, losses: Mapping[str, float], anew: str | None = None
+) -> str:
+    """`step 100/1500  val loss 3.4120`, with the loss of each set if there are several; `anew`: a line to follow."""
     each = "".join(f"  {name} {x:.4f}" for name, x in losses.items()) if len(losses) > 1 else ""
-    return f"step {step}/{max_steps}  val loss {loss:.4f}{each}"
+    return f"step {step}/{max_steps}  val loss {loss:.4f}{each}" + (f"\n  {anew}" if anew else "")
 
 
 def _start(given: str | None, checkpoint: Path | None, init_from: Path | None) -> str:

@@ -20,6 +20,7 @@ from data_pipeline.files import open_regular, read_json
 from data_pipeline.order.ledger import Ledger
 from launch.job import SUBMITTED
 from launch.status.state import judge
+from trainer.checkpoint.ranking import best
 from trainer.run.folder import RunFolder
 
 TAIL_BYTES = 8 << 20  # of a file of rows, which may be of any size: its end is read
@@ -158,11 +159,9 @@ def _checkpoints(root: Path, now: float) -> Report:
     """The published checkpoints, in order, the best of them, and the unfinished ones."""
     folder = RunFolder(root)
     checkpoints = [_whole(partial(_checkpoint, path, now)) for path in folder.published()]
-    valued = [c for c in checkpoints if isinstance(c.get("val_loss"), float) and math.isfinite(c["val_loss"])]
-    best = min(valued, key=lambda c: c["val_loss"])["name"] if valued else None
     return {
         "published": checkpoints,
-        "best": best,
+        "best": best((c["name"], c) for c in checkpoints if "name" in c),
         "unpublished": sorted(p.name for p in folder.checkpoints.glob(".step-*")),
         "set_aside": sorted(p.name for p in folder.checkpoints.glob("damaged-step-*")),
     }
@@ -191,7 +190,8 @@ def _checkpoint(path: Path, now: float) -> Report:
     files = [f.stat() for f in path.iterdir()]
     state = RunFolder.state(path)
     size, age = sum(f.st_size for f in files), now - path.stat().st_mtime
-    return {"name": path.name, "step": state["step"], "bytes": size, "age_s": age, "val_loss": state.get("val_loss")}
+    validated = {key: state.get(key) for key in ("val_loss", "measured")}
+    return {"name": path.name, "step": state["step"], "bytes": size, "age_s": age, **validated}
 
 
 def _submissions(root: Path) -> list[Report]:

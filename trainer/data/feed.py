@@ -30,6 +30,7 @@ class ValidationSet(NamedTuple):
     name: str
     weight: float  # of its loss in the mean over all sets
     batches: Iterator[tuple[AnyBatch, UserError | None]]
+    measures: str = ""  # in words that change with what its loss measures
 
 
 class Feed(Protocol):

@@ -116,7 +116,8 @@ class ShardFeed:
         weights = {name: segment.weights.get(name, 0) for name in val}
         if not any(weights.values()):
             weights = dict.fromkeys(val, 1)
-        return [ValidationSet(name, weights[name], self._validation_of(m, segment.n_ctx)) for name, m in val.items()]
+        n = segment.n_ctx
+        return [ValidationSet(k, weights[k], self._validation_of(m, n), self._measures(m, n)) for k, m in val.items()]
 
     def summary(self) -> list[str]:
         """The data of the run, with the tokens that no window holds."""
@@ -141,11 +142,17 @@ class ShardFeed:
     def _plan_of(self, ledger: Ledger) -> Plan:
         return plan_of(self.data, self.sources, ledger, seed=self.plan.seed, max_steps=self._max_steps)
 
+    def _windows(self, manifest: Manifest, n_ctx: int) -> int:
+        return self._eval_windows or int(shard_windows(manifest, n_ctx).sum())
+
+    def _measures(self, manifest: Manifest, n_ctx: int) -> str:
+        masked = " with a document mask" if self.data.document_mask else ""
+        return f"{self._windows(manifest, n_ctx)} windows of {n_ctx} tokens{masked} of {manifest.sha256[:8]}"
+
     def _validation_of(self, manifest: Manifest, n_ctx: int) -> Iterator[tuple[Batch, UserError | None]]:
         mesh = self.mesh
         error = None
-        windows = self._eval_windows or int(shard_windows(manifest, n_ctx).sum())
-        left = -(-windows // (mesh.dp * self._micro_batch_size))
+        left = -(-self._windows(manifest, n_ctx) // (mesh.dp * self._micro_batch_size))
         with closing(ShardStream([manifest], open_shards=1, cache=self.sources.cache)) as stream:
             batches = validation_batches(
                 manifest,
