@@ -21,6 +21,13 @@ GIB = 2**30  # bytes
 JSON_LIMIT = 256 << 20  # bytes of a manifest or an index: both are held whole
 
 
+def check_output(path: str) -> None:
+    """Raises UserError for an output that is no path of this machine: Path() would make a folder `s3:` of it."""
+    if "://" in path or path.startswith("pipe:"):
+        named = re.sub(r"//[^/]*@", "//", path) if "://" in path else "pipe:..."  # without possible secrets
+        raise UserError(f"output={named}: give a path on this machine: nothing is written to a URL")
+
+
 def publish_json(path: Path, body: dict[str, Any], *, private: bool = False) -> None:
     """Publish a JSON object, indented, as UTF-8."""
     publish(path, (json.dumps(body, ensure_ascii=False, indent=1) + "\n").encode(), private=private)
