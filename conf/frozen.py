@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -82,6 +83,15 @@ def peek(path: Path) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise UserError("not a mapping of keys to values")
     return body
+
+
+def by_key(body: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their dotted keys; an empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for key, value in body.items():
+        name = f"{above}{key}"
+        found |= by_key(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return found
 
 
 def literal(text: str) -> str:

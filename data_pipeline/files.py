@@ -12,13 +12,20 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, BinaryIO, TypeVar, get_args, get_origin, get_type_hints
 
 from conf.errors import UserError, of_nature
 
 T = TypeVar("T")
 GIB = 2**30  # bytes
 JSON_LIMIT = 256 << 20  # bytes of a manifest or an index: both are held whole
+
+
+def check_output(path: str) -> None:
+    """Raises UserError for an output that is no path of this machine: Path() would make a folder `s3:` of it."""
+    if "://" in path or path.startswith("pipe:"):
+        named = re.sub(r"//[^/]*@", "//", path) if "://" in path else "pipe:..."  # without possible secrets
+        raise UserError(f"output={named}: give a path on this machine: nothing is written to a URL")
 
 
 def publish_json(path: Path, body: dict[str, Any], *, private: bool = False) -> None:
@@ -79,6 +86,19 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def open_regular(path: Path, cure: str) -> BinaryIO:
+    """Open a file for reading if it is a regular one: a pipe or a device might make its reader wait for ever.
+
+    Raises:
+        UserError: it is none; the message ends in `cure`. OSError: it cannot be opened.
+    """
+    f = open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+        return f
+    f.close()
+    raise UserError(f"{path}: not a regular file: {cure}")
+
+
 def read_json(path: Path, cure: str, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """Read the JSON object in a regular file of at most `limit` bytes.
 
@@ -87,12 +107,10 @@ def read_json(path: Path, cure: str, limit: int = JSON_LIMIT) -> dict[str, Any]:
         TransientError: the file cannot be read now.
     """
     try:
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:  # a fifo would wait
-            if not stat.S_ISREG((status := os.fstat(f.fileno())).st_mode):
-                raise UserError(f"{path}: not a regular file: {cure}")
-            if status.st_size > limit:
-                raise UserError(f"{path}: {status.st_size} bytes, more than the {limit} that are read: {cure}")
-            body = json.loads(f.read(status.st_size).decode())
+        with open_regular(path, cure) as f:
+            if (size := os.fstat(f.fileno()).st_size) > limit:
+                raise UserError(f"{path}: {size} bytes, more than the {limit} that are read: {cure}")
+            body = json.loads(f.read(size).decode())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
         raise UserError(f"{path}: {(e.strerror or str(e)).lower()}: {cure}") from None
     except OSError as e:

@@ -26,7 +26,7 @@ from data_pipeline.shards.shards_config import (
     ShardsConfig,
     VerifyConfig,
 )
-from launch.config import DoctorConfig, PlanConfig, StatusConfig, SubmitConfig, SuperviseConfig
+from launch.config import CompareConfig, DoctorConfig, PlanConfig, StatusConfig, SubmitConfig, SuperviseConfig
 from trainer.config.generate import GenerateConfig
 from trainer.config.hf import ExportHfConfig, ImportHfConfig
 from trainer.config.node_check import NodeCheckConfig
@@ -55,6 +55,7 @@ SCHEMAS = (
     NodeCheckConfig,
     SyncConfig,
     StatusConfig,
+    CompareConfig,
 )
 ROOTS: dict[str, type] = {root_of(schema): schema for schema in SCHEMAS}
 """The dataclass of each YAML file at the top of conf/."""

@@ -103,6 +103,13 @@ class StatusConfig:
 
 
 @dataclass
+class CompareConfig:
+    """`python -m launch.compare RUN RUN ...`: what differs between runs, from their folders' files alone."""
+
+    output: str | None = "compare.png"  # the picture to draw; it replaces one of its own alone; null = the table alone
+
+
+@dataclass
 class PlanDataConfig(DataConfig):
     """The amount of data that a run trains on; a plan reads no source."""
 

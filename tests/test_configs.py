@@ -42,6 +42,7 @@ NEEDED = {
     "node_check": [],
     "sync": ["run_dir=runs/a"],
     "status": ["run_dir=runs/a"],
+    "compare": [],
     "generate": ["checkpoint=runs/a", "prompt=It was"],
     "import_hf": ["source=gpt2", "out=checkpoint"],
     "export_hf": ["checkpoint=runs/a", "out=exported"],

@@ -27,6 +27,7 @@ from data_pipeline.prepare.prepare_config import PrepareConfig
 from data_pipeline.prepare.recipe_config import MinHashConfig, QualityConfig
 from docs import generate_architecture, generate_config, generate_runbook
 from docs.generate_config import ROOTS
+from launch.compare.compare import split
 from launch.config import PlanConfig, SubmitConfig
 from launch.plan import cluster_of
 from tests.benchmarks import attention, checkpoint, corpus, extraction, loader, sampling, scale, train_speed
@@ -106,6 +107,8 @@ def schema_of(module: str, arguments: list[str]) -> tuple[str, list[str]]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("run", "run_one_of")
     ]
     [first] = [call.args[0] for call in calls]
+    if module == "launch.compare":  # the folders of the runs come before its values
+        _, arguments = split(arguments)
     if isinstance(first, ast.Dict):
         commands = {ast.literal_eval(key): value for key, value in zip(first.keys, first.values, strict=True) if key}
         pair = commands[arguments[0]]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.frozen import peek, thaw
+from conf.frozen import by_key, peek, thaw
 from trainer.config.optim import OptimConfig, Unit
 from trainer.data.feed import Feed
 from trainer.engine.schedule import lr_at
@@ -21,7 +20,7 @@ def changed_values(then: Path, now: Path) -> dict[str, tuple[Any, Any]]:
     A key that only one of the two has is of another version or another kind of run: its other value is None.
     """
     try:
-        old, new = dict(_flat(peek(then))), dict(_flat(peek(now)))
+        old, new = by_key(peek(then)), by_key(peek(now))
     except UserError:
         return {}
     return {
@@ -66,11 +65,3 @@ def _rate(optim: OptimConfig, max_steps: int, feed: Feed, step: int) -> float:
         step_tokens=size.work,
         end_tokens=feed.size(max_steps).done,
     )
-
-
-def _flat(body: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for key, value in body.items():
-        name = f"{above}{key}"
-        found += _flat(value, f"{name}.") if isinstance(value, dict) and value else [(name, value)]
-    return found

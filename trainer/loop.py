@@ -118,29 +118,28 @@ class Trainer(Start):
             self.eval_due = False
             if found is None:
                 return
-            self.val_loss = found.val.mean
+            self.val_loss, losses, measured = found
+            anew = self.ranking.enter(measured)
             if self.tracker is not None:
-                self.tracker.log(self.step, validation_row(found))
-                print(validation_line(self.step, self.cfg.max_steps, found), flush=True)
+                self.tracker.log(self.step, validation_row(self.val_loss, losses))
+                print(validation_line(self.step, self.cfg.max_steps, self.val_loss, losses, anew), flush=True)
             self.speed.start()  # validation is no training time
 
     def _is_best(self) -> bool:
         """Return True if the best checkpoint is kept and this validation is better than all before."""
-        if not self.cfg.checkpoint.keep_best or self.val_loss is None or not math.isfinite(self.val_loss):
-            return False
-        return self.best_val_loss is None or self.val_loss < self.best_val_loss
+        return self.cfg.checkpoint.keep_best and self.val_loss is not None and self.ranking.beats(self.val_loss)
 
     def _save(self, last: bool) -> None:
         with self.progress.phase(SAVE):
             started = time.monotonic()
             self._check_skips()  # no checkpoint of weights that some ranks have updated and others not
-            if self._is_best():
-                self.best_val_loss = self.val_loss
+            if self.val_loss is not None and self._is_best():
+                self.ranking.take(self.val_loss)
             size = self.parts.feed.size(self.step)
             state = {
                 "tokens": size.done if size.fixed else None,
                 "val_loss": self.val_loss if self.val_loss is not None and math.isfinite(self.val_loss) else None,
-                "best_val_loss": self.best_val_loss,
+                **self.ranking.state(),
                 "data": self.parts.feed.state(self.step),
                 "guard": self.guard.to_json(),
             }

@@ -19,6 +19,7 @@ from trainer.changes import changed_lines
 from trainer.checkpoint import load
 from trainer.checkpoint.claim import claim_run
 from trainer.checkpoint.find import find_checkpoint, read_state
+from trainer.checkpoint.ranking import Ranking
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.write import Writer, run_facts
 from trainer.config.optim import ScheduleConfig, Unit
@@ -92,7 +93,6 @@ class Start:
         dtype = torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16
         self.speed = Speed(flops_per_token(cfg.model), peak_flops(self.mesh.device, dtype) * world.world_size)
         self.step = 0
-        self.best_val_loss: float | None = None
         self._open_parts = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:  # closes all that was opened if the rest fails
             undo.push(self)
@@ -117,7 +117,7 @@ class Start:
         cfg = self.cfg
         self.watch.generation = self.generation
         self.step = state.get("step", 0)
-        self.best_val_loss = state.get("best_val_loss")
+        self.ranking = Ranking(state)
         init_from = init_checkpoint(cfg.init_from, checkpoint)
         engine = build_engine(cfg, self.task.objective, self.mesh, checkpoint, init_from)
         feed = self.task.feed(engine, state)

@@ -21,7 +21,7 @@ class CorpusFormat(Enum):
 
 @dataclass
 class CorpusConfig:
-    """The source of documents. `path` is a file, a folder (searched through) or a glob; pydocs has none."""
+    """The source of documents. `path` is a file, a folder (searched through), a glob or a URL; pydocs has none."""
 
     name: str = MISSING
     format: CorpusFormat = MISSING

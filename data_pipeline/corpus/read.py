@@ -11,18 +11,21 @@ text file, book, line of JSON or row of a table is held at once, and each of the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 from conf.errors import UserError
 from data_pipeline.corpus import epub, parquet, pydocs
 from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
 from data_pipeline.corpus.document import Document, Dropped, field_of, read_document
-from data_pipeline.corpus.inputs import Input, files_at, listed
+from data_pipeline.corpus.inputs import Input, listed
 from data_pipeline.corpus.kinds import HEAD, LINES, TEXT, charset_of, kind_of
 from data_pipeline.corpus.lines import content, lines
+from data_pipeline.corpus.remote_inputs import fetched, inputs_at
 from data_pipeline.corpus.report import Report
 
 MAX_FILE = 1 << 30  # bytes of a text file, which is one document
@@ -50,7 +53,9 @@ def documents(corpus: CorpusConfig, report: Report) -> Iterator[Document]:
     Raises:
         UserError: there is nothing at `corpus.path`, or no document in it.
     """
-    yield from report.kept(items(corpus, inputs(corpus)))
+    for file in inputs(corpus):
+        with TemporaryDirectory() as copies:
+            yield from report.kept(items(corpus, [fetched(file, Path(copies))]))
     if not report.given.documents:
         raise empty(corpus, report)
 
@@ -63,7 +68,7 @@ def empty(corpus: CorpusConfig, report: Report) -> UserError:
 
 
 def inputs(corpus: CorpusConfig) -> list[Input]:
-    """The regular files of the corpus, sorted by name; hidden files and folders are left out.
+    """The regular files of the corpus, sorted by name; hidden files and folders are left out. Some may have a URL.
 
     Raises:
         UserError: no such path, or no file there.
@@ -75,14 +80,14 @@ def inputs(corpus: CorpusConfig) -> list[Input]:
         )
     if corpus.format is CorpusFormat.pydocs:
         return listed(pydocs.root(), pydocs.files())
-    if not (files := files_at(cast(str, corpus.path))):
+    if not (files := inputs_at(cast(str, corpus.path), "corpus.path")):
         raise UserError(
             f"corpus={corpus.name}: no file in corpus.path={corpus.path}: name a file, a folder or a glob with files"
         )
     return files
 
 
-def items(corpus: CorpusConfig, files: list[Input]) -> Iterator[Document | Dropped]:
+def items(corpus: CorpusConfig, files: Iterable[Input]) -> Iterator[Document | Dropped]:
     """Every document of the files and every dropped record, in order."""
     for record in records(corpus, files):
         yield from parse(record, corpus)
@@ -109,7 +114,7 @@ def items_from(corpus: CorpusConfig, file: Input, start: int) -> Iterator[tuple[
                 yield item, position
 
 
-def records(corpus: CorpusConfig, files: list[Input]) -> Iterator[Record | Dropped]:
+def records(corpus: CorpusConfig, files: Iterable[Input]) -> Iterator[Record | Dropped]:
     """The pieces of the input; the same pieces each time."""
     for file in files:
         if corpus.format is CorpusFormat.parquet:

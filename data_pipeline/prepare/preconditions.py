@@ -15,7 +15,7 @@ from data_pipeline.prepare.parts import vocabulary
 from data_pipeline.prepare.prepare_config import Executor, ExecutorConfig, PrepareConfig, RawConfig
 from data_pipeline.prepare.quality.model import Model
 from data_pipeline.prepare.recipe_config import DedupConfig
-from data_pipeline.remote.backends import is_remote, shown
+from data_pipeline.remote.backends import is_remote
 
 
 def corpora(cfg: PrepareConfig) -> Iterator[tuple[str, RawConfig]]:
@@ -60,11 +60,9 @@ def check(cfg: PrepareConfig) -> None:
     """Check the config against the files on the disk.
 
     Raises:
-        UserError: a file that steps read is missing or damaged; an output that is a URL or inside its own input; a rule
+        UserError: a file that steps read is missing or damaged; an output inside its own input; a rule
             about tokens without a tokenizer; a stage that needs more memory than its task gets.
     """
-    if is_remote(cfg.output):
-        raise UserError(f"output={shown(cfg.output)}: give a folder: output is not written to a URL")
     for key, path in inputs_of(cfg):
         if not is_remote(path) and _reads(path, Path(cfg.output).resolve()):
             why = "is all read" if Path(path).is_dir() else "may match its files"

@@ -7,6 +7,7 @@ from enum import Enum
 
 from conf.errors import MISSING, UserError
 from data_pipeline.corpus.corpus_config import CorpusConfig, CorpusFormat
+from data_pipeline.files import check_output
 from data_pipeline.prepare.quality.config import QualityTrainConfig
 from data_pipeline.prepare.recipe_config import RecipeConfig
 from data_pipeline.shards.shards_config import PackingConfig
@@ -119,6 +120,7 @@ class PrepareConfig:
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
 
     def __post_init__(self) -> None:
+        check_output(self.output)
         if not (0 < self.part_mib < float("inf") and 0 < self.task_mib < float("inf")):
             raise UserError(f"part_mib={self.part_mib} and task_mib={self.task_mib}: give sizes above 0")
         if self.shards.write and self.tokenizer is None:

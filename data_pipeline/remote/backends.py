@@ -184,16 +184,27 @@ class Fsspec:
         path = f"{self.root.rstrip('/')}/{name}"
         try:
             if length is None:
+                self.filesystem.invalidate_cache()  # of what the file was when its folder was listed
                 with self.filesystem.open(path, "rb") as f:
                     yield Head(0, None), iter(lambda: f.read(_CHUNK), b"")
             else:
-                yield Head(start, None), iter([self.filesystem.cat_file(path, start, start + length)])
+                # by name: s3fs has a version of the file in the second place
+                yield Head(start, None), iter([self.filesystem.cat_file(path, start=start, end=start + length)])
         except FileNotFoundError:
             raise Lost("no such file") from None
-        except (Unreachable, Lost, Corrupt):
-            raise
-        except Exception as e:  # each protocol has its own errors
+        except Exception as e:  # each protocol has its own errors, also for a range behind the end
+            if length is not None and (size := self._size(path)) is not None and size <= start:
+                raise Corrupt(f"truncated: it ends at byte {size}") from None
             raise Unreachable(_cause(e)) from None
+
+    def _size(self, path: str) -> int | None:
+        """The size of a file now; None if the backend does not say."""
+        try:
+            self.filesystem.invalidate_cache()
+            size: int | None = self.filesystem.info(path)["size"]
+        except Exception:
+            return None
+        return size
 
 
 def listing(url: str) -> list[tuple[str, int]]:
@@ -206,6 +217,7 @@ def listing(url: str) -> list[tuple[str, int]]:
     source = Fsspec(url)
     fs, root = source.filesystem, source.root
     try:
+        fs.invalidate_cache()
         about = (fs.glob if "*" in root or "?" in root else fs.find)(root, detail=True)
         files = [(path, info) for path, info in about.items() if info["type"] == "file"]
     except FileNotFoundError:

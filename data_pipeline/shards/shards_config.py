@@ -7,6 +7,7 @@ from enum import Enum
 
 from conf.errors import MISSING, UserError
 from data_pipeline.corpus.corpus_config import CorpusConfig
+from data_pipeline.files import check_output
 
 
 @dataclass
@@ -18,6 +19,7 @@ class BpeTrainConfig:
     output: str = MISSING  # folder that receives tokenizer.json
 
     def __post_init__(self) -> None:
+        check_output(self.output)
         if not 257 <= self.vocab_size <= 2**31:
             raise UserError(
                 f"vocab_size={self.vocab_size}: a byte-level vocabulary has 256 bytes and <|endoftext|>, "
@@ -59,6 +61,7 @@ class ShardsConfig(PackingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_output(self.output)
         if self.workers < 0:
             raise UserError(f"workers={self.workers}: give the number of processes, or 0 for one for each core")
 
@@ -99,6 +102,7 @@ class ImportConfig:
     block_tokens: int = 65_536
 
     def __post_init__(self) -> None:
+        check_output(self.output)
         _check_sizes(self.block_tokens, self.shard_tokens)
         if self.dtype and self.format in (TokenFormat.megatron, TokenFormat.jsonl):
             raise UserError(f"dtype={self.dtype.value}: {self.format.value} files say it themselves, leave it out")
@@ -118,6 +122,7 @@ class ExportConfig:
     format: ExportFormat = ExportFormat.nanogpt
 
     def __post_init__(self) -> None:
+        check_output(self.output)
         if not self.output.endswith(".bin"):
             raise UserError(f"output={self.output}: give the name of a file that ends in .bin")
 
@@ -132,4 +137,4 @@ def _check_sizes(block_tokens: int, shard_tokens: int) -> None:
 class VerifyConfig:
     """`python -m data_pipeline.shards verify`: re-read every byte of a source and compare it with its manifest."""
 
-    path: str = MISSING
+    path: str = MISSING  # a folder with a manifest.json, or with such folders: a path or a URL

@@ -1,5 +1,6 @@
 """Check that a source is whole: re-read every byte and compare it with the manifest and the indexes.
 
+The files of a URL are copied, one shard at a time, and the copies are checked.
 Reads tars with the standard library only, so that the check shares no code with the writer and runs without webdataset.
 Nothing in a shard is executed, and no more memory is used than the shard's own size.
 """
@@ -11,7 +12,8 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ from data_pipeline.manifest import (
     read_index,
     read_manifest,
 )
+from data_pipeline.remote.backends import is_remote, shown
+from data_pipeline.shards.copies import at_hand, manifest_of_copy, names_at, small_files
 from data_pipeline.shards.shards_config import VerifyConfig
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
@@ -44,25 +48,36 @@ def verify(cfg: VerifyConfig) -> None:
 
     Raises:
         UserError: there is a defect, or no source.
+        TransientError: a URL that does not answer.
     """
-    root = Path(cfg.path)
+    if not is_remote(cfg.path):
+        _verify(Path(cfg.path), cfg.path, read_manifest)
+        return
+    with small_files(cfg.path) as copies:
+        try:
+            _verify(copies, shown(cfg.path), partial(manifest_of_copy, cfg.path, copies))
+        except UserError as e:
+            raise type(e)(str(e).replace(str(copies), shown(cfg.path))) from None
+
+
+def _verify(root: Path, name: str, read: Callable[[Path], Manifest]) -> None:
     below = {p.parent for p in root.glob("*/*") if p.name == MANIFEST or p.suffix == ".tar"}
     folders = [root] if (root / MANIFEST).exists() else sorted(below)
     sources = [folder for folder in folders if (folder / MANIFEST).exists()]
     if not sources:
-        raise UserError(f"path={root}: no {MANIFEST} there or one folder below: give what `shards write` made")
-    manifests = [read_manifest(source) for source in sources]
+        raise UserError(f"path={name}: no {MANIFEST} there or one folder below: give what `shards write` made")
+    manifests = [read(source) for source in sources]
     defects = [f"{folder}: shards, but no {MANIFEST}" for folder in folders if folder not in sources]
     defects += [line for manifest in manifests for line in _source(manifest)]
     defects += _report(root / REPORT, manifests)
     defects += [line for m in manifests if m.root != root for line in _report(m.root / REPORT, [m])]  # of an import
     for line in defects:
-        print(line)
+        print(line.replace(str(root), name))
     if defects:
-        raise UserError(f"path={root}: {len(defects)} defects in {len(sources)} sources, listed above: write it again")
+        raise UserError(f"path={name}: {len(defects)} defects in {len(sources)} sources, listed above: write it again")
     shards, documents = sum(len(m.shards) for m in manifests), sum(m.documents for m in manifests)
     tokens = sum(m.tokens for m in manifests)
-    print(f"{root}: ok, {len(sources)} sources, {shards} shards, {documents:,} documents, {tokens:,} tokens")
+    print(f"{name}: ok, {len(sources)} sources, {shards} shards, {documents:,} documents, {tokens:,} tokens")
 
 
 def _report(path: Path, manifests: list[Manifest]) -> Iterator[str]:
@@ -81,11 +96,13 @@ def _source(manifest: Manifest) -> Iterator[str]:
     """Every defect of one source, as lines `file[, member]: what`."""
     yield from _tokenizer(manifest, manifest.root / TOKENIZER)
     expected = {name for shard in manifest.shards for name in (shard.name, index_name(shard.name))}
-    for path in sorted(manifest.root.iterdir()):
-        if OURS.fullmatch(path.name) and path.name not in expected:
-            yield f"{path}: not in the manifest"
+    present = (p.name for p in manifest.root.iterdir()) if manifest.origin is None else names_at(manifest.origin)
+    for name in sorted(present):
+        if OURS.fullmatch(name) and name not in expected:
+            yield f"{manifest.root / name}: not in the manifest"
     for shard in manifest.shards:
-        yield from _shard(manifest, shard)
+        with at_hand(manifest, shard) as missing:
+            yield from missing or _shard(manifest, shard)
 
 
 def _tokenizer(manifest: Manifest, path: Path) -> Iterator[str]:

@@ -26,6 +26,7 @@ from data_pipeline.corpus import read
 from data_pipeline.corpus.document import Dropped
 from data_pipeline.corpus.inputs import Input
 from data_pipeline.corpus.read import empty, inputs, records
+from data_pipeline.corpus.remote_inputs import fetched
 from data_pipeline.corpus.report import Report
 from data_pipeline.files import rename
 from data_pipeline.manifest import (
@@ -39,6 +40,7 @@ from data_pipeline.manifest import (
     provenance,
     write_index,
 )
+from data_pipeline.remote.backends import is_remote, shown
 from data_pipeline.shards import encode
 from data_pipeline.shards.encode import Encoded, Encoding, Work, encode_all, tasks
 from data_pipeline.shards.output import Finished, Position, Progress, dtype_of, finish, listing, open_output
@@ -145,7 +147,7 @@ def _plan(cfg: ShardsConfig, tokenizer: Tokenizer, files: list[Input]) -> dict[s
         "format": FORMAT,
         "corpus": cfg.corpus.name,
         "corpus.format": cfg.corpus.format.value,
-        "corpus.path": cfg.corpus.path and str(Path(cfg.corpus.path).resolve()),
+        "corpus.path": cfg.corpus.path and _place(cfg.corpus.path),
         "corpus.text_key": cfg.corpus.text_key,
         "corpus.id_key": cfg.corpus.id_key,
         "corpus files (names, sizes, times)": listing(files),
@@ -157,12 +159,17 @@ def _plan(cfg: ShardsConfig, tokenizer: Tokenizer, files: list[Input]) -> dict[s
     }
 
 
+def _place(path: str) -> str:
+    return shown(path) if is_remote(path) else str(Path(path).resolve())
+
+
 def _encoded(cfg: ShardsConfig, tokenizer: Tokenizer, files: list[Input], progress: Progress) -> Work:
     cores = len(os.sched_getaffinity(0))
     workers = cfg.workers or min(cores, 1 + sum(f.size for f in files) // MIN_WORKER_BYTES)
     finished = {split: progress.end(split) for split in SPLITS}
     encoding = Encoding(cfg.corpus, tokenizer.raw, dtype_of(tokenizer), cfg.val_fraction, finished)
-    return encode_all(encoding, tasks(records(cfg.corpus, files)), workers)
+    here = (fetched(file, progress.folder / "inputs") for file in files)
+    return encode_all(encoding, tasks(records(cfg.corpus, here)), workers)
 
 
 def pack(cfg: ShardsConfig | ImportConfig, work: Work, progress: Progress, name: str, files: list[Input]) -> Report:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.frozen import peek
-from data_pipeline.files import read_json
+from data_pipeline.files import open_regular, read_json
 from data_pipeline.order.ledger import Ledger
 from launch.job import SUBMITTED
 from launch.status.state import judge
+from trainer.checkpoint.ranking import best
 from trainer.run.folder import RunFolder
 
 TAIL_BYTES = 8 << 20  # of a file of rows, which may be of any size: its end is read
@@ -159,11 +159,9 @@ def _checkpoints(root: Path, now: float) -> Report:
     """The published checkpoints, in order, the best of them, and the unfinished ones."""
     folder = RunFolder(root)
     checkpoints = [_whole(partial(_checkpoint, path, now)) for path in folder.published()]
-    valued = [c for c in checkpoints if isinstance(c.get("val_loss"), float) and math.isfinite(c["val_loss"])]
-    best = min(valued, key=lambda c: c["val_loss"])["name"] if valued else None
     return {
         "published": checkpoints,
-        "best": best,
+        "best": best((c["name"], c) for c in checkpoints if "name" in c),
         "unpublished": sorted(p.name for p in folder.checkpoints.glob(".step-*")),
         "set_aside": sorted(p.name for p in folder.checkpoints.glob("damaged-step-*")),
     }
@@ -192,7 +190,8 @@ def _checkpoint(path: Path, now: float) -> Report:
     files = [f.stat() for f in path.iterdir()]
     state = RunFolder.state(path)
     size, age = sum(f.st_size for f in files), now - path.stat().st_mtime
-    return {"name": path.name, "step": state["step"], "bytes": size, "age_s": age, "val_loss": state.get("val_loss")}
+    validated = {key: state.get(key) for key in ("val_loss", "measured")}
+    return {"name": path.name, "step": state["step"], "bytes": size, "age_s": age, **validated}
 
 
 def _submissions(root: Path) -> list[Report]:
@@ -252,13 +251,11 @@ def _has(body: Any, keys: Mapping[str, type]) -> bool:
 
 def _read(path: Path, limit: int, offset: int = 0) -> tuple[bool, str]:
     """At most so many bytes of a regular file from `offset` on (less than 0: from the end); True if that is all."""
-    with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:  # a fifo would wait
-        status = os.fstat(f.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: not a regular file")
-        start = offset if offset >= 0 else max(0, status.st_size + offset)
+    with open_regular(path, DAMAGED) as f:
+        size = os.fstat(f.fileno()).st_size
+        start = offset if offset >= 0 else max(0, size + offset)
         f.seek(start)
-        return start == 0 and status.st_size <= limit, f.read(limit).decode(errors="replace")
+        return start == 0 and size <= limit, f.read(limit).decode(errors="replace")
 
 
 def _plain(value: Any) -> Any:

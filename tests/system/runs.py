@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import runpy
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
 from tests.helpers.fixtures import make_source
-from tests.helpers.ranks import Process, free_port, rank_env, start_module
+from tests.helpers.ranks import Process, free_port, rank_env, run_ranks, start_module
 from trainer.run.journal import read_journal
 
 TINY = (
@@ -58,6 +62,20 @@ def finish(processes: list[Process], timeout_s: float = 200) -> list[tuple[int, 
 def pretrain(run_dir: Path, *overrides: str, ranks: int = 1, device: str = "cpu") -> None:
     ended = finish(start(run_dir, *overrides, ranks=ranks, device=device))
     assert all(code == 0 for code, _ in ended), "\n".join(err[-3000:] for _, err in ended)
+
+
+def told(run_dir: Path, *overrides: str) -> list[str]:
+    """The lines that a run of one rank prints."""
+    [text] = run_ranks(1, "tests.system.runs:printed", argv=[*TINY, f"run.dir={run_dir}", *overrides])
+    return [line.strip() for line in text.splitlines()]
+
+
+def printed(argv: list[str]) -> str:
+    """On a rank: the text that `python -m trainer.pretrain ARGV...` prints."""
+    sys.argv = ["trainer.pretrain", *argv]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_module("trainer.pretrain", run_name="__main__", alter_sys=True)
+    return out.getvalue()
 
 
 def kill_at(processes: list[Process], journal: Path, step: int, rank: int, timeout_s: float = 200) -> int:

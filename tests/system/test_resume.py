@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.runs import finish, kill_at, make_data, pretrain, start
+from tests.system.runs import finish, kill_at, make_data, pretrain, start, told
 from trainer.run.folder import RunFolder
 from trainer.run.journal import read_journal
 
@@ -88,6 +88,25 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
     assert best < 14
     kept = [int(p.name[5:13]) for p in RunFolder(tmp_path / "run").published()]
     assert kept == [best, 14]
+
+
+def test_the_best_is_best_of_what_was_measured_alike(tmp_path: Path) -> None:
+    """A stage of another n_ctx, then other eval.windows at a rate that ruins the model: the old losses are lower."""
+    run = tmp_path / "run"
+    common = (f"data.path={make_data(tmp_path / 'data')}", "eval.every=2", "checkpoint.keep=1")
+    common = (*common, "data.stages=[{step: 2, n_ctx: 32}]")
+    first = told(run, *common, "max_steps=4")
+    second = told(run, *common, "max_steps=8", "eval.windows=4", "optim.lr=3.0", "optim.schedule.kind=constant")
+    lines = [line for line in (*first, *second) if "the ranking of checkpoints starts anew" in line]
+    assert len(lines) == 2
+    assert "8 windows of 64 tokens" in lines[0] and "8 windows of 32 tokens" in lines[0]
+    assert "8 windows of 32 tokens" in lines[1] and "4 windows of 32 tokens" in lines[1]
+    val = {step: m["val/loss"] for step, m in story(run) if "val/loss" in m}
+    assert max(val[2], val[4]) < min(val[6], val[8])
+    best = min((6, 8), key=lambda step: val[step])
+    latest = RunFolder(run).latest()
+    assert latest is not None and RunFolder.state(latest)["best_val_loss"] == val[best]
+    assert [int(p.name[5:13]) for p in RunFolder(run).published()] == sorted({best, 8})
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from conf.errors import UserError
 from data_pipeline.files import fsync_folder, read_json
 from data_pipeline.manifest import TOKENIZER
 from trainer.checkpoint.files import MOMENTS, SavedWeights, index_of, write_file, write_safetensors
+from trainer.checkpoint.ranking import best
 from trainer.checkpoint.verify import FORMAT, INDEX, MANIFEST
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.model import ModelConfig
@@ -176,9 +177,10 @@ class Writer:
         _afterwards("an old one is not removed", lambda: self._prune(save))
 
     def _prune(self, save: Save) -> None:
-        every, generation = self.config.every_steps, self.generation
+        every, generation, line = self.config.every_steps, self.generation, self.run.lineage(self.generation)
         also = None if save.back_to is None else self.run.before(save.back_to, every, generation)
-        self.run.prune(self.config.keep, self.config.keep_best, generation, also)
+        ranked = best((p, self.run.state(p)) for p in line) if self.config.keep_best else None
+        self.run.prune(self.config.keep, generation, also, ranked)
 
 
 class FolderActivity:

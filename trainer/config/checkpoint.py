@@ -13,7 +13,7 @@ class CheckpointConfig:
     every_steps: int = MISSING  # 0 = only at the end
     every_minutes: float = 0.0  # 0 = by steps alone; otherwise whichever comes first
     keep: int = 2  # newest checkpoints kept
-    keep_best: bool = True  # and the one with the lowest validation loss
+    keep_best: bool = True  # and the one with the lowest validation loss, of those that measure the same
     background: bool = (
         True  # train on while it is written, from a host copy: about 12 bytes x parameters / world_size a rank
     )

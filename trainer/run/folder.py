@@ -249,17 +249,14 @@ class RunFolder:
         named = [p for p in self.checkpoints.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
         return sorted(named, key=lambda p: (start_of(p), step_of(p)))
 
-    def prune(self, keep: int, best: bool, generation: int, also: Path | None = None) -> list[Path]:
-        """Delete all but the newest `keep`, the latest, `also` and, if `best`, that of the lowest `val_loss`.
+    def prune(self, keep: int, generation: int, *also: Path | None) -> list[Path]:
+        """Delete all but the newest `keep`, the latest and `also`.
 
         Of the checkpoints that start `generation` has made or descends from: others are not its own to delete.
         """
         self.fence(generation)
         line = self.lineage(generation)
-        kept = {*line[-keep:], self.latest(), also}
-        if best:
-            losses = {p: loss for p in line if (loss := self._val_loss(p)) is not None}
-            kept.add(min(losses, key=lambda p: losses[p]) if losses else None)
+        kept = {*line[-keep:], self.latest(), *also}
         return self._delete([p for p in line if p not in kept])
 
     def _delete(self, checkpoints: list[Path]) -> list[Path]:
@@ -274,11 +271,6 @@ class RunFolder:
     def state(checkpoint: Path) -> dict[str, Any]:
         """The contents of a checkpoint's state.json: step, tokens, data state, val_loss, model, versions."""
         return read_json(checkpoint / STATE, DAMAGED)
-
-    def _val_loss(self, checkpoint: Path) -> float | None:
-        """The validation loss of a checkpoint; None if it was not validated, or is not finite."""
-        loss = self.state(checkpoint).get("val_loss")
-        return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 
 def step_of(checkpoint: Path) -> int:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 from conf.errors import UserError, of_nature
@@ -136,11 +137,12 @@ def read_rows(path: Path, offset: int = 0) -> Iterator[tuple[Row, int]]:
         for line in f:
             if not line.endswith(b"\n"):
                 return  # torn by a kill, or being written just now
-            yield _parse(line, path, offset), offset + len(line)
+            yield parse_row(line, path, offset), offset + len(line)
             offset += len(line)
 
 
-def _parse(line: bytes, path: Path, offset: int) -> Row:
+def parse_row(line: bytes, path: Path, offset: int) -> Row:
+    """The row in a line. Raises UserError, which names the file and the byte, if it is none."""
     try:
         body = json.loads(line)
         metrics = {str(k): float(v) for k, v in body["metrics"].items()}
@@ -152,26 +154,34 @@ def _parse(line: bytes, path: Path, offset: int) -> Row:
             metrics,
             resumed_at if resumed_at is None else int(resumed_at),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(
             f"{path}: the line at byte {offset} is no journal row ({e!r}): remove the line, or restore it"
         ) from None
 
 
 def read_journal(path: Path) -> list[Row]:
-    """The run without superseded rows: one row for each step, in the order of steps.
-
-    Rows of the same step (training, then validation) are one row; of a metric in both, the newest counts.
+    """The run without superseded rows, as `joined`.
 
     Raises:
         UserError: a complete line that is no row.
     """
-    rows = sorted((row for row, _ in read_rows(path)), key=lambda row: row.generation)
-    starts = [row for row in rows if row.resumed_at is not None]
+    return joined(row for row, _ in read_rows(path))
+
+
+def joined(rows: Iterable[Row]) -> list[Row]:
+    """One row for each step, in the order of steps, without those that a later start did again.
+
+    Rows of the same step (training, then validation) are one row; of a metric in both, the newest counts.
+    """
+    rows = sorted(rows, key=lambda row: row.generation)
+    lowest, back = math.inf, {}  # generation: the lowest step from which a later start resumed
+    for generation, group in groupby(reversed(rows), key=lambda row: row.generation):
+        back[generation] = lowest
+        lowest = min([lowest, *(row.step for row in group if row.resumed_at is not None)])
     kept: dict[int, Row] = {}
     for row in rows:
-        superseded = any(s.generation > row.generation and s.step < row.step for s in starts)
-        if row.resumed_at is None and not superseded:
+        if row.resumed_at is None and row.step <= back[row.generation]:
             before = kept[row.step].metrics if row.step in kept else {}
             kept[row.step] = Row(row.step, row.generation, row.time, {**before, **row.metrics})
     return [kept[step] for step in sorted(kept)]

@@ -11,18 +11,19 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from conf.errors import UserError
 from data_pipeline.files import publish
 from trainer.run.folder import RunFolder
 from trainer.run.journal import Row, read_journal, read_rows
 
+T = TypeVar("T")
 POINTS = 4000  # of a line: more than the picture has columns
 INK, PALE = "#222222", "#8a8a8a"
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Tol's bright, apart in any eye
 CURVES = {
-    "loss": ("nats a token", ("train/loss", "val/loss", "val/train_loss")),
+    "loss": ("nats a token", ("train/loss", "val/loss")),
     "grad_norm": ("gradient norm", ("optim/grad_norm",)),
     "throughput": ("tokens a second", ("speed/tokens_per_s",)),
 }
@@ -49,10 +50,14 @@ def draw_run(folder: RunFolder, name: str) -> list[Path]:
 
 
 def points(rows: Sequence[Row], key: str) -> list[tuple[int, float]]:
-    """(step, value) of the finite values; of a long run every n-th, and the last."""
-    finite = [(row.step, row.metrics[key]) for row in rows if math.isfinite(row.metrics.get(key, math.nan))]
-    every = -(-len(finite) // POINTS) or 1
-    return finite[::every] + finite[-1:] * (len(finite) % every != 1 and every > 1)
+    """(step, value) of the finite values, `thinned`."""
+    return thinned([(row.step, row.metrics[key]) for row in rows if math.isfinite(row.metrics.get(key, math.nan))])
+
+
+def thinned(line: list[T]) -> list[T]:
+    """The points of a line; of a long one every n-th, and the last."""
+    every = -(-len(line) // POINTS) or 1
+    return line[::every] + line[-1:] * (len(line) % every != 1 and every > 1)
 
 
 def draw(title: str, label: str, lines: dict[str, list[tuple[int, float]]], starts: Sequence[int]) -> bytes:

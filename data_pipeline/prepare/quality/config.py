@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conf.errors import MISSING, UserError
+from data_pipeline.files import check_output
 from data_pipeline.prepare.recipe_config import check_alpha
 
 
@@ -22,6 +23,7 @@ class QualityTrainConfig:
     seed: int = 1337  # of the hashes
 
     def __post_init__(self) -> None:
+        check_output(self.output)
         if not self.output.endswith(".safetensors"):
             raise UserError(f"output={self.output}: give the name of a file that ends in .safetensors")
         if not 1 <= self.n_features <= 1 << 26:
@@ -48,6 +50,7 @@ class QualityEvaluateConfig:
     seed: int = 1337  # of the rule's random numbers
 
     def __post_init__(self) -> None:
+        check_output(self.output)
         check_alpha("alpha", self.alpha)
         if self.max_documents < 1:
             raise UserError(f"max_documents={self.max_documents}: give at least 1")

@@ -41,7 +41,7 @@ def made(out: Path, *words: str) -> Path:
             ["executor=ray", "corpus.recipe.dedup.memory_gib=3.5"],
             "dedup.memory_gib=3.5 and 1 GiB beside it are more than executor.memory_gib=4",
         ),
-        (["output=s3://bucket/out"], "output=s3://bucket/out: give a folder"),
+        (["output=s3://bucket/out"], "output=s3://bucket/out: give a path on this machine"),
         (["corpus.recipe.fetch.agent=a"], "corpus=jsonl: recipe.fetch=given with format=jsonl"),
         (
             ["corpus.quality={positives: [a], negatives: [b], output: c.safetensors}"],

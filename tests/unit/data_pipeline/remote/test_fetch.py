@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import secrets
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from conf.errors import UserError
 from data_pipeline.config import FetchConfig
@@ -19,6 +21,7 @@ from data_pipeline.remote import fetch
 from data_pipeline.remote.backends import (
     Backend,
     Corrupt,
+    Fsspec,
     Lost,
     Unreachable,
     backend_of,
@@ -256,6 +259,25 @@ def test_fsspec_places_are_read_by_range() -> None:
         fetch_small(there, "a.tar", 9, QUICK)
     with pytest.raises(Lost, match="no such file"):
         read(there, 0, 10, "b.tar")
+
+
+class Versioned(MemoryFileSystem):
+    """As s3fs: the second argument is a version, and a range behind the end is refused."""
+
+    def cat_file(self, path: str, version_id: str | None = None, start: int = 0, end: int = 0) -> bytes:
+        assert version_id is None
+        if start >= self.info(path)["size"]:
+            raise OSError(errno.EINVAL, "The requested range is not satisfiable")
+        return super().cat_file(path, start, end)
+
+
+def test_a_range_of_fsspec_is_asked_for_by_name() -> None:
+    there = Fsspec(f"memory://{secrets.token_hex(4)}")
+    there.filesystem = Versioned()
+    there.filesystem.pipe_file(f"{there.root}/a.tar", BODY)
+    assert read(there, 1000, 70_000) == BODY[1000:71_000]
+    with pytest.raises(Corrupt, match=f"truncated: it ends at byte {len(BODY)}"):
+        read(there, len(BODY), 10)
 
 
 def test_a_kind_of_place_that_nobody_knows_is_the_users_mistake() -> None:

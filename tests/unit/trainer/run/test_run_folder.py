@@ -16,10 +16,10 @@ from trainer.config.model import ModelConfig
 from trainer.run.folder import RunFolder
 
 
-def publish(run: RunFolder, step: int, generation: int, val_loss: float | None = None) -> Path:
+def publish(run: RunFolder, step: int, generation: int) -> Path:
     aside = run.staging(step, generation)
     aside.mkdir()
-    (aside / "state.json").write_text(json.dumps({"step": step, "val_loss": val_loss}))
+    (aside / "state.json").write_text(json.dumps({"step": step}))
     return run.publish(aside, step, generation)
 
 
@@ -135,12 +135,12 @@ def test_a_start_deletes_nothing_that_it_does_not_descend_from(run: RunFolder) -
     line = [run.checkpoint(*at) for at in ((10, 1), (20, 2), (30, 3), (50, 3))]
     assert run.lineage(3) == line
     assert run.before(29, 10, generation=3) == line[1]
-    assert run.prune(keep=1, best=False, generation=4) == [run.checkpoint(10, 4)]
+    assert run.prune(keep=1, generation=4) == [run.checkpoint(10, 4)]
     before = names(run)
     run.take_generation()
     others = run.begin(5, line[-1])
     assert others == [run.checkpoint(*at) for at in ((20, 1), (30, 1), (40, 2), (20, 4))]
-    assert run.prune(keep=1, best=True, generation=5) == line[:-1]
+    assert run.prune(keep=1, generation=5) == line[:-1]
     assert names(run) == [name for name in before if name not in [p.name for p in line[:-1]]]
 
 
@@ -184,25 +184,20 @@ def test_files_of_others_among_the_checkpoints_are_kept(run: RunFolder) -> None:
         path.mkdir()
         (path / "thesis").write_text("years")
     run.take_generation()
-    run.prune(keep=1, best=False, generation=2)
+    run.prune(keep=1, generation=2)
     run.go_back(None, generation=2)
     assert all((path / "thesis").exists() for path in mine) and names(run) == []
 
 
-def test_prune_keeps_the_newest_and_the_best(run: RunFolder) -> None:
-    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, None), (50, 2.5)):
-        publish(run, step, 1, loss)
-    gone = run.prune(keep=2, best=True, generation=1)
+def test_prune_keeps_the_newest_and_what_is_named(run: RunFolder) -> None:
+    for step in (10, 20, 30, 40, 50):
+        publish(run, step, 1)
+    gone = run.prune(2, 1, None, run.checkpoint(20, 1))
     assert [p.name for p in gone] == ["step-00000010.gen-0001", "step-00000030.gen-0001"]
     assert [n[5:13] for n in names(run)] == ["00000020", "00000040", "00000050"]
-    assert run.prune(keep=2, best=True, generation=1) == []
-
-
-def test_prune_without_best_keeps_the_newest_alone(run: RunFolder) -> None:
-    for step in (10, 20, 30):
-        publish(run, step, 1, float(step))
-    run.prune(keep=1, best=False, generation=1)
-    assert [n[5:13] for n in names(run)] == ["00000030"]
+    assert run.prune(2, 1, run.checkpoint(20, 1)) == []
+    run.prune(keep=1, generation=1)
+    assert [n[5:13] for n in names(run)] == ["00000050"]
     assert run.latest() == run.published()[0]
 
 
@@ -233,7 +228,7 @@ def test_a_stranded_start_cannot_go_back(run: RunFolder) -> None:
 def test_prune_keeps_what_the_guard_may_go_back_to(run: RunFolder) -> None:
     for step in (10, 20, 30):
         publish(run, step, 1)
-    run.prune(keep=1, best=False, generation=1, also=run.before(12, every=10, generation=1))
+    run.prune(1, 1, run.before(12, every=10, generation=1))
     assert [n[5:13] for n in names(run)] == ["00000010", "00000030"]
 
 
@@ -241,7 +236,7 @@ def test_prune_never_deletes_the_latest(run: RunFolder) -> None:
     for step in (10, 20, 30):
         publish(run, step, 1)
     run.pointer.write_text("step-00000010.gen-0001\n")
-    run.prune(keep=1, best=True, generation=1)
+    run.prune(keep=1, generation=1)
     assert [n[5:13] for n in names(run)] == ["00000010", "00000030"]
 
 
