@@ -65,7 +65,7 @@ def check(cfg: PretrainConfig, world: World) -> Checked:
     cfg, chosen = settle(cfg, world)
     check_layout(cfg, world.world_size)
     sources = open_sources(cfg.data)
-    check_sources(sources, cfg.model, cfg.eval.every, cfg.eval.windows)
+    check_sources(sources, cfg.model, cfg.eval)
     check_cache(cfg.data, sources, world, cfg.parallel.tp)
     tracking, tracked = resolved_tracking(cfg.tracking)
     cfg = replace(cfg, tracking=tracking)

@@ -118,11 +118,11 @@ class Trainer(Start):
             self.eval_due = False
             if found is None:
                 return
-            self.val_loss, losses, measured = found
-            anew = self.ranking.enter(measured)
+            self.val_loss = found.val.mean
+            anew = self.ranking.enter(found.measured)
             if self.tracker is not None:
-                self.tracker.log(self.step, validation_row(self.val_loss, losses))
-                print(validation_line(self.step, self.cfg.max_steps, self.val_loss, losses, anew), flush=True)
+                self.tracker.log(self.step, validation_row(found))
+                print(validation_line(self.step, self.cfg.max_steps, found, anew), flush=True)
             self.speed.start()  # validation is no training time
 
     def _is_best(self) -> bool:

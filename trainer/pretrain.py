@@ -78,6 +78,7 @@ def language_model(checked: Checked) -> Task:
             max_steps=cfg.max_steps,
             micro_batch_size=int(cfg.micro_batch_size),
             eval_windows=cfg.eval.windows,
+            train_windows=cfg.eval.train_windows,
         )
 
     tokenizer = sources.any.root / TOKENIZER

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from trainer.config.model import ModelConfig
 from trainer.config.train import TrainConfig
 from trainer.data.feed import Feed
+from trainer.data.validate import Validation
 from trainer.distributed.mesh import Mesh
 from trainer.engine.compile import describe_compile
 from trainer.hf.weights import hf_refusal
@@ -78,17 +79,22 @@ def step_row(
     return {**row, "guard/skipped": 1} if skipped else row
 
 
-def validation_row(loss: float, losses: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of a validation: the loss, and that of each set if there are several."""
-    return {"val/loss": loss, **({f"val/loss/{name}": x for name, x in losses.items()} if len(losses) > 1 else {})}
+def validation_row(found: Validation) -> dict[str, float]:
+    """The metrics of a validation: the loss, and that of each set if there are several; so for training windows."""
+    row = {}
+    for key, losses in (("val/loss", found.val), ("val/train_loss", found.train)):
+        if losses is not None:
+            row[key] = losses.mean
+            row |= {f"{key}/{name}": x for name, x in losses.each.items()} if len(losses.each) > 1 else {}
+    return row
 
 
-def validation_line(
-    step: int, max_steps: int, loss: float, losses: Mapping[str, float], anew: str | None = None
-) -> str:
-    """`step 100/1500  val loss 3.4120`, with the loss of each set if there are several; `anew`: a line to follow."""
-    each = "".join(f"  {name} {x:.4f}" for name, x in losses.items()) if len(losses) > 1 else ""
-    return f"step {step}/{max_steps}  val loss {loss:.4f}{each}" + (f"\n  {anew}" if anew else "")
+def validation_line(step: int, max_steps: int, found: Validation, anew: str | None = None) -> str:
+    """`step 100/1500  val loss 3.4120`, with the loss of each set if there are several, and of training windows;
+    `anew`: a line to follow."""
+    each = "".join(f"  {name} {x:.4f}" for name, x in found.val.each.items()) if len(found.val.each) > 1 else ""
+    trained = f"  of training windows {found.train.mean:.4f}" if found.train else ""
+    return f"step {step}/{max_steps}  val loss {found.val.mean:.4f}{each}{trained}" + (f"\n  {anew}" if anew else "")
 
 
 def _start(given: str | None, checkpoint: Path | None, init_from: Path | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -225,11 +225,13 @@ def validation_batches(
     dp: int,
     micro_batch_size: int,
     windows: int | None = None,
+    lost: Sequence[int] = (),
+    knob: str = "eval.windows",
     document_mask: bool = False,
     pin: bool = False,
     channel: Channel | None = None,
 ) -> Iterator[Batch]:
-    """The first `windows` windows of a source (None: all), dealt to the ranks in turn.
+    """The first `windows` windows of a source (None: all) outside of its `lost` shards, dealt to the ranks in turn.
 
     `stream` reads `manifest` only (None on a rank whose channel reads for it). Every rank gets the same number of
     batches; missing windows of the last one have IGNORE labels.
@@ -238,12 +240,13 @@ def validation_batches(
         UserError: at the call, a source with fewer windows; in the iteration, as `TrainLoader.next`.
     """
     counts = shard_windows(manifest, n_ctx)
+    counts[list(lost)] = 0
     ends = np.cumsum(counts)
     total = int(ends[-1]) if windows is None else windows
     if not 0 < total <= ends[-1]:
         raise UserError(
-            f"eval.windows={windows}, but {manifest.root} holds {ends[-1]} windows of model.n_ctx={n_ctx} + 1 tokens "
-            f"({manifest.tokens} tokens): give 1 to {ends[-1]}, or null for all"
+            f"{knob}={windows}, but {manifest.root} holds {ends[-1]} windows of model.n_ctx={n_ctx} + 1 tokens "
+            f"({manifest.tokens} tokens, lost shards: {len(lost)}): give 1 to {ends[-1]}"
         )
     deal = dp * micro_batch_size
 

@@ -13,12 +13,15 @@ from trainer.config.train import TrainConfig, at_least_one
 class EvalConfig:
     every: int = MISSING  # steps; 0 = only at the end, and not at all if no source has validation data
     windows: int | None = None  # validation windows used, from the first on; null = all
+    train_windows: int = 0  # training windows of each source, from the first on, whose loss shows overfitting; 0 = none
 
     def __post_init__(self) -> None:
         if self.every < 0:
             raise UserError(f"eval.every={self.every}: give a number of steps, or 0 to validate only at the end")
         if self.windows is not None and self.windows < 1:
             raise UserError(f"eval.windows={self.windows}: give at least 1, or null for all")
+        if self.train_windows < 0:
+            raise UserError(f"eval.train_windows={self.train_windows}: give a number of windows, or 0 for none")
 
 
 @dataclass

@@ -28,9 +28,10 @@ class ValidationSet(NamedTuple):
     """One source's validation batches, as many on each rank; an empty batch comes with the reason for it."""
 
     name: str
-    weight: float  # of its loss in the mean over all sets
+    weight: float  # of its loss in the mean over all sets of its kind
     batches: Iterator[tuple[AnyBatch, UserError | None]]
     measures: str = ""  # in words that change with what its loss measures
+    trained: bool = False  # it is training data: its loss stands beside the validation's
 
 
 class Feed(Protocol):
@@ -67,7 +68,7 @@ class Feed(Protocol):
         """Metrics of the data after `step` updates, for the journal."""
 
     def validation(self, step: int) -> Sequence[ValidationSet]:
-        """The validation sets, as they count after `step` updates."""
+        """The sets to validate with, as they count after `step` updates."""
 
     def retire(self, error: UserError | None) -> list[str]:
         """Go on without what cannot be read, from the step that `next` gave last. Collective.

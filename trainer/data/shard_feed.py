@@ -40,6 +40,7 @@ class ShardFeed:
         max_steps: int,
         micro_batch_size: int,
         eval_windows: int | None,
+        train_windows: int,
     ) -> None:
         self.data = data
         self.mesh = mesh
@@ -49,6 +50,7 @@ class ShardFeed:
         self._max_steps = max_steps
         self._micro_batch_size = micro_batch_size
         self._eval_windows = eval_windows
+        self._train_windows = train_windows
         self._step = step  # that `next` gave last
         self._loader = self._open(step)
 
@@ -110,14 +112,24 @@ class ShardFeed:
         return row
 
     def validation(self, step: int) -> Sequence[ValidationSet]:
-        """Each source by the share that is drawn of it; if no source that is drawn has validation data, all alike."""
-        segment = self.plan.ledger.segment(step - 1)
-        val = self.sources.val
+        """Each source by the share that is drawn of it; if no source that is drawn has validation data, all alike.
+
+        Then, of each, the first training windows that are not in a lost shard.
+        """
+        segment, val = self.plan.ledger.segment(step - 1), self.sources.val
         weights = {name: segment.weights.get(name, 0) for name in val}
         if not any(weights.values()):
             weights = dict.fromkeys(val, 1)
-        n = segment.n_ctx
-        return [ValidationSet(k, weights[k], self._validation_of(m, n), self._measures(m, n)) for k, m in val.items()]
+        n, windows = segment.n_ctx, self._train_windows
+        train = self.sources.train if windows and val else {}
+        sets = [
+            ValidationSet(k, weights[k], self._first(self._windows(m, n), m, n), self._measures(m, n))
+            for k, m in val.items()
+        ]
+        for name, m in train.items():
+            first = self._first(windows, m, n, "eval.train_windows", segment.lost.get(name, ()))
+            sets.append(ValidationSet(name, segment.weights.get(name, 0), first, trained=True))
+        return sets
 
     def summary(self) -> list[str]:
         """The data of the run, with the tokens that no window holds."""
@@ -149,10 +161,13 @@ class ShardFeed:
         masked = " with a document mask" if self.data.document_mask else ""
         return f"{self._windows(manifest, n_ctx)} windows of {n_ctx} tokens{masked} of {manifest.sha256[:8]}"
 
-    def _validation_of(self, manifest: Manifest, n_ctx: int) -> Iterator[tuple[Batch, UserError | None]]:
+    def _first(
+        self, windows: int, manifest: Manifest, n_ctx: int, knob: str = "eval.windows", lost: Sequence[int] = ()
+    ) -> Iterator[tuple[Batch, UserError | None]]:
+        """The first `windows` windows of a source that are not in a lost shard, in batches."""
         mesh = self.mesh
         error = None
-        left = -(-self._windows(manifest, n_ctx) // (mesh.dp * self._micro_batch_size))
+        left = -(-windows // (mesh.dp * self._micro_batch_size))
         with closing(ShardStream([manifest], open_shards=1, cache=self.sources.cache)) as stream:
             batches = validation_batches(
                 manifest,
@@ -161,7 +176,9 @@ class ShardFeed:
                 dp_rank=mesh.dp_rank,
                 dp=mesh.dp,
                 micro_batch_size=self._micro_batch_size,
-                windows=self._eval_windows,
+                windows=windows,
+                lost=lost,
+                knob=knob,
                 document_mask=self.data.document_mask,
                 pin=mesh.device.type == "cuda",
                 channel=channel(mesh),

@@ -21,6 +21,7 @@ from data_pipeline.remote.cache import Cache
 from data_pipeline.remote.mirror import NoSource
 from data_pipeline.remote.source import open_cache, open_source
 from trainer.config.model import ModelConfig
+from trainer.config.pretrain import EvalConfig
 from trainer.distributed.world import World
 
 
@@ -56,12 +57,17 @@ def open_sources(cfg: DataConfig) -> Sources:
     return sources
 
 
-def check_sources(sources: Sources, model: ModelConfig, eval_every: int, eval_windows: int | None) -> None:
+def check_sources(sources: Sources, model: ModelConfig, validation: EvalConfig) -> None:
     """Raises UserError if the shards do not fit the model or one another, or none can validate."""
-    if eval_every and not sources.val:
+    if validation.every and not sources.val:
         raise UserError(
-            f"eval.every={eval_every}, but no source has validation data: write one with val_fraction above 0, or give "
-            "eval.every=0, which then trains without validation"
+            f"eval.every={validation.every}, but no source has validation data: write one with val_fraction above 0, "
+            "or give eval.every=0, which then trains without validation"
+        )
+    if validation.train_windows and not sources.val:
+        raise UserError(
+            f"eval.train_windows={validation.train_windows} is a loss beside the validation's, but no source has "
+            "validation data: write one with val_fraction above 0, or give eval.train_windows=0"
         )
     one = sources.any
     for manifest in (*sources.train.values(), *sources.val.values()):
@@ -83,10 +89,16 @@ def check_sources(sources: Sources, model: ModelConfig, eval_every: int, eval_wi
                 f"of model.n_ctx={model.n_ctx} + 1 tokens: give a smaller model.n_ctx, more text, or no val "
                 "(eval.every=0)"
             )
-        if manifest in sources.val.values() and eval_windows is not None and not 0 < eval_windows <= windows:
+        is_val = manifest in sources.val.values()
+        if is_val and validation.windows is not None and validation.windows > windows:
             raise UserError(
-                f"eval.windows={eval_windows}, but {manifest.root} holds {windows} windows: "
+                f"eval.windows={validation.windows}, but {manifest.root} holds {windows} windows: "
                 f"give 1 to {windows}, or null for all (a source may do without val)"
+            )
+        if not is_val and validation.train_windows > windows:
+            raise UserError(
+                f"eval.train_windows={validation.train_windows}, but {manifest.root} holds {windows} windows: "
+                f"give 0 to {windows}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Validation: the mean loss over each validation set, the same bits on every rank."""
+"""Validation: the mean loss over each set, the same bits on every rank."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ from trainer.engine.engine import Engine
 from trainer.objective.objective import Objective, weighted_loss
 
 
-class Validation(NamedTuple):
-    """The mean loss over the sets by their weights, that of each, and what they measure, in words."""
+class Losses(NamedTuple):
+    """The loss over sets of one kind by their weights, and that of each set."""
 
-    loss: float
-    losses: dict[str, float]
+    mean: float
+    each: dict[str, float]
+
+
+class Validation(NamedTuple):
+    """The losses of the validation sets, what they measure, in words, and the losses of training windows if any."""
+
+    val: Losses
     measured: str
+    train: Losses | None
 
 
 def validate(
     engine: Engine, feed: Feed, step: int, on_progress: Callable[[], None] = lambda: None
 ) -> Validation | None:
-    """The losses after `step` updates; None without sets. Collective.
+    """The losses after `step` updates; None without a validation set. Collective.
 
     `on_progress` is called at each batch.
 
@@ -34,11 +41,15 @@ def validate(
         UserError: on every rank, where one cannot read its batches.
     """
     sets = feed.validation(step)
-    if not sets:
+
+    def losses_of(some: Sequence[ValidationSet]) -> Losses:
+        each = {s.name: _loss_on(engine, s.batches, on_progress) for s in some}
+        return Losses(sum(s.weight * each[s.name] for s in some) / sum(s.weight for s in some), each)
+
+    val, train = ([s for s in sets if s.trained is trained] for trained in (False, True))
+    if not val:
         return None
-    losses = {each.name: _loss_on(engine, each.batches, on_progress) for each in sets}
-    loss = sum(s.weight * losses[s.name] for s in sets) / sum(s.weight for s in sets)
-    return Validation(loss, losses, _measured(engine.objective, sets))
+    return Validation(losses_of(val), _measured(engine.objective, val), losses_of(train) if train else None)
 
 
 def _measured(objective: Objective, sets: Sequence[ValidationSet]) -> str:

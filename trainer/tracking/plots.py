@@ -23,7 +23,7 @@ POINTS = 4000  # of a line: more than the picture has columns
 INK, PALE = "#222222", "#8a8a8a"
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Tol's bright, apart in any eye
 CURVES = {
-    "loss": ("nats a token", ("train/loss", "val/loss")),
+    "loss": ("nats a token", ("train/loss", "val/loss", "val/train_loss")),
     "grad_norm": ("gradient norm", ("optim/grad_norm",)),
     "throughput": ("tokens a second", ("speed/tokens_per_s",)),
 }

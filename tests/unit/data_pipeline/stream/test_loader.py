@@ -291,6 +291,20 @@ def test_validation_refuses_too_many_windows(manifest: Manifest, windows: int) -
         validation(manifest, dp_rank=0, dp=1, micro_batch_size=4, windows=windows)
 
 
+def test_windows_of_lost_shards_are_passed_over(manifest: Manifest) -> None:
+    how: dict[str, Any] = {"dp_rank": 0, "dp": 1, "micro_batch_size": 1}
+    counts = np.cumsum([0, *(shard.windows(N_CTX) for shard in manifest.shards)])
+    every = list(validation(manifest, **how))
+    first = [
+        *every[: counts[1]],
+        *every[counts[2] : counts[2] + 3],
+    ]  # none of shard 1
+    assert same(list(validation(manifest, windows=len(first), lost=[1], **how)), first)
+    left = len(every) - (counts[2] - counts[1])
+    with pytest.raises(UserError, match=rf"eval.train_windows=9999, but .* holds {left} .* lost shards: 1"):
+        validation(manifest, windows=9999, lost=[1], knob="eval.train_windows", **how)
+
+
 def test_validation_names_a_bad_shard(manifest: Manifest) -> None:
     (manifest.root / "00002.tar").unlink()
     batches = validation(manifest, dp_rank=0, dp=1, micro_batch_size=8)
