@@ -14,6 +14,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.schema import run
+from data_pipeline.files import publish
 from launch.cluster_config import ClusterConfig
 from launch.config import PlanConfig
 from trainer.config.parallel import Offload
@@ -23,11 +24,14 @@ from trainer.plan.course import Part, course, curves, seconds
 from trainer.plan.hardware import gpu_named
 from trainer.plan.network import Cluster
 from trainer.plan.workload import Workload
+from trainer.tracking.plots import refuse_strangers
 
 SHOWN, REFUSED = 10, 4  # rows of the choices, and of those that do not fit
 
 
 def plan(cfg: PlanConfig) -> None:
+    if cfg.plot is not None:
+        refuse_strangers(Path(cfg.plot), "plot")
     cluster, price = cluster_of(cfg.cluster)
     run = Run(cfg, cluster, price, parts_of(cfg))
     choices = rows(cfg, cluster)
@@ -36,10 +40,7 @@ def plan(cfg: PlanConfig) -> None:
         scaling = curves(cfg, cluster)
         from launch.plan_plot import draw  # matplotlib, a second to import
 
-        try:
-            Path(cfg.plot).write_bytes(draw(scaling, cfg.model.name, cluster))
-        except ImportError:
-            raise UserError(f"plot={cfg.plot}: matplotlib is not installed (pip install gradus[tracking])") from None
+        publish(Path(cfg.plot), draw(scaling, cfg.model.name, cluster))
     if cfg.json:
         result = {"layouts": [as_json(row, run) for row in choices], **facts(run)}
         if scaling is not None:

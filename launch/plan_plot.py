@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from trainer.plan.network import Cluster
+from trainer.tracking.plots import png_of
 
 _COLOURS = {"strong": "#4477aa", "weak": "#ee6677"}  # Tol's bright
 _INK, _PALE = "#222222", "#8a8a8a"
@@ -46,6 +46,4 @@ def draw(scaling: dict[str, list[dict[str, Any]]], model: str, cluster: Cluster)
     within = f"{cluster.gpus_per_node} GPUs a node, {cluster.gpu.link_gb_s:g} GB/s between them"
     links = f"{within}, {cluster.network_gbit:g} Gbit/s a node"
     figure.text(0.995, 0.955, links, ha="right", va="bottom", fontsize=8, color=_INK)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png_of(figure)

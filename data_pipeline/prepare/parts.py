@@ -188,7 +188,7 @@ def exclusive(task: int, marks: Path, *others: Path) -> Iterator[None]:
     """Hold a task: wait for another process at it, such as one of a killed run, and remove its unfinished files."""
     for folder in (marks, *others):
         folder.mkdir(parents=True, exist_ok=True)
-    with (marks / f".{task:05d}.lock").open("w") as lock:
+    with (marks / f".{task:05d}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for folder in (marks, *others):
             remove_unfinished(folder, rf"{task:05d}-\d+\..+")

@@ -15,10 +15,11 @@ from conf.errors import UserError
 from conf.frozen import by_key, peek
 from data_pipeline.files import publish
 from launch.compare.curves import read_curves
-from launch.compare.picture import draw, refuse_strangers
+from launch.compare.picture import draw
 from launch.config import CompareConfig
 from launch.status.text import harmless
 from trainer.run.folder import RunFolder
+from trainer.tracking.plots import refuse_strangers
 
 NOT_THERE = "-"
 
@@ -42,7 +43,7 @@ def compare(cfg: CompareConfig, folders: Sequence[str]) -> None:
     """
     runs = named(folders)
     if cfg.output is not None:
-        refuse_strangers(Path(cfg.output))
+        refuse_strangers(Path(cfg.output), "output")
     print("\n".join(difference(runs)), flush=True)
     if cfg.output is None:
         return

@@ -1,44 +1,16 @@
-"""The picture of several runs' curves, and the proof that a file is such a picture."""
+"""The picture of several runs' curves."""
 
 from __future__ import annotations
 
-import importlib.util
-import io
 from collections.abc import Mapping
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError
-from data_pipeline.files import open_regular
 from launch.compare.curves import LOSSES, Curves
-from trainer.tracking.plots import COLOURS, PALE, thinned
+from trainer.tracking.plots import COLOURS, PALE, png_of, thinned
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-SOFTWARE = "gradus launch.compare"
-MARK = b"tEXtSoftware\0" + SOFTWARE.encode()  # stands in each picture: the proof that it may be replaced
-HEAD_BYTES = 4096  # in which the mark stands
 ACROSS = ("steps", "tokens", "hours")
 NAMES = {"train/loss": "training loss, nats a token", "val/loss": "validation loss, nats a token"}
-OTHERWISE = "give another output, or output=null for the table alone"
-
-
-def refuse_strangers(path: Path) -> None:
-    """Raise UserError if a picture cannot be drawn to `path`: what is there is not ours, or no matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"output={path}: matplotlib is not installed (pip install gradus[tracking]): {OTHERWISE}")
-    if not path.parent.is_dir():
-        raise UserError(f"output={path}: {path.parent} is no folder: make it, or {OTHERWISE}")
-    if path.is_symlink() or (path.exists() and not _ours(path)):
-        raise UserError(f"output={path}: it is there and no picture of launch.compare: move it away, or {OTHERWISE}")
-
-
-def _ours(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with open_regular(path, OTHERWISE) as f:
-        begins = f.read(HEAD_BYTES)
-    return begins.startswith(SIGNATURE) and MARK in begins
 
 
 def draw(curves: Mapping[str, Curves]) -> bytes:
@@ -67,9 +39,7 @@ def draw(curves: Mapping[str, Curves]) -> bytes:
     legend = figure.legend(panels[0][0].lines, names, loc="outside lower center", frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a name is no formula
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": SOFTWARE})
-    return out.getvalue()
+    return png_of(figure)
 
 
 def _scale(axes: Any, losses: list[float]) -> None:

@@ -266,7 +266,7 @@ def _alone(uri: str, connect: Callable[[], MlflowClient]) -> MlflowClient:
     """Connect under a lock: MLflow makes a database file in steps that two processes at once would spoil."""
     if not uri.startswith("sqlite:///"):
         return connect()
-    with Path(uri.removeprefix("sqlite:///") + ".lock").open("w") as lock:
+    with Path(uri.removeprefix("sqlite:///") + ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return connect()
 

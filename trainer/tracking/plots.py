@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 import os
@@ -19,6 +20,8 @@ from trainer.run.folder import RunFolder
 from trainer.run.journal import Row, read_journal, read_rows
 
 T = TypeVar("T")
+SOFTWARE = "gradus"  # in each picture
+HEAD_BYTES = 4096  # in which it stands
 POINTS = 4000  # of a line: more than the picture has columns
 INK, PALE = "#222222", "#8a8a8a"
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Tol's bright, apart in any eye
@@ -84,10 +87,30 @@ def draw(title: str, label: str, lines: dict[str, list[tuple[int, float]]], star
 
 
 def png_of(figure: Any) -> bytes:
-    """The figure as a PNG file."""
+    """The figure as a PNG file, which names us as its software: the proof that it may be replaced."""
     out = io.BytesIO()
-    figure.savefig(out, format="png")
+    figure.savefig(out, format="png", metadata={"Software": SOFTWARE})
     return out.getvalue()
+
+
+def refuse_strangers(path: Path, key: str) -> None:
+    """Raise UserError if no picture can be drawn to `path`, the value of `key`: what is there is not ours, or no
+    matplotlib."""
+    otherwise = f"give another {key}, or {key}=null"
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"{key}={path}: matplotlib is not installed (pip install gradus[tracking]): {otherwise}")
+    if not path.parent.is_dir():
+        raise UserError(f"{key}={path}: {path.parent} is no folder: make it, or {otherwise}")
+    if path.is_symlink() or (path.exists() and not _ours(path)):
+        raise UserError(f"{key}={path}: it is there and no picture of ours: move it away, or {otherwise}")
+
+
+def _ours(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as f:
+        begins = f.read(HEAD_BYTES)
+    return begins.startswith(b"\x89PNG\r\n\x1a\n") and b"tEXtSoftware\0" + SOFTWARE.encode() in begins
 
 
 def main(root: str, name: str) -> None:

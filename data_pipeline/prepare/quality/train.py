@@ -17,7 +17,7 @@ from data_pipeline.corpus.document import Document
 from data_pipeline.corpus.inputs import files_at
 from data_pipeline.corpus.read import items
 from data_pipeline.corpus.report import Report
-from data_pipeline.files import publish, publish_json
+from data_pipeline.files import own_folder, publish, publish_json
 from data_pipeline.prepare.quality.config import QualityEvaluateConfig, QualityTrainConfig
 from data_pipeline.prepare.quality.features import features, stacked
 from data_pipeline.prepare.quality.model import Model, auc, fit, held_out, keeps, roc, uniform
@@ -73,7 +73,7 @@ def evaluate(cfg: QualityEvaluateConfig) -> None:
     }
     folder = Path(cfg.output)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        own_folder(folder, "evaluation", "give another output=")
         publish(folder / "roc.png", draw_roc(*roc(good, scores), body["auc"]))
         positives, negatives = (np.array(body[kind]["histogram"]) for kind in kinds)
         publish(folder / "scores.png", draw_scores(edges, positives, negatives, cfg.alpha))

@@ -26,6 +26,7 @@ from conf.errors import UserError
 from data_pipeline.prepare.warc.compression import gzip_members
 from data_pipeline.prepare.web.http import Answer
 
+_GZIP = b"\x1f\x8b\x08"  # how a member begins
 _HEAD = 1 << 16  # bytes of a record that are read: a verdict is shorter
 _DROPPED = ("transfer-encoding", "content-length", "connection", "keep-alive")  # headers of the transfer, not the page
 
@@ -57,7 +58,7 @@ def open_archive(path: Path, about: dict[str, Any], longest: int) -> Iterator[tu
         longest: bytes that one write may have; a longer broken end is no write of a killed task.
 
     Raises:
-        UserError: another process holds it, or it is damaged.
+        UserError: another process holds it, it is damaged, or it is none.
     """
     with path.open("ab+") as file:
         try:
@@ -65,6 +66,9 @@ def open_archive(path: Path, about: dict[str, Any], longest: int) -> Iterator[tu
         except BlockingIOError:
             raise UserError(f"{path}: another process fetches these pages: wait for it") from None
         verdicts, end, size = [], 0, file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if not _GZIP.startswith(file.read(len(_GZIP))):
+            raise UserError(f"{path}: no archive of pages: move it away")
         for head, member_end in _members(file, size):
             kind, _, body = head.partition(b"\r\n\r\n")
             if b"\r\nWARC-Type: response\r\n" in kind:

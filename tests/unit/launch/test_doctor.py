@@ -198,10 +198,13 @@ def test_limits_of_open_files_and_locked_memory(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_that_can_be_used_is_left_as_it_was(tmp_path: Path) -> None:
+    theirs = tmp_path / ".doctor-notes/final/old"  # a name as the probe's, which is another
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("years")
     found = states(folder.run_folder(tmp_path / "runs" / "new", 1000, 1))
     assert found["run.dir"] == found["run.dir space"] == found["run.dir operations"] == found["run.dir locks"] == "ok"
     assert set(found) >= {"run.dir speed", "run.dir file system"}
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".doctor-notes"] and theirs.read_text() == "years"
 
 
 def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:

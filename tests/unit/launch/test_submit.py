@@ -152,6 +152,17 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_refused_submission_takes_no_file_of_others(data: Path, tmp_path: Path) -> None:
+    theirs = [tmp_path / name for name in ("run/submit/0007/notes", "run/submit/todo", "run/notes")]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("years")
+    with pytest.raises(UserError, match=r"^cluster\.nodes=2 with cluster=local, which is one machine"):
+        dry([*CPU, f"run.dir={tmp_path}/run", "cluster.nodes=2"], trains(data))
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {*theirs}
+    assert [path.name for path in (tmp_path / "run/submit").glob("0*")] == ["0007"]
+
+
 def test_what_does_not_fit_is_refused_with_the_way_out(data: Path, tmp_path: Path) -> None:
     big = trains(data, "model=gpt2_xl", "model.vocab_size=1024", "model.n_ctx=128", "precision=bf16")
     with pytest.raises(UserError, match=r"^gpt2_xl does not fit on 1 x rtx3090_24gb .*: parallel.offload=cpu"):

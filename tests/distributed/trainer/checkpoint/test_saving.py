@@ -105,7 +105,14 @@ def failing(engine: Any, folder: Path) -> dict[str, Any]:
     dist.barrier()
     left = sorted(p.name for p in (folder / "checkpoints").iterdir())
     again = error_of(saver.wait)  # it was told once
-    return {"flagged": flagged, "error": error, "left": left, "again": again}
+    theirs = folder / "checkpoints" / ".step-00000003.gen-0001.tmp"
+    if rank == 0:
+        theirs.mkdir()
+        (theirs / "thesis").write_text("years")
+    refused = error_of(lambda: saver.save(3, STATE))
+    dist.barrier()
+    kept = [path.name for path in theirs.iterdir()]
+    return {"flagged": flagged, "error": error, "left": left, "again": again, "refused": refused, "kept": kept}
 
 
 def stranded(engine: Any, folder: Path) -> dict[str, Any]:
@@ -207,6 +214,12 @@ def test_a_rank_that_cannot_report_its_error_stops_all(ranks: list[Any]) -> None
         assert got["error"].endswith("(rank 1)"), got
         assert "moments-00001.safetensors" in got["error"] and "\n" not in got["error"]
         assert got["left"] == ["latest", "step-00000001.gen-0001"] and got["again"] == "none"
+
+
+def test_a_folder_of_others_in_a_saves_place_stays(ranks: list[Any]) -> None:
+    for got in (answer["failing"] for answer in ranks):
+        assert got["refused"].startswith("the checkpoint of step 3 is not written") and "File exists" in got["refused"]
+        assert got["kept"] == ["thesis"]
 
 
 def test_a_save_in_flight_publishes_nothing_over_a_newer_start(ranks: list[Any]) -> None:

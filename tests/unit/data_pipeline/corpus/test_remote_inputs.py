@@ -151,6 +151,18 @@ def test_fsspec_inputs_are_listed_with_their_sizes(tmp_path: Path) -> None:
             assert fetched(file, tmp_path / "cache").path.read_bytes() == body
 
 
+def test_files_of_others_beside_the_copies_stay(server: Server, tmp_path: Path) -> None:
+    (server.folder / "a").write_bytes(b"ours")
+    theirs = [tmp_path / "cache" / name for name in ("a", ".a.part", "notes-a", ".notes-a.part")]
+    (tmp_path / "cache").mkdir()
+    for path in theirs:
+        path.write_text("years")
+    (file,) = inputs_at(f"{server.url}/a")
+    copy = fetched(file, tmp_path / "cache", QUICK).path
+    assert copy.read_bytes() == b"ours" and {*copy.parent.iterdir()} == {*theirs, copy}
+    assert all(path.read_text() == "years" for path in theirs)
+
+
 def test_a_path_is_what_it_was(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (file,) = inputs_at(str(tmp_path))

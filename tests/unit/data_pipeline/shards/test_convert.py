@@ -377,6 +377,10 @@ def test_a_stopped_export_leaves_nothing(home: Path, tmp_path: Path, monkeypatch
     np.concatenate(random_documents(0)).astype(np.uint16).tofile(tmp_path / "a.bin")
     convert.import_(config(home, tmp_path / "a.bin", tmp_path / "out", "nanogpt"))
     cfg = ExportConfig(str(tmp_path / "out/train"), str(tmp_path / "new/b.bin"), ExportFormat.megatron)
+    theirs = {"c.bin", "b.bin.tmp", ".b.bin.tmp.old", ".b.tmp"}  # of others, beside it
+    (tmp_path / "new").mkdir()
+    for name in theirs:
+        (tmp_path / "new" / name).write_text("years")
 
     def full(aside: Path, path: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -385,14 +389,15 @@ def test_a_stopped_export_leaves_nothing(home: Path, tmp_path: Path, monkeypatch
         disk.setattr(convert, "rename", full)
         with pytest.raises(UserError, match=r"output=.*b.bin: No space left on device: make room"):
             convert.export(cfg)
-    assert not list((tmp_path / "new").iterdir())
+    assert {path.name for path in (tmp_path / "new").iterdir()} == theirs
     tar = tmp_path / "out/train/00001.tar"
     data = bytearray(tar.read_bytes())
     data[2000] ^= 1
     tar.write_bytes(data)
     with pytest.raises(UserError, match=r"00001.tar: sample 000000.npy: checksum"):
         convert.export(cfg)
-    assert not list((tmp_path / "new").iterdir())
+    assert {path.name for path in (tmp_path / "new").iterdir()} == theirs
+    assert all((tmp_path / "new" / name).read_text() == "years" for name in theirs)
 
 
 def test_a_token_costs_about_two_bytes(home: Path, tmp_path: Path) -> None:

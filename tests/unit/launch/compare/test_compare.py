@@ -15,11 +15,11 @@ from conf.errors import UserError
 from launch.compare import curves
 from launch.compare.compare import compare, split
 from launch.compare.curves import LOSSES, read_curves
-from launch.compare.picture import refuse_strangers
 from launch.config import CompareConfig
 from tests.helpers.ranks import ROOT
 from trainer.run.folder import RunFolder
 from trainer.run.journal import JournalWriter, Row
+from trainer.tracking.plots import refuse_strangers
 
 HOUR = 3600.0
 
@@ -108,7 +108,7 @@ def test_the_picture_has_a_row_of_panels_for_each_loss(runs: list[Path], capsys:
     output, strange = runs[0].parent / "c.png", runs[0].rename(runs[0].parent / "_$x_")
     assert told(capsys, strange, runs[1], output=output)[-1] == f"drawn: {output}"
     assert struct.unpack(">II", output.read_bytes()[16:24]) == (1430, 110 * 4 * len(LOSSES) + 55)
-    refuse_strangers(output)  # its own may be replaced
+    refuse_strangers(output, "output")  # its own may be replaced
 
 
 @pytest.mark.parametrize("what", ["text", "png", "folder", "link", "dangling", "fifo"])
@@ -124,7 +124,7 @@ def test_a_file_of_others_is_not_drawn_over(runs: list[Path], what: str) -> None
     else:
         output.write_bytes((ROOT / "docs/demo.png").read_bytes() if what == "png" else b"years of work")
     before = output.lstat()
-    with pytest.raises(UserError, match=r"mine\.png: it is there and no picture of launch\.compare: move it away, or"):
+    with pytest.raises(UserError, match=r"mine\.png: it is there and no picture of ours: move it away, or"):
         compare(CompareConfig(output=str(output)), [str(run) for run in runs])
     assert output.lstat()[:9] == before[:9]
 

@@ -37,6 +37,7 @@ from trainer.plan.memory import activations, bias_bytes, logit_bytes, memory, te
 from trainer.plan.network import Cluster, all_reduce, gather, tp_rate, tp_seconds
 from trainer.plan.speed import step_seconds
 from trainer.plan.workload import Workload
+from trainer.tracking.plots import refuse_strangers
 
 ROOT = Path(__file__).resolve().parents[4]
 H100 = GPUS["h100_80gb"]
@@ -292,6 +293,14 @@ def test_the_picture_is_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     plan(config("model=gpt2_small", f"plot={tmp_path}/scaling.png", "json=true"))
     assert (tmp_path / "scaling.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert set(json.loads(capsys.readouterr().out)["scaling"]) == {"weak", "strong"}
+    refuse_strangers(tmp_path / "scaling.png", "plot")  # its own may be replaced
+
+
+def test_no_picture_is_drawn_over_a_file_of_others(tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_bytes(b"years of work")
+    with pytest.raises(UserError, match=r"^plot=.*/notes\.png: it is there and no picture of ours: move it away, or"):
+        plan(config("model=gpt2_small", f"plot={tmp_path}/notes.png"))
+    assert (tmp_path / "notes.png").read_bytes() == b"years of work"
 
 
 def command(*argv: str, code: str = "") -> subprocess.CompletedProcess[str]:

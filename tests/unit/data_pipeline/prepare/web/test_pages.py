@@ -404,6 +404,15 @@ def test_damage_that_no_kill_explains_is_an_error(web: Site, tmp_path: Path) -> 
     assert path.read_bytes() == raw
 
 
+def test_a_file_of_others_is_not_taken_for_an_archive(web: Site, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "pages-00000-of-00001.warc.gz"
+    path.parent.mkdir()
+    path.write_text("years of work")
+    with pytest.raises(UserError, match=r"gz: no archive of pages: move it away$"):
+        fetched(tmp_path, web.url("/0"))
+    assert path.read_text() == "years of work"
+
+
 def test_an_agent_without_a_name_is_refused(tmp_path: Path) -> None:
     for agent in ("007", "", "Bot\nX: y"):
         with pytest.raises(UserError, match=r"(?s)fetch.agent=.*begin with a name of letters"):
