@@ -71,7 +71,7 @@ def check(cfg: PretrainConfig, world: World) -> Checked:
     cfg = replace(cfg, tracking=tracking)
     refuse_secrets(asdict(cfg))
     check_registry(cfg.tracking, cfg.model)
-    checkpoint, state = resumable(RunFolder(cfg.run.dir))
+    checkpoint, state = resumable(RunFolder(cfg.run.dir), cfg.resume_step)
     check_resume(cfg, checkpoint, state)
     if checkpoint:
         name = checkpoint.name

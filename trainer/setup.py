@@ -86,7 +86,9 @@ class Start:
         self.mesh = join_ranks(world, cfg.parallel, cfg.watch.collective_s)
         self.run = RunFolder(cfg.run.dir)
         self.tracker: Tracker | None = None  # on rank 0
-        self.generation, checkpoint = claim_run(self.run, self.mesh, config_text, cfg.take_over, cfg.watch.beat_s)
+        self.generation, checkpoint = claim_run(
+            self.run, self.mesh, config_text, cfg.take_over, cfg.watch.beat_s, cfg.resume_step
+        )
         self.watch = Watch(cfg.watch, self.run, self.generation, world, self.progress, self._flush, task.fetch_s)
         state = read_state(checkpoint) if checkpoint else {}
         self.guard = Guard(cfg.guard, state.get("guard"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.runs import finish, make_data, pretrain, start
+from tests.system.runs import finish, make_data, pretrain, start, told
 from tests.system.test_resume import story
 from trainer.run.folder import RunFolder
 
@@ -79,6 +79,25 @@ def test_of_damaged_and_whole_the_whole_one_is_taken(whole: Path, tmp_path: Path
     assert names(run) == [f"damaged-{NINE}", "latest", SIX, "step-00000009.gen-0002"]
     if ranks == 1:
         assert story(run) == story(whole / "run")
+
+
+def test_resume_step_goes_back_and_repeats_the_run(whole: Path, tmp_path: Path) -> None:
+    """The later checkpoint stays and is named. The same command, started again as a supervisor does, goes on."""
+    run = shutil.copytree(whole / "run", tmp_path / "run")
+    given = (f"data.path={whole / 'data'}", "max_steps=9", *COMMON, "resume_step=6")
+    [(code, err)] = finish(start(run, *given[:-1], "resume_step=7"))
+    assert code == 2 and "resume_step=7" in err and "none of that step, but of steps 6, 9: give one of these" in err, (
+        err
+    )
+    assert RunFolder(run).newest_generation() == 1, "nothing has begun"
+    [(code, err)] = finish(start(run, *given))
+    assert code == 0 and f"warning: {NINE}: this start does not descend from them and deletes none" in err, err
+    assert names(run) == ["latest", SIX, NINE, "step-00000009.gen-0002"]
+    assert RunFolder(run).latest() == run / "checkpoints" / "step-00000009.gen-0002"
+    assert story(run) == story(whole / "run")
+    lines = told(run, *given)
+    assert any("gone back to it, and goes on from step-00000009.gen-0002; to go back once" in line for line in lines)
+    assert not any(line.startswith("changed:") for line in lines)
 
 
 @pytest.mark.slow

@@ -12,18 +12,18 @@ import torch.distributed as dist
 
 from conf.errors import UserError
 from data_pipeline.files import publish
-from trainer.checkpoint.find import damage, none_whole
+from trainer.checkpoint.find import damage, none_whole, to_resume
 from trainer.distributed.collective import all_ranks
 from trainer.distributed.mesh import Mesh
 from trainer.run.folder import RunFolder, step_of
-from trainer.run.owner import job, refuse_living
+from trainer.run.owner import command, job, refuse_living
 
 Damaged = list[tuple[Path, str]]
 """Checkpoints, each with its damage in words."""
 
 
 def claim_run(
-    run: RunFolder, mesh: Mesh, config_text: str, take_over: int | None, beat_s: float
+    run: RunFolder, mesh: Mesh, config_text: str, take_over: int | None, beat_s: float, resume_step: int | None
 ) -> tuple[int, Path | None]:
     """Take the next generation on rank 0 and freeze the config; then choose the checkpoint to go on from.
 
@@ -38,7 +38,7 @@ def claim_run(
             return 0
         refuse_strangers(run)
         refuse_living(run, take_over, beat_s)
-        generation = run.take_generation(job=job())
+        generation = run.take_generation(job=job(), command=command())
         publish(run.config, config_text.encode())
         return generation
 
@@ -52,8 +52,11 @@ def claim_run(
             f"the ranks' last checkpoints in run.dir={run.root} go from step {-bounds[1]} to step {bounds[0]}: "
             "give a folder that all nodes share"
         )
-    checkpoint, damaged = newest_whole(run, mesh, run.candidates)
+    checkpoint, damaged = newest_whole(run, mesh, partial(to_resume, run, resume_step))
     all_ranks(what, lambda: _begin(run, generation, checkpoint, damaged) if mesh.world.is_main else None)
+    if mesh.world.is_main and checkpoint is not None and resume_step not in (None, step_of(checkpoint)):
+        said = f"resume_step={resume_step}: this same command has gone back to it, and goes on from {checkpoint.name}"
+        print(f"{said}; to go back once more, change a word of it", flush=True)
     return generation, checkpoint
 
 

@@ -10,7 +10,8 @@ from conf.errors import UserError
 from trainer.checkpoint.verify import DamagedError, check_files, check_format, verify
 from trainer.config.model import ModelConfig, Norm
 from trainer.model.arithmetic import param_count
-from trainer.run.folder import STATE, WEIGHTS, RunFolder
+from trainer.run.folder import STATE, WEIGHTS, RunFolder, step_of
+from trainer.run.owner import is_repeated
 
 ATTENTION_FIELDS = ("attention", "band", "stride", "summary")
 
@@ -57,14 +58,33 @@ def damage(path: Path, rank: int, ranks: int) -> str | None:
     return None
 
 
-def resumable(run: RunFolder) -> tuple[Path | None, dict[str, Any]]:
+def to_resume(run: RunFolder, resume_step: int | None) -> list[Path]:
+    """The checkpoints to go on from, each for the case that those before it are damaged.
+
+    With `resume_step` those of that step, the newest start's first. Once: where the run's last command was the same,
+    a supervisor, torchrun or Slurm starts it again, and it goes on from the latest.
+
+    Raises:
+        UserError: there is none of that step.
+    """
+    if resume_step is None or is_repeated(run):
+        return run.candidates()
+    published = run.published()
+    if of_step := [p for p in reversed(published) if step_of(p) == resume_step]:
+        return of_step
+    steps = ", ".join(map(str, sorted({step_of(p) for p in published})))
+    what = f"none of that step, but of steps {steps}: give one of these" if steps else "none: leave resume_step out"
+    raise UserError(f"resume_step={resume_step}: of checkpoints {run.root} holds {what}")
+
+
+def resumable(run: RunFolder, resume_step: int | None) -> tuple[Path | None, dict[str, Any]]:
     """The first checkpoint to resume from whose state and sizes are right, and its state; (None, {}) for a new run.
 
     Raises:
-        UserError: there are checkpoints, and none is whole.
+        UserError: there are checkpoints, and none is whole, or there is none of `resume_step`.
     """
     problem = None
-    for checkpoint in run.candidates():
+    for checkpoint in to_resume(run, resume_step):
         try:
             return checkpoint, read_state(checkpoint)
         except DamagedError as e:

@@ -63,6 +63,7 @@ class TrainConfig:
     seed: int = 1337  # of the weights, the data's order and dropout
     deterministic: bool = False  # GPU: bit-exact resume, at some cost of speed; CPU is always exact
     resume: Resume = Resume.auto
+    resume_step: int | None = None  # go back to the run's checkpoint of this step; null = the latest one
     take_over: int | None = None  # the number of a start that goes on in run.dir, to take the run over from it
     log_every: int = 1  # steps
     gpu: str | None = None  # what `auto` reckons with, as launch.plan names it; null = what nvidia-smi says
@@ -71,6 +72,8 @@ class TrainConfig:
         if isinstance(self.micro_batch_size, str) and self.micro_batch_size != AUTO:
             raise UserError(f"micro_batch_size={self.micro_batch_size}: give an integer, or auto")
         at_least_one(self, "micro_batch_size", "max_steps", "log_every")
+        if self.resume_step is not None:
+            at_least_one(self, "resume_step")
 
 
 def at_least_one(cfg: object, *keys: str) -> None:

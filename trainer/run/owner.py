@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 from conf.errors import UserError
@@ -22,6 +24,20 @@ def job() -> dict[str, str]:
     """The names of this job, which tell its next start from another job's, and how often Slurm has restarted it."""
     given = {name: os.environ.get(name, "none") for name in (*SAME_JOB, "SLURM_RESTART_COUNT")}
     return {name: value for name, value in given.items() if value != "none"}
+
+
+def command() -> str:
+    """A mark of this command line: the same when a supervisor, torchrun or Slurm starts it again."""
+    return sha256("\0".join(sys.argv[1:]).encode(errors="surrogateescape")).hexdigest()
+
+
+def is_repeated(run: RunFolder) -> bool:
+    """True if the run's last start by a command was by this one; a rollback is a start by none."""
+    for number in range(run.newest_generation(), 0, -1):
+        facts = run.facts(number)
+        if "command" in facts and "from" in facts:  # it has begun
+            return bool(facts["command"] == command())
+    return False
 
 
 def refuse_living(run: RunFolder, take_over: int | None, beat_s: float) -> None:

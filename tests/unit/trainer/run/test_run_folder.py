@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from conf.errors import UserError
-from trainer.checkpoint.find import check_model, model_of
+from trainer.checkpoint.find import check_model, model_of, to_resume
 from trainer.config.model import ModelConfig
 from trainer.run.folder import RunFolder
+from trainer.run.owner import command
 
 
 def publish(run: RunFolder, step: int, generation: int) -> Path:
@@ -187,6 +188,27 @@ def test_files_of_others_among_the_checkpoints_are_kept(run: RunFolder) -> None:
     run.prune(keep=1, generation=2)
     run.go_back(None, generation=2)
     assert all((path / "thesis").exists() for path in mine) and names(run) == []
+
+
+def test_resume_step_names_the_newest_of_that_step_once(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that is repeated goes on, also after a rollback and a start that was killed before it began."""
+
+    def begin(*words: str) -> Path:
+        monkeypatch.setattr(sys, "argv", ["pretrain", *words])
+        generation = run.take_generation(command=command())
+        checkpoint = to_resume(run, 10 if "resume_step=10" in words else None)[0]
+        run.begin(generation, checkpoint)
+        return checkpoint
+
+    publish(run, 10, 1)
+    assert begin("resume_step=10") == publish(run, 10, 2).with_name("step-00000010.gen-0001")
+    publish(run, 20, 2)
+    run.begin(run.take_generation(), run.checkpoint(20, 2))  # a rollback
+    run.take_generation(command="of a start that was killed")
+    assert begin("resume_step=10") == run.checkpoint(20, 2)
+    assert begin("resume_step=10", "optim.lr=1") == run.checkpoint(10, 2), "another command goes back again"
+    assert begin() == run.checkpoint(10, 2) == run.latest()
+    assert len(names(run)) == 3, "nothing is deleted"
 
 
 def test_prune_keeps_the_newest_and_what_is_named(run: RunFolder) -> None:
