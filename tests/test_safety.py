@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import re
+import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from conf.errors import UserError
 from data_pipeline.files import own_folder, publish, remove_unfinished
 from data_pipeline.prepare.run import hold_to
+from data_pipeline.shards.copies import small_files
 from tests.helpers.ranks import free_port
 from trainer.checkpoint.claim import refuse_strangers
 from trainer.diagnostics.machine import write_speed
@@ -134,6 +138,16 @@ def test_an_output_that_others_began_is_not_taken(tmp_path: Path) -> None:
         "links.jsonl.zst": "years",
         "plan.json": '{"version": "theirs"}',
     }
+
+
+def test_copies_of_a_remote_source_leave_files_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    where = f"/{secrets.token_hex(4)}"
+    fsspec.filesystem("memory").pipe_file(f"{where}/manifest.json", b"ours")
+    (tmp_path / "manifest.json").write_text("years")
+    with small_files(f"memory:/{where}") as made:
+        assert (made / "manifest.json").read_bytes() == b"ours" and made.parent == tmp_path
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["years"]
 
 
 def test_a_ranks_files_leave_those_of_others(tmp_path: Path) -> None:
