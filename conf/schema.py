@@ -30,6 +30,7 @@ T = TypeVar("T")
 Command = tuple[type, Callable[[Any], None]]
 CONF = Path(__file__).resolve().parent
 FROZEN = "frozen="  # on a command line: a file that `freeze` wrote
+BY_HAND = "data.allow_pipe"  # what no frozen file grants, for it may be another person's
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # ValueError: a group set to null
 
 
@@ -122,10 +123,8 @@ def load(schema: type[T], overrides: Sequence[str] = ()) -> T:
         UserError: a typo, a wrong type, a missing value or an impossible combination, in one line.
     """
     frozen = [text for text in overrides if text.startswith(FROZEN)]
-    if frozen and len(overrides) > 1:
-        raise UserError(f"{frozen[0]} is the whole config: give nothing else")
     if frozen:
-        return thaw(Path(frozen[0].removeprefix(FROZEN)), schema)
+        return _thawed(schema, frozen[0], [text for text in overrides if text != frozen[0]])
     cfg = _compose(schema, overrides)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -134,6 +133,17 @@ def load(schema: type[T], overrides: Sequence[str] = ()) -> T:
         return cast(T, OmegaConf.to_object(cfg))
     except OmegaConfBaseException as e:  # OmegaConf wraps the errors of nested dataclasses
         raise user_error_in(e) or UserError(flat(e)) from None
+
+
+def _thawed(schema: type[T], frozen: str, beside: Sequence[str]) -> T:
+    grantable = type_of(schema, BY_HAND) is not None
+    if any(not grantable or text not in (f"{BY_HAND}=true", f"{BY_HAND}=false") for text in beside):
+        also = f", except {BY_HAND}=true" if grantable else ""
+        raise UserError(f"{frozen} is the whole config: give nothing else{also}")
+    cfg: Any = thaw(Path(frozen.removeprefix(FROZEN)), schema)
+    if grantable:
+        cfg.data.allow_pipe = f"{BY_HAND}=true" in beside[-1:]
+    return cast(T, cfg)
 
 
 def defaults(schema: type) -> dict[str, Any]:

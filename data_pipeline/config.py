@@ -100,6 +100,9 @@ class DataConfig:
     stages: list[StageConfig] = field(default_factory=list)
     document_mask: bool = False  # a token sees only its own document; positions restart with each document
     on_bad_shard: OnBadShard = OnBadShard.stop  # a shard that is lost for good
+    allow_pipe: bool = (
+        False  # run the commands of pipe: sources; frozen files do not grant it
+    )
     cache: CacheConfig = field(default_factory=CacheConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
 
@@ -121,6 +124,11 @@ class DataConfig:
                     f"data.stages: step {stage.step} weighs {unknown[0]}, which is none of data.sources "
                     f"({', '.join(self.sources)}): give its path with data.sources.{unknown[0]}.path"
                 )
+
+    @property
+    def pipes(self) -> list[str]:
+        """The sources whose bytes a command gives."""
+        return [name for name in self.sources if self.location(name, "train").startswith("pipe:")]
 
     def location(self, name: str, split: str) -> str:
         """The folder, URL or pipe of one split of a source."""

@@ -23,6 +23,7 @@ class Job:
     python: str
     cwd: Path  # the checkout
     max_restarts: int
+    allow_pipe: bool = False  # which no frozen config grants
 
 
 def supervised(job: Job, i: int, launcher: Sequence[str], grace_s: int | None = None) -> list[str]:
@@ -37,4 +38,5 @@ def supervised(job: Job, i: int, launcher: Sequence[str], grace_s: int | None = 
 
 def rank_arguments(job: Job, i: int) -> list[str]:
     """The arguments with which a Python interpreter trains element `i`."""
-    return ["-m", "trainer.pretrain", f"frozen={job.configs[i]}"]
+    allowed = ["data.allow_pipe=true"] if job.allow_pipe else []
+    return ["-m", "trainer.pretrain", f"frozen={job.configs[i]}", *allowed]

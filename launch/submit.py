@@ -25,7 +25,9 @@ from conf.environment import passed_on
 from conf.errors import UserError
 from conf.frozen import freeze, literal
 from conf.schema import load, run, tell_twice
+from data_pipeline.config import DataConfig
 from data_pipeline.files import publish, publish_json, read_json
+from data_pipeline.remote.backends import shown
 from launch import local
 from launch.cluster_config import ClusterConfig
 from launch.config import SubmitConfig
@@ -56,7 +58,10 @@ def submit(cfg: SubmitConfig, overrides: list[str], argv: list[str]) -> int:
     for i, (name, path, given) in enumerate(elements(cfg, run_dir, overrides)):
         try:
             own = [f"run.name={literal(name)}", f"run.dir={literal(str(path))}"]
-            one, lines = preflight(load(PretrainConfig, [*given, *own]), cfg.cluster)
+            wanted = load(PretrainConfig, [*given, *own])
+            if cfg.dry_run:
+                refuse_commands(wanted.data)
+            one, lines = preflight(wanted, cfg.cluster)
         except UserError as e:
             raise (type(e)(f"sweep[{i}]: {e}") if cfg.sweep else e) from None
         runs.append(one)
@@ -64,7 +69,9 @@ def submit(cfg: SubmitConfig, overrides: list[str], argv: list[str]) -> int:
     print("\n".join(said), flush=True)
     submissions = RunFolder(run_dir).submissions
     made = [path for path in (submissions, *submissions.parents) if not path.exists()]
-    job = write(cfg, run_dir, [freeze(one) for one in runs], [Path(one.run.dir) for one in runs], argv)
+    allow_pipe = any(one.data.allow_pipe for one in runs)
+    run_dirs = [Path(one.run.dir) for one in runs]
+    job = write(cfg, run_dir, [freeze(one) for one in runs], run_dirs, argv, allow_pipe)
     try:
         commands = prepare(job)
     except BaseException:  # a refusal: the folder of what was never started would only confuse
@@ -107,6 +114,15 @@ def check_forward(cluster: ClusterConfig) -> None:
         raise UserError(f"cluster.forward names {missing[0]}, which is not in your environment: export it first")
 
 
+def refuse_commands(data: DataConfig) -> None:
+    """Raises UserError if the sources cannot be checked without running a command, as a dry run has to."""
+    if data.pipes:
+        raise UserError(
+            f"dry_run=true runs no command, and data.sources.{data.pipes[0]} is one, "
+            f"{shown(data.location(data.pipes[0], 'train'))}: leave dry_run out, or give its path or URL"
+        )
+
+
 def elements(cfg: SubmitConfig, run_dir: Path, overrides: list[str]) -> list[tuple[str, Path, list[str]]]:
     """run.name, run.dir and the overrides of each run: one, or those of the sweep, numbered.
 
@@ -122,7 +138,9 @@ def elements(cfg: SubmitConfig, run_dir: Path, overrides: list[str]) -> list[tup
     return [(f"{cfg.run.name}-{i}", Path(f"{run_dir}-{i}"), [*overrides, *own]) for i, own in numbered]
 
 
-def write(cfg: SubmitConfig, run_dir: Path, frozen: list[str], run_dirs: list[Path], argv: list[str]) -> Job:
+def write(
+    cfg: SubmitConfig, run_dir: Path, frozen: list[str], run_dirs: list[Path], argv: list[str], allow_pipe: bool
+) -> Job:
     """Write the frozen configs, one for each of `run_dirs`, and the code's version into a new folder of the run."""
     try:
         texts = [text.encode() for text in frozen]
@@ -150,6 +168,7 @@ def write(cfg: SubmitConfig, run_dir: Path, frozen: list[str], run_dirs: list[Pa
         python=sys.executable,
         cwd=Path.cwd(),
         max_restarts=cfg.max_restarts,
+        allow_pipe=allow_pipe,
     )
 
 

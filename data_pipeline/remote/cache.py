@@ -33,7 +33,7 @@ from conf.errors import TransientError, UserError, of_nature
 from data_pipeline.config import CacheConfig, FetchConfig
 from data_pipeline.files import GIB, own_folder, publish
 from data_pipeline.manifest import ShardIndex
-from data_pipeline.remote.backends import Backend, backend_of
+from data_pipeline.remote.backends import Backend, backend_of, shown
 
 T = TypeVar("T")
 _SHARD = re.compile(r"[0-9a-f]{64}")
@@ -60,12 +60,13 @@ def touch(use: int) -> None:
 class Cache:
     """Keeps shards in a folder, and evicts the least recently used ones. Raises UserError without data.cache.dir."""
 
-    def __init__(self, cfg: CacheConfig, fetch: FetchConfig) -> None:
+    def __init__(self, cfg: CacheConfig, fetch: FetchConfig, allow_pipe: bool = False) -> None:
         if cfg.dir is None:
             raise UserError("a source is not a local folder: give data.cache.dir=FOLDER on a local disk of each node")
         self.dir = Path(cfg.dir).absolute()
         self.limit = int(cfg.limit_gib * GIB)  # bytes
         self.fetch = fetch
+        self.allow_pipe = allow_pipe
         self._backends: dict[str, Backend] = {}
         self._lock_fd = -1  # of `lock` while it is held
         self._total: int | None = None  # bytes of all shards, as `lock` says
@@ -76,7 +77,12 @@ class Cache:
             self.writing(partial((self.dir / folder).mkdir, parents=True, exist_ok=True))
 
     def backend(self, url: str) -> Backend:
-        """The backend of a URL, one for all of its shards."""
+        """The backend of a URL, one for all of its shards. Raises UserError for a command that may not run."""
+        if url.startswith("pipe:") and not self.allow_pipe:
+            raise UserError(
+                f"{shown(url)}: would run a command that the config names: read it, and if it is to run give "
+                f"data.allow_pipe=true on the command line (also beside frozen=FILE)"
+            )
         return self._backends.setdefault(url, backend_of(url, self.fetch))
 
     def recall_index(self, key: str) -> tuple[ShardIndex | None, bytes]:

@@ -57,7 +57,7 @@ def open_source(path: str | Path, cache: Cache | None) -> Manifest:
 
 def open_cache(cfg: DataConfig) -> Cache | None:
     """The cache of the config; None without data.cache.dir."""
-    return Cache(cfg.cache, cfg.fetch) if cfg.cache.dir is not None else None
+    return Cache(cfg.cache, cfg.fetch, cfg.allow_pipe) if cfg.cache.dir is not None else None
 
 
 def index_at(manifest: Manifest, number: int, cache: Cache | None) -> ShardIndex:

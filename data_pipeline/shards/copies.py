@@ -56,19 +56,19 @@ def names_at(url: str) -> list[str]:
 
 
 @contextmanager
-def at_hand(manifest: Manifest, shard: ShardInfo) -> Iterator[list[str]]:
-    """Why the shard's files cannot be had, else they are in the manifest's folder, for as long as the context lasts."""
-    missing, copied = list[str](), list[Path]()
-    names = {shard.name: shard.bytes + 1, index_name(shard.name): JSON_LIMIT} if manifest.origin else {}
-    for name, limit in names.items():
-        try:
-            _copy(manifest.origin or "", name, limit, manifest.root)
-            copied.append(manifest.root / name)
-        except Lost as e:
-            missing.append(f"{manifest.root / name}: {e}")
-    yield missing
-    for path in copied:
-        path.unlink()
+def at_hand(manifest: Manifest, shard: ShardInfo) -> Iterator[tuple[Manifest, list[str]]]:
+    """The manifest in the folder where the shard's files are, for as long as the context lasts, and why one is not."""
+    if manifest.origin is None:
+        yield manifest, []
+        return
+    with tempfile.TemporaryDirectory() as made:
+        missing = []
+        for name, limit in {shard.name: shard.bytes + 1, index_name(shard.name): JSON_LIMIT}.items():
+            try:
+                _copy(manifest.origin, name, limit, Path(made))
+            except Lost as e:
+                missing.append(f"{made}/{name}: {e}")
+        yield replace(manifest, root=Path(made)), missing
 
 
 def _copy(url: str, name: str, limit: int, folder: Path) -> None:

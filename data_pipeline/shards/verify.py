@@ -101,8 +101,9 @@ def _source(manifest: Manifest) -> Iterator[str]:
         if OURS.fullmatch(name) and name not in expected:
             yield f"{manifest.root / name}: not in the manifest"
     for shard in manifest.shards:
-        with at_hand(manifest, shard) as missing:
-            yield from missing or _shard(manifest, shard)
+        with at_hand(manifest, shard) as (near, missing):
+            for line in missing or _shard(near, shard):
+                yield line.replace(str(near.root), str(manifest.root))
 
 
 def _tokenizer(manifest: Manifest, path: Path) -> Iterator[str]:

@@ -28,8 +28,10 @@ from launch.status.table import show
 from launch.submit import record, submit
 from tests.helpers.ranks import ROOT
 from tests.system.runs import TINY, make_data
+from trainer.check import check
 from trainer.config.pretrain import PretrainConfig
 from trainer.config.train import RunConfig
+from trainer.distributed.world import World
 from trainer.run import code_version
 from trainer.run.folder import RunFolder
 from trainer.run.heartbeat import Heartbeat, write_heartbeat
@@ -346,12 +348,36 @@ def test_nothing_is_looked_up_in_a_frozen_file(tmp_path: Path, monkeypatch: pyte
     assert load(PretrainConfig, [f"frozen={path}"]).run.dir == "${oc.env:PLANTED}/${run.name}"
 
 
+def test_a_command_of_a_source_runs_only_where_it_is_allowed(data: Path, tmp_path: Path) -> None:
+    """Neither for a file that allows it itself nor in a dry run."""
+    ran = tmp_path / "ran"
+    pipe = f"pipe:sh -c 'touch {ran}; cat {data}/{{}}'"
+    run = [*trains(data), f"data.sources.shards.path={literal(pipe)}", f"data.cache.dir={tmp_path / 'cache'}"]
+    here = ["run.name=x", f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match=r"dry_run=true runs no command, and data.sources.shards is one, pipe:sh"):
+        dry([*here, *CPU], [*run, "data.allow_pipe=true"])
+    cfg = load(PretrainConfig, [*run, *here, "data.allow_pipe=true"])
+    (frozen := tmp_path / "frozen.yaml").write_text(freeze(cfg))
+    assert "allow_pipe: true" in frozen.read_text()
+    for words in ([*run, *here], [f"frozen={frozen}"], [f"frozen={frozen}", "data.allow_pipe=false"]):
+        with pytest.raises(UserError, match=r"^pipe:sh .*data.allow_pipe=true on the command line"):
+            check(load(PretrainConfig, words), World(0, 1, 0, 1))
+    assert not ran.exists()
+    with pytest.raises(UserError, match=r"give nothing else, except data.allow_pipe=true"):
+        load(PretrainConfig, [f"frozen={frozen}", "max_steps=9"])
+    allowed = load(PretrainConfig, [f"frozen={frozen}", "data.allow_pipe=true"])
+    assert allowed == cfg
+    check(allowed, World(0, 1, 0, 1))
+    assert ran.exists()
+
+
 def test_a_job_starts_under_the_supervisor_by_its_frozen_config(tmp_path: Path) -> None:
     cluster = load(SubmitConfig, []).cluster
     run_dir = tmp_path / "it's"
     configs, run_dirs = (tmp_path / "0", tmp_path / "1"), (run_dir, tmp_path / "'b'")
     job = Job("n", run_dir, tmp_path, configs, run_dirs, cluster, "python", tmp_path, 7)
     assert rank_arguments(job, 1) == ["-m", "trainer.pretrain", f"frozen={tmp_path}/1"]
+    assert rank_arguments(replace(job, allow_pipe=True), 1)[-2:] == [f"frozen={tmp_path}/1", "data.allow_pipe=true"]
     command = supervised(job, 0, ["L", "x"])
     assert command[:3] == ["python", "-m", "launch.supervise"] and command[-3:] == ["--", "L", "x"]
     cfg = load(SuperviseConfig, command[3:-3])

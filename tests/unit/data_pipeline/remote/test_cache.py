@@ -59,7 +59,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cache_in(folder: Path, limit_bytes: int = 1 << 30, cfg: FetchConfig = QUICK) -> Cache:
-    return Cache(CacheConfig(str(folder / "cache"), limit_bytes / 2**30), cfg)
+    return Cache(CacheConfig(str(folder / "cache"), limit_bytes / 2**30), cfg, allow_pipe=True)
 
 
 def stream_of(url: str, cache: Cache, open_shards: int = 3) -> ShardStream:
