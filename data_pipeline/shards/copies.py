@@ -74,9 +74,11 @@ def at_hand(manifest: Manifest, shard: ShardInfo) -> Iterator[tuple[Manifest, li
 def _copy(url: str, name: str, limit: int, folder: Path) -> None:
     fetch = FetchConfig()
     try:
-        (folder / name).write_bytes(fetch_small(backend_of(url, fetch), name, limit, fetch))
+        body = fetch_small(backend_of(url, fetch), name, limit, fetch)
     except Unreachable as e:
         raise TransientError(f"{shown(url)}/{name}: {e}") from None
+    with (folder / name).open("xb") as file:
+        file.write(body)
 
 
 def _below(url: str, folder: str) -> str:
