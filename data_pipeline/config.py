@@ -100,9 +100,7 @@ class DataConfig:
     stages: list[StageConfig] = field(default_factory=list)
     document_mask: bool = False  # a token sees only its own document; positions restart with each document
     on_bad_shard: OnBadShard = OnBadShard.stop  # a shard that is lost for good
-    allow_pipe: bool = (
-        False  # run the commands of pipe: sources; frozen files do not grant it
-    )
+    allow_pipe: bool = False  # run the commands of pipe: sources; frozen files do not grant it
     cache: CacheConfig = field(default_factory=CacheConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
 
