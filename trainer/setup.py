@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from conf.errors import UserError
-from trainer.changes import changed_lines
 from trainer.checkpoint import load
+from trainer.checkpoint.changes import changed_lines
 from trainer.checkpoint.claim import claim_run
 from trainer.checkpoint.find import find_checkpoint, read_state
 from trainer.checkpoint.ranking import Ranking

@@ -11,6 +11,7 @@ import pytest
 
 from tests.system.runs import finish, make_data, pretrain, start, told
 from tests.system.test_resume import story
+from tests.system.tracked import client_of, needs_mlflow, sync
 from trainer.run.folder import RunFolder
 
 COMMON = ("checkpoint.every_steps=3", "checkpoint.keep=2", "checkpoint.keep_best=false", "model.dropout=0.1")
@@ -98,6 +99,35 @@ def test_resume_step_goes_back_and_repeats_the_run(whole: Path, tmp_path: Path) 
     lines = told(run, *given)
     assert any("gone back to it, and goes on from step-00000009.gen-0002; to go back once" in line for line in lines)
     assert not any(line.startswith("changed:") for line in lines)
+
+
+@pytest.mark.slow
+@needs_mlflow
+def test_a_resumed_start_says_what_it_changes(whole: Path, tmp_path: Path) -> None:
+    """In lines, and as MLflow's params of that start."""
+    run, data, uri = tmp_path / "run", tmp_path / "moved", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    shutil.copytree(whole / "run", run)
+    shutil.copytree(whole / "data", data)
+    given = ("max_steps=10", "optim.lr=6e-3", "model.dropout=0.2", "precision=bf16", f"data.path={data}")
+    lines = told(run, *COMMON[:-1], *given)
+    changes = {
+        "data.path": f"{whole / 'data'} -> {data}",
+        "max_steps": "9 -> 10",
+        "model.dropout": "0.1 -> 0.2",
+        "optim.lr": "0.003 -> 0.006",
+        "precision": "fp32 -> bf16",
+        "run.dir": f"{whole / 'run'} -> {run}",
+    }
+    at = lines.index(f"changed: data.path {changes['data.path']}")
+    assert lines[at : at + 6] == [f"changed: {key} {change}" for key, change in changes.items()]
+    rates = {step: metrics["optim/lr"] for step, metrics in story(run) if "optim/lr" in metrics}
+    assert lines[at + 6].startswith(f"the learning rate of step 10 is {rates[10]:.2e}; unchanged it would be ")
+    code, told_of_it = sync(run, f"uri={uri}")
+    assert code == 0
+    params = client_of(uri).get_run(told_of_it["run_id"]).data.params
+    assert {key: value for key, value in params.items() if key.startswith("start.")} == {
+        f"start.2.{key}": change for key, change in changes.items()
+    }
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from conf.errors import UserError
 from data_pipeline.files import publish
+from trainer.checkpoint.changes import changed_values
 from trainer.checkpoint.find import damage, none_whole, to_resume
 from trainer.distributed.collective import all_ranks
 from trainer.distributed.mesh import Mesh
@@ -93,7 +94,8 @@ def _begin(run: RunFolder, generation: int, checkpoint: Path | None, damaged: Da
     if checkpoint is not None and any(why):
         print(f"warning: {'; '.join(filter(None, why))}", file=sys.stderr, flush=True)
         print(f"warning: the newest checkpoint that verifies is taken: {checkpoint.name}", file=sys.stderr, flush=True)
-    if others := run.begin(generation, checkpoint):
+    changed = changed_values(checkpoint / "config.yaml", run.config) if checkpoint else {}
+    if others := run.begin(generation, checkpoint, changed=changed):
         names = ", ".join(path.name for path in others)
         print(f"warning: {names}: this start does not descend from them and deletes none", file=sys.stderr, flush=True)
 

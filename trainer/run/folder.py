@@ -8,7 +8,7 @@ supervise.jsonl                       the starts and ends that launch.supervise 
 plots/loss.png                        and grad_norm.png, throughput.png, drawn from the journal now and then
 environment/0001.json                 one file for each start: code version, packages, GPUs, command line
 generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time; `from`: the
-                                      checkpoint that it resumed from, null where it began anew
+                                      checkpoint that it resumed from, null where it began anew; `changed` of its config
 submit/0001/                          what launch.submit started: frozen config, code version, job script
 heartbeats/rank-00003.json            step and phase of a rank, replaced every few seconds (trainer/run/heartbeat.py)
 hangs/gen-0001/report.txt             of a start that stopped making progress: the state of each rank (hang_report.py)
@@ -85,12 +85,12 @@ class RunFolder:
                 leftover.unlink(missing_ok=True)  # the pointer's: a stranded start may just have moved it
         return generation
 
-    def begin(self, generation: int, checkpoint: Path | None) -> list[Path]:
+    def begin(self, generation: int, checkpoint: Path | None, **facts: Any) -> list[Path]:
         """Record that this start goes on from `checkpoint`, and point to it; returns the checkpoints that it will
-        never delete, since it does not descend from them."""
+        never delete, since it does not descend from them. `facts`: as those of `take_generation`."""
         self.fence(generation)
         path = self._start(generation)
-        publish_json(path, {**self.facts(generation), "from": checkpoint.name if checkpoint else None})
+        publish_json(path, {**self.facts(generation), **facts, "from": checkpoint.name if checkpoint else None})
         if checkpoint is not None and self._pointed() != checkpoint.name:
             self._point_to(checkpoint.name)
         line = self.lineage(generation)

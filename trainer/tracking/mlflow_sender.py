@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,8 @@ from trainer.config.tracking import EXPERIMENT, TrackingConfig, artifacts_of, tr
 from trainer.run.environment import owner
 from trainer.run.folder import RunFolder
 from trainer.run.journal import NewNumbers, read_rows, superseded
-from trainer.run.redact import redact_tree
 from trainer.tracking.messages import cause, warn
+from trainer.tracking.params import of_config, of_starts
 from trainer.tracking.refusals import Refused, refuse_deleted
 from trainer.tracking.state import STATE, TrackingState
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 TAG, GENERATION, SUPERSEDED = "gradus.run", "gradus.generation", "gradus.superseded"
 BATCH = 1000  # MLflow's limit of metrics in a request
-PARAMS, PARAM_CHARS, TAG_CHARS = 100, 6000, 5000  # and of params in a request, and of characters in a param and a tag
+PARAMS, TAG_CHARS = 100, 5000  # and of params in a request, and of characters in a tag
 TIMEOUT_S, PATIENT_S, UPLOAD_S = 3.0, 60.0, 600.0  # of a request; after many failures; of a model's file
 AGAIN_S = 60.0  # before a file that was not taken is offered again
 MODEL = ("model.safetensors", "config.json", "tokenizer.json")  # of a run's last checkpoint
@@ -153,14 +152,16 @@ class Sender:
         return [round(row.time * 1000) for row, _ in read_rows(self._folder.metrics)]
 
     def _describe(self, client: MlflowClient, run_id: str) -> None:
-        """Send what the config sets as params, cut to MLflow's length, once: a param is final. config.yaml has all."""
+        """Send what the config sets as params, once: a param is final."""
+        self._send_params(client, run_id, of_config(self._params))
+        self.state.change(described=True)
+
+    def _send_params(self, client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        values = _flat(redact_tree(self._params))
-        params = [Param(k, v if len(v) <= PARAM_CHARS else v[: PARAM_CHARS - 1] + "…") for k, v in values]
-        for i in range(0, len(params), PARAMS):
-            client.log_batch(run_id, params=params[i : i + PARAMS])
-        self.state.change(described=True)
+        each = [Param(*param) for param in params.items()]
+        for i in range(0, len(each), PARAMS):
+            client.log_batch(run_id, params=each[i : i + PARAMS])
 
     def _send_rows(self, client: MlflowClient) -> None:
         """Send all complete lines of the journal; the offset follows what has arrived."""
@@ -185,13 +186,14 @@ class Sender:
         self.state.change(offset=offset)
 
     def _tag_starts(self, client: MlflowClient) -> None:
-        """Set tags for the newest start and for the steps that a later one did again: MLflow takes nothing back."""
+        """Say what each start changes, and which steps a later one did again: MLflow takes nothing back."""
         rows = [row for row, _ in read_rows(self._folder.metrics)]
         ranges: list[dict[str, int]] = superseded(rows)
         cut = 0
         while len(text := json.dumps([{"earlier": cut}] * (cut > 0) + ranges[cut:])) > TAG_CHARS:
             cut += 1
         newest = max((row.generation for row in rows), default=0)
+        self._send_params(client, self._run_id, of_starts(self._folder, range(1, newest + 1)))
         client.set_tag(self._run_id, GENERATION, str(newest))
         client.set_tag(self._run_id, SUPERSEDED, text)
         self._new_start = False
@@ -288,13 +290,3 @@ def _is_open(client: MlflowClient, run_id: str) -> bool:
             "folder for a new run"
         )
     return True
-
-
-def _flat(body: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in body.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            value = value.value if isinstance(value, Enum) else value
-            if value is not None:
-                yield prefix + key, value if isinstance(value, str) else json.dumps(value)

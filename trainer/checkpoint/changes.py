@@ -14,8 +14,8 @@ from trainer.engine.schedule import lr_at
 OF_A_START = ("resume", "resume_step", "take_over")  # they say how to start, nothing of the run
 
 
-def changed_values(then: Path, now: Path) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ between two frozen configs, each with (old, new); {} if one cannot be read.
+def changed_values(then: Path, now: Path) -> dict[str, str]:
+    """The keys whose values differ between two frozen configs, each with `old -> new`; {} if one cannot be read.
 
     A key that only one of the two has is of another version or another kind of run: its other value is None.
     """
@@ -24,7 +24,7 @@ def changed_values(then: Path, now: Path) -> dict[str, tuple[Any, Any]]:
     except UserError:
         return {}
     return {
-        key: (old.get(key), new.get(key))
+        key: f"{old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in OF_A_START
     }
@@ -40,7 +40,7 @@ def changed_lines(
     changed = changed_values(then, now)
     if not changed:
         return []
-    lines = [f"changed: {key} {old} -> {new}" for key, (old, new) in changed.items()]
+    lines = [f"changed: {key} {change}" for key, change in changed.items()]
     if step < max_steps:
         ours = _rate(optim, max_steps, feed, step)
         try:
