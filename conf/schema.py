@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf import meanings
 from conf.errors import UserError, may_pass, out_of_memory
 from conf.frozen import flat, thaw, user_error_in
 from conf.hints import inner, keys, near, type_of, wording
@@ -42,7 +43,7 @@ def root_of(schema: type) -> str:
 def run(schema: type[T], function: Callable[[T], None]) -> None:
     """Compose the config of a command, check it and call `function`: the body of `if __name__ == "__main__"`.
 
-    `--help` explains the groups and the values, `--cfg job` prints the config that the command would get.
+    `--help` explains the groups and each value, `--cfg job` prints the config that the command would get.
 
     Exits with code 2 and one line after a user's mistake; with code 1 and one line if the machine or a server fails (a
     full disk, no answer; `conf.errors`), which may go away, so `launch.supervise` tries again.
@@ -183,8 +184,10 @@ def explain(schema: type) -> str:
     for group, default in groups(schema).items():
         lines += ["", f"{group}= (without it: {default or 'none'})"]
         lines += [f"  {name:<12}  {comment}" for name, comment in options(group).items()]
-    values = ("  " + line for line in OmegaConf.to_yaml(cfg).splitlines())
-    lines += ["", "Values (docs/config.md explains each):", *values]
+    values = OmegaConf.to_container(cfg, enum_to_str=True)
+    named = {f"{group}.name" for group in groups(schema)}  # the choice of a group
+    lines += ["", "Values (... must be given; where a section is null, only once it is opened):"]
+    lines += meanings.lines(schema, values, named)
     return "\n".join(lines)
 
 

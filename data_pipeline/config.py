@@ -34,10 +34,10 @@ class SourceConfig:
 class StageConfig:
     """Changes at a step; null = no change. Each source continues from its place."""
 
-    step: int = MISSING
+    step: int = MISSING  # from which on
     weights: dict[str, float] | None = None  # of the sources that change
     n_ctx: int | None = None  # at most model.n_ctx
-    tokens_per_step: int | None = None
+    tokens_per_step: int | None = None  # a multiple of n_ctx times data.lanes
 
     def __post_init__(self) -> None:
         for key in ("n_ctx", "tokens_per_step"):
@@ -93,7 +93,7 @@ class FetchConfig:
 class DataConfig:
     """The data of a run: sources and their mixture."""
 
-    name: str = MISSING
+    name: str = MISSING  # the choice of data=
     path: str = MISSING  # the sources' paths are below it
     sources: dict[str, SourceConfig] = field(default_factory=dict)  # by names of your own
     lanes: int = MISSING  # fixed for the run; every data-parallel size that divides it gives the same batches
@@ -151,15 +151,15 @@ class OrderConfig:
 
     data: DataConfig = MISSING
     steps: str | None = None  # FIRST:END, or one step; null = step 0, and with find all that the run has made
-    dp: int = 1
+    dp: int = 1  # data-parallel ranks
     rank: int | None = None  # data-parallel rank; null = all, one after the other
     find: str | None = None  # a document's id: only the windows that hold it
     checkpoint: str | None = None  # a run's folder or a checkpoint, instead of data, n_ctx, tokens_per_step and seed
-    n_ctx: int = 1024
-    tokens_per_step: int = 524288
+    n_ctx: int = 1024  # tokens of a window
+    tokens_per_step: int = 524288  # of all ranks together
     batch_ramp: RampConfig = field(default_factory=RampConfig)
-    seed: int = 1337
-    json: bool = False
+    seed: int = 1337  # of the order
+    json: bool = False  # print JSON instead of a table
 
     def __post_init__(self) -> None:
         if self.dp < 1 or (self.rank is not None and not 0 <= self.rank < self.dp):

@@ -38,15 +38,15 @@ class Chain(Enum):
 class SlurmConfig:
     """`#SBATCH` lines and what the job does before it trains; null leaves Slurm's own default."""
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
+    partition: str | None = None  # as sbatch's option of this name
+    account: str | None = None  # as sbatch's
+    qos: str | None = None  # as sbatch's
     time: str | None = None  # as Slurm writes it: 30 (minutes), 12:00:00, 2-00 (days and hours)
-    exclusive: bool = False
-    cpus_per_task: int | None = None
+    exclusive: bool = False  # nodes for this job alone
+    cpus_per_task: int | None = None  # as sbatch's, for each rank
     mem: str | None = None  # of a node: 200G; 0 = all
-    constraint: str | None = None
-    reservation: str | None = None
+    constraint: str | None = None  # as sbatch's
+    reservation: str | None = None  # as sbatch's
     exclude: list[str] = field(default_factory=list)  # names of nodes to leave out
     container: str | None = None  # an image for the pyxis plugin's --container-image; it sees the checkout and the run
     container_mounts: list[str] = field(default_factory=list)  # what else it sees, the data for one: FROM:TO
@@ -170,22 +170,22 @@ class SshConfig:
     launcher: SshLauncher = SshLauncher.deepspeed
     transport: Transport = Transport.pdsh
     min_nodes: int | None = None  # torchrun: goes on with so many; null = all of them
-    master_port: int = 29500
+    master_port: int = 29500  # where the ranks meet, on the first host
     interface: str | None = None  # the network interface for gloo and NCCL
 
 
 @dataclass
 class LocalConfig:
-    launcher: LocalLauncher = LocalLauncher.torchrun
+    launcher: LocalLauncher = LocalLauncher.torchrun  # what starts the ranks
 
 
 @dataclass
 class ClusterConfig:
     """The machines that a run is for."""
 
-    name: str = MISSING
-    nodes: int = 1
-    gpus_per_node: int = 8
+    name: str = MISSING  # the choice of cluster=
+    nodes: int = 1  # of the run
+    gpus_per_node: int = 8  # ranks on each
     gpu: str = "h100_80gb"  # a row of the plan's table; a wrong name gets the list of them
     network_gbit: float = MISSING  # of a node, all its adapters together, one direction
     price_per_gpu_hour: float | None = None  # USD, what you pay; null = the plan's own rough assumption

@@ -25,7 +25,7 @@ class SuperviseConfig:
     run: SupervisedRunConfig = MISSING
     max_restarts: int = 3  # in a row without a new checkpoint
     backoff_s: float = 1.0  # before the first restart; doubles with each that brought no new checkpoint
-    max_backoff_s: float = 60.0
+    max_backoff_s: float = 60.0  # the longest wait between two starts
     grace_s: float = 30.0  # between SIGTERM and SIGKILL for processes that a failed start left behind
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class DoctorConfig:
     tracking: DoctorTrackingConfig = field(default_factory=DoctorTrackingConfig)
     node: bool = False  # look at the nodes of this allocation, or at this machine, instead of the login node
     timeout_s: float = 60.0  # node=true: so long may ranks take to come, and each of their measurements
-    json: bool = False
+    json: bool = False  # print JSON instead of lines
 
     def __post_init__(self) -> None:
         if not 1 <= self.timeout_s < 86400:

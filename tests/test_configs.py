@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from conf.errors import UserError
 from conf.frozen import freeze, thaw
+from conf.meanings import WIDTH, settings, words
 from conf.schema import CONF, explain, groups, load, options
 from data_pipeline.order.mixture import quantise
 from data_pipeline.prepare.prepare_config import PrepareConfig
@@ -286,12 +289,48 @@ def test_help_may_be_cut_off_by_its_reader() -> None:
 
 
 @pytest.mark.parametrize("root", ROOTS)
-def test_help_explains_every_group_and_option(root: str) -> None:
+def test_help_explains_every_group_option_and_value(root: str) -> None:
     text = explain(ROOTS[root])
     for group in groups(ROOTS[root]):
         assert f"\n{group}= (" in text
         for option, comment in options(group).items():
             assert comment and re.search(rf"^  {option} +{re.escape(comment)}$", text, re.MULTILINE)
+    flat = " ".join(text.split())
+    named = {f"{group}.name" for group in groups(ROOTS[root])}
+    for key, hint, comment, _ in settings(ROOTS[root]):
+        allowed = words(hint)
+        is_section = any(is_dataclass(part) for part in (hint, *get_args(hint)))
+        assert comment or any(allowed.values()) or is_section, f"{key}: no comment says what it means"
+        if key in named:
+            continue
+        said = re.search(rf" {re.escape(key)}=.*?  \S.*", text)
+        assert said, key
+        assert " ".join(comment.split()) in flat, key
+        assert not allowed or f"one of {', '.join(allowed)}" in flat, key
+        for word, meaning in allowed.items():
+            assert not meaning or f" {word}: {' '.join(meaning.split())}" in flat, (key, word)
+    assert max(map(len, text.partition("\nValues")[2].splitlines())) <= WIDTH
+
+
+@pytest.mark.slow
+def test_help_of_every_entry_does_without_torch() -> None:
+    entries = sorted(
+        ".".join(path.relative_to(CONF.parent).with_suffix("").parts).removesuffix(".__main__")
+        for package in ("data_pipeline", "trainer", "launch")
+        for path in (CONF.parent / package).rglob("*.py")
+        if re.search(r"^from conf.schema import .*\brun(_one_of)?\b", path.read_text(), re.MULTILINE)
+    )
+    assert len(entries) > 12
+    code = (
+        "import contextlib, io, runpy, sys\n"
+        f"for entry in {entries}:\n"
+        "    sys.argv = [entry, '--help']\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):\n"
+        "        runpy.run_module(entry, run_name='__main__', alter_sys=True)\n"
+        "    print(entry, 'python -m' in said.getvalue(), 'torch' in sys.modules)\n"
+    )
+    result = python(code, cwd=CONF.parent)
+    assert result.stdout.splitlines() == [f"{entry} True False" for entry in entries], result
 
 
 def test_a_wrong_value_in_an_option_file_is_told_in_one_line(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ class CorpusFormat(Enum):
 class CorpusConfig:
     """The source of documents. `path` is a file, a folder (searched through), a glob or a URL; pydocs has none."""
 
-    name: str = MISSING
+    name: str = MISSING  # names the source in shards and reports
     format: CorpusFormat = MISSING
-    path: str | None = None
+    path: str | None = None  # a file, a folder (searched through), a glob or a URL
     text_key: str = "text"  # jsonl, parquet: the field or column that holds the text; a.b is the field b of a
     id_key: str = "id"  # jsonl, parquet: what names the document; one without it is named file:line
 

@@ -81,7 +81,7 @@ class Executor(Enum):
 class ExecutorConfig:
     """The executor of the tasks. The output does not depend on it."""
 
-    name: Executor = Executor.local
+    name: Executor = Executor.local  # where the tasks run
     workers: int = 0  # tasks at a time; 0 = local: one for each core, slurm and ray: all
     memory_gib: int = 4  # slurm and ray: of each task
     partition: str | None = None  # slurm

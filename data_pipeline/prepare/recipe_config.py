@@ -51,8 +51,8 @@ class FetchPagesConfig:
     files: int = 16  # WARC files to make, each by one task; the hosts are divided among them
     per_host_s: float = 2.0  # between two requests to one host, or more if its robots.txt says so
     timeout_s: float = 20.0  # for one page
-    page_mib: float = 10.0
-    retries: int = 2
+    page_mib: float = 10.0  # a larger page is not kept
+    retries: int = 2  # of a page that did not answer
     connections: int = 32  # hosts that one task asks at a time
     private: bool = False  # also ask addresses that are not public, such as your own mirror
 
@@ -73,7 +73,7 @@ class UrlConfig:
 @dataclass
 class LanguageConfig:
     keep: list[str] = field(default_factory=lambda: ["en"])  # ISO 639 codes of fastText's lid.176
-    min_score: float = MISSING
+    min_score: float = MISSING  # fastText's probability, at least
 
     def __post_init__(self) -> None:
         _check_share("language.min_score", self.min_score)
@@ -83,61 +83,61 @@ class LanguageConfig:
 class GopherRepetitionConfig:
     """Rae et al. 2021, table A1. A share above the threshold drops the document; n-gram tables are {n: share}."""
 
-    dup_line_frac: float = MISSING
-    dup_para_frac: float = MISSING
-    dup_line_char_frac: float = MISSING
-    dup_para_char_frac: float = MISSING
-    top_n_grams: dict[int, float] = MISSING
-    dup_n_grams: dict[int, float] = MISSING
+    dup_line_frac: float = MISSING  # of the lines were there before, at most
+    dup_para_frac: float = MISSING  # of the paragraphs were there before, at most
+    dup_line_char_frac: float = MISSING  # of the characters are in such lines, at most
+    dup_para_char_frac: float = MISSING  # of the characters are in such paragraphs, at most
+    top_n_grams: dict[int, float] = MISSING  # n: share of the characters in the most frequent n-gram, at most
+    dup_n_grams: dict[int, float] = MISSING  # n: share of the characters in n-grams that come twice, at most
 
 
 @dataclass
 class GopherQualityConfig:
     """Rae et al. 2021, section A.1."""
 
-    min_words: int = MISSING
-    max_words: int = MISSING
-    min_mean_word_length: float = MISSING
-    max_mean_word_length: float = MISSING
-    max_symbol_word_ratio: float = MISSING
-    max_bullet_lines: float = MISSING
-    max_ellipsis_lines: float = MISSING
-    min_alpha_words: float = MISSING
-    min_stop_words: int = MISSING
-    stop_words: list[str] = MISSING
+    min_words: int = MISSING  # that are more than punctuation
+    max_words: int = MISSING  # the same
+    min_mean_word_length: float = MISSING  # characters
+    max_mean_word_length: float = MISSING  # characters
+    max_symbol_word_ratio: float = MISSING  # of # to words, and of ellipses to words
+    max_bullet_lines: float = MISSING  # share of the lines that begin with a bullet
+    max_ellipsis_lines: float = MISSING  # share of the lines that end with an ellipsis
+    min_alpha_words: float = MISSING  # share of the words that have a letter
+    min_stop_words: int = MISSING  # different ones of stop_words
+    stop_words: list[str] = MISSING  # that a text of English has
 
 
 @dataclass
 class C4Config:
     """Raffel et al. 2020, section 2.2. The first group of rules drops lines, the second documents."""
 
-    terminal_punctuation: bool = MISSING
-    min_words_per_line: int = MISSING
-    max_word_length: int = MISSING
+    terminal_punctuation: bool = MISSING  # drop lines that end without a stop, ! or ?
+    min_words_per_line: int = MISSING  # drop lines of fewer
+    max_word_length: int = MISSING  # characters; drop lines with a longer word
     citations: bool = MISSING  # remove Wikipedia's [1]
-    javascript: bool = MISSING
-    policy: bool = MISSING
-    min_sentences: int = MISSING
-    lorem_ipsum: bool = MISSING
-    curly_bracket: bool = MISSING
+    javascript: bool = MISSING  # drop lines that say so
+    policy: bool = MISSING  # drop lines on cookies and terms of use
+    min_sentences: int = MISSING  # drop documents of fewer
+    lorem_ipsum: bool = MISSING  # drop documents that say so
+    curly_bracket: bool = MISSING  # drop documents with one, for code has them
 
 
 @dataclass
 class FineWebConfig:
     """Penedo et al. 2024, section 3.6."""
 
-    line_punct_thr: float = MISSING
-    short_line_thr: float = MISSING
-    short_line_length: int = MISSING
-    char_duplicates_ratio: float = MISSING
-    new_line_ratio: float = MISSING
+    line_punct_thr: float = MISSING  # share of the lines that end with a stop, at least
+    short_line_thr: float = MISSING  # share of the lines that are short, at most
+    short_line_length: int = MISSING  # characters of a short line, at most
+    char_duplicates_ratio: float = MISSING  # share of the characters in lines that were there before, at most
+    new_line_ratio: float = MISSING  # line breaks to words, at most
 
 
 @dataclass
 class BadWordsConfig:
     """C4's list; documents with one of its words are dropped, except for a share."""
 
-    file: str = MISSING
+    file: str = MISSING  # a word on each line
     keep: float = 0.0  # of those that have one
 
     def __post_init__(self) -> None:
@@ -146,8 +146,8 @@ class BadWordsConfig:
 
 @dataclass
 class LengthConfig:
-    min_chars: int = 0
-    max_chars: int | None = None
+    min_chars: int = 0  # of a document
+    max_chars: int | None = None  # null = no limit
     min_tokens: int = 0  # of the recipe's tokenizer
 
     def __post_init__(self) -> None:
@@ -162,8 +162,8 @@ class QualityConfig:
     """GPT-3's filter: keep where pareto(alpha) > 1 - score (Brown et al. 2020, appendix A)."""
 
     model: str = MISSING  # what `python -m data_pipeline.quality train` made
-    alpha: float = 9.0
-    seed: int = 1337
+    alpha: float = 9.0  # of the Pareto rule: the larger, the fewer documents of a low score are kept
+    seed: int = 1337  # of the rule's random numbers
 
     def __post_init__(self) -> None:
         check_alpha("quality.alpha", self.alpha)
@@ -180,12 +180,12 @@ class TextMatch(Enum):
 class MinHashConfig:
     """bands x rows hashes of word n-grams; documents that agree in a whole band are duplicates."""
 
-    bands: int = MISSING
-    rows: int = MISSING
+    bands: int = MISSING  # groups of hashes: documents that share one whole group are near-duplicates
+    rows: int = MISSING  # hashes in a group
     ngram: int = MISSING  # words
     numbers: bool = False  # tell numbers (and accents) apart; false: any number is one word, as FineWeb has it
     min_jaccard: float | None = None  # of the n-gram sets, compared exactly where a band agrees; null = not compared
-    seed: int = 1
+    seed: int = 1  # of the hashes
 
     def __post_init__(self) -> None:
         given = {key: getattr(self, key) for key in ("bands", "rows", "ngram")}
@@ -233,9 +233,9 @@ class DecontaminateConfig:
 class PiiConfig:
     """The personal data to mask, as FineWeb masks it."""
 
-    email: bool = True
-    ip: bool = True
-    phone: bool = False
+    email: bool = True  # mask addresses
+    ip: bool = True  # mask public addresses
+    phone: bool = False  # mask numbers
 
 
 @dataclass

@@ -93,13 +93,13 @@ class ImportConfig:
     input: str = MISSING  # a file, a folder (searched through) or a glob
     tokenizer: str = MISSING  # the one that the ids were made with: "gpt2", or a folder (or file) that holds it
     output: str = MISSING  # receives the folder of the split
-    split: Split = Split.train
+    split: Split = Split.train  # the folder of the source, in output
     packed: bool = False  # the documents are pieces of one stream: cut it at end-of-text, as nanogpt always is
     dtype: Width | None = None  # of nanogpt files without a header (null: uint16), and of mds columns of bytes
     tokens_key: str = "tokens"  # jsonl and mds: the field or column that holds the ids
     id_key: str = "id"  # jsonl, parquet: what names the document; one without it is named file:line
     shard_tokens: int = 5_000_000  # as in `shards write`
-    block_tokens: int = 65_536
+    block_tokens: int = 65_536  # as in `shards write`
 
     def __post_init__(self) -> None:
         check_output(self.output)

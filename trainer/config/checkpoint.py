@@ -14,9 +14,7 @@ class CheckpointConfig:
     every_minutes: float = 0.0  # 0 = by steps alone; otherwise whichever comes first
     keep: int = 2  # newest checkpoints kept
     keep_best: bool = True  # and the one with the lowest validation loss, of those that measure the same
-    background: bool = (
-        True  # train on while it is written, from a host copy: about 12 bytes x parameters / world_size a rank
-    )
+    background: bool = True  # train on while it is written, from a host copy: 12 bytes x parameters / world_size a rank
 
     def __post_init__(self) -> None:
         if self.every_steps < 0 or not 0 <= self.every_minutes < math.inf or self.keep < 1:

@@ -15,7 +15,7 @@ class GenerateConfig:
     checkpoint: str = MISSING  # a run folder (its latest), or one checkpoint
     prompt: str | None = None  # empty, as an empty line or list: a text from its start, after the end-of-text token
     prompt_file: str | None = None  # one prompt a line; "-" = standard input
-    prompt_ids: list[list[int]] | None = None
+    prompt_ids: list[list[int]] | None = None  # token ids instead of a prompt, a list for each
     special_tokens: bool = False  # true: <|endoftext|> and the like in a prompt are the tokens, not their letters
     num_samples: int = 1  # of each prompt, one after the other
     max_new_tokens: int = 64  # beyond the model's n_ctx by a sliding window, which a note says
@@ -23,10 +23,10 @@ class GenerateConfig:
     stop: list[str] = field(default_factory=list)  # texts before which a sample ends
     stream: bool = False  # print a sample while it is made, and the samples one after the other
     temperature: float = 1.0  # 0 = greedy
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-    json: bool = False
+    top_k: int | None = None  # draw from the k likeliest tokens; null = from all
+    top_p: float | None = None  # draw from the likeliest tokens that hold this share; null = from all
+    seed: int = 0  # of the draws
+    json: bool = False  # print a JSON object for each sample
 
     def __post_init__(self) -> None:
         given = [k for k in ("prompt", "prompt_file", "prompt_ids") if getattr(self, k) is not None]

@@ -56,7 +56,7 @@ class GuardConfig:
     window: int = 128  # accepted steps that the score is reckoned over
     min_steps: int = 32  # of them, before a spike can be told
     skips: int = 3  # bad steps among the last `within` before the run goes back to a checkpoint
-    within: int = 32
+    within: int = 32  # steps in which `skips` are counted
     max_rollbacks: int = 3  # in a run; after that it stops with the report
     recheck_every: int = 0  # steps between two that are computed twice and compared; 0 = never
 

@@ -21,16 +21,16 @@ class Norm(Enum):
 class ModelConfig:
     """A GPT decoder. `vocab_size` is the tokenizer's true size; padding for tensor parallelism is derived."""
 
-    name: str = MISSING
-    n_layer: int = MISSING
-    n_head: int = MISSING
-    n_embd: int = MISSING
-    n_ctx: int = MISSING
-    vocab_size: int = MISSING
+    name: str = MISSING  # the choice of model=
+    n_layer: int = MISSING  # blocks
+    n_head: int = MISSING  # heads of attention, n_embd / n_head wide each
+    n_embd: int = MISSING  # width of the residual stream
+    n_ctx: int = MISSING  # tokens of a window
+    vocab_size: int = MISSING  # ids of the tokenizer
     norm: Norm = Norm.pre
     dropout: float = 0.0  # on embeddings, attention weights and residuals
-    init_std: float = 0.02
-    layer_norm_eps: float = 1e-5
+    init_std: float = 0.02  # standard deviation of the first weights
+    layer_norm_eps: float = 1e-5  # added to the variance
     attention: str = "D"  # a letter for each layer, tiled: D dense, B banded (GPT-3), S strided, F fixed (1904.10509)
     band: int | None = None  # B: a token sees itself and the band - 1 tokens before it
     stride: int | None = None  # S: the width of the band, and how far apart the tokens before lie; F: a block's length

@@ -31,7 +31,7 @@ class ScheduleConfig:
     """The learning rate over the run, in steps or in tokens (`unit`)."""
 
     kind: ScheduleKind = MISSING
-    unit: Unit = Unit.steps
+    unit: Unit = Unit.steps  # of warmup, end and cooldown
     warmup: int = 0  # linear from 0 over this long
     end: int | None = None  # where the floor is reached; null = the end of the run
     cooldown: int = 0  # wsd only: the linear decay's length before `end`
@@ -55,13 +55,13 @@ class ScheduleConfig:
 class OptimConfig:
     """AdamW, or Muon and AdamW; weights of two dimensions or more decay, biases and gains do not."""
 
-    name: str = MISSING
-    lr: float = MISSING
+    name: str = MISSING  # the choice of optim=
+    lr: float = MISSING  # the peak of the learning rate
     schedule: ScheduleConfig = MISSING
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    beta1: float = 0.9  # Adam's decay of the mean
+    beta2: float = 0.95  # Adam's decay of the square
+    eps: float = 1e-8  # Adam's, added to the root
+    weight_decay: float = 0.1  # decoupled, times the learning rate
     grad_clip: float = 1.0  # global norm, of the gradient before any momentum; 0 = no clipping
     kind: Kind = Kind.adamw
     muon_lr: float | None = None  # the peak for the matrices, with lr's schedule; lr is AdamW's

@@ -49,10 +49,10 @@ class Offload(Enum):
 class ParallelConfig:
     """The split of the model over the ranks; dp = world_size / tp."""
 
-    name: str = MISSING
+    name: str = MISSING  # the choice of parallel=
     tp: Open[int] = 1  # null here and below: the plan chooses
-    sequence_parallel: Open[bool] = False
-    zero_stage: Open[int] = 1
+    sequence_parallel: Open[bool] = False  # with tp: LayerNorms and dropout are split over the sequence
+    zero_stage: Open[int] = 1  # 1 splits the optimizer, 2 also the gradients, 3 also the weights
     recompute: Open[Recompute] = Recompute.none
     offload: Open[Offload] = Offload.none
 

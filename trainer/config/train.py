@@ -22,7 +22,7 @@ class Resume(Enum):
 
 @dataclass
 class RunConfig:
-    name: str = MISSING
+    name: str = MISSING  # of the run, as trackers show it
     dir: str = MISSING  # checkpoints, metrics, the frozen config: all that a restart needs
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = MISSING
     tracking: TrackingConfig = MISSING
     micro_batch_size: IntOrAuto = MISSING  # sequences per rank per micro step, or auto; grad_accum_steps is derived
-    max_steps: int = MISSING
+    max_steps: int = MISSING  # of the whole run: a resumed one goes on to here
     precision: Precision = MISSING
     compile: Compile = Compile.auto  # torch.compile of the blocks and the loss
     init_from: str | None = None  # a checkpoint or run folder of the same model: its weights are where a new run starts

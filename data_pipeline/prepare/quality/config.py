@@ -42,7 +42,7 @@ class QualityEvaluateConfig:
 
     classifier: str = MISSING  # what `python -m data_pipeline.quality train` made
     positives: list[str] = MISSING  # as in `train`; the same may be given again
-    negatives: list[str] = MISSING
+    negatives: list[str] = MISSING  # as in `train`
     output: str = MISSING  # folder that receives evaluation.json, roc.png and scores.png
     held_out: bool = True  # only documents that the training held out by their ids; false = all
     max_documents: int = 100_000  # of each kind, those with the lowest hashes
