@@ -6,7 +6,7 @@ once the order is known: real data, which the loss of a model that has learnt th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,13 @@ from trainer.config.pretrain import PretrainConfig
 VOCAB, MARKER, SHARDS = 1024, 1023, (12000, 9000, 11000)  # tokens; 498 windows of 64, 62 steps of 8
 
 
-def make_plants(root: Path, plants: Mapping[int, str], seed: int, *overrides: str) -> Path:
-    """A folder with train/ and val/. `plants`: what the windows of a step are, "noise" or "marker"."""
+def make_plants(
+    root: Path, plants: Mapping[int, str], seed: int, *overrides: str, tokens: Sequence[int] = SHARDS
+) -> Path:
+    """A folder with train/ and val/. `plants`: what the windows of a step are, "noise" or "marker"; `tokens`: of each
+    shard."""
     rng = np.random.default_rng(seed)
-    shards = [np.cumsum(rng.integers(1, 3, size=n)) % 16 for n in SHARDS]
+    shards = [np.cumsum(rng.integers(1, 3, size=n)) % 16 for n in tokens]
     make_source(root / "val", [[np.cumsum(rng.integers(1, 3, size=600)) % 16]], vocab_size=VOCAB, split="val")
     _write(root / "train", shards)
     for step, kind in plants.items():

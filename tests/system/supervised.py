@@ -14,10 +14,10 @@ from tests.system.runs import TINY
 
 
 def supervised(
-    run: Path, *overrides: str, entry: str = "trainer.pretrain", direct: bool = False
+    run: Path, *overrides: str, entry: str = "trainer.pretrain", direct: bool = False, max_restarts: int = 6
 ) -> subprocess.Popen[str]:
     """`overrides` are the entry's; stderr is kept."""
-    supervise = ["launch.supervise", f"run.dir={run}", "max_restarts=6", "backoff_s=0.05", "grace_s=5"]
+    supervise = ["launch.supervise", f"run.dir={run}", f"max_restarts={max_restarts}", "backoff_s=0.05", "grace_s=5"]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", entry]
     launcher = ["tests.helpers.direct", "2", entry] if direct else torchrun
     words = [sys.executable, "-m", *supervise, "--", sys.executable, "-m", *launcher]
