@@ -164,8 +164,15 @@ def report(run: Run, choices: Sequence[Row]) -> list[str]:
         lines.append("a simulation: links are taken at 0.8 of these rates; only one GPU by itself was measured")
     lines += ["", *table(best_of_each(choices), run), ""]
     if choices[0].fits:
-        lines += detail(choices[0])
+        lines += [*detail(choices[0]), *cut(cfg.max_hours, 24 * run.days(choices[0]))]
     return lines
+
+
+def cut(max_hours: float | None, hours: float) -> list[str]:
+    """A line where a run of so many predicted hours comes to its max_hours."""
+    if max_hours is None or max_hours >= hours:
+        return []
+    return [f"  max_hours={max_hours:g}, over all starts, ends it after {max_hours / hours:.0%} of {hours:,.1f} hours"]
 
 
 def best_of_each(choices: Sequence[Row]) -> list[Row]:

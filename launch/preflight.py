@@ -11,7 +11,7 @@ from conf.errors import TransientError, UserError
 from data_pipeline.files import read_json
 from launch.cluster_config import ClusterConfig
 from launch.job import SUBMITTED
-from launch.plan import cluster_of, simulated
+from launch.plan import cluster_of, cut, simulated
 from launch.slurm.queue import jobs
 from trainer.check import check
 from trainer.config.pretrain import PretrainConfig
@@ -66,7 +66,7 @@ def preflight(cfg: PretrainConfig, cluster: ClusterConfig) -> tuple[PretrainConf
         f"  about {row.tokens_per_s:,.0f} tokens/s{guess}, {left_s / 86400:.2f} days, "
         f"{left_s / 3600 * ranks * price:,.0f} USD{stated}"
     )
-    return cfg, lines
+    return cfg, [*lines, *cut(cfg.max_hours, left_s / 3600)]
 
 
 def alive(run_dir: Path) -> str | None:

@@ -73,7 +73,7 @@ class Supervisor:
             end_descendants(self.cfg.grace_s)
             before, step = step, latest_step(self.root)
             why = None if code == 0 else hang(self.folder, generation) or cause(tail)
-            code, why = judged(rank_exit_code(code, tail), why, step, self._max_steps(generation))
+            code, why = judged(rank_exit_code(code, tail), why, step, self._max_steps(generation), self.folder.ended())
             self._log("exit", step=step, exit_code=code, cause=why)
             if code in (0, USER_ERROR, *CODES.values()) or self._asked:
                 return self._end(outcome(code, self._asked), at_first, step)
@@ -208,16 +208,20 @@ def idle_stops(events: Path, step: int) -> int:
     return idle
 
 
-def judged(code: int, why: str | None, step: int, max_steps: int | None) -> tuple[int, str | None]:
+def judged(
+    code: int, why: str | None, step: int, max_steps: int | None, ended: str | None = None
+) -> tuple[int, str | None]:
     """Exit code and cause of a start of a training to `max_steps` whose latest checkpoint is of `step`.
 
-    A launcher may fail when all is done, killing whom it thinks late, or end well where a node was lost.
+    `ended`: why it ended itself before that. A launcher may fail when all is done, killing whom it thinks late, or end
+    well where a node was lost.
     """
     if max_steps is None or code == USER_ERROR:
         return code, why
-    if step >= max_steps and code:
-        return 0, f"exit code {code} after the last of {max_steps} steps was saved: the run is done ({why})"
-    if step < max_steps and code == 0:
+    if ended is not None or step >= max_steps:
+        saved = f"the last of {max_steps} steps was saved" if step >= max_steps else f"it ended itself ({ended})"
+        return 0, f"exit code {code} after {saved}: the run is done ({why})" if code else ended
+    if code == 0:
         return 1, f"exit code 0, but the latest checkpoint is of step {max(step, 0)} of {max_steps}: not done"
     return code, why
 

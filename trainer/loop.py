@@ -35,7 +35,7 @@ class Trainer(Start):
         self.stop_by = math.inf  # the end of the grace after a stop signal inside an iteration
 
     def train(self) -> None:
-        """Train to max_steps.
+        """Train to max_steps, or to an end before it (ends.py).
 
         Raises:
             UserError: data, numbers or the disk stop the run.
@@ -47,23 +47,27 @@ class Trainer(Start):
         self.speed.start()
         self.progress.start(self.step)
         self.signals.train(self.progress, cfg.watch.stop_s)
-        while self.step < cfg.max_steps:
+        while self.step < cfg.max_steps and self.ends.why is None:
             outcome, skipped = self._update()
-            last = self.step == cfg.max_steps
+            whole, vote = self.parts.feed.may_save(self.step), outcome.vote
+            last = self.step == cfg.max_steps or (whole and self.ends.out_of_time(vote.hours > 0))
             if last or skipped or due(self.step, cfg.log_every):
                 self._log(outcome, skipped)
             if skipped and self._maybe_roll_back():
                 continue
-            vote = outcome.vote
             self.eval_due |= last or due(self.step, self.task.eval_every)
             self.save_due |= last or any((vote.save, *vote.stops)) or due(self.step, cfg.checkpoint.every_steps)
-            if self.parts.feed.may_save(self.step):
+            if whole:
                 if self.eval_due:
                     self._evaluate()
-                if self.save_due or self._is_best():
+                last |= self.ends.why is not None
+                if last or self.save_due or self._is_best():
                     self._save(last)
             if not last:
                 self._maybe_stop(vote)
+        if self.step < cfg.max_steps:
+            with self.progress.phase(SAVE):
+                self.end_early()
 
     def _update(self) -> tuple[Outcome, bool]:
         """One optimizer step, repeated without the data that cannot be read; and whether the guard skipped it."""
@@ -98,6 +102,7 @@ class Trainer(Start):
             failed=float(self.parts.saver.failed),
             save=float(is_main and 0 < minutes * 60 <= now - self.saved_at),
             overdue=float(is_main and now > self.stop_by),
+            hours=float(is_main and self.ends.time_is_up()),
             stops=tuple(self.signals.wishes()),
             skipped=self.guard.skipped,
         )
@@ -120,6 +125,7 @@ class Trainer(Start):
                 return
             self.val_loss = found.val.mean
             anew = self.ranking.enter(found.measured)
+            self.ends.validated(self.val_loss, found.measured)
             if self.tracker is not None:
                 self.tracker.log(self.step, validation_row(found))
                 print(validation_line(self.step, self.cfg.max_steps, found, anew), flush=True)
@@ -140,6 +146,7 @@ class Trainer(Start):
                 "tokens": size.done if size.fixed else None,
                 "val_loss": self.val_loss if self.val_loss is not None and math.isfinite(self.val_loss) else None,
                 **self.ranking.state(),
+                **self.ends.state(),
                 "data": self.parts.feed.state(self.step),
                 "guard": self.guard.to_json(),
             }

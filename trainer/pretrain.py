@@ -82,7 +82,8 @@ def language_model(checked: Checked) -> Task:
         )
 
     tokenizer = sources.any.root / TOKENIZER
-    return Task(LanguageModel(), feed, cfg.eval.every, fetch_s(cfg.data, sources), tokenizer, sources.any.eot_id)
+    waits = fetch_s(cfg.data, sources)
+    return Task(LanguageModel(), feed, cfg.eval.every, cfg.eval.patience, waits, tokenizer, sources.any.eot_id)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from trainer.data.feed import Feed, MakeFeed
 from trainer.distributed.collective import all_ranks
 from trainer.distributed.mesh import Mesh, join_ranks, leave_ranks, wait_for_main
 from trainer.distributed.world import World
+from trainer.ends import Ends
 from trainer.engine.compile import prepare
 from trainer.engine.engine import Engine, make_deterministic
 from trainer.health.recompute_check import check_recheck
@@ -42,6 +43,7 @@ from trainer.model.init import initialise
 from trainer.objective.objective import Objective
 from trainer.run import signals
 from trainer.run.folder import RunFolder
+from trainer.run.journal import read_rows, seconds_trained
 from trainer.run.progress import Progress
 from trainer.run.signals import Stopped
 from trainer.step import Stepper
@@ -60,6 +62,7 @@ class Task:
     objective: Objective
     feed: MakeFeed
     eval_every: int = 0  # steps between validations; 0 = only at the end
+    patience: int = 0  # validations in a row without a new lowest loss after which the run ends; 0 = any number
     fetch_s: float = 0.0
     tokenizer: Path | None = None
     eot_id: int | None = None  # the end-of-text token
@@ -98,6 +101,7 @@ class Start:
         self._open_parts = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:  # closes all that was opened if the rest fails
             undo.push(self)
+            self.ends = Ends(cfg.max_hours, task.patience, self._trained_s())
             self.parts = self._build(checkpoint, state)
             undo.pop_all()
 
@@ -164,7 +168,23 @@ class Start:
             seed=cfg.seed,
             max_steps=cfg.max_steps,
         )
+        self.ends.resume(state)
         return Parts(engine, feed, saver, stepper)
+
+    def end_early(self) -> None:
+        """Record and print the reason for an end before max_steps, once its checkpoint is published."""
+        self.parts.saver.wait()
+        if self.mesh.world.is_main:
+            self.run.note(self.generation, ended=self.ends.why)
+            print(f"step {self.step}/{self.cfg.max_steps}  the run ends: {self.ends.why}", flush=True)
+
+    def _trained_s(self) -> float:
+        """The seconds that earlier starts have trained, by the journal; 0 where no limit asks for them. Collective."""
+        limit, path = self.cfg.max_hours, self.run.metrics
+        asked = limit is not None and self.mesh.world.is_main and path.exists()
+        rows = read_rows(path) if asked else iter(())
+        what = f"max_hours={limit} needs the hours of all starts"
+        return all_ranks(what, lambda: seconds_trained(row for row, _ in rows))[0]
 
     def show_plan(self, feed: Feed) -> None:
         """Draw the plan of the data again, from this step on."""

@@ -22,7 +22,8 @@ class Vote:
     `counts`: of the objective's terms, in this rank's batches. `failed`: its batches could not be read, or its
     checkpoint in flight could not be written. `save`: the clock asks for a checkpoint. `overdue`: the grace after a
     stop signal is over. `stops`: the signals it got, in the order of `signals.CODES`. `skipped`: steps that its guard
-    has skipped. `kinds`: a number for the kinds of its micro batches, and its square (`kinds_of`).
+    has skipped. `kinds`: a number for the kinds of its micro batches, and its square (`kinds_of`). `hours`: the run has
+    trained for max_hours.
     """
 
     counts: tuple[float, ...]
@@ -32,16 +33,19 @@ class Vote:
     stops: tuple[float, ...] = (0.0,) * len(CODES)
     skipped: float = 0.0
     kinds: tuple[float, float] = (0.0, 0.0)
+    hours: float = 0.0
 
     def pack(self) -> list[float]:
         """The numbers to add over ranks; the counts come first, then `failed`."""
-        return [*self.counts, self.failed, self.save, self.overdue, self.skipped, *self.kinds, *self.stops]
+        flags = (self.failed, self.save, self.overdue, self.hours)
+        return [*self.counts, *flags, self.skipped, *self.kinds, *self.stops]
 
     @classmethod
     def unpack(cls, numbers: Sequence[float]) -> Vote:
         """The inverse of `pack`."""
-        *counts, failed, save, overdue, skipped, kinds, squares = numbers[: -len(CODES)]
-        return cls(tuple(counts), failed, save, overdue, tuple(numbers[-len(CODES) :]), skipped, (kinds, squares))
+        *counts, failed, save, overdue, hours, skipped, kinds, squares = numbers[: -len(CODES)]
+        stops = tuple(numbers[-len(CODES) :])
+        return cls(tuple(counts), failed, save, overdue, stops, skipped, (kinds, squares), hours)
 
     def same_kinds(self, ranks: int) -> bool:
         """True if the votes of so many ranks, whose sum this is, have the same `kinds`: their variance is 0."""

@@ -54,6 +54,8 @@ def _judge(report: dict[str, Any], now: float) -> tuple[str, str]:
     step, max_steps = report["latest"].get("step"), report["config"].get("max_steps")
     if step is not None and step == max_steps:
         return "done", f"the checkpoint of step {step} of {max_steps} is published"
+    if ended := next((s.get("ended") for s in _listed(report["starts"])[-1:]), None):
+        return "ended", f"by itself, with the checkpoint of step {step} of {max_steps}: {ended}"
     newest = max((b["time"] for b in beats), default=None)
     if last and last.get("event") != "start" and (newest is None or last["time"] >= newest):
         return _ended(last, events, report["config"], now)

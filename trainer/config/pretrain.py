@@ -13,6 +13,7 @@ from trainer.config.train import TrainConfig, at_least_one
 class EvalConfig:
     every: int = MISSING  # steps; 0 = only at the end, and not at all if no source has validation data
     windows: int | None = None  # validation windows used, from the first on; null = all
+    patience: int = 0  # validations in a row without a new lowest loss after which the run ends; 0 = any number
     train_windows: int = 0  # training windows of each source, from the first on, whose loss shows overfitting; 0 = none
 
     def __post_init__(self) -> None:
@@ -20,6 +21,13 @@ class EvalConfig:
             raise UserError(f"eval.every={self.every}: give a number of steps, or 0 to validate only at the end")
         if self.windows is not None and self.windows < 1:
             raise UserError(f"eval.windows={self.windows}: give at least 1, or null for all")
+        if self.patience < 0:
+            raise UserError(f"eval.patience={self.patience}: give a number of validations, or 0 to train to max_steps")
+        if self.patience and not self.every:
+            raise UserError(
+                f"eval.patience={self.patience} with eval.every=0, which validates only at the end: give eval.every=N, "
+                "or eval.patience=0"
+            )
         if self.train_windows < 0:
             raise UserError(f"eval.train_windows={self.train_windows}: give a number of windows, or 0 for none")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -55,6 +56,7 @@ class TrainConfig:
     tracking: TrackingConfig = MISSING
     micro_batch_size: IntOrAuto = MISSING  # sequences per rank per micro step, or auto; grad_accum_steps is derived
     max_steps: int = MISSING  # of the whole run: a resumed one goes on to here
+    max_hours: float | None = None  # of training, over all starts, after which the run ends itself; null = any number
     precision: Precision = MISSING
     compile: Compile = Compile.auto  # torch.compile of the blocks and the loss
     init_from: str | None = None  # a checkpoint or run folder of the same model: its weights are where a new run starts
@@ -71,6 +73,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.micro_batch_size, str) and self.micro_batch_size != AUTO:
             raise UserError(f"micro_batch_size={self.micro_batch_size}: give an integer, or auto")
+        if self.max_hours is not None and not 0 < self.max_hours < math.inf:
+            raise UserError(f"max_hours={self.max_hours}: give a positive number, or null for no limit")
         at_least_one(self, "micro_batch_size", "max_steps", "log_every")
         if self.resume_step is not None:
             at_least_one(self, "resume_step")

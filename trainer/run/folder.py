@@ -8,7 +8,8 @@ supervise.jsonl                       the starts and ends that launch.supervise 
 plots/loss.png                        and grad_norm.png, throughput.png, drawn from the journal now and then
 environment/0001.json                 one file for each start: code version, packages, GPUs, command line
 generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time; `from`: the
-                                      checkpoint that it resumed from, null where it began anew; `changed` of its config
+                                      checkpoint that it resumed from, null where it began anew; `changed`, of its
+                                      config; `ended`: why it ended the run before max_steps
 submit/0001/                          what launch.submit started: frozen config, code version, job script
 heartbeats/rank-00003.json            step and phase of a rank, replaced every few seconds (trainer/run/heartbeat.py)
 hangs/gen-0001/report.txt             of a start that stopped making progress: the state of each rank (hang_report.py)
@@ -88,13 +89,20 @@ class RunFolder:
     def begin(self, generation: int, checkpoint: Path | None, **facts: Any) -> list[Path]:
         """Record that this start goes on from `checkpoint`, and point to it; returns the checkpoints that it will
         never delete, since it does not descend from them. `facts`: as those of `take_generation`."""
-        self.fence(generation)
-        path = self._start(generation)
-        publish_json(path, {**self.facts(generation), **facts, "from": checkpoint.name if checkpoint else None})
+        self.note(generation, **facts, **{"from": checkpoint.name if checkpoint else None})
         if checkpoint is not None and self._pointed() != checkpoint.name:
             self._point_to(checkpoint.name)
         line = self.lineage(generation)
         return [p for p in self.published() if p not in line]
+
+    def note(self, generation: int, **facts: Any) -> None:
+        """Add facts to the file of a start."""
+        self.fence(generation)
+        publish_json(self._start(generation), {**self.facts(generation), **facts})
+
+    def ended(self) -> str | None:
+        """The reason for which the newest start ended the run before max_steps; None if it did not."""
+        return self.facts(self.newest_generation()).get("ended")
 
     def set_aside(self, checkpoint: Path, generation: int) -> Path:
         """Rename a checkpoint that is damaged, so that no start tries it again; returns its new path."""

@@ -203,6 +203,16 @@ def superseded(rows: Iterable[Row]) -> list[dict[str, int]]:
     return ranges
 
 
+def seconds_trained(rows: Iterable[Row]) -> float:
+    """Seconds between the first and the last row of each start, added up: steps that were done again count twice."""
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    for row in rows:
+        first.setdefault(row.generation, row.time)
+        last[row.generation] = max(row.time, last.get(row.generation, row.time))
+    return sum(last[generation] - first[generation] for generation in last)
+
+
 class NewNumbers:
     """Reads the journal for a store that cannot take back: exact repeats of steps done again are left out."""
 

@@ -79,7 +79,7 @@ def config_of(folder: RunFolder, uri: str | None) -> PretrainConfig:
 def status_of(folder: RunFolder, max_steps: int) -> str:
     """MLflow's status of a run by its files: with its last checkpoint it is finished, with fresh heartbeats it runs."""
     latest = folder.latest()
-    if latest is not None and folder.state(latest)["step"] >= max_steps:
+    if folder.ended() or (latest is not None and folder.state(latest)["step"] >= max_steps):
         return "FINISHED"
     beats = read_heartbeats(folder.heartbeats)
     return "RUNNING" if any(time.time() - beat.time < FRESH_S for beat in beats) else "KILLED"

@@ -197,6 +197,15 @@ def test_a_stop_signal_with_too_little_grace(tmp_path: Path) -> None:
     assert said.startswith("stopped by SIGTERM after step 5, inside an iteration") and "step-00000003" in said
 
 
+@pytest.mark.slow
+def test_max_hours_end_a_run_where_an_iteration_ends(tmp_path: Path) -> None:
+    """They are over after the first step, by the clock of rank 0; both ranks stop after the third."""
+    run = tmp_path / "run"
+    assert start(run, "max_steps=12", "checkpoint.every_steps=0", "max_hours=1e-9") == "done"
+    assert (saved(run), sorted(story(run))) == ([3], [1, 2, 3])
+    assert str(RunFolder(run).ended()).startswith("max_hours=1e-09: ")
+
+
 def test_a_schedule_in_tokens_is_refused_without_fixed_windows(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"optim\.schedule\.unit=tokens, but the examples"):
         start(tmp_path / "run", "max_steps=12", "optim.schedule.unit=tokens")

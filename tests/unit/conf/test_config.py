@@ -220,6 +220,8 @@ def test_an_impossible_layout_is_refused(cfg: PretrainConfig, world_size: int, m
         (lambda: OptimConfig("o", 1.0, ScheduleConfig(ScheduleKind.linear), eps=NAN), "eps=nan > 0 must hold"),
         (lambda: EvalConfig(every=-5), "eval.every=-5: give a number of steps"),
         (lambda: EvalConfig(every=5, train_windows=-1), "eval.train_windows=-1: give a number of windows, or 0 for"),
+        (lambda: EvalConfig(every=5, patience=-1), "eval.patience=-1: give a number of validations, or 0 to"),
+        (lambda: EvalConfig(every=0, patience=2), "eval.patience=2 with eval.every=0, which validates only at the end"),
         (lambda: EvalConfig(every=5, windows=0), "eval.windows=0: give at least 1, or null for all"),
         (lambda: CheckpointConfig(every_steps=1, every_minutes=NAN), "every_minutes=nan must be 0 or more and finite"),
         (lambda: ParallelConfig("p", tp=0), "parallel.tp=0: give at least 1"),

@@ -306,6 +306,18 @@ def test_whether_a_training_is_done_its_last_checkpoint_says(tmp_path: Path) -> 
     assert supervise(tmp_path, "bash", "-c", "exit 3", max_restarts=0).returncode == 3, "a command that trained nothing"
 
 
+@pytest.mark.parametrize("code", [0, 137])
+def test_a_training_that_ended_itself_is_not_started_again(tmp_path: Path, code: int) -> None:
+    """Nor where its launcher was killed after that."""
+    config = "(folder.root / 'config.yaml').write_text('max_steps: 300')"
+    program = f"{PUBLISH}\n{config}\n{SAVE}\nfolder.note(generation, ended='max_hours=2: over')\nsys.exit({code})"
+    done = supervise(tmp_path, sys.executable, "-c", program, str(tmp_path), max_restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert events(tmp_path) == [("start", None, -1), ("exit", 0, 100)]
+    row = json.loads((tmp_path / "supervise.jsonl").read_text().splitlines()[-1])
+    assert row["cause"].startswith("max_hours=2: over" if code == 0 else "exit code 137 after it ended itself (max_hou")
+
+
 def test_a_users_mistake_stays_one() -> None:
     """The exit code of a command that trains nothing is believed."""
     assert judged(2, "why", 300, 300) == (2, "why")

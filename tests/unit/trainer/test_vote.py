@@ -18,7 +18,7 @@ def random_vote(rng: random.Random, terms: int) -> Vote:
     flags = [float(rng.random() < 0.3) for _ in range(3)]
     stops = tuple(float(rng.random() < 0.3) for _ in CODES)
     counts, kinds = (tuple(float(rng.randrange(10**6)) for _ in range(n)) for n in (terms, 2))
-    return Vote(counts, *flags, stops, float(rng.randrange(9)), kinds)  # type: ignore[arg-type]
+    return Vote(counts, *flags, stops, float(rng.randrange(9)), kinds, float(rng.random() < 0.3))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("terms", [1, 2, 5])

@@ -19,7 +19,7 @@ from conf.schema import load, options
 from data_pipeline.files import GIB
 from data_pipeline.order.stages import plan_ledger
 from launch.config import PlanConfig
-from launch.plan import Run, as_json, cluster_of, parts_of, plan
+from launch.plan import Run, as_json, cluster_of, cut, parts_of, plan
 from tests.benchmarks.plan import speed_rows
 from tests.helpers.seeds import seeded
 from trainer.config.model import ModelConfig
@@ -330,8 +330,10 @@ def test_the_table_marks_the_best_and_says_what_is_simulated(capsys: pytest.Capt
     plan(config("cluster.nodes=2"))
     out = capsys.readouterr().out
     assert "\nbest  " in out and "a simulation" in out and "in all" in out
-    plan(config("cluster.gpus_per_node=1"))
-    assert "a simulation" not in capsys.readouterr().out
+    plan(config("cluster.gpus_per_node=1", "max_hours=0.5"))
+    out = capsys.readouterr().out
+    assert "a simulation" not in out and "\n  max_hours=0.5, over all starts, ends it after " in out
+    assert cut(2.0, 8.0) == ["  max_hours=2, over all starts, ends it after 25% of 8.0 hours"] and cut(8.0, 8.0) == []
 
 
 @pytest.mark.parametrize(
