@@ -48,7 +48,8 @@ class Trainer(Start):
         self.progress.start(self.step)
         self.signals.train(self.progress, cfg.watch.stop_s)
         while self.step < cfg.max_steps and self.ends.why is None:
-            outcome, skipped = self._update()
+            with self.trace.step(self.step + 1):
+                outcome, skipped = self._update()
             whole, vote = self.parts.feed.may_save(self.step), outcome.vote
             last = self.step == cfg.max_steps or (whole and self.ends.out_of_time(vote.hours > 0))
             if last or skipped or due(self.step, cfg.log_every):

@@ -24,7 +24,7 @@ from trainer.checkpoint.save import Saver
 from trainer.checkpoint.write import Writer, run_facts
 from trainer.config.optim import ScheduleConfig, Unit
 from trainer.config.parallel import Precision
-from trainer.config.train import TrainConfig
+from trainer.config.train import TrainConfig, profiled_steps
 from trainer.data.feed import Feed, MakeFeed
 from trainer.distributed.collective import all_ranks
 from trainer.distributed.mesh import Mesh, join_ranks, leave_ranks, wait_for_main
@@ -32,6 +32,7 @@ from trainer.distributed.world import World
 from trainer.ends import Ends
 from trainer.engine.compile import prepare
 from trainer.engine.engine import Engine, make_deterministic
+from trainer.engine.trace import StepTrace
 from trainer.health.recompute_check import check_recheck
 from trainer.health.rollback import Target
 from trainer.health.spike_guard import Guard
@@ -98,6 +99,9 @@ class Start:
         dtype = torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16
         self.speed = Speed(flops_per_token(cfg.model), peak_flops(self.mesh.device, dtype) * world.world_size)
         self.step = 0
+        steps = profiled_steps(cfg.profile, cfg.max_steps) if world.is_main else None
+        path = self.run.root / "profile" / f"steps-{cfg.profile}.gen-{self.generation:04d}.json"
+        self.trace = StepTrace(steps, path, self.speed.start)  # writing it is no training time
         self._open_parts = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:  # closes all that was opened if the rest fails
             undo.push(self)
@@ -217,6 +221,7 @@ class Start:
         self.progress.end()  # what closes and writes on is no hang
         with contextlib.ExitStack() as rest:  # from the last to the first, each whatever the others raise
             rest.callback(self.watch.close)
+            rest.callback(self.trace.close)
             if self.tracker is not None:
                 rest.callback(self.tracker.close, Status.of(error))
             rest.callback(self._open_parts.close)
@@ -244,7 +249,8 @@ def build_engine(
 ) -> Engine:
     """Load weights into the plain module, wrap it by ZeRO, then restore masters and moments.
 
-    The same code serves a fresh start and a resumed one. `checkpoint` gives all of them, `init_from` the weights alone.
+    The same code serves a fresh start and a resumed one. `checkpoint`, which the start's claim or a rollback has
+    verified, gives all of them; `init_from` the weights alone.
     """
     check_recheck(cfg.guard, cfg.deterministic, mesh.device.type)
     if cfg.deterministic and mesh.device.type == "cuda":  # a CPU always is
@@ -252,13 +258,13 @@ def build_engine(
     model = GPT(cfg.model, mesh, sequence_parallel=cfg.parallel.sequence_parallel, recompute=cfg.parallel.recompute)
     model.to(mesh.device)
     if weights := checkpoint or init_from:
-        load.load_weights(weights, model, mesh)
+        load.load_weights(weights, model, mesh, verified=checkpoint is not None)
     else:
         initialise(model, cfg.model, cfg.seed)
     prepare(model, cfg.precision, cfg.compile, cfg.parallel, mesh)
     engine = Engine(model, objective, cfg.optim, cfg.parallel, cfg.precision, mesh)
     if checkpoint:
-        load.restore(checkpoint, engine)
+        load.restore(checkpoint, engine, verified=True)
     return engine
 
 

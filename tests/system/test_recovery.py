@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.system.runs import finish, make_data, pretrain, start, told
+from conf.errors import UserError
+from conf.schema import load
+from tests.helpers.ranks import run_ranks
+from tests.system.runs import TINY, finish, make_data, pretrain, printed, start, told
 from tests.system.test_resume import story
 from tests.system.tracked import client_of, needs_mlflow, sync
+from trainer.config.pretrain import PretrainConfig
 from trainer.run.folder import RunFolder
 
 COMMON = ("checkpoint.every_steps=3", "checkpoint.keep=2", "checkpoint.keep_best=false", "model.dropout=0.1")
@@ -99,6 +105,43 @@ def test_resume_step_goes_back_and_repeats_the_run(whole: Path, tmp_path: Path) 
     lines = told(run, *given)
     assert any("gone back to it, and goes on from step-00000009.gen-0002; to go back once" in line for line in lines)
     assert not any(line.startswith("changed:") for line in lines)
+
+
+def hashed(argv: list[str]) -> dict[str, int]:
+    """On a rank: the bytes of each file of a checkpoint that a run compares with its checksum."""
+    digest, found = hashlib.file_digest, dict[str, int]()
+
+    def counted(file: Any, name: str) -> Any:
+        path = Path(file.name)
+        if path.parent.name.startswith("step-"):
+            found[path.name] = found.get(path.name, 0) + path.stat().st_size
+        return digest(file, name)
+
+    hashlib.file_digest = counted
+    printed(argv)
+    return found
+
+
+def test_a_resume_hashes_once_and_a_profile_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    """The steps 8 and 9 are traced; each file of a checkpoint that is read is hashed once, if it is not tiny."""
+    run = shutil.copytree(whole / "run", tmp_path / "run")
+    given = (f"run.dir={run}", f"data.path={whole / 'data'}", "max_steps=9", *COMMON, "resume_step=6", "profile=8-9")
+    [bytes_of] = run_ranks(1, "tests.system.test_recovery:hashed", argv=[*TINY, *given])
+    sizes = {p.name: p.stat().st_size for p in (run / "checkpoints" / SIX).iterdir()}
+    assert bytes_of.pop("state.json") < 9 * sizes.pop("state.json")
+    assert bytes_of == {name: size for name, size in sizes.items() if name != "manifest.json"}
+    assert story(run) == story(whole / "run")
+    [trace] = (run / "profile").iterdir()
+    assert trace.name == "steps-8-9.gen-0002.json"
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {e["name"] for e in events if str(e.get("name")).startswith("step ")} == {"step 8", "step 9"}
+    assert any(e.get("name") == "aten::mm" for e in events)
+
+
+@pytest.mark.parametrize("profile", ["10", "0-2", "3-2", "8-10", "1-2-3", "a-b"])
+def test_a_profile_that_is_no_range_of_steps_is_refused(profile: str) -> None:
+    with pytest.raises(UserError, match=f"profile={profile}: give the first and the last step, of 1 to max_steps=9"):
+        load(PretrainConfig, [*TINY, "run.dir=r", "data.path=d", "max_steps=9", f"profile={profile}"])
 
 
 @pytest.mark.slow

@@ -90,6 +90,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
     assert kept == [best, 14]
 
 
+@pytest.mark.slow
 def test_the_best_is_best_of_what_was_measured_alike(tmp_path: Path) -> None:
     """A stage of another n_ctx, then other eval.windows at a rate that ruins the model: the old losses are lower."""
     run = tmp_path / "run"

@@ -11,7 +11,7 @@ from trainer.config.optim import OptimConfig, Unit
 from trainer.data.feed import Feed
 from trainer.engine.schedule import lr_at
 
-OF_A_START = ("resume", "resume_step", "take_over")  # they say how to start, nothing of the run
+OF_A_START = ("resume", "resume_step", "take_over", "profile")  # they say how to start, nothing of the run
 
 
 def changed_values(then: Path, now: Path) -> dict[str, str]:

@@ -45,25 +45,33 @@ def assemble(path: Path) -> SavedWeights:
     return SavedWeights(path)
 
 
-def load_weights(path: Path, model: GPT, mesh: Mesh) -> None:
+def load_weights(path: Path, model: GPT, mesh: Mesh, *, verified: bool = False) -> None:
     """Put the masters into a plain module, before DeepSpeed gets it. Collective.
 
-    Parameters that the module lacks, such as a head's, are left in the file.
+    Parameters that the module lacks, such as a head's, are left in the file. `verified`: this process has compared the
+    files with the manifest.
 
     Raises:
         UserError: on every rank: a damaged file, or a checkpoint of another model or of fewer parts.
     """
-    source, specs = _open(path, model.cfg, mesh, lambda name: not name.startswith(MOMENTS)), model.specs()
+    if not verified:
+        _verify(path, mesh, lambda name: not name.startswith(MOMENTS))
+    source, specs = _open(path, model.cfg), model.specs()
     _check_parameters(path, source, specs)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(source.part("master", name, specs[name], mesh.tp_rank, mesh.tp, 0, p.numel()).view_as(p))
 
 
-def restore(path: Path, engine: Engine) -> None:
-    """Put masters, moments and the optimizer's step into a live engine whose module has these weights. Collective."""
+def restore(path: Path, engine: Engine, *, verified: bool = False) -> None:
+    """Put masters, moments and the optimizer's step into a live engine whose module has these weights. Collective.
+
+    `verified`: as in `load_weights`.
+    """
     mesh = engine.mesh
-    source, specs = _open(path, engine.module.cfg, mesh, lambda name: True), engine.specs
+    if not verified:
+        _verify(path, mesh, lambda name: True)
+    source, specs = _open(path, engine.module.cfg), engine.specs
     _check_parameters(path, source, specs, {name for name in source if name not in specs})
     with torch.no_grad():
         for f in owned(engine.module, engine.adam):
@@ -85,14 +93,17 @@ def _check_parameters(
         raise UserError(f"{path} has {', '.join(wrong[:3])}{more}: it is of another kind of run, give one of this kind")
 
 
-def _open(path: Path, cfg: ModelConfig, mesh: Mesh, wanted: Callable[[str], bool]) -> SavedWeights:
-    """A source whose files are verified, each by one rank."""
+def _verify(path: Path, mesh: Mesh, wanted: Callable[[str], bool]) -> None:
+    """Compare files with the manifest, each on one rank. Collective."""
 
     def check() -> None:
         files = check_files(path)
         verify(path, files, sorted(filter(wanted, files))[mesh.world.rank :: mesh.world.world_size])
 
     all_ranks(f"{path} cannot be loaded", check)
+
+
+def _open(path: Path, cfg: ModelConfig) -> SavedWeights:
     source = SavedWeights(path)
     check_model(path, source.cfg, cfg)
     return source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -68,6 +69,7 @@ class TrainConfig:
     resume_step: int | None = None  # go back to the run's checkpoint of this step; null = the latest one
     take_over: int | None = None  # the number of a start that goes on in run.dir, to take the run over from it
     log_every: int = 1  # steps
+    profile: str | None = None  # steps such as 10-12, of which torch.profiler writes a trace of rank 0; null = none
     gpu: str | None = None  # what `auto` reckons with, as launch.plan names it; null = what nvidia-smi says
 
     def __post_init__(self) -> None:
@@ -78,6 +80,18 @@ class TrainConfig:
         at_least_one(self, "micro_batch_size", "max_steps", "log_every")
         if self.resume_step is not None:
             at_least_one(self, "resume_step")
+        profiled_steps(self.profile, self.max_steps)
+
+
+def profiled_steps(profile: str | None, max_steps: int) -> tuple[int, int] | None:
+    """The first and the last step of `profile`; None without. Raises UserError for no range of the run's steps."""
+    if profile is None:
+        return None
+    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", profile, re.ASCII)
+    first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= first <= last <= max_steps:
+        raise UserError(f"profile={profile}: give the first and the last step, of 1 to max_steps={max_steps}: 10-12")
+    return first, last
 
 
 def at_least_one(cfg: object, *keys: str) -> None:
