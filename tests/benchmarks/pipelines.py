@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -167,8 +167,8 @@ def alone(step: Any, path: str) -> Run:
 
 def minhash_config() -> Any:
     dedup = load(PrepareConfig, ["input=x", "output=x"]).corpus.recipe.dedup
-    assert dedup is not None
-    return dedup.minhash
+    assert dedup is not None and dedup.minhash is not None
+    return replace(dedup.minhash, min_jaccard=None)  # datatrove has no second look
 
 
 def ours_signatures(path: str) -> Run:

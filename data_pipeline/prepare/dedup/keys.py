@@ -93,9 +93,11 @@ def write_keys(path: Path, docs: Sequence[Document], cfg: DedupConfig) -> None:
     }
     if cfg.minhash:
         minhash = _minhash(*settings_of(cfg.minhash))
-        columns["bands"] = np.ascontiguousarray(minhash.bands_of(texts).T)
-        if cfg.minhash.min_jaccard is not None:
-            columns["grams"], columns["gram_ends"] = minhash.sets_of(texts)
+        if cfg.minhash.min_jaccard is None:
+            bands = minhash.bands_of(texts)
+        else:
+            bands, columns["grams"], columns["gram_ends"] = minhash.bands_and_sets_of(texts)
+        columns["bands"] = np.ascontiguousarray(bands.T)
     path.parent.mkdir(parents=True, exist_ok=True)
     publish(path, save(columns, {"made": _made(cfg.minhash)}))
 

@@ -19,6 +19,7 @@ from data_pipeline.prepare.text.hashing import U64, WordForm, batches, mix, powe
 
 BLOCK = 2048  # n-grams whose hashes are held at a time: what the cache next to a core holds
 _BASE = 0xD6E8FEB86659FD93
+_NONE = 2**64 - 1  # no text's n-gram
 _MAX = np.uint32(0xFFFFFFFF)
 
 
@@ -35,16 +36,21 @@ class MinHash:
         bands = [self._bands(*self._shingles(batch)) for batch in batches(texts)]
         return np.concatenate([np.empty((0, self.config.bands), np.uint64), *bands])
 
-    def sets_of(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """The texts' n-grams as sorted sets, one after the other, and the end of each set, [n].
+    def bands_and_sets_of(self, texts: Sequence[str]) -> tuple[U64, npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """As bands_of; the texts' n-grams as sorted sets, one after the other; the end of each set, [n].
 
         An n-gram is 31 bits of its hash: sets of a and b have a * b / 2^31 in common by chance.
         """
-        sets = [np.empty(0, np.uint32)]
+        bands, sets, sizes = [np.empty((0, self.config.bands), np.uint64)], [np.empty(0, np.uint32)], [np.empty(0, int)]
         for batch in batches(texts):
             grams, counts = self._shingles(batch)
-            sets += [np.unique(own) for own in np.split(grams, np.cumsum(counts)[:-1])]
-        return np.concatenate(sets), np.cumsum([len(own) for own in sets[1:]], dtype=np.int64)
+            bands.append(self._bands(grams, counts))
+            owned = np.repeat(np.arange(len(counts), dtype=np.uint64), counts) << np.uint64(32) | grams
+            owned.sort()
+            owned = owned[np.diff(owned, prepend=np.uint64(_NONE)) != 0]
+            sets.append(owned.astype(np.uint32))
+            sizes.append(np.bincount((owned >> np.uint64(32)).astype(np.int64), minlength=len(counts)))
+        return np.concatenate(bands), np.concatenate(sets), np.concatenate(sizes).cumsum(dtype=np.int64)
 
     def _shingles(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         hashes, counts = shingles(texts, self.config.ngram, WordForm.plain if self.config.numbers else WordForm.loose)

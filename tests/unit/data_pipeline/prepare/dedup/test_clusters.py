@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from conf.errors import UserError
+from conf.frozen import thaw
+from conf.schema import CONF
 from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.dedup import near
 from data_pipeline.prepare.dedup.clusters import KINDS, LARGEST, SUMMARY, find, reasons
@@ -228,6 +230,25 @@ def test_gpt3s_ten_hashes_join_most_similar_pairs_and_no_other(rng: random.Rando
     want = {i for group in linked.groups() for i in group if i != min(group)}
     assert gone <= want
     assert len(want) > 100 and len(gone) >= 0.9 * len(want)
+
+
+def test_fineweb_preset_removes_no_more_than_similar_pairs(rng: random.Random, tmp_path: Path) -> None:
+    """Bands alone chain documents of a common template into one group; the preset compares each pair."""
+    preset = thaw(CONF / "minhash/fineweb.yaml", MinHashConfig)
+    template = " ".join(random_text(rng, vocabulary(rng, 4000), 200).split())
+    own = vocabulary(rng, 20_000)
+    texts = [f"{template} {random_text(rng, own, rng.randrange(15, 75))}" for _ in range(150)]
+    sets, linked = [ngrams(text, preset.ngram) for text in texts], Sets(len(texts))
+    for a, b in combinations(range(len(texts)), 2):
+        if jaccard(sets[a], sets[b]) >= (preset.min_jaccard or 0):
+            linked.join_all((a, b))
+    wanted = len(linked.groups())
+    kept = {
+        cfg.min_jaccard: stays(tmp_path / str(cfg.min_jaccard), texts, DedupConfig(minhash=cfg))
+        for cfg in (preset, FINEWEB)
+    }
+    assert wanted <= kept[preset.min_jaccard] < 1.2 * wanted, (wanted, kept)
+    assert kept[None] < wanted / 2, (wanted, kept)
 
 
 def test_little_memory_joins_only_similar_documents(rng: random.Random, tmp_path: Path) -> None:

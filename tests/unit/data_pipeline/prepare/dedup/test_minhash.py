@@ -116,7 +116,8 @@ def test_bands_are_the_same_bytes_on_every_machine() -> None:
 def test_sets_are_sorted_and_have_the_exact_similarity(rng: random.Random) -> None:
     minhash = MinHash(MinHashConfig(bands=10, rows=1, ngram=1, min_jaccard=0.8))
     texts = ["", *(random_text(rng, vocabulary(rng, 40), 60) for _ in range(40)), "..."]
-    grams, ends = minhash.sets_of(texts)
+    bands, grams, ends = minhash.bands_and_sets_of(texts)
+    assert np.array_equal(bands, minhash.bands_of(texts))
     sets = [grams[a:b].tolist() for a, b in pairwise([0, *ends.tolist()])]
     assert all(own == sorted(set(own)) for own in sets)
     for a, b in zip(range(42), rng.sample(range(42), 42), strict=True):
