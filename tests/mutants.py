@@ -15,6 +15,7 @@ import ast
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -165,21 +166,22 @@ def draw(count: int, seed: int, packages: Sequence[str] = PACKAGES) -> list[Muta
 
 
 def files_for(path: str, root: Path = ROOT) -> list[str]:
-    """The test files that import a module, then the others of its package."""
+    """The test files that import a module, then the others of its package; without any, importers of the package."""
     module, package = path.removesuffix(".py").removesuffix("/__init__").replace("/", "."), Path(path).parent
-    imports = (f"from {module} import ", f"import {module}\n", f"from {module.rpartition('.')[0]} import ")
-    name = module.rpartition(".")[2]
-    files = [file for kind in ("unit", "distributed") for file in sorted((root / "tests" / kind).rglob("test_*.py"))]
+    kinds = [root / "tests" / kind for kind in ("unit", "distributed", "system", "")]
+    files = dict.fromkeys(file for kind in kinds for file in sorted(kind.rglob("test_*.py")))
     texts = {file: file.read_text(encoding="utf-8") for file in files}
-    by_import = [
-        file
-        for file, text in texts.items()
-        if imports[0] in text
-        or imports[1] in text
-        or any(line.startswith(imports[2]) and name in line.split() for line in text.replace(",", " ").splitlines())
-    ]
-    of_package = [file for file in files if file.parent.relative_to(root / "tests").parts[1:] == package.parts]
-    return [file.relative_to(root).as_posix() for file in dict.fromkeys([*by_import, *of_package])]
+    near = [file for file in files if kinds[0] in file.parents or kinds[1] in file.parents]
+    found = [file for file in near if imports(texts[file], module)]
+    found += [file for file in near if file.parent.relative_to(root / "tests").parts[1:] == package.parts]
+    found = found or [file for file in files if f"from {module.rpartition('.')[0]}" in texts[file]]
+    return [file.relative_to(root).as_posix() for file in dict.fromkeys(found)]
+
+
+def imports(text: str, module: str) -> bool:
+    package, _, name = module.rpartition(".")
+    of_package = re.search(rf"^from {package} import .*\b{name}\b", text, re.MULTILINE)
+    return of_package is not None or f"from {module} import " in text or f"import {module}\n" in text
 
 
 def tried(scratch: Path, tests: Sequence[str], limit_s: float) -> tuple[str, float]:

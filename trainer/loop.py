@@ -96,12 +96,11 @@ class Trainer(Start):
 
     def _wishes(self) -> Vote:
         """This rank's vote, without the counts of its batches."""
-        minutes = self.cfg.checkpoint.every_minutes
         now, is_main = time.monotonic(), self.mesh.world.is_main
         return Vote(
             counts=tuple(0.0 for _ in self.task.objective.terms),
             failed=float(self.parts.saver.failed),
-            save=float(is_main and 0 < minutes * 60 <= now - self.saved_at),
+            save=float(is_main and self.cfg.checkpoint.due(now - self.saved_at)),
             overdue=float(is_main and now > self.stop_by),
             hours=float(is_main and self.ends.time_is_up()),
             stops=tuple(self.signals.wishes()),

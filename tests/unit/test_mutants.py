@@ -43,6 +43,7 @@ def test_the_tests_that_import_a_module_come_first() -> None:
     found = files_for("trainer/run/journal.py")
     plots, redact = "tests/unit/trainer/tracking/test_plots.py", "tests/unit/trainer/run/test_redact.py"
     assert found[0].startswith("tests/unit/") and found.index(plots) < found.index(redact)
+    assert "tests/system/test_status.py" in files_for("launch/status/state.py")
 
 
 @pytest.mark.slow

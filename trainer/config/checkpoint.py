@@ -22,3 +22,7 @@ class CheckpointConfig:
                 f"checkpoint: every_steps={self.every_steps} and every_minutes={self.every_minutes} must be 0 or more "
                 f"and finite, keep={self.keep} at least 1"
             )
+
+    def due(self, age_s: float) -> bool:
+        """True if the clock asks for a checkpoint so long after the last one."""
+        return 0 < self.every_minutes * 60 <= age_s

@@ -40,6 +40,12 @@ def deal(tokens_per_step: int, n_ctx: int, micro_batch_size: int, lanes: int, dp
     return micro_steps if left == 0 else None
 
 
+def test_a_checkpoint_is_due_by_minutes() -> None:
+    every = CheckpointConfig(every_steps=0, every_minutes=1.5)
+    assert [every.due(age_s) for age_s in (0.0, 1.6, 89.0, 90.0)] == [False, False, False, True]
+    assert not CheckpointConfig(every_steps=1).due(1e9)
+
+
 def test_geometry_is_what_dealing_windows_out_one_by_one_gives() -> None:
     outcomes = set()
     for tokens, n_ctx, micro, lanes, dp in product(

@@ -62,7 +62,7 @@ def test_a_model_goes_in_and_out_bit_for_bit_with_its_vocabulary(
     norm: Norm, tmp_path: Path, vocabulary: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seed = torch.seed()
-    model = hf_model(norm)
+    model = hf_model(norm, layer_norm_epsilon=1e-3)  # not the default, and big enough to show
     save(model, tmp_path / "theirs")
     vocabulary.save(tmp_path / "theirs")
     first = imported(tmp_path / "theirs", tmp_path / "a")
@@ -74,7 +74,8 @@ def test_a_model_goes_in_and_out_bit_for_bit_with_its_vocabulary(
     assert "AutoTokenizer gives the same tokens" in capsys.readouterr().out
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before), f"seed={seed}"
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").config.eos_token_id == vocabulary.eot_id
+    cfg = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").config
+    assert (cfg.eos_token_id, cfg.layer_norm_epsilon) == (vocabulary.eot_id, 1e-3)
 
     again = imported(tmp_path / "ours", tmp_path / "b")
     assert first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first), f"seed={seed}"

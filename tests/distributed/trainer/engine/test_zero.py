@@ -85,6 +85,9 @@ def on_two_ranks() -> dict[str, Any]:
             for precision in ("fp32", "bf16"):
                 how = {"zero": zero, "precision": precision, "grad_clip": 0.25}
                 out[f"{precision} zero{zero} clipped"] = clipped_to(run.build(run.config(**how), mesh))
+                if zero == 1:
+                    how["grad_clip"] = 99.0
+                    out[f"{precision} not clipped"] = clipped_to(run.build(run.config(**how), mesh))
                 out[f"{precision} zero{zero} veto"] = vetoed(
                     run.build(run.config(zero=zero, precision=precision), mesh)
                 )
@@ -327,6 +330,12 @@ def test_without_clipping_the_norm_is_still_reported(zero: int, one: Curves, two
 def test_what_reaches_adam_is_clipped(precision: str, zero: int, two: Curves) -> None:
     norm, reached = two[f"{precision} zero{zero} clipped"]
     assert norm > 1 and reached == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_below_its_limit_reaches_adam_as_it_is(precision: str, two: Curves) -> None:
+    norm, reached = two[f"{precision} not clipped"]
+    assert 1 < norm < 99 and reached == pytest.approx(norm, rel=1e-4)
 
 
 @pytest.mark.parametrize("zero", ZERO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,19 @@ def test_the_last_published_is_the_latest(run: RunFolder) -> None:
     assert publish(run, 10, 1) == run.latest()
     assert publish(run, 20, 1) == run.latest() == run.checkpoints / "step-00000020.gen-0001"
     assert names(run) == ["step-00000010.gen-0001", "step-00000020.gen-0001"]
+
+
+def test_what_is_published_is_on_the_disk_before_it_counts(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of checkpoints, then the new pointer, then the folder with it: so a power cut loses no checkpoint."""
+    real, synced = os.fsync, list[tuple[str, bool]]()
+
+    def fsync(fd: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{fd}").readlink().name, run.pointer.exists()))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    publish(run, 10, 1)
+    assert synced == [("checkpoints", False), (f".latest.{os.getpid()}.tmp", False), ("checkpoints", True)]
 
 
 def test_a_newer_start_goes_before_a_later_step(run: RunFolder) -> None:
