@@ -213,13 +213,16 @@ def tried(scratch: Path, tests: Sequence[str], limit_s: float) -> tuple[str, flo
 
 
 def copy_tree(scratch: Path) -> None:
-    """Copy the files that git knows or does not ignore."""
+    """Copy the files that git knows or does not ignore, into a repository of their own: some tests ask for its commit."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
     for name in filter(None, names):
         if (ROOT / name).is_file():
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, scratch / name)
+    author = ("-c", "user.name=mutants", "-c", "user.email=mutants@localhost")
+    for words in (("init", "-q"), ("add", "-A"), (*author, "commit", "-q", "-m", "A copy")):
+        subprocess.run(["git", "-C", str(scratch), *words], check=True)
 
 
 class Journal:
