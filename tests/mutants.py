@@ -213,7 +213,7 @@ def tried(scratch: Path, tests: Sequence[str], limit_s: float) -> tuple[str, flo
 
 
 def copy_tree(scratch: Path) -> None:
-    """Copy the files that git knows or does not ignore, into a repository of their own: some tests ask for its commit."""
+    """Copy the files that git knows or does not ignore, into a repository of their own: some tests ask for a commit."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
     for name in filter(None, names):
