@@ -4,8 +4,9 @@
     python -m tests.benchmarks.extraction --markdown FILE.json
 
 Prints one JSON line. FOLDER is laid out as scrapinghub's article-extraction-benchmark: ground-truth.json
-{id: {articleBody}} and html/ID.html.gz. The measure is that benchmark's: multisets of word 4-grams, each page's
-precision and recall, their means over the pages, F1 of the means.
+{id: {articleBody}} and html/ID.html.gz; `own` stands for pages of our own with lists, tables and code. The measure is
+that benchmark's: multisets of word 4-grams, each page's precision and recall, their means over the pages, F1 of the
+means.
 
 Each measurement is a fresh process, engine after engine, round after round; the numbers are medians, a ratio is the
 median of the rounds' ratios. The pages lie in memory; their decoding is part of the work. CPU seconds are user and
@@ -30,6 +31,7 @@ from typing import Any
 
 from data_pipeline.prepare.recipe_config import Extractor, LimitsConfig
 from tests.benchmarks import machine
+from tests.benchmarks.own_pages import own_pages
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("resiliparse", "trafilatura", "lxml", "ftfy", "datatrove")
@@ -112,7 +114,10 @@ def quality(gold: list[str], found: list[str]) -> dict[str, float]:
 
 
 def read_gold(folder: Path) -> tuple[list[Page], list[str]]:
-    """Pages and their texts, in the order of their ids."""
+    """Pages and their texts, in the order of their ids; of the folder `own`, those of own_pages.py."""
+    if str(folder) == "own":
+        own = own_pages().values()
+        return [html for html, _ in own], [text for _, text in own]
     gold = json.loads((folder / "ground-truth.json").read_text(encoding="utf-8"))
     pages = [gzip.decompress((folder / "html" / f"{name}.html.gz").read_bytes()) for name in sorted(gold)]
     return pages, [gold[name]["articleBody"] for name in sorted(gold)]
