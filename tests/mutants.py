@@ -294,9 +294,8 @@ def main(words: Sequence[str]) -> None:
     mutants = draw(int(given["count"]), int(given["seed"]))
     only = [int(number) for number in given["only"].split(",") if number] or range(1, len(mutants) + 1)
     lines = run(mutants, only, Journal(Path(given["journal"])))
-    survived = [line for line in lines if " survived" in line]
-    print(f"{len(lines)} mutants, {sum(' killed by ' in line for line in lines)} killed, {len(survived)} survived")
-    print("\n".join(survived))
+    alive = [line for line in lines if line.split()[1] != "killed"]  # it survived, or was not tried
+    print(f"{len(lines)} mutants, {len(lines) - len(alive)} killed", *alive, sep="\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from tests.system.mixtures import LANES, SEED, check_fed, in_turn, make_mixture,
 from tests.system.runs import TINY
 from tests.system.test_bad_input import refused
 from tests.system.test_resume import check_kills, story
+from trainer.run.journal import read_journal
 
 STEPS = 12
 GROWING = (  # short windows at first; then the model's, in another mixture; a batch of 256 to 768 tokens
@@ -53,7 +54,12 @@ def test_a_mixture_with_stages_and_a_ramp_is_exact_after_a_kill(data: Path, grow
     for run in ("whole", "killed"):
         check_fed(data, grown / run, ["web", "books"], {range(STEPS): 2})
         assert state(grown / run)["optimizer_step"] == STEPS
-        assert {step for step, row in story(grown / run) if "val/loss" in row} == {5, 10, 12}
+        rows = {row.step: row.metrics for row in read_journal(grown / run / "metrics.jsonl")}
+        validated = {step: row for step, row in rows.items() if "val/loss" in row}
+        assert set(validated) == {5, 10, 12}
+        for step, row in validated.items():
+            web, books, weight = row["val/loss/web"], row["val/loss/books"], 1 if step == 5 else 5
+            assert web != books and row["val/loss"] == pytest.approx((3 * web + weight * books) / (3 + weight))
 
 
 @pytest.mark.slow
