@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from conf.errors import UserError
 from data_pipeline.manifest import TOKENIZER
 from data_pipeline.order.plan import Plan
+from data_pipeline.tokenizer.tokenizer import Tokenizer
 from trainer.checkpoint.find import check_model, find_checkpoint, model_of, resumable
 from trainer.config.model import ModelConfig
 from trainer.config.optim import Kind
@@ -26,6 +27,7 @@ from trainer.plan.choose import resumed, settle
 from trainer.plan.layout_rules import check_layout
 from trainer.run.folder import RunFolder
 from trainer.run.redact import refuse_secrets
+from trainer.samples import Samples
 
 
 class Checked(NamedTuple):
@@ -36,6 +38,7 @@ class Checked(NamedTuple):
     state: dict[str, Any]  # of that checkpoint, {} for a new run
     chosen: str  # the plan's choice, in words; "" if nothing was open
     tracked: str = ""  # where the metrics go, in words; "" if into the run folder only
+    samples: Samples | None = None  # of its validations
 
     @property
     def done(self) -> str:
@@ -80,8 +83,10 @@ def check(cfg: PretrainConfig, world: World) -> Checked:
         check_init_from(cfg.init_from, cfg.model, sources.any.root / TOKENIZER)
     if chosen:
         chosen += resumed(state.get("layout", {}))
+    prompted = cfg.eval.samples
+    samples = Samples(prompted, Tokenizer.load(sources.any.root / TOKENIZER), cfg.model) if prompted.prompts else None
     sources = sources._replace(past=state.get("data", {}).get("sources", {}))
-    checked = Checked(cfg, sources, state, chosen, tracked)
+    checked = Checked(cfg, sources, state, chosen, tracked, samples)
     tokens = checked.plan(state).ledger.tokens(cfg.max_steps)
     lr_at(cfg.optim.schedule, cfg.optim.lr, step=0, max_steps=cfg.max_steps, tokens=0, step_tokens=0, end_tokens=tokens)
     return checked

@@ -126,8 +126,10 @@ class Trainer(Start):
             self.val_loss = found.val.mean
             anew = self.ranking.enter(found.measured)
             self.ends.validated(self.val_loss, found.measured)
+            samples, model = self.task.samples, self.parts.engine.module
+            texts = samples.draw(model, self.val_loss, self.progress.touch) if samples else []
             if self.tracker is not None:
-                self.tracker.log(self.step, validation_row(found))
+                self.tracker.log(self.step, validation_row(found), texts)
                 print(validation_line(self.step, self.cfg.max_steps, found, anew), flush=True)
             self.speed.start()  # validation is no training time
 

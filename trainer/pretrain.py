@@ -82,8 +82,8 @@ def language_model(checked: Checked) -> Task:
         )
 
     tokenizer = sources.any.root / TOKENIZER
-    waits = fetch_s(cfg.data, sources)
-    return Task(LanguageModel(), feed, cfg.eval.every, cfg.eval.patience, waits, tokenizer, sources.any.eot_id)
+    waits, eot_id, samples = fetch_s(cfg.data, sources), sources.any.eot_id, checked.samples
+    return Task(LanguageModel(), feed, cfg.eval.every, cfg.eval.patience, waits, tokenizer, eot_id, samples)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from trainer.run.folder import RunFolder
 from trainer.run.journal import read_rows, seconds_trained
 from trainer.run.progress import Progress
 from trainer.run.signals import Stopped
+from trainer.samples import Samples
 from trainer.step import Stepper
 from trainer.summary import run_summary
 from trainer.tracking.shipper import REGISTER_S
@@ -67,6 +68,7 @@ class Task:
     fetch_s: float = 0.0
     tokenizer: Path | None = None
     eot_id: int | None = None  # the end-of-text token
+    samples: Samples | None = None  # to draw at validations
 
 
 class Parts(NamedTuple):

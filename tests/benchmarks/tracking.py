@@ -46,9 +46,9 @@ def child(path: str) -> None:
 
     real, calls = tracking.Tracker.log, []
 
-    def log(self: Any, step: int, metrics: Any) -> None:
+    def log(self: Any, step: int, metrics: Any, samples: Any = ()) -> None:
         start = time.perf_counter()
-        real(self, step, metrics)
+        real(self, step, metrics, samples)
         calls.append((time.perf_counter() - start) * 1e3)
 
     tracking.Tracker.log = log  # type: ignore[method-assign]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import runpy
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.manifest import TOKENIZER, read_manifest, write_manifest
+from data_pipeline.tokenizer.vocabularies import EOT, byte_level
 from tests.helpers.fixtures import make_source
 from tests.helpers.ranks import Process, free_port, rank_env, run_ranks, start_module
 from trainer.run.journal import read_journal
@@ -39,6 +43,18 @@ def make_data(root: Path, vocab_size: int = 1024) -> Path:
 
     make_source(root / "train", [documents(n) for n in (40, 25, 7)], vocab_size=vocab_size)
     make_source(root / "val", [documents(8)], vocab_size=vocab_size, split="val")
+    return root
+
+
+def letters(root: Path) -> Path:
+    """The same sources with a vocabulary that encodes: bytes, and the end of a text as the last id."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    raw = byte_level({letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))} | {EOT: 256}, [])
+    for split in ("train", "val"):
+        manifest = read_manifest(root / split)
+        (root / split / TOKENIZER).write_bytes(raw)
+        write_manifest(replace(manifest, tokenizer_sha256=hashlib.sha256(raw).hexdigest(), eot_id=256))
     return root
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from conf.frozen import thaw
 from tests.helpers.ranks import free_port
-from tests.system.runs import finish, make_data, start
+from tests.system.runs import finish, letters, make_data, start
 from tests.system.tracked import client_of, counted, logged, needs_mlflow, signal_group, start_server
 from trainer.config.pretrain import PretrainConfig
 from trainer.run.folder import RunFolder
@@ -36,8 +36,9 @@ def test_a_run_is_stored_whole_and_no_secret_is(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the shell")
     server = start_server(tmp_path, port)
     try:
-        data = make_data(tmp_path / "data")
-        given = [f"data.path={data}", "max_steps=9", "tracking=mlflow"]
+        data = letters(make_data(tmp_path / "data", vocab_size=257))
+        given = [f"data.path={data}", "max_steps=9", "tracking=mlflow", "model.vocab_size=257"]
+        given += ["eval.samples.prompts=[a, b]", "eval.samples.tokens=5"]
         given += ["tracking.register=tiny gpt", "tracking.system_s=0.05", "eval.every=3"]
         refused = finish(start(tmp_path / "no", *given, f"run.name=a hf_{secrets.token_hex(16)} b"))
         assert refused[0][0] == 2 and "run.name holds what looks like" in refused[0][1]
@@ -61,6 +62,8 @@ def test_a_run_is_stored_whole_and_no_secret_is(tmp_path: Path, monkeypatch: pyt
         names = [
             "config.yaml",
             "environment/0001.json",
+            "samples/step-00000003.txt",
+            "samples/step-00000009.txt",
             *(f"plots/{n}.png" for n in ("loss", "grad_norm", "throughput")),
         ]
         names += [f"checkpoints/{latest.name}/{n}" for n in ("manifest.json", "state.json")]

@@ -10,11 +10,25 @@ from trainer.config.train import TrainConfig, at_least_one
 
 
 @dataclass
+class SamplesConfig:
+    """Texts that the model continues at each validation."""
+
+    prompts: list[str] = field(default_factory=list)  # "" = a text from its start; [] = no samples
+    tokens: int = 64  # new ones of each text at most; with the prompt within model.n_ctx
+    seed: int = 0  # of the draws, the same at each validation
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise UserError(f"eval.samples.tokens={self.tokens}: give at least 1, or eval.samples.prompts=[]")
+
+
+@dataclass
 class EvalConfig:
     every: int = MISSING  # steps; 0 = only at the end, and not at all if no source has validation data
     windows: int | None = None  # validation windows used, from the first on; null = all
     patience: int = 0  # validations in a row without a new lowest loss after which the run ends; 0 = any number
     train_windows: int = 0  # training windows of each source, from the first on, whose loss shows overfitting; 0 = none
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
 
     def __post_init__(self) -> None:
         if self.every < 0:

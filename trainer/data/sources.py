@@ -69,6 +69,11 @@ def check_sources(sources: Sources, model: ModelConfig, validation: EvalConfig) 
             f"eval.train_windows={validation.train_windows} is a loss beside the validation's, but no source has "
             "validation data: write one with val_fraction above 0, or give eval.train_windows=0"
         )
+    if validation.samples.prompts and not sources.val:
+        raise UserError(
+            "eval.samples.prompts are continued at validations, but no source has validation data: write one with "
+            "val_fraction above 0, or give eval.samples.prompts=[]"
+        )
     one = sources.any
     for manifest in (*sources.train.values(), *sources.val.values()):
         tokenizer = manifest.root / TOKENIZER

@@ -1,16 +1,15 @@
 """The folder of a run: its files, the right to write, and the checkpoints that are published. No torch.
 
 config.yaml                           the frozen config of the last start
-metrics.jsonl                         the journal
+metrics.jsonl                         the journal; samples/step-….txt: the texts that it holds, a file for each step
 mixture.png                           the data of the run, if it is more than one source that never changes
 tracking.json                         how much of it MLflow has; tracking.lock: held by the process that sends
 supervise.jsonl                       the starts and ends that launch.supervise has seen, with causes
 profile/steps-10-12.gen-0001.json     a trace of these steps, as `profile` asks for it
 plots/loss.png                        and grad_norm.png, throughput.png, drawn from the journal now and then
 environment/0001.json                 one file for each start: code version, packages, GPUs, command line
-generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time; `from`: the
-                                      checkpoint that it resumed from, null where it began anew; `changed`, of its
-                                      config; `ended`: why it ended the run before max_steps
+generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time; `from` which
+                                      checkpoint, or null; `changed`, of its config; `ended`, why before max_steps
 submit/0001/                          what launch.submit started: frozen config, code version, job script
 heartbeats/rank-00003.json            step and phase of a rank, replaced every few seconds (trainer/run/heartbeat.py)
 hangs/gen-0001/report.txt             of a start that stopped making progress: the state of each rank (hang_report.py)
@@ -55,6 +54,7 @@ class RunFolder:
         self.metrics = self.root / "metrics.jsonl"
         self.mixture = self.root / "mixture.png"
         self.plots = self.root / "plots"
+        self.samples = self.root / "samples"
         self.environments = self.root / "environment"
         self.checkpoints = self.root / "checkpoints"
         self.generations = self.root / "generations"

@@ -2,6 +2,7 @@
 
     {"step": 100, "generation": 1, "time": 1767225600.25, "metrics": {"train/loss": 3.4123}}
 
+The row of a validation may have `"samples"`, a list of texts that the model wrote (eval.samples).
 A *generation* is one start of the run. Its first line also has `"resumed_at"`, the step of the checkpoint from which it
 resumes: later steps of earlier generations are then superseded, since they are done again. Floats are written as
 Python's shortest repr, so they are read back bit for bit; those that JSON lacks are the texts "nan", "inf" and "-inf".
@@ -35,9 +36,10 @@ class Row:
     time: float  # seconds since 1970
     metrics: dict[str, float] = field(default_factory=dict)
     resumed_at: int | None = None  # only in a generation's first row, and then equal to step
+    samples: tuple[str, ...] = ()  # texts drawn at a validation
 
     def line(self) -> bytes:
-        body = {k: v for k, v in asdict(self).items() if k != "resumed_at" or v is not None}
+        body = {k: v for k, v in asdict(self).items() if k not in ("resumed_at", "samples") or v not in (None, ())}
         body["metrics"] = {k: v if math.isfinite(v) else str(float(v)) for k, v in self.metrics.items()}
         return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
@@ -153,6 +155,7 @@ def parse_row(line: bytes, path: Path, offset: int) -> Row:
             float(body["time"]),
             metrics,
             resumed_at if resumed_at is None else int(resumed_at),
+            tuple(map(str, body.get("samples", ()))),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(
@@ -182,8 +185,9 @@ def joined(rows: Iterable[Row]) -> list[Row]:
     kept: dict[int, Row] = {}
     for row in rows:
         if row.resumed_at is None and row.step <= back[row.generation]:
-            before = kept[row.step].metrics if row.step in kept else {}
-            kept[row.step] = Row(row.step, row.generation, row.time, {**before, **row.metrics})
+            before = kept.get(row.step, row)
+            metrics, samples = {**before.metrics, **row.metrics}, row.samples or before.samples
+            kept[row.step] = Row(row.step, row.generation, row.time, metrics, samples=samples)
     return [kept[step] for step in sorted(kept)]
 
 

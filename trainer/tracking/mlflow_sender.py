@@ -202,6 +202,7 @@ class Sender:
         folder = self._folder
         yield from (folder.config, folder.mixture, *sorted(folder.plots.glob("*.png")))
         yield from sorted(folder.environments.glob("[0-9]*.json"))
+        yield from sorted(folder.samples.glob("step-*.txt"))
         yield from (path / name for path in folder.published() for name in _CHECKPOINT)
 
     def _store_files(self, client: MlflowClient) -> None:

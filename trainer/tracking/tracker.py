@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
+from data_pipeline.files import publish
 from data_pipeline.order.plan import Plan
 from trainer.config.tracking import TrackerName, check_tracking
 from trainer.config.train import TrainConfig
@@ -31,6 +33,7 @@ class Tracker:
 
     def __init__(self, cfg: TrainConfig, folder: RunFolder, generation: int, resumed_at: int) -> None:
         check_tracking(cfg.tracking)
+        self._folder = folder
         self._writer = JournalWriter(folder.metrics)
         self.restart(generation, resumed_at)
         self._plot = MixturePlot(folder.mixture, cfg.run.name, cfg.max_steps)
@@ -49,9 +52,15 @@ class Tracker:
         metrics = {"run/generation": float(generation)}  # marks the start's steps, for a store that cannot take back
         self._writer.put(Row(resumed_at, generation, time.time(), metrics, resumed_at=resumed_at))
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Queue a row and return at once. Raises UserError if an earlier row could not be written."""
-        self._writer.put(Row(step, self.generation, time.time(), {k: float(v) for k, v in metrics.items()}))
+    def log(self, step: int, metrics: Mapping[str, float], samples: Sequence[str] = ()) -> None:
+        """Queue a row and return at once. Raises UserError if an earlier row could not be written.
+
+        `samples` are texts, which also go into a file of their own, for MLflow.
+        """
+        numbers = {k: float(v) for k, v in metrics.items()}
+        self._writer.put(Row(step, self.generation, time.time(), numbers, samples=tuple(samples)))
+        if samples:
+            self._keep(self._folder.samples / f"step-{step:08d}.txt", samples)
         if self._last is None or step > self._last[0]:  # a checkpoint's seconds come when later steps are done
             self._last = (step, self.generation)
 
@@ -78,6 +87,13 @@ class Tracker:
             self._environment.join(PATIENT_S)
             if self._shipper:
                 self._shipper.close(status)
+
+    def _keep(self, path: Path, samples: Sequence[str]) -> None:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            publish(path, "\n---\n".join(samples).encode())
+        except OSError as e:
+            warn(f"{path} is not written ({cause(e)}): the samples are in {self._folder.metrics} alone")
 
     def _log_system(self, metrics: dict[str, float]) -> None:
         last = self._last
