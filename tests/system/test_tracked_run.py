@@ -76,6 +76,7 @@ def test_a_run_is_stored_whole_and_no_secret_is(tmp_path: Path, monkeypatch: pyt
 
         (version,) = client.search_model_versions("name = 'tiny gpt'")
         assert (version.run_id, version.status) == (state["run_id"], "READY")
+        assert state["registered"] == f"tiny gpt/{version.version}", "it would ask the server again at each end"
         model = Path(client.download_artifacts(state["run_id"], "model", str(tmp_path)))
         assert {p.name for p in model.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
         assert all(p.read_bytes() == (latest / p.name).read_bytes() for p in model.iterdir())
