@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class PlainBlock(nn.Module):
-    def __init__(self, n_embd: int, n_head: int, kernel: SDPBackend) -> None:
+    def __init__(self, n_embd: int, n_head: int, kernel: SDPBackend, gelu: str) -> None:
         super().__init__()
-        self.n_head, self.kernel = n_head, kernel
+        self.n_head, self.kernel, self.gelu = n_head, kernel, gelu
         self.ln_1, self.ln_2 = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
         self.qkv, self.out = nn.Linear(n_embd, 3 * n_embd), nn.Linear(n_embd, n_embd)
         self.up, self.down = nn.Linear(n_embd, 4 * n_embd), nn.Linear(4 * n_embd, n_embd)
@@ -29,7 +29,7 @@ class PlainBlock(nn.Module):
         with sdpa_kernel(self.kernel) if x_BTC.is_cuda else nullcontext():
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x_BTC = x_BTC + self.out(y.transpose(1, 2).flatten(2))
-        return x_BTC + self.down(F.gelu(self.up(self.ln_2(x_BTC))))
+        return x_BTC + self.down(F.gelu(self.up(self.ln_2(x_BTC)), approximate=self.gelu))
 
 
 class PlainGPT(nn.Module):
@@ -43,10 +43,11 @@ class PlainGPT(nn.Module):
         n_ctx: int,
         vocab_size: int,
         kernel: SDPBackend = SDPBackend.FLASH_ATTENTION,
+        gelu: str = "none",
     ) -> None:
         super().__init__()
         self.wte, self.wpe = nn.Embedding(-(-vocab_size // 64) * 64, n_embd), nn.Embedding(n_ctx, n_embd)
-        self.blocks = nn.ModuleList(PlainBlock(n_embd, n_head, kernel) for _ in range(n_layer))
+        self.blocks = nn.ModuleList(PlainBlock(n_embd, n_head, kernel, gelu) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
         for name, p in self.named_parameters():
             if p.ndim > 1:

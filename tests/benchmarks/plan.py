@@ -39,7 +39,7 @@ MEASURED = [
     ("gpt2_xl", 8, 37_200, 40_900, "held out"),
 ]
 # Bytes a parameter of a step of one micro step. A plain loop: gradients written 4, clipped 12, AdamW 28, weights cast
-# both ways 8. DeepSpeed's own wrapper, which made the measured rows and which bf16_optimizer.py has since replaced:
+# both ways 8. DeepSpeed's own wrapper, which made the measured rows and which flat_zero1.py has since replaced:
 # gradients written, copied, added 18, norm 4, clipping 8, AdamW 28, weights 6, zeros 4.
 PLAIN_UPDATE, WRAPPER_UPDATE = 52, 68
 

@@ -51,10 +51,46 @@ with _hidden("mlflow"), warnings.catch_warnings():
     import deepspeed.comm.comm as deepspeed_comm
     from deepspeed.runtime import compiler
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.engine import DeepSpeedEngine
 with _decorated_by_nothing(compiler):
     import deepspeed.runtime.zero.muon.muon_optimizer
 
-__all__ = ["BF16_Optimizer", "connect", "deepspeed", "deepspeed_comm", "mpu", "register_sequence_parallel_hooks"]
+__all__ = [
+    "BF16_Optimizer",
+    "connect",
+    "deepspeed",
+    "deepspeed_comm",
+    "flat_in_fp32",
+    "mpu",
+    "register_sequence_parallel_hooks",
+]
+
+
+@contextmanager
+def flat_in_fp32() -> Iterator[None]:
+    """DeepSpeed engines of fp32 that are made meanwhile get the optimizer of those of bf16; for ZeRO-1.
+
+    It adds to a gradient once a micro step, where DeepSpeed's own copies each one into buckets for other ranks, also
+    where there are none. Private: `_configure_zero_optimizer`.
+    """
+
+    def make(engine: Any, optimizer: torch.optim.Optimizer) -> BF16_Optimizer:
+        return BF16_Optimizer(
+            optimizer,
+            engine.param_names,
+            bfloat16_config=SimpleNamespace(enabled=True, immediate_grad_update=False),
+            mpu=engine.mpu,
+            clip_grad=engine.gradient_clipping(),
+            dp_process_group=engine.seq_data_parallel_group,
+            grad_acc_dtype=torch.float32,
+        )
+
+    own = DeepSpeedEngine._configure_zero_optimizer
+    DeepSpeedEngine._configure_zero_optimizer = make
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._configure_zero_optimizer = own
 
 
 def connect(mesh: Mesh) -> None:

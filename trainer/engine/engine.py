@@ -24,8 +24,8 @@ from conf.errors import UserError
 from trainer.config.optim import Kind, OptimConfig
 from trainer.config.parallel import Offload, ParallelConfig, Precision
 from trainer.distributed.mesh import Mesh
-from trainer.engine.bf16_optimizer import flatten
-from trainer.engine.deepspeed_api import connect, deepspeed, mpu, register_sequence_parallel_hooks
+from trainer.engine.deepspeed_api import connect, deepspeed, flat_in_fp32, mpu, register_sequence_parallel_hooks
+from trainer.engine.flat_zero1 import flatten
 from trainer.engine.fragments import create_state, partitions
 from trainer.engine.muon import GatedMuon, muon
 from trainer.engine.optimizers import adamw
@@ -77,7 +77,9 @@ class Engine:
         self.adam.gate = self._gate
         quiet()
         numel = sum(p.numel() for p in model.parameters())
-        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures that nobody asked for
+        flat = is_flat(layout)
+        in_fp32 = flat_in_fp32() if flat and precision is Precision.fp32 else contextlib.nullcontext()
+        with in_fp32, contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory that nobody asked for
             connect(mesh)
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
@@ -93,10 +95,8 @@ class Engine:
             dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
             self.adam.attach(partitions(self.module, self.adam), mesh, n_heads(self.module), dtype)
         # Elsewhere ZeRO averages gradients over dp; the division by the number of micro steps is switched off.
-        flat = flatten(self.deepspeed, mesh)
-        if not flat and is_flat(layout, precision):
-            name = type(self.deepspeed.optimizer)
-            raise RuntimeError(f"DeepSpeed made a {name} where bf16_optimizer.py knows BF16_Optimizer")
+        if flat:
+            flatten(self.deepspeed, mesh)
         averaged_over = 1 if flat else mesh.dp
         self._weights = averaged_over * torch.tensor(objective.weights, dtype=torch.float64, device=mesh.device)
         self._touches = layout.zero_stage == 3 or layout.offload is not Offload.none
@@ -216,9 +216,9 @@ def check_specs(module: nn.Module, specs: Mapping[str, ParamSpec], tp: int) -> N
         raise ValueError(f"{type(module).__name__}'s parameters differ from its specs(): {'; '.join(sorted(wrong))}")
 
 
-def is_flat(layout: ParallelConfig, precision: Precision) -> bool:
-    """Return True where `bf16_optimizer.py` does the work between backward and update."""
-    return precision is not Precision.fp32 and layout.zero_stage == 1 and layout.offload is Offload.none
+def is_flat(layout: ParallelConfig) -> bool:
+    """Return True where `flat_zero1.py` does the work between backward and update."""
+    return layout.zero_stage == 1 and layout.offload is Offload.none
 
 
 def n_heads(module: nn.Module) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -24,15 +25,47 @@ def token_loss(logits_TBV: Tensor, labels_TB: Tensor, mesh: Mesh, n_true: int | 
     padding. The logits are gone after backward: their gradient takes their place.
     """
     V = logits_TBV.shape[-1]
-    group = mesh.tp_group if mesh.tp > 1 else None
-    loss: Tensor = _VocabLoss.apply(
-        logits_TBV.flatten(0, 1), labels_TB.flatten(), V if n_true is None else n_true, mesh.tp_rank * V, group
-    )
+    logits_NV, labels_N, n_true = logits_TBV.flatten(0, 1), labels_TB.flatten(), V if n_true is None else n_true
+    loss: Tensor
+    if mesh.tp == 1 and not torch.compiler.is_compiling():
+        loss = _WholeLoss.apply(logits_NV, labels_N, n_true)
+    else:
+        group = mesh.tp_group if mesh.tp > 1 else None
+        loss = _VocabLoss.apply(logits_NV, labels_N, n_true, mesh.tp_rank * V, group)
     return loss
 
 
+class _WholeLoss(torch.autograd.Function):
+    """Cross entropy where one rank holds the whole vocabulary, by torch's fused kernels, a chunk of tokens at a time.
+
+    Kept for backward: the logits alone, over which it writes the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, n_true: int) -> Tensor:
+        ctx.n_true = n_true
+        ctx.save_for_backward(logits_NV, labels_N)
+        rows = _rows(logits_NV)
+        parts = zip(logits_NV[:, :n_true].split(rows), labels_N.split(rows), strict=True)
+        losses = [F.cross_entropy(x.float(), y, reduction="none", ignore_index=IGNORE) for x, y in parts]
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits_NV, labels_N = ctx.saved_tensors
+        scale_N1 = grads[0] * (labels_N != IGNORE)[:, None]
+        label_N1 = labels_N.clamp(min=0)[:, None]
+        rows = _rows(logits_NV)
+        for logits, label, scale in zip(*(x.split(rows) for x in (logits_NV, label_N1, scale_N1)), strict=True):
+            p = logits[:, : ctx.n_true].softmax(-1, dtype=torch.float32).mul_(scale)
+            logits[:, : ctx.n_true] = p.scatter_add_(-1, label, -scale)
+            logits[:, ctx.n_true :] = 0.0
+        return logits_NV, None, None
+
+
 class _VocabLoss(torch.autograd.Function):
-    """Cross entropy that never holds a second copy of the logits: they are the largest tensor of a step.
+    """Cross entropy over a part of the vocabulary, or compiled, that never holds a second copy of the logits.
 
     Kept for backward: the logits in their own dtype, and for each token in fp32 the largest logit and, apart from it,
     the softmax's denominator Z (the logarithm of both in one number would cost digits of p where logits are large).

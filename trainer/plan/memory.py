@@ -117,9 +117,11 @@ def zero_states(p: int, layout: Layout, low: int, accumulates: bool, optimizer: 
         if dp == 1:  # nothing to gather, but the buffers are there
             return ZeroStates(low * p, share, optimizer, 4 * bucket, (8 + 2 * low) * bucket)
         return ZeroStates(low * p / dp + gathered, share, optimizer, 4 * bucket, (8 + low) * bucket)
-    if low == 2 and layout.zero_stage == 1:
-        # bf16_optimizer.py: fp32 sums of all gradients, summed over the ranks in place; bf16 ones until backward's end
-        return ZeroStates(low * p, 4.0 * p, optimizer, 0.0, float(low * p))
+    if layout.zero_stage == 1:
+        # flat_zero1.py: fp32 sums of all gradients, summed over the ranks in place; the weights' own until backward's
+        # end; in fp32 the masters are the weights
+        moments = optimizer - share if low == 4 else optimizer
+        return ZeroStates(low * p, 4.0 * p, moments, 0.0, float(low * p))
     held = share if accumulates else 0.0
     last = share - held if low == 2 else 0.0
     return ZeroStates(low * p, held, optimizer, 0.0, 8 * bucket + last)  # counted: no bucket while the logits are there

@@ -56,15 +56,13 @@ def dp_rate(cluster: Cluster, layout: Layout) -> float:
 def dp_seconds(work: Workload, layout: Layout, cluster: Cluster, micro_steps: int) -> float:
     """Seconds of one step between dp ranks, hidden or not: gradients in fp32, weights in the model's type.
 
-    In bf16 ZeRO-1 scatters sums of gradients once a step (bf16_optimizer.py) and gathers the new weights. Otherwise
-    DeepSpeed 0.19.8 sends: ZeRO-1 in fp32 and with offload an all-reduce, of which a rank keeps its part; ZeRO-2 the
-    same in each micro step; ZeRO-3 gathers the weights for forward and for backward, and scatters sums.
+    ZeRO-1 scatters sums of gradients once a step (flat_zero1.py) and gathers the new weights. Otherwise DeepSpeed
+    0.19.8 sends: ZeRO-1 with offload an all-reduce, of which a rank keeps its part; ZeRO-2 the same in each micro step; ZeRO-3 gathers the weights for forward and for backward, and scatters sums.
     """
     p, rate, dp = local_params(work.model, layout.tp), dp_rate(cluster, layout), layout.dp
     sums, weights = all_reduce(4 * p, dp, rate), gather(work.element_bytes * p, dp, rate)
     if layout.zero_stage == 1:
-        flat = work.element_bytes == 2 and layout.offload is Offload.none
-        return (gather(4 * p, dp, rate) if flat else sums) + weights
+        return (gather(4 * p, dp, rate) if layout.offload is Offload.none else sums) + weights
     if layout.zero_stage == 2:
         return micro_steps * sums + weights
     return micro_steps * (2 * weights + gather(4 * p, dp, rate))

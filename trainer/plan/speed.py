@@ -132,14 +132,17 @@ def _elementwise(work: Workload, layout: Layout, gpu: Gpu) -> float:
 def _update(work: Workload, layout: Layout, gpu: Gpu, micro_steps: int) -> tuple[float, float]:
     """(seconds on the device, seconds on the host and of the copies there) of a step's gradients and update.
 
-    Bytes a parameter of bf16 ZeRO-1 (bf16_optimizer.py): gradients are written in bf16 and copied to fp32, 8, in later
-    micro steps added, 12; the update, on its part: norm 4, AdamW, which clips, 28, weights 6. Of DeepSpeed's own
+    Bytes a parameter of ZeRO-1 (flat_zero1.py): gradients are written in the weights' type and copied to fp32, in bf16
+    8, in later micro steps added, 12; the update, on its part: norm 4, AdamW, which clips, 28, bf16 weights 6. Of
+    DeepSpeed's own
     wrappers: written, copied to fp32, added, 18; ZeRO-2 and 3 copy them into a bucket and back, 34; the update: norm 4,
     clipping 8, AdamW 28, weights 6, zeros 4.
     """
     p = local_params(work.model, layout.tp)
-    if layout.zero_stage == 1 and layout.offload is Offload.none and work.element_bytes == 2:
-        return p * (12 * micro_steps - 4 + 38 / layout.dp) / _bytes_s(gpu), 0.0
+    if layout.zero_stage == 1 and layout.offload is Offload.none:
+        low = work.element_bytes
+        update = 32 + (6 if low == 2 else 0)
+        return p * ((2 * low + 8) * micro_steps - 4 + update / layout.dp) / _bytes_s(gpu), 0.0
     adding = micro_steps * p * (18 if layout.zero_stage == 1 else 34) / _bytes_s(gpu)
     if layout.offload is Offload.none:
         return adding + 50 * p / layout.dp / _bytes_s(gpu), 0.0

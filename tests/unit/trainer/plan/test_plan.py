@@ -175,12 +175,12 @@ def test_collectives_send_what_a_ring_sends() -> None:
 
 
 def test_an_update_moves_the_bytes_of_its_engine() -> None:
-    """bf16_optimizer.py: 8 bytes a parameter, 12 in later micro steps, 38 on a rank's part; fp32 is DeepSpeed's."""
+    """8 bytes a parameter in bf16, 12 in later micro steps, 38 on a rank's part; in fp32 12, 16 and 32."""
     rate = 0.8 * H100.hbm_gb_s * 1e9
     for micro_steps, dp, precision, expected in (
         (1, 1, "bf16", 8 + 38),
         (4, 8, "bf16", 8 + 3 * 12 + 38 / 8),
-        (4, 8, "fp32", 4 * 18 + 50 / 8),
+        (4, 8, "fp32", 12 + 3 * 16 + 32 / 8),
     ):
         cfg = config(f"precision={precision}", f"tokens_per_step={micro_steps * dp * 8192}", "data.lanes=8")
         step = step_seconds(Workload.of(cfg), layout(dp=dp), Cluster(1, dp, H100, 400))

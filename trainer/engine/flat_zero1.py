@@ -1,17 +1,20 @@
-"""ZeRO-1 in bf16: DeepSpeed's BF16_Optimizer, with its work for each parameter done once for each group.
+"""ZeRO-1: DeepSpeed's BF16_Optimizer, in fp32 too, with its work for each parameter done once for each group.
 
 Its buffers, partitions and hooks into DeepSpeed's engine stay as they are. Replaced is the work between a
 backward and the update, which for GPT-2 XL's 580 parameters was some 3,500 launches and 18 passes over the gradients
 (docs/benchmarks/engine_work.md). Here one step is: gradients into the fp32 buffer, by copy for the first micro step and
-by addition for the others; one reduce-scatter a group; one norm; clipping inside of fused AdamW; one cast a group.
+by addition for the others; one reduce-scatter a group; one norm; clipping inside of fused AdamW; one cast a group. In
+fp32 the masters are the weights themselves, and nothing is cast.
 
-Names of BF16_Optimizer in this file: `bf16_groups`, `fp32_groups_gradients`, `fp32_groups_gradients_flat`,
-`fp32_groups_gradient_flat_partition`, `fp32_groups_flat_partition`, `real_dp_process_group`, `update_lp_params`,
-`_global_grad_norm`, `clip_grad`; of DeepSpeed's engine: `enable_backward_allreduce`.
+Names of BF16_Optimizer in this file: `bf16_groups`, `bf16_groups_flat`, `bf16_partitioned_groups`,
+`fp32_groups_gradients`, `fp32_groups_gradients_flat`, `fp32_groups_gradient_flat_partition`,
+`fp32_groups_flat_partition`, `real_dp_process_group`, `update_lp_params`, `_global_grad_norm`, `clip_grad`; of
+DeepSpeed's engine: `enable_backward_allreduce`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +27,7 @@ from trainer.engine.deepspeed_api import BF16_Optimizer
 ROW = 2048  # numbers in one partial sum of squares
 
 
-class FlatBF16(BF16_Optimizer):
+class FlatZero1(BF16_Optimizer):
     """A BF16_Optimizer that `flatten` has taken over. Gradients are summed over dp, not averaged."""
 
     mesh: Mesh
@@ -37,7 +40,7 @@ class FlatBF16(BF16_Optimizer):
 
     @torch.no_grad()
     def update_hp_grads(self, clear_lp_grads: bool = False) -> None:
-        """After each backward: the bf16 gradients into the fp32 buffer."""
+        """After each backward: its gradients into the fp32 buffer."""
         for group, into in zip(self.bf16_groups, self.into, strict=True):
             pairs = [(to, p.grad) for to, p in zip(into, group, strict=True) if p.grad is not None]
             targets, grads = [to for to, _ in pairs], [grad for _, grad in pairs]
@@ -63,7 +66,8 @@ class FlatBF16(BF16_Optimizer):
         if self.clip_grad > 0:
             self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1.0)
         self.optimizer.step()
-        self.update_lp_params()
+        if self.mesh.dp > 1 or self.fp32_groups_flat_partition[0].dtype != self.bf16_groups_flat[0].dtype:
+            self.update_lp_params()
 
     def _norm(self) -> Tensor:
         """The L2 norm of the whole gradient, fp32 scalar, the same on every rank."""
@@ -77,12 +81,12 @@ class FlatBF16(BF16_Optimizer):
         """Nothing: the first micro step overwrites the buffer."""
 
 
-def flatten(engine: Any, mesh: Mesh) -> bool:
-    """Take over a DeepSpeed engine's optimizer if it is a BF16_Optimizer; returns True if it is one."""
+def flatten(engine: Any, mesh: Mesh) -> None:
+    """Take over a DeepSpeed engine's BF16_Optimizer."""
     zero = engine.optimizer
     if type(zero) is not BF16_Optimizer:
-        return False
-    zero.__class__ = FlatBF16
+        raise RuntimeError(f"DeepSpeed made a {type(zero)} where flat_zero1.py knows BF16_Optimizer")
+    zero.__class__ = FlatZero1
     zero.mesh = mesh
     zero.accumulated = False
     zero.into = [
@@ -90,11 +94,22 @@ def flatten(engine: Any, mesh: Mesh) -> bool:
         for flats, group in zip(zero.fp32_groups_gradients, zero.bf16_groups, strict=True)
     ]
     parts = zero.fp32_groups_gradient_flat_partition
-    for master, part in zip(zero.fp32_groups_flat_partition, parts, strict=True):
+    weights = [group[mesh.dp_rank] for group in zero.bf16_partitioned_groups]
+    for master, part, weight, group in zip(
+        zero.fp32_groups_flat_partition, parts, weights, zero.bf16_groups, strict=True
+    ):
         master.grad = part
+        if weight.dtype == master.dtype:
+            _share(master, weight, group)
     zero.counted = list(parts) if mesh.tp_rank == 0 else _split_parts(zero)
     engine.enable_backward_allreduce = False
-    return True
+
+
+def _share(master: Tensor, weight: Tensor, group: Iterable[Any]) -> None:
+    """Give the weights' own memory to a master of the same type, and free the copy that it was."""
+    master.data = weight
+    for mapping in (p._hp_mapping for p in group if p._hp_mapping is not None):
+        mapping.hp_fragment = weight.narrow(0, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
 
 
 def _split_parts(zero: Any) -> list[Tensor]:

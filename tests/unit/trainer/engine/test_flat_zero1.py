@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed import tiny_run
-from trainer.engine.bf16_optimizer import ROW, vector_norm
+from trainer.engine.flat_zero1 import ROW, vector_norm
 from trainer.engine.optimizers import GatedAdamW, adamw
 
 
