@@ -208,6 +208,13 @@ def test_the_checkpoint_benchmark_finds_equal_bytes(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.slow
+def test_the_fp32_benchmark_trains_both_sides_alike() -> None:
+    found = json.loads(run("fp32_speed", "model=test", "rounds=1", "steps=1"))
+    assert found["loss_apart"] < 1e-5 and found["ratio"] <= found["ratio_upper_95"]
+    assert found["ratio"] == pytest.approx(found["cpu_ms"]["ours"] / found["cpu_ms"]["plain"], rel=0.01)
+
+
+@pytest.mark.slow
 def test_the_training_benchmark_measures_each_side_of_a_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

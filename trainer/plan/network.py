@@ -57,7 +57,8 @@ def dp_seconds(work: Workload, layout: Layout, cluster: Cluster, micro_steps: in
     """Seconds of one step between dp ranks, hidden or not: gradients in fp32, weights in the model's type.
 
     ZeRO-1 scatters sums of gradients once a step (flat_zero1.py) and gathers the new weights. Otherwise DeepSpeed
-    0.19.8 sends: ZeRO-1 with offload an all-reduce, of which a rank keeps its part; ZeRO-2 the same in each micro step; ZeRO-3 gathers the weights for forward and for backward, and scatters sums.
+    0.19.8 sends: ZeRO-1 with offload an all-reduce, of which a rank keeps its part; ZeRO-2 the same in each micro step;
+    ZeRO-3 gathers the weights for forward and for backward, and scatters sums.
     """
     p, rate, dp = local_params(work.model, layout.tp), dp_rate(cluster, layout), layout.dp
     sums, weights = all_reduce(4 * p, dp, rate), gather(work.element_bytes * p, dp, rate)

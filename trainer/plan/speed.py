@@ -134,9 +134,8 @@ def _update(work: Workload, layout: Layout, gpu: Gpu, micro_steps: int) -> tuple
 
     Bytes a parameter of ZeRO-1 (flat_zero1.py): gradients are written in the weights' type and copied to fp32, in bf16
     8, in later micro steps added, 12; the update, on its part: norm 4, AdamW, which clips, 28, bf16 weights 6. Of
-    DeepSpeed's own
-    wrappers: written, copied to fp32, added, 18; ZeRO-2 and 3 copy them into a bucket and back, 34; the update: norm 4,
-    clipping 8, AdamW 28, weights 6, zeros 4.
+    DeepSpeed's own wrappers: written, copied to fp32, added, 18; ZeRO-2 and 3 copy them into a bucket and back, 34; the
+    update: norm 4, clipping 8, AdamW 28, weights 6, zeros 4.
     """
     p = local_params(work.model, layout.tp)
     if layout.zero_stage == 1 and layout.offload is Offload.none:
