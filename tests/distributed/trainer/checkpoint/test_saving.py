@@ -259,7 +259,7 @@ def test_everything_is_closed_even_if_the_last_save_raises(begun: bool) -> None:
     def close(*how: Any) -> None:
         closed.append(how)
 
-    parts: dict[str, Any] = {name: SimpleNamespace(close=close) for name in ("tracker", "watch")}
+    parts: dict[str, Any] = {name: SimpleNamespace(close=close) for name in ("tracker", "watch", "trace")}
     parts |= {"signals": Signals(), "progress": (progress := Progress()), "_open_parts": contextlib.ExitStack()}
     for opened in (close, defect) if begun else ():
         parts["_open_parts"].callback(opened)
