@@ -33,6 +33,9 @@ WATCHED = ("eval.train_windows=5", f"eval.samples.prompts={json.dumps(PROMPTS)}"
 N_CTX = 64
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without evaluations beside its validation, one with them, and one with them in two starts."""
@@ -78,8 +81,7 @@ def test_samples_are_what_generate_makes_of_the_checkpoint(runs: Path) -> None:
     assert _samples(runs / "resumed")[4] == drawn[4]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tp2", "zero3"])
+@pytest.mark.parametrize("layout", ["tp2", pytest.param("zero3", marks=pytest.mark.long)])
 def test_samples_of_layouts_leave_the_training_bit_equal(runs: Path, tmp_path: Path, layout: str) -> None:
     """Two ranks that share a model, and two that share its weights alone and have half of the prompts each."""
     how = (f"data.path={runs / 'data'}", *COMMON, "max_steps=4", f"parallel={layout}")

@@ -88,6 +88,7 @@ def test_of_damaged_and_whole_the_whole_one_is_taken(whole: Path, tmp_path: Path
         assert story(run) == story(whole / "run")
 
 
+@pytest.mark.slow
 def test_resume_step_goes_back_and_repeats_the_run(whole: Path, tmp_path: Path) -> None:
     """The later checkpoint stays and is named. The same command, started again as a supervisor does, goes on."""
     run = shutil.copytree(whole / "run", tmp_path / "run")

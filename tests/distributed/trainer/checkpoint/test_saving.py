@@ -265,7 +265,7 @@ def test_everything_is_closed_even_if_the_last_save_raises(begun: bool) -> None:
         parts["_open_parts"].callback(opened)
     with pytest.raises(ZeroDivisionError) if begun else nullcontext():
         Trainer.__exit__(SimpleNamespace(**parts), UserError, UserError(), None)  # type: ignore[arg-type]
-    assert closed == [*[()] * begun, (Status.failed,), ()]
+    assert closed == [*[()] * begun, (Status.failed,), (), ()]
     assert progress.state.phase == END, "what closes is no hang"
 
 
