@@ -105,6 +105,7 @@ def failing(engine: Any, folder: Path) -> dict[str, Any]:
     dist.barrier()
     left = sorted(p.name for p in (folder / "checkpoints").iterdir())
     again = error_of(saver.wait)  # it was told once
+    dist.barrier()  # both have looked
     theirs = folder / "checkpoints" / ".step-00000003.gen-0001.tmp"
     if rank == 0:
         theirs.mkdir()
