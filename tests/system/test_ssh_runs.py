@@ -104,7 +104,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {row.step: row.metrics["train/loss"] for row in rows(run_dir)}
 
 
-@pytest.mark.parametrize("transport", ["pdsh", "openmpi"])
+@pytest.mark.parametrize("transport", ["pdsh", pytest.param("openmpi", marks=pytest.mark.long)])
 def test_deepspeed_trains_on_two_hosts(
     cluster: Cluster, data: Path, tmp_path: Path, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

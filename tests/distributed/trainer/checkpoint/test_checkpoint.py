@@ -366,6 +366,7 @@ def read_from_four(four: dict[str, Any], zero: int) -> dict[str, Any]:
         }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_four_ranks_reshape_to_two_and_one_and_back(written: list[Any], tmp_path: Path) -> None:
     four = run_ranks(4, f"{HERE}:write_four_ranks", folder=str(tmp_path))
