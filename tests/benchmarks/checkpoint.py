@@ -113,6 +113,8 @@ def torch_save(engine: TinyEngine, folder: Path) -> None:
 
 
 def deepspeed_save(engine: TinyEngine, folder: Path) -> None:
+    zero = engine.deepspeed.optimizer
+    zero.fp16_groups = zero.bf16_groups  # the name that its own save looks for in fp32
     with contextlib.redirect_stdout(sys.stderr):
         engine.deepspeed.save_checkpoint(str(folder), tag="it")
     sync(folder)
