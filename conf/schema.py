@@ -136,14 +136,14 @@ def load(schema: type[T], overrides: Sequence[str] = ()) -> T:
         raise user_error_in(e) or UserError(flat(e)) from None
 
 
-def _thawed(schema: type[T], frozen: str, beside: Sequence[str]) -> T:
+def _thawed(schema: type[T], frozen: str, beside: list[str]) -> T:
     grantable = type_of(schema, BY_HAND) is not None
-    if any(not grantable or text not in (f"{BY_HAND}=true", f"{BY_HAND}=false") for text in beside):
+    if beside and not (grantable and beside in ([f"{BY_HAND}=true"], [f"{BY_HAND}=false"])):
         also = f", except {BY_HAND}=true" if grantable else ""
         raise UserError(f"{frozen} is the whole config: give nothing else{also}")
     cfg: Any = thaw(Path(frozen.removeprefix(FROZEN)), schema)
     if grantable:
-        cfg.data.allow_pipe = f"{BY_HAND}=true" in beside[-1:]
+        cfg.data.allow_pipe = f"{BY_HAND}=true" in beside
     return cast(T, cfg)
 
 

@@ -24,14 +24,14 @@ from trainer.plan.course import Part, course, curves, seconds
 from trainer.plan.hardware import gpu_named
 from trainer.plan.network import Cluster
 from trainer.plan.workload import Workload
-from trainer.tracking.plots import refuse_strangers
+from trainer.tracking.plots import check_picture
 
 SHOWN, REFUSED = 10, 4  # rows of the choices, and of those that do not fit
 
 
 def plan(cfg: PlanConfig) -> None:
     if cfg.plot is not None:
-        refuse_strangers(Path(cfg.plot), "plot")
+        check_picture(Path(cfg.plot), "plot")
     cluster, price = cluster_of(cfg.cluster)
     run = Run(cfg, cluster, price, parts_of(cfg))
     choices = rows(cfg, cluster)

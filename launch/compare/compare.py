@@ -19,7 +19,7 @@ from launch.compare.picture import draw
 from launch.config import CompareConfig
 from launch.status.text import harmless
 from trainer.run.folder import RunFolder
-from trainer.tracking.plots import refuse_strangers
+from trainer.tracking.plots import check_picture
 
 NOT_THERE = "-"
 
@@ -43,7 +43,7 @@ def compare(cfg: CompareConfig, folders: Sequence[str]) -> None:
     """
     runs = named(folders)
     if cfg.output is not None:
-        refuse_strangers(Path(cfg.output), "output")
+        check_picture(Path(cfg.output), "output")
     print("\n".join(difference(runs)), flush=True)
     if cfg.output is None:
         return

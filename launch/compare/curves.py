@@ -16,7 +16,7 @@ from trainer.run.journal import Row, joined, parse_row
 
 LOSSES = ("train/loss", "val/loss")
 TOKENS = "data/tokens"
-JOURNAL_BYTES = 128 << 20  # that are read: some 300,000 rows
+JOURNAL_BYTES = 128 << 20  # that are read of a journal
 LINE_BYTES = 1 << 20  # of a line; a row has some hundreds
 LAST_STEP = 1 << 53  # above it a float is not exact
 REST = "the rest is shown"

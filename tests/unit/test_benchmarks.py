@@ -79,7 +79,7 @@ def test_the_scale_benchmark_runs() -> None:
 
 def test_the_extraction_benchmark_prints_all_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every number of each engine."""
-    pytest.importorskip("resiliparse")
+    pytest.importorskip("resiliparse", reason="the corpus extra is not installed")
     text = "The river rose for three days, and on the fourth the people carried what they had up the hill. " * 3
     (tmp_path / "html").mkdir()
     for name in "ab":
@@ -212,6 +212,13 @@ def test_the_fp32_benchmark_trains_both_sides_alike() -> None:
     found = json.loads(run("fp32_speed", "model=test", "rounds=1", "steps=1"))
     assert found["loss_apart"] < 1e-5 and found["ratio"] <= found["ratio_upper_95"]
     assert found["ratio"] == pytest.approx(found["cpu_ms"]["ours"] / found["cpu_ms"]["plain"], rel=0.01)
+
+
+def test_the_page_of_fp32_says_what_its_last_line_says() -> None:
+    page = (ROOT / "docs/benchmarks/fp32_speed.md").read_text()
+    *_, last = (json.loads(line) for line in page.splitlines() if line.startswith("{"))
+    steps = last["settings"]["steps"]
+    assert f"`steps={steps}`, says {last['ratio']:.2f} and at most {last['ratio_upper_95']:.2f}" in page
 
 
 @pytest.mark.slow

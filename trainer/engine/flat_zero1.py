@@ -34,6 +34,7 @@ class FlatZero1(BF16_Optimizer):
     into: list[list[Tensor]]  # by group: the buffer of each parameter's accumulated gradient, in its shape
     counted: list[Tensor]  # the gradients of this rank that count in the global norm: each element on one rank
     accumulated: bool  # the buffer holds gradients of this step
+    shared: bool  # fp32: the masters are the weights' own memory
 
     def backward_prologue(self) -> None:
         """Nothing: `update_hp_grads` leaves no gradient behind."""
@@ -66,7 +67,7 @@ class FlatZero1(BF16_Optimizer):
         if self.clip_grad > 0:
             self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1.0)
         self.optimizer.step()
-        if self.mesh.dp > 1 or self.fp32_groups_flat_partition[0].dtype != self.bf16_groups_flat[0].dtype:
+        if self.mesh.dp > 1 or not self.shared:
             self.update_lp_params()
 
     def _norm(self) -> Tensor:
@@ -89,6 +90,7 @@ def flatten(engine: Any, mesh: Mesh) -> None:
     zero.__class__ = FlatZero1
     zero.mesh = mesh
     zero.accumulated = False
+    zero.shared = zero.bf16_groups_flat[0].dtype == torch.float32
     zero.into = [
         [flat.view(p.shape) for flat, p in zip(flats, group, strict=True)]
         for flats, group in zip(zero.fp32_groups_gradients, zero.bf16_groups, strict=True)
@@ -99,14 +101,14 @@ def flatten(engine: Any, mesh: Mesh) -> None:
         zero.fp32_groups_flat_partition, parts, weights, zero.bf16_groups, strict=True
     ):
         master.grad = part
-        if weight.dtype == master.dtype:
+        if zero.shared:
             _share(master, weight, group)
     zero.counted = list(parts) if mesh.tp_rank == 0 else _split_parts(zero)
     engine.enable_backward_allreduce = False
 
 
 def _share(master: Tensor, weight: Tensor, group: Iterable[Any]) -> None:
-    """Give the weights' own memory to a master of the same type, and free the copy that it was."""
+    """Give the weights' own memory to a master, and free the copy that it was."""
     master.data = weight
     for mapping in (p._hp_mapping for p in group if p._hp_mapping is not None):
         mapping.hp_fragment = weight.narrow(0, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
+from conf.frozen import by_key
 from trainer.run.folder import RunFolder
 from trainer.run.redact import redact_tree
 
@@ -15,7 +16,8 @@ PARAM_CHARS = 6000  # MLflow's limit
 
 def of_config(cfg: Mapping[str, Any]) -> dict[str, str]:
     """The values that a config sets, as params; config.yaml has all."""
-    return {key: _cut(value) for key, value in _flat(redact_tree(cfg))}
+    values = by_key(redact_tree(cfg))
+    return {key: _cut(_text(value)) for key, value in values.items() if value is not None and value != {}}
 
 
 def of_starts(folder: RunFolder, starts: Iterable[int]) -> dict[str, str]:
@@ -28,11 +30,6 @@ def _cut(text: str) -> str:
     return text if len(text) <= PARAM_CHARS else text[: PARAM_CHARS - 1] + "…"
 
 
-def _flat(body: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in body.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            value = value.value if isinstance(value, Enum) else value
-            if value is not None:
-                yield prefix + key, value if isinstance(value, str) else json.dumps(value)
+def _text(value: Any) -> str:
+    value = value.value if isinstance(value, Enum) else value
+    return value if isinstance(value, str) else json.dumps(value)

@@ -93,7 +93,7 @@ def png_of(figure: Any) -> bytes:
     return out.getvalue()
 
 
-def refuse_strangers(path: Path, key: str) -> None:
+def check_picture(path: Path, key: str) -> None:
     """Raise UserError if no picture can be drawn to `path`, the value of `key`: what is there is not ours, or no
     matplotlib."""
     otherwise = f"give another {key}, or {key}=null"

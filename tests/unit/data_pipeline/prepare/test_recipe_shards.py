@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("datatrove")
+pytest.importorskip("datatrove", reason="the corpus extra is not installed")
 
 from conf.errors import UserError
 from conf.schema import load

@@ -19,7 +19,7 @@ from launch.config import CompareConfig
 from tests.helpers.ranks import ROOT
 from trainer.run.folder import RunFolder
 from trainer.run.journal import JournalWriter, Row
-from trainer.tracking.plots import refuse_strangers
+from trainer.tracking.plots import check_picture
 
 HOUR = 3600.0
 
@@ -108,7 +108,7 @@ def test_the_picture_has_a_row_of_panels_for_each_loss(runs: list[Path], capsys:
     output, strange = runs[0].parent / "c.png", runs[0].rename(runs[0].parent / "_$x_")
     assert told(capsys, strange, runs[1], output=output)[-1] == f"drawn: {output}"
     assert struct.unpack(">II", output.read_bytes()[16:24]) == (1430, 110 * 4 * len(LOSSES) + 55)
-    refuse_strangers(output, "output")  # its own may be replaced
+    check_picture(output, "output")  # its own may be replaced
 
 
 @pytest.mark.parametrize("what", ["text", "png", "folder", "link", "dangling", "fifo"])

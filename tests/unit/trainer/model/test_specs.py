@@ -44,7 +44,7 @@ def test_named_sizes_have_exactly_their_parameter_count(name: str, mesh: Mesh) -
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_named_sizes_count_as_hugging_face_counts(name: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the test extra is not installed")
     values = hf_config(named(name))
     kind = "GPT2" if values.pop("model_type") == "gpt2" else "OpenAIGPT"
     assert values.pop("architectures") == [f"{kind}LMHeadModel"]

@@ -37,7 +37,7 @@ from trainer.plan.memory import activations, bias_bytes, logit_bytes, memory, te
 from trainer.plan.network import Cluster, all_reduce, gather, tp_rate, tp_seconds
 from trainer.plan.speed import step_seconds
 from trainer.plan.workload import Workload
-from trainer.tracking.plots import refuse_strangers
+from trainer.tracking.plots import check_picture
 
 ROOT = Path(__file__).resolve().parents[4]
 H100 = GPUS["h100_80gb"]
@@ -293,7 +293,7 @@ def test_the_picture_is_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     plan(config("model=gpt2_small", f"plot={tmp_path}/scaling.png", "json=true"))
     assert (tmp_path / "scaling.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert set(json.loads(capsys.readouterr().out)["scaling"]) == {"weak", "strong"}
-    refuse_strangers(tmp_path / "scaling.png", "plot")  # its own may be replaced
+    check_picture(tmp_path / "scaling.png", "plot")  # its own may be replaced
 
 
 def test_no_picture_is_drawn_over_a_file_of_others(tmp_path: Path) -> None:

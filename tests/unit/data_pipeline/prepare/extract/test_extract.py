@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("ftfy")
-pytest.importorskip("datatrove")
+pytest.importorskip("ftfy", reason="the corpus extra is not installed")
+pytest.importorskip("datatrove", reason="the corpus extra is not installed")
 
 import ftfy
 from ftfy.badness import MOJIBAKE_CATEGORIES, is_bad
@@ -38,7 +38,7 @@ def step_of() -> Iterator[Callable[..., Extract]]:
 
     def make(extractor: Extractor, **limits: float) -> Extract:
         if extractor is Extractor.best:
-            pytest.importorskip("trafilatura", exc_type=ImportError)
+            pytest.importorskip("trafilatura", reason="the corpus extra is not installed", exc_type=ImportError)
         step = Extract(extractor, LimitsConfig(**limits))
         before = started.setdefault((extractor, *sorted(limits.items())), step)
         step.sandbox = before.sandbox

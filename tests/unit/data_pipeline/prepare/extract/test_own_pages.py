@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("resiliparse")
-pytest.importorskip("trafilatura")
+pytest.importorskip("resiliparse", reason="the corpus extra is not installed")
+pytest.importorskip("trafilatura", reason="the corpus extra is not installed")
 
 from data_pipeline.prepare.extract.page_text import best, fast
 from tests.benchmarks.extraction import shingles
