@@ -47,12 +47,12 @@ pytestmark = needs_mlflow
 def test_one_mlflow_run_serves_all_starts_and_has_each_row_once(tmp_path: Path) -> None:
     """Killed at step 600 with some part sent, resumed from 400; beside it another run in the same new database."""
     root, other = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
-    beside = start_training(other, 0, 300, status="preempted")
+    beside = start_training(other, 0, 300, status="preempted", close_s=30)  # all is sent on a slow machine too
     killed = start_training(root, 0, 600, kill=True, pause_s=0.005)
     assert killed.wait(200) == -signal.SIGKILL
     first_id = json.loads((root / "tracking.json").read_text())["run_id"]
     beside_id = end_of(beside)["run_id"]
-    done = end_of(start_training(root, 400, 1000, mixed=True))
+    done = end_of(start_training(root, 400, 1000, mixed=True, close_s=30))
     assert done["run_id"] == first_id != beside_id
 
     client = client_of(tracking_uri(config(root, None).tracking, root))

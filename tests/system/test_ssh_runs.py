@@ -128,7 +128,9 @@ def test_deepspeed_trains_on_two_hosts(
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 85), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGUSR1, 85), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
 def test_one_signal_saves_on_all_hosts_before_it_is_said(
     cluster: Cluster, data: Path, tmp_path: Path, number: int, code: int
 ) -> None:

@@ -24,6 +24,7 @@ from tests.helpers.ranks import ROOT
 from trainer.config.pretrain import PretrainConfig
 from trainer.run.folder import RunFolder
 from trainer.run.journal import read_rows
+from trainer.tracking import shipper
 from trainer.tracking.shipper import Status
 from trainer.tracking.tracker import Tracker
 
@@ -48,13 +49,23 @@ def plan(weights: dict[str, int]) -> Plan:
 
 
 def train(
-    root: str, resumed_at: int, until: int | None, kill: bool, pause_s: float, uri: str | None, mixed: bool, status: str
+    root: str,
+    resumed_at: int,
+    until: int | None,
+    kill: bool,
+    pause_s: float,
+    uri: str | None,
+    mixed: bool,
+    status: str,
+    close_s: float,
 ) -> None:
     """Stands for the training process; without `until` it logs on until a file named stop lies beside the run folder.
+    `close_s`: that its end waits for a server that does not answer, and six times that for a slow one.
 
     Prints one JSON line of what it saw.
     """
     cfg, folder, stop = config(Path(root), uri), RunFolder(root), Path(root).parent / "stop"
+    shipper.CLOSE_S = close_s
     generation = folder.take_generation()
     folder.config.write_text(freeze(cfg))
     tracker = Tracker(cfg, folder, generation, resumed_at)
@@ -88,7 +99,7 @@ def start_training(root: Path, resumed_at: int, until: int | None, **more: Any) 
         sys.executable,
         "-m",
         "tests.system.tracked",
-        json.dumps({"mixed": False, "status": "finished", **given, **more}),
+        json.dumps({"mixed": False, "status": "finished", "close_s": shipper.CLOSE_S, **given, **more}),
     ]
     root.parent.mkdir(exist_ok=True)
     with root.with_suffix(".err").open("a") as err:

@@ -26,7 +26,8 @@ CASES = {
     "fp32 tp2": ("precision=fp32", "parallel=tp2"),
 }
 Found = dict[str, dict[str, Any]]  # run -> facts
-FAST = {"bf16 zero3", "fp32 tp2"}
+FAST, SLOW = {"bf16 zero3", "fp32 tp2"}, {"fp32 zero1", "fp32 zero3"}
+REST = set(CASES) - FAST - SLOW
 
 
 def train(data: str, run: str, how: tuple[str, ...], lost: int | None, at: int, port: int) -> dict[str, Any]:
@@ -72,7 +73,11 @@ def pairs(root: str, lost: int, at: int, ports: list[int], cases: list[str]) -> 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(FAST, id="fast"), pytest.param(set(CASES) - FAST, id="rest", marks=pytest.mark.slow)],
+    params=[
+        pytest.param(FAST, id="fast"),
+        pytest.param(SLOW, id="slow", marks=pytest.mark.slow),
+        pytest.param(REST, id="rest", marks=[pytest.mark.slow, pytest.mark.long]),
+    ],
 )
 def runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
