@@ -8,7 +8,7 @@ Legend: B batch (rows), T time, N scored tokens of a batch, n of a chunk, C n_em
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,13 +33,17 @@ class Scores:
     cut: int = 0  # tokens of the context that n_ctx leaves no room for: its first ones
 
 
+OnBatch = Callable[[list[tuple[int, Scores]]], None]  # called with (index of the pair, its scores) of each batch
 NO_SCORES = Scores(torch.empty(0), torch.empty(0, dtype=torch.bool))  # of a continuation without tokens
 
 
-def score(model: GPT, pairs: Sequence[Pair], *, batch_size: int = BATCH) -> list[Scores]:
+def score(
+    model: GPT, pairs: Sequence[Pair], *, batch_size: int = BATCH, on_batch: OnBatch | None = None
+) -> list[Scores]:
     """Scores of each (context, continuation); a pair's scores do not depend on the others.
 
-    Collective as `sampler.sample` is.
+    `on_batch` takes a batch's scores as soon as they are there, for a journal or a bar of progress: each pair is in one
+    of its calls. An exception that it raises ends the scoring. Collective as `sampler.sample` is.
 
     Raises:
         UserError: an empty context, a continuation of more than n_ctx tokens, or an id outside of the vocabulary.
@@ -49,8 +53,13 @@ def score(model: GPT, pairs: Sequence[Pair], *, batch_size: int = BATCH) -> list
     def forwards() -> Iterator[None]:
         jobs = [_job(i, context, continuation, model.cfg) for i, (context, continuation) in enumerate(pairs)]
         longest_first = sorted((job for job in jobs if job.n > 0), key=lambda job: -len(job.ids))
+        if on_batch is not None and len(longest_first) < len(jobs):
+            on_batch([(job.index, NO_SCORES) for job in jobs if job.n == 0])
         for start in range(0, len(longest_first), batch_size):
-            yield from _score(model, longest_first[start : start + batch_size], out)
+            batch = longest_first[start : start + batch_size]
+            yield from _score(model, batch, out)
+            if on_batch is not None:
+                on_batch([(job.index, out[job.index]) for job in batch])
 
     run_in_lockstep(model, forwards())
     return out

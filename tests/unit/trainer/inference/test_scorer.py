@@ -14,7 +14,7 @@ from tests.helpers.seeds import seeded
 from trainer.config.model import ModelConfig, Norm
 from trainer.distributed.mesh import Mesh
 from trainer.inference.sampler import Sampling, sample
-from trainer.inference.scorer import Pair, score, score_texts, windows
+from trainer.inference.scorer import Pair, Scores, score, score_texts, windows
 from trainer.model import plain_linear
 
 SPLITS = [(1, 5), (30, 1), (64, 1), (1, 64), (12, 20), (2, 2), (40, 24), (7, 0)]  # context, continuation; n_ctx is 64
@@ -72,6 +72,26 @@ def test_no_tensor_of_logits_is_larger_than_a_chunk(mesh: Mesh, monkeypatch: pyt
     hidden = {elements for _, elements in done.made if elements % 64 == 0}
     assert logits <= hidden and (torch.float32, rows * 512) in done.made
     assert len(pairs) * 64 * 512 not in logits and sum(b for _, b in SPLITS) * 512 not in logits
+
+
+def test_each_pair_is_in_one_call_of_on_batch(mesh: Mesh) -> None:
+    """With the scores that are returned; what it raises comes out, and later batches are not computed."""
+    seed = seeded()
+    model, pairs = ours(CFG, seed, mesh), pairs_of(CFG, seed)
+    calls: list[list[tuple[int, Scores]]] = []
+    scores = score(model, pairs, batch_size=2, on_batch=calls.append)
+    given = sorted((pair for call in calls for pair in call), key=lambda pair: pair[0])
+    assert [i for i, _ in given] == list(range(len(pairs))) and max(map(len, calls)) <= 2
+    assert all(got is scores[i] for i, got in given)
+
+    def full(call: list[tuple[int, Scores]]) -> None:
+        calls.append(call)
+        raise OSError(28, "No space left on device")
+
+    calls.clear()
+    with pytest.raises(OSError, match="No space"):
+        score(model, pairs, batch_size=2, on_batch=full)
+    assert len(calls) == 1 and model.training and not model.inference
 
 
 def test_whole_texts_are_scored_once_a_token_in_windows_of_n_ctx(mesh: Mesh) -> None:
