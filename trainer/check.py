@@ -23,6 +23,7 @@ from trainer.config.train import Resume, TrainConfig
 from trainer.data.sources import Sources, check_cache, check_past, check_sources, open_sources, plan_run
 from trainer.distributed.world import World
 from trainer.engine.schedule import lr_at
+from trainer.hf.settings import hf_refusal
 from trainer.plan.choose import resumed, settle
 from trainer.plan.layout_rules import check_layout
 from trainer.run.folder import RunFolder
@@ -94,11 +95,8 @@ def check(cfg: PretrainConfig, world: World) -> Checked:
 
 def check_registry(tracking: TrackingConfig, model: ModelConfig) -> None:
     """Raises UserError for a model that a registry cannot hold."""
-    if tracking.register is not None and model.sparse_layers:
-        raise UserError(
-            f"tracking.register={tracking.register}, but a model of model.attention={model.attention} has no "
-            "Hugging Face files to register: give tracking.register=null"
-        )
+    if tracking.register is not None and (refusal := hf_refusal(model)):
+        raise UserError(f"tracking.register={tracking.register}, but {refusal}: give tracking.register=null")
 
 
 def check_resume(cfg: TrainConfig, checkpoint: Path | None, state: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from data_pipeline.manifest import TOKENIZER
 from trainer.checkpoint.find import find_checkpoint, model_of
 from trainer.config.hf import ExportHfConfig
 from trainer.hf.folder import CONFIG, WEIGHTS, new_folder
+from trainer.hf.settings import hf_refusal
 from trainer.model.arithmetic import param_count
 from trainer.run.folder import RunFolder
 
@@ -38,8 +39,6 @@ TEXTS = (
 def export_hf(cfg: ExportHfConfig) -> None:
     checkpoint = find_checkpoint(cfg.checkpoint)
     model = model_of(checkpoint, RunFolder.state(checkpoint))
-    from trainer.hf.weights import hf_refusal  # from here on torch
-
     refusal = hf_refusal(model)
     if refusal is not None:
         raise UserError(f"{checkpoint}: {refusal}")

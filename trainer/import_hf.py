@@ -7,7 +7,6 @@ samples from it. The files are checked before they are used; transformers is not
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +66,7 @@ def write_checkpoint(folder: Path, cfg: ModelConfig, weights: dict[str, Tensor],
         "step": 0,
         "tokens": 0,
         "optimizer_step": 0,
-        "model": {**asdict(cfg), "norm": cfg.norm.value},
+        "model": cfg.as_json(),
         "versions": {name: version(name) for name in ("torch", "safetensors")},
     }
     files = {names[WEIGHTS]: write_safetensors(folder / names[WEIGHTS], flat)}

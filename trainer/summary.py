@@ -13,7 +13,7 @@ from trainer.data.feed import Feed
 from trainer.data.validate import Validation
 from trainer.distributed.mesh import Mesh
 from trainer.engine.compile import describe_compile
-from trainer.hf.weights import hf_refusal
+from trainer.hf.settings import hf_refusal
 from trainer.metrics import Speed, peak_memory_gib
 from trainer.model import flex
 from trainer.model.arithmetic import param_count
@@ -46,19 +46,17 @@ def run_summary(
 
 
 def attention_lines(model: ModelConfig, device: torch.device) -> list[str]:
-    """For a model with sparse attention: the kernel that computes it, and the files its last checkpoint lacks."""
-    sparse, n = model.sparse_layers, model.n_ctx
+    """The kernel of sparse attention, and the reason why the last checkpoint lacks files, where there is either."""
+    sparse, n, refusal = model.sparse_layers, model.n_ctx, hf_refusal(model)
+    files = [f"the last checkpoint gets no Hugging Face files: {refusal}"] if refusal else []
     if not sparse:
-        return []
+        return files
     how = "by FlexAttention, which skips what is masked"
     if not flex.takes(device, n, n, model.head_dim, model.dropout):
         how = "as dense attention under a mask, at a dense layer's cost"
         if flex.takes(device, n, n, model.head_dim, 0.0):
             how += f": FlexAttention has no dropout, and model.dropout={model.dropout}"
-    return [
-        f"attention: {model.attention}, {len(sparse)} of {model.n_layer} layers sparse, {how}",
-        f"the last checkpoint gets no Hugging Face files: {hf_refusal(model)}",
-    ]
+    return [f"attention: {model.attention}, {len(sparse)} of {model.n_layer} layers sparse, {how}", *files]
 
 
 def step_row(

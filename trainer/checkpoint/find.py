@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
 from trainer.checkpoint.verify import DamagedError, check_files, check_format, verify
-from trainer.config.model import ModelConfig, Norm
+from trainer.config.model import ModelConfig
 from trainer.model.arithmetic import param_count
 from trainer.run.folder import STATE, WEIGHTS, RunFolder, step_of
 from trainer.run.owner import is_repeated
 
-ATTENTION_FIELDS = ("attention", "band", "stride", "summary")
-
-
-SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "n_ctx", "vocab_size", "norm", "layer_norm_eps", *ATTENTION_FIELDS)
+SIZES = ("n_layer", "n_head", "n_embd", "n_ctx", "vocab_size")
+SHAPE_FIELDS = (*SIZES, "norm", "gelu", "layer_norm_eps", "attention", "band", "stride", "summary")
 
 
 def model_of(path: Path, state: dict[str, Any]) -> ModelConfig:
     """The model that a state describes, not bigger than the weights beside it: no claim makes anyone allocate."""
     try:
-        cfg = ModelConfig(**{**state["model"], "norm": Norm(state["model"]["norm"])})
+        cfg = ModelConfig.from_json(state["model"])
         numbers = (cfg.band, cfg.stride, cfg.summary)
         if not isinstance(cfg.attention, str) or not all(isinstance(n, int | None) for n in numbers):
             raise TypeError(f"attention={cfg.attention!r} with {numbers}")
@@ -30,7 +29,7 @@ def model_of(path: Path, state: dict[str, Any]) -> ModelConfig:
         if not isinstance(count, int) or 4 * count > size:
             raise ValueError(f"{count} parameters, but the weights have {size} bytes")
         return cfg
-    except (KeyError, TypeError, ValueError, UserError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as e:
         raise DamagedError(f"{path / STATE}: damaged: no model ({e}): use another checkpoint") from None
 
 
@@ -126,4 +125,4 @@ def check_model(path: Path, theirs: ModelConfig, ours: ModelConfig, otherwise: s
 
 
 def _show(value: Any) -> str:
-    return str(value.value if isinstance(value, Norm) else value)
+    return str(value.value if isinstance(value, Enum) else value)

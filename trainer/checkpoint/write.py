@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from trainer.config.optim import OptimConfig
 from trainer.config.parallel import ParallelConfig, Precision
 from trainer.distributed.mesh import Mesh
 from trainer.engine.fragments import Fragment
-from trainer.hf.weights import hf_config, hf_refusal, to_hf
+from trainer.hf.settings import hf_refusal
+from trainer.hf.weights import hf_config, to_hf
 from trainer.model.specs import ParamSpec
 from trainer.run.folder import DAMAGED, STATE, WEIGHTS, RunFolder
 
@@ -230,7 +231,7 @@ def run_facts(
     return {
         "format": FORMAT,
         "optimizer": optim.kind.value,
-        "model": {**asdict(model), "norm": model.norm.value},
+        "model": model.as_json(),
         "layout": {"dp": mesh.dp, "tp": mesh.tp, "zero_stage": parallel.zero_stage, "precision": precision.value},
         "versions": {name: _version(name) for name in PACKAGES},
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
+from typing import Any
 
 from conf.errors import MISSING, UserError
 from trainer.config.attention import Pattern
@@ -15,6 +16,11 @@ KINDS = "DBSF"  # of attention, see ModelConfig.attention
 class Norm(Enum):
     pre = "pre"  # GPT-2, GPT-3: LayerNorm before each sub-block, one more after the last
     post = "post"  # GPT-1: LayerNorm after each residual add, none at the end
+
+
+class Gelu(Enum):
+    tanh = "tanh"  # the approximation in the released code of GPT-1 and GPT-2
+    exact = "exact"  # by the error function: nanoGPT
 
 
 @dataclass
@@ -28,6 +34,7 @@ class ModelConfig:
     n_ctx: int = MISSING  # tokens of a window
     vocab_size: int = MISSING  # ids of the tokenizer
     norm: Norm = Norm.pre
+    gelu: Gelu = Gelu.tanh
     dropout: float = 0.0  # on embeddings, attention weights and residuals
     init_std: float = 0.02  # standard deviation of the first weights
     layer_norm_eps: float = 1e-5  # added to the variance
@@ -83,6 +90,20 @@ class ModelConfig:
     def pattern(self, kind: str) -> Pattern:
         """The tokens that attention of this kind sees."""
         return Pattern(kind, self.band or 0, self.stride or 0, self.summary or 0)
+
+    def as_json(self) -> dict[str, Any]:
+        """The arguments as a checkpoint's state.json holds them."""
+        return {**asdict(self), "norm": self.norm.value, "gelu": self.gelu.value}
+
+    @classmethod
+    def from_json(cls, body: Any) -> ModelConfig:
+        """The model of `as_json`; checkpoints of older versions, which know no other, have GELU's tanh form.
+
+        Raises:
+            KeyError, TypeError, ValueError, UserError: it is none.
+        """
+        norm, gelu = Norm(body["norm"]), Gelu(body.get("gelu", Gelu.tanh.value))
+        return cls(**{**body, "norm": norm, "gelu": gelu})
 
     @property
     def sparse_layers(self) -> list[int]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conf.errors import UserError
-from trainer.config.model import ModelConfig, Norm
+from trainer.config.model import Gelu, ModelConfig, Norm
 
 PREFIX = "transformer."  # of tensors' names
 MASKS = (".attn.bias", ".attn.masked_bias", "position_ids")  # constants in old files
@@ -19,7 +19,7 @@ DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 DEFAULTS = {**dict.fromkeys(DROPOUTS, 0.1), "layer_norm_epsilon": 1e-5, "initializer_range": 0.02}  # transformers' own
 ONLY: dict[str, dict[str, tuple[Any, ...]]] = {  # the values that we support; the first is that of a missing key
     "gpt2": {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),  # two names of the tanh form, the exact one
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "reorder_and_upcast_attn": (False,),
@@ -76,11 +76,26 @@ def model_from_hf(config: Mapping[str, Any], name: str) -> tuple[ModelConfig, li
         n_ctx=size["n_positions"],
         vocab_size=size["vocab_size"],
         norm=NORMS[kind],
+        gelu=Gelu.exact if config.get("activation_function") == "gelu" and kind == "gpt2" else Gelu.tanh,
         dropout=real["embd_pdrop"],
         init_std=real["initializer_range"],
         layer_norm_eps=real["layer_norm_epsilon"],
     )
     return cfg, sorted(set(config) - known)
+
+
+def hf_refusal(cfg: ModelConfig) -> str | None:
+    """The reason why Hugging Face's formats cannot hold a model, in one line; None if they can."""
+    if cfg.norm is Norm.post and cfg.gelu is Gelu.exact:
+        return f"model={cfg.name} has norm=post with gelu=exact: Hugging Face's OpenAI GPT has GELU's tanh form only"
+    if not cfg.sparse_layers:
+        return None
+    numbers = {"band": cfg.band, "stride": cfg.stride, "summary": cfg.summary}
+    given = ", ".join([f"attention={cfg.attention}", *(f"{k}={v}" for k, v in numbers.items() if v is not None)])
+    return (
+        f"model={cfg.name} has {given} in n_ctx={cfg.n_ctx}: Hugging Face's GPT-2 and OpenAI GPT have dense attention "
+        "only, and would compute something else from these weights"
+    )
 
 
 def _size(config: Mapping[str, Any], key: str) -> int:

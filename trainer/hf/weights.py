@@ -12,24 +12,12 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
-from trainer.config.model import ModelConfig, Norm
-from trainer.hf.settings import MASKS, PREFIX
+from trainer.config.model import Gelu, ModelConfig, Norm
+from trainer.hf.settings import MASKS, PREFIX, hf_refusal
 from trainer.model.specs import specs
 
 POST_NORM_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
 HEAD = "lm_head.weight"
-
-
-def hf_refusal(cfg: ModelConfig) -> str | None:
-    """The reason why Hugging Face's formats cannot hold a model, in one line; None if they can."""
-    if not cfg.sparse_layers:
-        return None
-    numbers = {"band": cfg.band, "stride": cfg.stride, "summary": cfg.summary}
-    given = ", ".join([f"attention={cfg.attention}", *(f"{k}={v}" for k, v in numbers.items() if v is not None)])
-    return (
-        f"model={cfg.name} has {given} in n_ctx={cfg.n_ctx}: Hugging Face's GPT-2 and OpenAI GPT have dense attention "
-        "only, and would compute something else from these weights"
-    )
 
 
 def to_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
@@ -94,7 +82,7 @@ def hf_config(cfg: ModelConfig, eot_id: int | None = None) -> dict[str, Any]:
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "activation_function": "gelu_new",
+        "activation_function": "gelu" if cfg.gelu is Gelu.exact else "gelu_new",
         "n_inner": 4 * cfg.n_embd,
         **shared,
     }

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.config.model import ModelConfig, Norm
+from trainer.config.model import Gelu, ModelConfig, Norm
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.seeds import tp_local_randomness
 from trainer.model.attention import Attention, Cache, Mask
@@ -50,23 +50,24 @@ def layer_norm(cfg: ModelConfig, sequence_parallel: bool) -> nn.LayerNorm:
     return norm
 
 
+APPROXIMATE = {Gelu.tanh: "tanh", Gelu.exact: "none"}  # in torch's words
+
+
 class MLP(nn.Module):
-    """C -> 4 C -> C with GELU in its tanh form (GPT-1's and GPT-2's released code)."""
+    """C -> 4 C -> C with GELU."""
 
     def __init__(self, cfg: ModelConfig, mesh: Mesh, sequence_parallel: bool, selective: bool) -> None:
         super().__init__()
         self.selective = selective
+        self.gelu = partial(F.gelu, approximate=APPROXIMATE[cfg.gelu])
         self.c_fc = column_linear(cfg.n_embd, 4 * cfg.n_embd, mesh, sequence_parallel)
         self.c_proj = row_linear(4 * cfg.n_embd, cfg.n_embd, mesh, sequence_parallel)
 
     def forward(self, x_TBC: Tensor) -> Tensor:
         h_TB4C = self.c_fc(x_TBC)
-        y_TB4C = gelu(h_TB4C)
-        with making_again(y_TB4C, gelu, h_TB4C, self.selective):
+        y_TB4C = self.gelu(h_TB4C)
+        with making_again(y_TB4C, self.gelu, h_TB4C, self.selective):
             return self.c_proj(y_TB4C)
-
-
-gelu = partial(F.gelu, approximate="tanh")
 
 
 class Block(nn.Module):

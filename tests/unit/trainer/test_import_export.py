@@ -7,6 +7,7 @@ import pydoc_data.topics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from data_pipeline.tokenizer.tokenizer import Tokenizer, train_bpe
 from tests.helpers.hf_models import SIZE, hf_model, save
 from tests.helpers.ranks import ROOT
 from trainer.checkpoint.files import SavedWeights
-from trainer.checkpoint.find import model_of
+from trainer.checkpoint.find import check_model, model_of
 from trainer.config.hf import ExportHfConfig, ImportHfConfig
-from trainer.config.model import Norm
+from trainer.config.model import Gelu, Norm
 from trainer.export_hf import compare, export_hf, our_logits
+from trainer.hf.settings import hf_refusal
 from trainer.import_hf import import_hf
 from trainer.run.folder import RunFolder
 
@@ -81,6 +83,35 @@ def test_a_model_goes_in_and_out_bit_for_bit_with_its_vocabulary(
     assert first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first), f"seed={seed}"
     assert (tmp_path / "b" / "tokenizer.json").read_bytes() == vocabulary.raw
     assert not list(tmp_path.glob(".*"))
+
+
+def test_gelu_by_the_error_function_goes_in_and_out(tmp_path: Path) -> None:
+    seed = torch.seed()
+    model = hf_model(Norm.pre, activation_function="gelu")
+    imported(save(model, tmp_path / "theirs"), tmp_path / "a")
+    cfg = model_of(tmp_path / "a", RunFolder.state(tmp_path / "a"))
+    tokens = torch.randint(SIZE["vocab_size"], (3, SIZE["n_positions"]))
+    other = hf_model(Norm.pre)
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        exact, tanh = model(tokens).logits, other(tokens).logits
+    assert (exact - tanh).abs().max() > 5e-5 * exact.abs().max(), f"the two forms are as one, seed={seed}"
+    assert_close(logits_of(tmp_path / "a", tokens), exact, f"logits, seed={seed}")
+    with pytest.raises(UserError, match=r"another model: model\.gelu=exact \(here tanh\)"):
+        check_model(tmp_path / "a", cfg, replace(cfg, gelu=Gelu.tanh))
+
+    export_hf(ExportHfConfig(str(tmp_path / "a"), str(tmp_path / "ours")))  # it compares logits
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").config.activation_function == "gelu"
+    assert "OpenAI GPT has GELU's tanh form only" in str(hf_refusal(replace(cfg, norm=Norm.post)))
+
+
+def test_checkpoints_of_before_have_gelus_tanh_form(tmp_path: Path, folder: Path) -> None:
+    imported(folder, tmp_path / "a")
+    state = RunFolder.state(tmp_path / "a")
+    assert state["model"].pop("gelu") == "tanh" and model_of(tmp_path / "a", state).gelu is Gelu.tanh
+    state["model"]["gelu"] = "relu"
+    with pytest.raises(UserError, match="damaged: no model"):
+        model_of(tmp_path / "a", state)
 
 
 def test_an_export_that_is_not_the_checkpoint_is_found(tmp_path: Path, folder: Path) -> None:

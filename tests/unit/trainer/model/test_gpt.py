@@ -13,7 +13,7 @@ from conf.errors import UserError
 from data_pipeline.config import IGNORE
 from data_pipeline.stream import loader
 from tests.helpers.operations import kept_bytes
-from trainer.config.model import ModelConfig, Norm
+from trainer.config.model import Gelu, ModelConfig, Norm
 from trainer.config.parallel import Recompute
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.seeds import seed_dropout, stable_seed
@@ -143,9 +143,10 @@ def test_dropout_is_a_pure_function_of_seed_step_and_micro_step(mesh: Mesh) -> N
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("gelu", Gelu, ids=lambda g: g.value)
 @pytest.mark.parametrize("norm", Norm, ids=lambda n: n.value)
-def test_recompute_changes_no_bit(norm: Norm, dropout: float, mesh: Mesh) -> None:
-    cfg = replace(CFG, norm=norm, dropout=dropout)
+def test_recompute_changes_no_bit(norm: Norm, gelu: Gelu, dropout: float, mesh: Mesh) -> None:
+    cfg = replace(CFG, norm=norm, gelu=gelu, dropout=dropout)
     tokens, labels = batch()
     results = []
     for recompute in Recompute:
