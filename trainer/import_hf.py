@@ -1,7 +1,8 @@
-"""Entry: `python -m trainer.import_hf source=DIR out=CHECKPOINT`: Hugging Face's GPT-2 or OpenAI GPT as a checkpoint.
+"""Entry: `python -m trainer.import_hf source=PATH out=CHECKPOINT`: a GPT of another program as a checkpoint.
 
-The checkpoint holds only weights: a run starts from it (`init_from=`) with a fresh optimizer, `trainer.generate`
-samples from it. The files are checked before they are used; transformers is not needed.
+The source is a folder of Hugging Face's GPT-2 or OpenAI GPT, nanoGPT's ckpt.pt, or llm.c's .bin: by what is there. The
+checkpoint holds only weights: a run starts from it (`init_from=`) with a fresh optimizer, `trainer.generate` samples
+from it. The files are checked before they are used, nothing in them runs, and the other programs are not needed.
 """
 
 from __future__ import annotations
@@ -9,45 +10,96 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from conf.errors import UserError
 from conf.schema import run
+from data_pipeline.files import open_regular
 from data_pipeline.manifest import TOKENIZER
+from data_pipeline.tokenizer.tokenizer import Tokenizer
 from trainer.config.hf import ImportHfConfig
-from trainer.hf.folder import HfFolder, new_folder
+from trainer.config.model import ModelConfig
+from trainer.foreign import llmc, nanogpt
+from trainer.hf.folder import CONFIG, HfFolder, new_folder
 from trainer.model.arithmetic import param_count
 from trainer.run.folder import STATE, WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.config.model import ModelConfig
+SOURCES = f"a folder with Hugging Face's {CONFIG} and model.safetensors, nanoGPT's {nanogpt.FILE}, or llm.c's .bin"
 
-LONG = {"F16": "float16", "BF16": "bfloat16"}
+
+class Source(Protocol):
+    """A model of another program. `notes`: lines for the user, once `weights` are read."""
+
+    kind: str
+    cfg: ModelConfig
+
+    def weights(self) -> dict[str, Tensor]: ...
+
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    def notes(self) -> list[str]: ...
 
 
 def import_hf(cfg: ImportHfConfig) -> None:
-    folder = HfFolder(Path(cfg.source))
-    tokenizer = folder.tokenizer()
     with new_folder(cfg.out) as staging:
-        from trainer.hf.weights import from_hf  # from here on torch
-
-        try:
-            weights = from_hf(folder.tensors(), folder.cfg)
-        except UserError as e:
-            raise UserError(str(e) if str(folder.path) in str(e) else f"source={cfg.source}: {e}") from None
-        write_checkpoint(staging, folder.cfg, weights, tokenizer.raw if tokenizer else None)
-    model = folder.cfg
+        source = open_source(Path(cfg.source))
+        tokenizer = _tokenizer(source, cfg)
+        write_checkpoint(staging, source.cfg, source.weights(), tokenizer.raw if tokenizer else None)
+    model = source.cfg
     print(f"{cfg.out}: {model.name}, {param_count(model):,} parameters, {model.norm.value}-norm, at step 0")
-    for dtype, n in sorted(folder.converted.items()):
-        print(f"  {n} tensors of {LONG[dtype]} are converted to float32")
-    if folder.unused:
-        print(f"  keys of its config.json that are not used: {', '.join(folder.unused)}")
+    print("\n".join(f"  {line}" for line in [f"from {source.kind}, {cfg.source}", *source.notes()]))
     if tokenizer is None:
         print(f"  no {TOKENIZER} in {cfg.source}: generate needs prompt_ids, and a run's vocabulary cannot be checked")
+        print("  if you have its vocabulary, give tokenizer=")
     elif tokenizer.vocab_size < model.vocab_size:
         print(f"  {TOKENIZER} has {tokenizer.vocab_size} tokens, the model has rows for {model.vocab_size}")
+
+
+def open_source(path: Path) -> Source:
+    """The model at a path, of the kind that is there.
+
+    Raises:
+        UserError: none of the kinds, two of them, or a damaged one.
+    """
+    if path.is_dir():
+        checkpoint = path / nanogpt.FILE
+        if not checkpoint.is_file():
+            return HfFolder(path)
+        if (path / CONFIG).is_file():
+            raise UserError(f"source={path} holds {CONFIG} and {nanogpt.FILE}: give source={checkpoint}, or remove it")
+        return nanogpt.NanoGptFile(checkpoint)
+    if not path.exists():
+        raise UserError(f"source={path}: no such file or folder: give {SOURCES}")
+    with open_regular(path, f"give {SOURCES}") as f:
+        start = f.read(4)
+    if start == b"PK\3\4":
+        return nanogpt.NanoGptFile(path)
+    if int.from_bytes(start, "little") == llmc.MAGIC:
+        return llmc.LlmcFile(path)
+    raise UserError(f"source={path}: neither a zip as nanoGPT's nor llm.c's first number: give {SOURCES}")
+
+
+def _tokenizer(source: Source, cfg: ImportHfConfig) -> Tokenizer | None:
+    """The source's own vocabulary, or the one that the user gives.
+
+    Raises:
+        UserError: both, or one with more tokens than the model.
+    """
+    own = source.tokenizer()
+    if cfg.tokenizer is None:
+        return own
+    if own is not None:
+        raise UserError(f"source={cfg.source} holds a {TOKENIZER}: leave tokenizer={cfg.tokenizer} out, or remove it")
+    given, model = Tokenizer.load(cfg.tokenizer), source.cfg
+    if given.vocab_size > model.vocab_size:
+        raise UserError(
+            f"tokenizer={cfg.tokenizer} has {given.vocab_size} tokens, the model of source={cfg.source} has "
+            f"vocab_size={model.vocab_size}: give the model's own vocabulary, or none"
+        )
+    return given
 
 
 def write_checkpoint(folder: Path, cfg: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes | None) -> None:

@@ -1,4 +1,4 @@
-"""Settings of the conversion from and to Hugging Face. Standard library only."""
+"""Settings of the conversion of weights from other programs, and to Hugging Face. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from conf.errors import MISSING
 
 @dataclass
 class ImportHfConfig:
-    """`python -m trainer.import_hf`: a folder of Hugging Face's GPT-2 or OpenAI GPT to a checkpoint."""
+    """`python -m trainer.import_hf`: a GPT of another program to a checkpoint."""
 
-    source: str = MISSING  # holds config.json, model.safetensors (or its parts and their index), perhaps tokenizer.json
+    source: str = MISSING  # a folder of Hugging Face's, nanoGPT's ckpt.pt or the folder that holds it, or llm.c's .bin
     out: str = MISSING  # the checkpoint's folder, which is not there yet
+    tokenizer: str | None = None  # if the source has none: gpt2, a tokenizer.json, or a folder with a vocabulary
 
 
 @dataclass

@@ -30,6 +30,7 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 JSON_BYTES = 16 << 20  # a config or an index; a tokenizer may be four times as big
 HEADER_BYTES = 16 << 20  # of a safetensors file; GPT-2 XL's has 60 KB
 DTYPES = ("F32", "F16", "BF16")
+LONG = {"F16": "float16", "BF16": "bfloat16"}
 
 
 class HfFolder:
@@ -38,6 +39,8 @@ class HfFolder:
     Raises:
         UserError: the folder is missing, its model is not one of ours, or its weights are a pickle.
     """
+
+    kind = "a folder of Hugging Face's"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,14 +63,37 @@ class HfFolder:
             param_count(self.cfg) + self.cfg.vocab_size * self.cfg.n_embd
         )  # the tied head may be there too
 
+    def weights(self) -> dict[str, Tensor]:
+        """Our parameters in fp32.
+
+        Raises:
+            UserError: a damaged file, or weights that are not those of the folder's model.
+        """
+        from trainer.hf.weights import from_hf
+
+        try:
+            return from_hf(self.tensors(), self.cfg)
+        except UserError as e:
+            raise UserError(str(e) if str(self.path) in str(e) else f"source={self.path}: {e}") from None
+
+    def notes(self) -> list[str]:
+        """Lines of what was converted or not used, once the weights are read."""
+        lines = [
+            f"{n} tensors of {LONG[dtype]} are converted to float32" for dtype, n in sorted(self.converted.items())
+        ]
+        return (
+            [*lines, f"keys of its config.json that are not used: {', '.join(self.unused)}"] if self.unused else lines
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         """Every weight in fp32, by its name in the files, without the constants of old files.
 
         Raises:
             UserError: a damaged file, too many numbers, a tensor of another type, or one that is not finite.
         """
-        import torch
         from safetensors import SafetensorError, safe_open
+
+        from trainer.hf.weights import to_fp32
 
         out: dict[str, Tensor] = {}
         for file, named in self.files.items():
@@ -75,12 +101,7 @@ class HfFolder:
             try:
                 with safe_open(self.path / file, framework="pt") as opened:
                     for name in self._wanted(file, opened, named):
-                        x = opened.get_tensor(name).to(torch.float32)
-                        if not bool(torch.isfinite(x).all()):
-                            raise UserError(
-                                f"{self.path / file}: {_short(name)} holds values that are not finite: damaged"
-                            )
-                        out[name] = x
+                        out[name] = to_fp32(opened.get_tensor(name), f"{self.path / file}: {_short(name)}")
             except (SafetensorError, OSError, RuntimeError) as e:  # RuntimeError: it cannot be mapped
                 message = f"{self.path / file}: not a safetensors file ({_short(e)}): download it again"
                 raise of_nature(e, message) from None

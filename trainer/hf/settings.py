@@ -51,35 +51,35 @@ def model_from_hf(config: Mapping[str, Any], name: str) -> tuple[ModelConfig, li
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in NORMS:
-        raise UserError(f"model_type={_show(kind)}: give a model of type {' or '.join(NORMS)}")
-    size = {key: _size(config, key) for key in LIMITS}
+        raise UserError(f"model_type={show(kind)}: give a model of type {' or '.join(NORMS)}")
+    sizes = {key: size(config, key) for key in LIMITS}
     for key, only in {**ONLY[kind], **ONLY_BOTH}.items():
         given = config.get(key, only[0])
         if not any(given == value and type(given) is type(value) for value in only):
-            raise UserError(f"{key}={_show(given)}: our {kind} has {key}={_show(only[0])} only")
-    if config.get("n_ctx", size["n_positions"]) != size["n_positions"]:
-        raise UserError(f"n_ctx={_show(config['n_ctx'])} is not n_positions={size['n_positions']}: make them equal")
-    if config.get("n_inner") not in (None, 4 * size["n_embd"]):
-        raise UserError(f"n_inner={_show(config['n_inner'])}: our MLP is 4 x n_embd={4 * size['n_embd']} wide")
-    real = {key: _real(config, key, default) for key, default in DEFAULTS.items()}
-    if len({real[key] for key in DROPOUTS}) > 1:
-        said = ", ".join(f"{key}={real[key]}" for key in DROPOUTS)
+            raise UserError(f"{key}={show(given)}: our {kind} has {key}={' or '.join(map(show, only))} only")
+    if config.get("n_ctx", sizes["n_positions"]) != sizes["n_positions"]:
+        raise UserError(f"n_ctx={show(config['n_ctx'])} is not n_positions={sizes['n_positions']}: make them equal")
+    if config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
+        raise UserError(f"n_inner={show(config['n_inner'])}: our MLP is 4 x n_embd={4 * sizes['n_embd']} wide")
+    reals = {key: real(config, key, default) for key, default in DEFAULTS.items()}
+    if len({reals[key] for key in DROPOUTS}) > 1:
+        said = ", ".join(f"{key}={reals[key]}" for key in DROPOUTS)
         raise UserError(
             f"{said}: our model has one dropout: write one value into all three, such as 0 if you do not train it"
         )
     known = {*LIMITS, *DEFAULTS, *ONLY[kind], *ONLY_BOTH, *UNUSED, "n_ctx", "n_inner"}
     cfg = ModelConfig(
         name=name,
-        n_layer=size["n_layer"],
-        n_head=size["n_head"],
-        n_embd=size["n_embd"],
-        n_ctx=size["n_positions"],
-        vocab_size=size["vocab_size"],
+        n_layer=sizes["n_layer"],
+        n_head=sizes["n_head"],
+        n_embd=sizes["n_embd"],
+        n_ctx=sizes["n_positions"],
+        vocab_size=sizes["vocab_size"],
         norm=NORMS[kind],
         gelu=Gelu.exact if config.get("activation_function") == "gelu" and kind == "gpt2" else Gelu.tanh,
-        dropout=real["embd_pdrop"],
-        init_std=real["initializer_range"],
-        layer_norm_eps=real["layer_norm_epsilon"],
+        dropout=reals["embd_pdrop"],
+        init_std=reals["initializer_range"],
+        layer_norm_eps=reals["layer_norm_epsilon"],
     )
     return cfg, sorted(set(config) - known)
 
@@ -98,21 +98,23 @@ def hf_refusal(cfg: ModelConfig) -> str | None:
     )
 
 
-def _size(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or not 1 <= value <= LIMITS[key]:
-        raise UserError(f"{key}={_show(value)}: give a whole number from 1 to {LIMITS[key]:,}")
+def size(config: Mapping[str, Any], key: str, limit: int | None = None) -> int:
+    """The whole number of a key, from 1 to `limit` or to the key's own of LIMITS."""
+    value, limit = config.get(key), limit or LIMITS[key]
+    if type(value) is not int or not 1 <= value <= limit:
+        raise UserError(f"{key}={show(value)}: give a whole number from 1 to {limit:,}")
     return value
 
 
-def _real(config: Mapping[str, Any], key: str, default: float) -> float:
+def real(config: Mapping[str, Any], key: str, default: float) -> float:
+    """The number of a key, from 0 to 1."""
     value = config.get(key, default)
     if type(value) not in (int, float) or not 0 <= value <= 1:
-        raise UserError(f"{key}={_show(value)}: give a number from 0 to 1")
+        raise UserError(f"{key}={show(value)}: give a number from 0 to 1")
     return float(value)
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """A value as in JSON, cut to 60 characters."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else " ".join(str(value).split())
     return text if len(text) <= 60 else text[:57] + "..."

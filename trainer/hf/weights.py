@@ -41,23 +41,31 @@ def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     """
     theirs = {name.removeprefix(PREFIX): x for name, x in state.items() if not name.endswith(MASKS)}
     head = theirs.pop(HEAD, None)
-    out = {}
-    for name, spec in specs(cfg, tp=1).items():
-        key = _hf_name(name, cfg).removeprefix(PREFIX)
-        if key not in theirs:
-            raise UserError(f"the Hugging Face state has no {key}, which model={cfg.name} needs")
-        x = theirs.pop(key)
-        if x.shape != (spec.shape[::-1] if _is_linear(name) else spec.shape):
-            raise UserError(f"{key} is {list(x.shape)} in the Hugging Face state: not of model={cfg.name}")
-        out[name] = _from_hf(name, x, cfg).contiguous()
-    if theirs:
-        more = f" and {len(theirs) - 3} more" if len(theirs) > 3 else ""
-        raise UserError(
-            f"the Hugging Face state has {', '.join(sorted(theirs)[:3])}{more}, which model={cfg.name} does not have"
-        )
+    out = _ours(theirs, cfg, "the Hugging Face state", inputs_first=True)
     if head is not None and not torch.equal(head, out["wte.weight"]):
         raise UserError(f"{HEAD} is not the token embedding in the Hugging Face state: model={cfg.name} ties the two")
     return out
+
+
+def from_linears(state: Mapping[str, Tensor], cfg: ModelConfig, origin: str) -> dict[str, Tensor]:
+    """Our parameters from those of a model of torch's linears, [out, in], under Hugging Face's names without prefix.
+
+    Raises:
+        UserError: a parameter that is missing, of another shape, or unknown in `origin`.
+    """
+    return _ours(dict(state), cfg, origin, inputs_first=False)
+
+
+def to_fp32(x: Tensor, what: str) -> Tensor:
+    """`x` in fp32.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    x = x.to(torch.float32)
+    if not bool(torch.isfinite(x).all()):
+        raise UserError(f"{what} holds values that are not finite: damaged")
+    return x
 
 
 def hf_config(cfg: ModelConfig, eot_id: int | None = None) -> dict[str, Any]:
@@ -88,6 +96,26 @@ def hf_config(cfg: ModelConfig, eot_id: int | None = None) -> dict[str, Any]:
     }
 
 
+def _ours(theirs: dict[str, Tensor], cfg: ModelConfig, origin: str, inputs_first: bool) -> dict[str, Tensor]:
+    out = {}
+    for name, spec in specs(cfg, tp=1).items():
+        key = _hf_name(name, cfg).removeprefix(PREFIX)
+        if key not in theirs:
+            raise UserError(f"{origin} has no {key}, which model={cfg.name} needs")
+        x = theirs.pop(key)
+        transposed = inputs_first and _is_linear(name)
+        if x.shape != (spec.shape[::-1] if transposed else spec.shape):
+            raise UserError(f"{key} is {list(x.shape)} in {origin}: not of model={cfg.name}")
+        x = x.t() if transposed else x
+        if "c_attn" in name:
+            x = x.unflatten(0, (3, cfg.n_head, cfg.head_dim)).transpose(0, 1).flatten(0, 2)
+        out[name] = x.contiguous()
+    if theirs:
+        more = f" and {len(theirs) - 3} more" if len(theirs) > 3 else ""
+        raise UserError(f"{origin} has {', '.join(sorted(theirs)[:3])}{more}, which model={cfg.name} does not have")
+    return out
+
+
 def _hf_name(name: str, cfg: ModelConfig) -> str:
     return PREFIX + (POST_NORM_NAMES.get(name, name) if cfg.norm is Norm.post else name)
 
@@ -100,8 +128,3 @@ def _to_hf(name: str, x: Tensor, cfg: ModelConfig) -> Tensor:
     if "c_attn" in name:
         x = x.unflatten(0, (cfg.n_head, 3, cfg.head_dim)).transpose(0, 1).flatten(0, 2)
     return x.t() if _is_linear(name) else x
-
-
-def _from_hf(name: str, x: Tensor, cfg: ModelConfig) -> Tensor:
-    x = x.t() if _is_linear(name) else x
-    return x.unflatten(0, (3, cfg.n_head, cfg.head_dim)).transpose(0, 1).flatten(0, 2) if "c_attn" in name else x
