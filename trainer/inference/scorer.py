@@ -3,7 +3,8 @@
 Serves evaluation (log-likelihood of pairs, rolling perplexity), roll-outs (log-probabilities under a reference) and
 chat. No logits of a whole batch are held, and no rank holds logits of the whole vocabulary.
 
-Legend: B batch (rows), T time, N scored tokens of a batch, n of a chunk, C n_embd, V vocabulary on this rank.
+Legend: B batch (rows), T time, N scored tokens, n places in rows that they come after (fewer where requests share
+them), C n_embd, R tp ranks, V vocabulary on this rank.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from conf.errors import UserError
 from trainer.config.model import ModelConfig
 from trainer.inference.lockstep import run_in_lockstep
+from trainer.inference.packing import Request, Row, batches, rows
 from trainer.inference.sampler import BATCH, check_ids
 from trainer.model.gpt import GPT
 
@@ -42,6 +44,9 @@ def score(
 ) -> list[Scores]:
     """Scores of each (context, continuation); a pair's scores do not depend on the others.
 
+    A context that several pairs have, such as a question's choices, is computed once (`packing.rows`), so give one rank
+    all of them. The order of `pairs` changes no bit, `batch_size` and tp what fp32 rounds. A forward takes at most
+    `batch_size` x n_ctx tokens.
     `on_batch` takes a batch's scores as soon as they are there, for a journal or a bar of progress: each pair is in one
     of its calls. An exception that it raises ends the scoring. Collective as `sampler.sample` is.
 
@@ -50,16 +55,20 @@ def score(
     """
     out = [NO_SCORES] * len(pairs)
 
+    def put(batch: list[tuple[int, Scores]]) -> None:
+        for index, scores in batch:
+            out[index] = scores
+        if on_batch is not None and batch:
+            on_batch(batch)
+
     def forwards() -> Iterator[None]:
-        jobs = [_job(i, context, continuation, model.cfg) for i, (context, continuation) in enumerate(pairs)]
-        longest_first = sorted((job for job in jobs if job.n > 0), key=lambda job: -len(job.ids))
-        if on_batch is not None and len(longest_first) < len(jobs):
-            on_batch([(job.index, NO_SCORES) for job in jobs if job.n == 0])
-        for start in range(0, len(longest_first), batch_size):
-            batch = longest_first[start : start + batch_size]
-            yield from _score(model, batch, out)
-            if on_batch is not None:
-                on_batch([(job.index, out[job.index]) for job in batch])
+        requests = [_request(i, context, continuation, model.cfg) for i, (context, continuation) in enumerate(pairs)]
+        put([(r.index, NO_SCORES) for r in requests if not r.continuation])
+        n_ctx = model.cfg.n_ctx
+        packed = rows((r for r in requests if r.continuation), model.cfg.n_embd, widest=min(2, batch_size) * n_ctx)
+        for batch in batches(packed, batch_size, n_ctx):
+            yield
+            put(_score(model, batch))
 
     run_in_lockstep(model, forwards())
     return out
@@ -93,61 +102,69 @@ def windows(ids: list[int], n_ctx: int, context: int = 1) -> list[Pair]:
     return pairs
 
 
-@dataclass(frozen=True)
-class _Job:
-    index: int
-    ids: list[int]
-    n: int  # the last n ids are scored
-    cut: int
-
-
-def _job(index: int, context: list[int], continuation: list[int], cfg: ModelConfig) -> _Job:
+def _request(index: int, context: list[int], continuation: list[int], cfg: ModelConfig) -> Request:
     if not context or len(continuation) > cfg.n_ctx:
         raise UserError(
             f"pair {index} has a context of {len(context)} tokens and a continuation of {len(continuation)}: "
             f"give at least 1, and at most n_ctx={cfg.n_ctx}"
         )
-    ids = context + continuation
-    check_ids(f"pair {index}", ids, cfg.vocab_size)
-    return _Job(index, ids[-(cfg.n_ctx + 1) :], len(continuation), max(0, len(ids) - cfg.n_ctx - 1))
+    check_ids(f"pair {index}", context + continuation, cfg.vocab_size)
+    cut = max(0, len(context) + len(continuation) - cfg.n_ctx - 1)
+    return Request(index, context[cut:], continuation, cut)
 
 
-def _score(model: GPT, jobs: list[_Job], out: list[Scores]) -> Iterator[None]:
-    """Scores the jobs in one batch and puts the results into `out`; yields before its forward."""
+def _score(model: GPT, batch: list[Row]) -> list[tuple[int, Scores]]:
+    """The index and scores of each request, from one forward."""
     device = model.mesh.device
-    width = len(jobs[0].ids) - 1  # the longest is first; the last id is a target only
-    tokens_BT = torch.tensor([job.ids[:-1] + [0] * (width - len(job.ids) + 1) for job in jobs], device=device)
-    labels_N = torch.tensor([token for job in jobs for token in job.ids[-job.n :]], device=device)
-    row_N = torch.tensor([r for r, job in enumerate(jobs) for _ in range(job.n)], device=device)
-    position_N = torch.cat([torch.arange(len(job.ids) - 1 - job.n, len(job.ids) - 1) for job in jobs]).to(device)
-    yield
-    x_NC = model.hidden(tokens_BT)[position_N, row_N]
-    scores_N2 = model.wte(
-        x_NC, head=True, reduce=lambda logits_nV, first: _log_p_and_greedy(model, logits_nV, labels_N[first:])
-    )
-    for job, scores_n2 in zip(jobs, scores_N2.cpu().split([job.n for job in jobs]), strict=True):
-        out[job.index] = Scores(scores_n2[:, 0].float(), scores_n2[:, 1].bool(), job.cut)
+    tokens, segments, positions, columns = zip(*(row.lay_out() for row in batch), strict=True)
+    segment_ids_BT = positions_BT = None
+    if not all(row.is_plain for row in batch):
+        segment_ids_BT, positions_BT = _padded(segments, -1).to(device), _padded(positions, 0).to(device)
+    x_TBC = model.hidden(_padded(tokens, 0).to(device), None, segment_ids_BT, positions_BT)
+    requests = [r for row in batch for r in row.requests]
+    labels = torch.tensor([token for r in requests for token in r.continuation])
+    places = torch.tensor([t * len(batch) + b for b, own in enumerate(columns) for ts in own for t in ts])
+    place_n, row_N = places.unique(return_inverse=True)  # what requests share meets the head once
+    row_N, order_N = row_N.sort(stable=True)
+    label_N = labels[order_N].to(device)
+
+    def reduce(logits_nV: Tensor, first: int) -> Tensor:
+        chunk = slice(*torch.searchsorted(row_N, torch.tensor([first, first + len(logits_nV)])).tolist())
+        return _log_p_and_greedy(model, logits_nV, (row_N[chunk] - first).to(device), label_N[chunk])
+
+    scores_N2 = model.wte(x_TBC.flatten(0, 1)[place_n.to(device)], head=True, reduce=reduce).cpu()
+    scores_N2 = scores_N2[order_N.argsort()]
+    parts = scores_N2.split([len(r.continuation) for r in requests])
+    return [(r.index, Scores(x[:, 0].float(), x[:, 1].bool(), r.cut)) for r, x in zip(requests, parts, strict=True)]
 
 
-def _log_p_and_greedy(model: GPT, logits_nV: Tensor, labels: Tensor) -> Tensor:
-    """[n, 2] fp64: the log-probability of each of the first n labels, and 1 if it is the likeliest token. Collective
-    over the tp ranks, each of which holds its part of the vocabulary."""
+def _padded(rows: Sequence[list[int]], padding: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [padding] * (width - len(row)) for row in rows])
+
+
+def _log_p_and_greedy(model: GPT, logits_nV: Tensor, row_N: Tensor, label_N: Tensor) -> Tensor:
+    """[N, 2] fp64: the log-probability of each label after its row of logits, and 1 if it is the likeliest token.
+
+    Collective over the tp ranks, each of which holds its part of the vocabulary.
+    """
     mesh = model.mesh
-    labels_n = labels[: len(logits_nV)]
     x_nV = logits_nV.float()
     top_n, id_n = x_nV.max(-1)
     shift_n = top_n.clamp(min=torch.finfo(x_nV.dtype).min)  # -inf on a rank that holds nothing but padding
     log_sum_n = (x_nV - shift_n[:, None]).exp_().sum(-1).log()
     first_id = mesh.tp_rank * x_nV.shape[-1]
-    local_n = labels_n - first_id
-    is_own_n = (local_n >= 0) & (local_n < x_nV.shape[-1])
-    label_n = x_nV.gather(-1, local_n.where(is_own_n, 0)[:, None]).squeeze(-1).where(is_own_n, -torch.inf)
-    stats_4n = torch.stack([x.double() for x in (top_n, log_sum_n, label_n, id_n + first_id)])
-    parts = [torch.empty_like(stats_4n) for _ in range(mesh.tp)]
+    local_N = label_N - first_id
+    is_own_N = (local_N >= 0) & (local_N < x_nV.shape[-1])
+    label_logit_N = x_nV[row_N, local_N.where(is_own_N, 0)].where(is_own_N, -torch.inf)
+    stats_4N = torch.stack(
+        [x.double() for x in (top_n[row_N], log_sum_n[row_N], label_logit_N, id_n[row_N] + first_id)]
+    )
+    parts = [torch.empty_like(stats_4N) for _ in range(mesh.tp)]
     if mesh.tp > 1:
-        dist.all_gather(parts, stats_4n, group=mesh.tp_group)
-    top_Rn, log_sum_Rn, label_Rn, id_Rn = torch.stack(parts if mesh.tp > 1 else [stats_4n], 1)
-    best_n, rank_n = top_Rn.max(0)
-    log_p_n = (label_Rn.amax(0) - best_n) - (log_sum_Rn + top_Rn - best_n).logsumexp(0)
-    greedy_n = id_Rn.gather(0, rank_n[None])[0] == labels_n
-    return torch.stack([log_p_n, greedy_n.double()], -1)
+        dist.all_gather(parts, stats_4N, group=mesh.tp_group)
+    top_RN, log_sum_RN, label_logit_RN, id_RN = torch.stack(parts if mesh.tp > 1 else [stats_4N], 1)
+    best_N, rank_N = top_RN.max(0)
+    log_p_N = (label_logit_RN.amax(0) - best_N) - (log_sum_RN + top_RN - best_N).logsumexp(0)
+    greedy_N = id_RN.gather(0, rank_N[None])[0] == label_N
+    return torch.stack([log_p_N, greedy_N.double()], -1)

@@ -44,7 +44,7 @@ def layer_masks(
 ) -> dict[str, Mask]:
     """The mask for each letter of a model's attention; built once a forward.
 
-    `positions_BT`: of the queries, where the rows of a cache have different lengths.
+    `positions_BT`: of the queries, where the rows of a cache have different lengths, or of branches (`attention_bias`).
     `any_length`: texts have any length, as in generation: compiling a kernel for each would cost more than it saves.
     `dropout`: the dropout of attention's weights. FlexAttention has no dropout, so with it a sparse pattern is computed
     as dense attention with a bias, on a GPU too: correct, but no faster than dense and with [T, T] in memory.
@@ -52,7 +52,7 @@ def layer_masks(
     out: dict[str, Mask] = {}
     for kind, pattern in patterns(cfg, S).items():
         sparse = pattern != DENSE or segment_ids_BT is not None
-        if sparse and not any_length and flex.takes(like.device, T, S, cfg.head_dim, dropout):
+        if sparse and not any_length and positions_BT is None and flex.takes(like.device, T, S, cfg.head_dim, dropout):
             out[kind] = flex.block_mask(pattern, T, like.device, segment_ids_BT)
         else:
             out[kind] = attention_bias(T, S, like, segment_ids_BT, pattern, positions_BT)

@@ -105,22 +105,32 @@ class GPT(nn.Module):
             self.sequence_parallel = split
             split_sequence(self, split)
 
-    def hidden(self, tokens_BT: Tensor, cache: Cache | None = None, segment_ids_BT: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        cache: Cache | None = None,
+        segment_ids_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states x_TBC after the last block and norm: the head's input.
 
-        With `cache` the tokens continue what each row of it holds, and it grows by them.
+        With `cache` the tokens continue what each row of it holds, and it grows by them. With `segment_ids_BT` each
+        segment of a row is computed as if it stood alone, with `positions_BT` too as if it stood after segment 0, at
+        these positions (all below n_ctx); such a row may be longer than n_ctx.
         """
         if cache is not None and segment_ids_BT is not None:
             raise ValueError("a cache continues one text a row: it takes no segment_ids_BT")
         T = tokens_BT.shape[1]
         S = T + (cache.longest if cache is not None else 0)
-        if self.cfg.n_ctx < S:
+        if self.cfg.n_ctx < S and positions_BT is None:
             raise UserError(f"{S} tokens are more than model.n_ctx={self.cfg.n_ctx}: give fewer")
+        masked_BT = positions_BT  # where attention does not see what follows from a token's place in the row
         if cache is not None:
             positions_BT = cache.positions(T, tokens_BT.device)
+            masked_BT = positions_BT if len(positions_BT) > 1 else None
         elif segment_ids_BT is None:
             positions_BT = torch.arange(T, device=tokens_BT.device)[None]
-        else:
+        elif positions_BT is None:
             positions_BT = segment_positions(segment_ids_BT)
         positions_TB = self._part(
             positions_BT.t()
@@ -132,7 +142,7 @@ class GPT(nn.Module):
             S,
             x_TBC,
             segment_ids_BT,
-            positions_BT if cache is not None and len(positions_BT) > 1 else None,
+            masked_BT,
             dropout=self.cfg.dropout if self.training else 0.0,
             any_length=self.inference or cache is not None,
         )

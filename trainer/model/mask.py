@@ -33,22 +33,26 @@ def attention_bias(
     """The bias on attention's scores: 0 where a token sees another, else -inf; built once for a pattern's layers.
 
     A token looks at what `pattern` says, with `segment_ids_BT` at its own segment only, where the pattern starts again
-    (then T = S). The queries are the last T of the S positions, or with `positions_BT` those of each row.
+    (then T = S). The queries are the last T of the S positions, or with `positions_BT` those of each row. With both,
+    segments are branches: a token looks at segment 0 too, which its own goes on from at the positions given.
     [T, S], with segments [B, 1, T, T], with positions [B, 1, T, S], in the dtype and on the device of `like`:
     attention would make the same of a bool mask, but in each layer again, and keep each for its backward. None where
     attention needs no bias: causal attention over a square says it all, and a last token sees everything.
     """
-    if positions_BT is not None:
+    if segment_ids_BT is not None:
+        place_BT = segment_positions(segment_ids_BT) if positions_BT is None else positions_BT
+        sees = pattern.sees(place_BT[:, None, :, None], place_BT[:, None, None, :])
+        in_reach = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
+        if positions_BT is not None:
+            in_reach |= segment_ids_BT[:, None, None, :] == 0
+        sees = sees & in_reach
+    elif positions_BT is not None:
         sees = pattern.sees(positions_BT[:, None, :, None], torch.arange(S, device=like.device))
-    elif segment_ids_BT is None:
+    else:
         if pattern == DENSE and T in (1, S):
             return None
         positions = torch.arange(S, device=like.device)
         sees = pattern.sees(positions[S - T :, None], positions)
-    else:
-        place_BT = segment_positions(segment_ids_BT)
-        sees = pattern.sees(place_BT[:, None, :, None], place_BT[:, None, None, :])
-        sees = sees & (segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :])
     return torch.zeros(sees.shape, dtype=like.dtype, device=like.device).masked_fill_(~sees, -torch.inf)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trainer.model.arithmetic import LOSS_CHUNK_BYTES, padded_vocab_size
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
-Reduce = Callable[[Tensor, int], Tensor]  # (logits of some rows, the first row) -> a result for each row
+Reduce = Callable[[Tensor, int], Tensor]  # (logits of some rows, the first row) -> results
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

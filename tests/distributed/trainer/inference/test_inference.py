@@ -46,6 +46,7 @@ def test_texts_beyond_n_ctx_equal_transformers_windows(case: str, ranks: list[di
 
 @pytest.mark.parametrize("case", CASES)
 def test_scores_equal_transformers(case: str, ranks: list[dict[str, Any]]) -> None:
+    """Of prompts with their texts, and of four choices that share a prompt."""
     assert all(rank[case]["score_error"] <= 1e-5 and rank[case]["greedy_equal"] for rank in ranks)
 
 
@@ -83,6 +84,8 @@ def measure(seed: int) -> dict[str, Any]:
         expected = list(
             zip(prompts, texts, [log_p(hf, *pair) for pair in zip(prompts, texts, strict=True)], strict=True)
         )
+        pairs = [(prompts[i], text[:n]) for i in (9, 20, 30) for n, text in zip((12, 7, 3, 1), texts, strict=False)]
+        choices = [(*pair, log_p(hf, *pair)) for pair in pairs]
         long = random_texts([60, 64, 70], CFG.vocab_size, seed)
         beyond = [(prompt, last_window(hf, prompt, n)) for prompt, n in zip(long, [8, 5, 3], strict=True)]
         out["drawn on one rank"] = sample(one, prompts, Sampling(), max_new_tokens=NEW)
@@ -92,7 +95,8 @@ def measure(seed: int) -> dict[str, Any]:
         engine = run.build(config, mesh, seed)
         split = ("zero3", [expected[:22], expected[22:]], [beyond[:1], beyond[1:]])
         for case, parts, longer in (split, (CASES[-1], [expected, []], [beyond, []])):
-            out[case] = compare(engine.module, parts[mesh.dp_rank], eot, longer[mesh.dp_rank])
+            own = choices if parts[mesh.dp_rank] else []
+            out[case] = compare(engine.module, parts[mesh.dp_rank], own, eot, longer[mesh.dp_rank])
         with pytest.raises(UserError) as refused:
             sample(engine.module, [[1] * (1 + 64 * mesh.dp_rank)], Sampling(), max_new_tokens=NEW)
         out["refused"] = str(refused.value)
@@ -101,7 +105,7 @@ def measure(seed: int) -> dict[str, Any]:
         for case, parallel in (("tp2", False), ("tp2 sequence parallel", True)):
             model = GPT(CFG, mesh, sequence_parallel=parallel)
             initialise(model, CFG, seed)
-            out[case] = compare(model, expected, eot, beyond)
+            out[case] = compare(model, expected, choices, eot, beyond)
             out[case]["drawn"] = sample(model, prompts, Sampling(), max_new_tokens=NEW)
     return out
 
@@ -123,12 +127,15 @@ def last_window(hf: GPT2LMHeadModel, prompt: list[int], n: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def compare(model: Any, expected: list[Any], eot: int, longer: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
+def compare(
+    model: Any, expected: list[Any], choices: list[Any], eot: int, longer: list[tuple[list[int], list[int]]]
+) -> dict[str, Any]:
     prompts = [prompt for prompt, *_ in expected]
     texts = sample(model, prompts, Sampling(0.0), max_new_tokens=NEW, eot=eot, batch_size=8)
-    pairs: list[Pair] = [(prompt, text) for prompt, text, _ in expected]
+    pairs: list[Pair] = [(prompt, text) for prompt, text, _ in [*expected, *choices]]
     scores: list[Scores] = score(model, pairs, batch_size=8)
-    errors = [(got.log_p - log_p).abs().max().item() for got, (*_, (log_p, _)) in zip(scores, expected, strict=True)]
+    results = [result for *_, result in [*expected, *choices]]
+    errors = [(got.log_p - log_p).abs().max().item() for got, (log_p, _) in zip(scores, results, strict=True)]
     limits = [len(text) for _, text in longer]
     return {
         "beyond": sample(model, [prompt for prompt, _ in longer], Sampling(0.0), max_new_tokens=limits, slide=1),
@@ -136,5 +143,5 @@ def compare(model: Any, expected: list[Any], eot: int, longer: list[tuple[list[i
         "texts": texts,
         "expected": [text for _, text, _ in expected],
         "score_error": max(errors, default=0.0),
-        "greedy_equal": all(torch.equal(s.greedy, e[2][1]) for s, e in zip(scores, expected, strict=True)),
+        "greedy_equal": all(torch.equal(s.greedy, is_best) for s, (_, is_best) in zip(scores, results, strict=True)),
     }

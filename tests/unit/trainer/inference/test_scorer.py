@@ -16,6 +16,8 @@ from trainer.distributed.mesh import Mesh
 from trainer.inference.sampler import Sampling, sample
 from trainer.inference.scorer import Pair, Scores, score, score_texts, windows
 from trainer.model import plain_linear
+from trainer.model.gpt import GPT
+from trainer.model.init import initialise
 
 SPLITS = [(1, 5), (30, 1), (64, 1), (1, 64), (12, 20), (2, 2), (40, 24), (7, 0)]  # context, continuation; n_ctx is 64
 
@@ -59,6 +61,75 @@ def test_a_pairs_scores_do_not_depend_on_the_batch_or_the_chunk(mesh: Mesh, monk
         for a, b in zip(score(model, pairs, batch_size=batch_size), whole, strict=True):
             assert torch.equal(a.greedy, b.greedy)
             assert (a.log_p - b.log_p).abs().max() <= 1e-5 if len(a.log_p) else len(b.log_p) == 0
+
+
+SMALL = ModelConfig(name="t", n_layer=4, n_head=4, n_embd=32, n_ctx=40, vocab_size=150, init_std=0.3)
+MODELS = {
+    "GPT-2": SMALL,
+    "GPT-1": replace(SMALL, norm=Norm.post),
+    "dropout": replace(SMALL, dropout=0.3),
+    "banded": replace(SMALL, attention="DB", band=6),
+    "sparse": replace(SMALL, attention="DBSF", band=5, stride=4, summary=2),
+}
+
+
+def choices_of(seed: int) -> list[Pair]:
+    """Contexts of several continuations: of one token, equal, the beginnings of others, and some that cut theirs."""
+    lengths = [20, 15, 8, 33, 12, 1, 9, 4, 12, 12, 3, 1, 1, 12]
+    a, b, c, long, *own = random_texts(lengths, SMALL.vocab_size, seed)
+    pairs = [(a, own[0]), (a, own[0][:7] + own[2]), (a, own[1]), (b, own[3]), (a, own[2])]
+    pairs += [(b, own[0]), (b, own[0][:5]), (b, own[0][:5]), (b, own[0]), (b, own[4])]
+    pairs += [(c, text) for text in (own[6], own[7], own[8])]
+    return pairs + [
+        (long, text) for text in (own[0], own[2], own[4], own[5], own[6], own[9])
+    ]  # 12 tokens cut 4, 9 cut 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_choices_equal_forwards_of_one_pair_alone(name: str, mesh: Mesh) -> None:
+    seed = seeded()
+    model, pairs = GPT(MODELS[name], mesh), choices_of(seed)
+    initialise(model, MODELS[name], seed)
+    for batch_size in (1, 3, 16):
+        scores = score(model, pairs, batch_size=batch_size)
+        with model.for_inference():
+            for (context, continuation), got in zip(pairs, scores, strict=True):
+                ids = (context + continuation)[-(SMALL.n_ctx + 1) :]
+                all_BTV = model.logits(torch.tensor([ids[:-1]]))[:, -len(continuation) :].log_softmax(-1)
+                expected = all_BTV[0].gather(-1, torch.tensor(continuation)[:, None])[:, 0]
+                assert (got.log_p - expected).abs().max() <= 1e-6 * all_BTV.abs().max()
+                assert torch.equal(got.greedy, all_BTV[0].argmax(-1) == torch.tensor(continuation))
+                assert got.cut == max(0, len(context) + len(continuation) - SMALL.n_ctx - 1)
+    assert [s.cut for s in scores].count(4) == 4 and [s.cut for s in scores].count(1) == 1
+
+
+def test_scores_have_the_same_bits_in_any_order(mesh: Mesh) -> None:
+    seed = seeded()
+    model, pairs = GPT(SMALL, mesh), choices_of(seed)
+    initialise(model, SMALL, seed)
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    straight = score(model, pairs, batch_size=3)
+    for i, got in zip(order, score(model, [pairs[i] for i in order], batch_size=3), strict=True):
+        assert torch.equal(got.log_p, straight[i].log_p) and torch.equal(got.greedy, straight[i].greedy)
+
+
+def test_a_context_that_choices_share_is_computed_once(mesh: Mesh) -> None:
+    """With what their continuations have in common; the head sees each place once that is scored."""
+    seed = seeded()
+    model, tokens, places = ours(CFG, seed, mesh), [], []
+    model.h[0].register_forward_pre_hook(lambda _, given: tokens.append(given[0].shape[:2].numel()))
+    model.wte.register_forward_pre_hook(
+        lambda _, given, how: places.append(len(given[0])) if how else None, with_kwargs=True
+    )
+    context, other, a, b = random_texts([40, 30, 9, 8], CFG.vocab_size, seed)
+    score(model, [(context, a), (other, a), (context, b)])
+    assert (tokens, places) == ([40 + 8 + 7, 30 + 8], [1 + 8 + 7, 9])
+    tokens.clear(), places.clear()
+    score(model, [(context, a[:6] + b[:3]), (context, a)])
+    assert (tokens, places) == ([46 + 2 + 2], [7 + 2 + 2])
+    tokens.clear(), places.clear()
+    score(model, [(context, [1]), (context, [2]), (context, [3]), (context, [2])])
+    assert (tokens, places) == ([40], [1])
 
 
 def test_no_tensor_of_logits_is_larger_than_a_chunk(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
