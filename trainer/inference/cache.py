@@ -53,6 +53,20 @@ class KVCache:
         self.lengths = [n + T for n in self.lengths or [0] * rows]
 
     def keep(self, rows: list[int]) -> None:
-        """Forget all rows but these."""
+        """Make these the rows, each as often as it is named, and forget all others."""
+        if rows == list(range(len(self.lengths))):
+            return
+        for layer, held in self._layers.items():
+            k_BHSD, v_BHSD = (_rows(x_BHSD, rows, self.longest) for x_BHSD in held)
+            self._layers[layer] = k_BHSD, v_BHSD
         self.lengths = [self.lengths[r] for r in rows]
-        self._layers = {layer: (k_BHSD[rows], v_BHSD[rows]) for layer, (k_BHSD, v_BHSD) in self._layers.items()}
+
+
+def _rows(x_BHSD: Tensor, rows: list[int], S: int) -> Tensor:
+    """Its rows, of which the first S slots hold something: in the same memory, unless that has too few rows."""
+    taken_BHSD = x_BHSD[rows, :, :S]
+    out_BHSD = x_BHSD[: len(rows)]
+    if len(out_BHSD) < len(rows):
+        out_BHSD = x_BHSD.new_zeros(len(rows), *x_BHSD.shape[1:])
+    out_BHSD[:, :, :S] = taken_BHSD
+    return out_BHSD

@@ -130,6 +130,13 @@ def check_ids(name: str, ids: list[int], vocab_size: int) -> None:
         raise UserError(f"{name} holds token id {bad}: the model's ids go from 0 to {vocab_size - 1}")
 
 
+def check_prompt(index: int, prompt: list[int], cfg: ModelConfig, *, any_length: bool = False) -> None:
+    """UserError about a prompt that is empty, longer than n_ctx without `any_length`, or no text of the vocabulary."""
+    check_ids(f"prompt {index}", prompt, cfg.vocab_size)
+    if not prompt or (not any_length and len(prompt) > cfg.n_ctx):
+        raise UserError(f"prompt {index} has {len(prompt)} tokens: give 1 to n_ctx={cfg.n_ctx}")
+
+
 def window_start(tokens: int, n_ctx: int, slide: int) -> int:
     """The first token that the one after `tokens` is drawn from: the fewest slides that leave at most n_ctx."""
     return -(-max(0, tokens - n_ctx) // slide) * slide
@@ -153,9 +160,7 @@ class _Text:
 
 
 def _text(index: int, prompt: list[int], limit: int, seed: int, cfg: ModelConfig, slide: int | None) -> _Text:
-    check_ids(f"prompt {index}", prompt, cfg.vocab_size)
-    if not prompt or (slide is None and len(prompt) > cfg.n_ctx):
-        raise UserError(f"prompt {index} has {len(prompt)} tokens: give 1 to n_ctx={cfg.n_ctx}")
+    check_prompt(index, prompt, cfg, any_length=slide is not None)
     if slide is None:
         limit = min(limit, cfg.n_ctx - len(prompt))
     generator = torch.Generator().manual_seed(seed)
@@ -175,7 +180,7 @@ def _continue(model: GPT, texts: list[_Text], sampling: Sampling, eot: int | Non
         # a row that has ended, or waits for a slide, stays where it is
         cache.lengths = [min(len(t.window) - t.ended, n_ctx - 1) for t in texts]
         u_B = torch.stack([t.draws[len(t.new)] for t in texts]).to(device)
-        for t, token in zip(texts, _same_on_tp(sampling(logits_BV, u_B), model.mesh).tolist(), strict=True):
+        for t, token in zip(texts, same_on_tp(sampling(logits_BV, u_B), model.mesh).tolist(), strict=True):
             if not t.ended and len(t.window) <= n_ctx:
                 t.new.append(token)
                 t.window.append(token)
@@ -189,8 +194,8 @@ def _continue(model: GPT, texts: list[_Text], sampling: Sampling, eot: int | Non
         last_B = torch.zeros(len(texts), dtype=torch.long, device=device)
 
 
-def _same_on_tp(ids_B: Tensor, mesh: Mesh) -> Tensor:
-    """The draws of tp rank 0: sums on a GPU may round differently on each, and texts must not part."""
+def same_on_tp(x: Tensor, mesh: Mesh) -> Tensor:
+    """The result of tp rank 0: sums on a GPU may round differently on each, and texts must not part."""
     if mesh.tp > 1:
-        dist.broadcast(ids_B, mesh.world.rank - mesh.tp_rank, group=mesh.tp_group)
-    return ids_B
+        dist.broadcast(x, mesh.world.rank - mesh.tp_rank, group=mesh.tp_group)
+    return x
