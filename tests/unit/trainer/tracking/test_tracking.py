@@ -237,7 +237,7 @@ def test_a_tracking_that_cannot_be_is_one_line(override: str, line: str) -> None
 def test_a_model_that_no_registry_can_hold_is_refused(tmp_path: Path) -> None:
     """Before training."""
     cfg = config(tmp_path, "model.attention=DB", "model.band=4", "tracking.register=mine")
-    with pytest.raises(UserError, match=r"tracking.register=mine, but a model of model.attention=DB"):
+    with pytest.raises(UserError, match=r"tracking.register=mine, but model=demo has attention=DB, band=4"):
         check_registry(cfg.tracking, cfg.model)
     with pytest.raises(UserError, match=r"tracking.register=mine needs MLflow's registry"):
         config(tmp_path, "tracking=none", "tracking.register=mine")
