@@ -166,6 +166,19 @@ def test_the_sampling_benchmark_measures_texts_and_draws(tmp_path: Path, capsys:
 
 
 @pytest.mark.slow
+def test_the_evaluation_benchmark_finds_equal_answers() -> None:
+    pytest.importorskip("lm_eval", reason="the eval extra is not installed")
+    printed = run("evaluation_speed", "models=4_layers", "documents=2", "rounds=1", "batch_size=3", "piqa=none")
+    assert printed.count("\n") == 1
+    found = json.loads(printed)
+    assert set(found) >= {"hardware", "load", "versions", "seed"} and found["texts"] == "random words"
+    assert [(row["pairs"], row["bar"]) for row in found["rows"]] == [(4, 1.3), (4, 2.0), (8, 3.0)]
+    for row in found["rows"]:
+        assert row["apart"] <= 1e-6 and row["greedy_equal"] is True
+        assert row["ratio"] == pytest.approx(row["cpu_s"]["lm_eval"] / row["cpu_s"]["ours"], rel=0.01)
+
+
+@pytest.mark.slow
 def test_the_scaling_benchmark_measures_every_layout() -> None:
     found = json.loads(run("scaling_cpu", "ranks=1,2", "steps=1", "rounds=1", "width=32", "json=true"))
     assert [(r["dp"], r["tp"]) for r in found["rows"]] == [(1, 1), (2, 1), (1, 2)]

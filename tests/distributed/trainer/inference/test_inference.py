@@ -1,4 +1,4 @@
-"""Sampling and scoring on two ranks give transformers' texts and log-probabilities of one prompt at a time."""
+"""Sampling, search and scoring on two ranks give transformers' texts and log-probabilities of one prompt at a time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.helpers.gpt_twins import greedy, log_p, random_texts
 from tests.helpers.ranks import run_ranks
 from tests.helpers.seeds import seeded
 from trainer.hf.weights import hf_config, to_hf
+from trainer.inference.beam import Beam, beam_search
 from trainer.inference.sampler import Sampling, sample
 from trainer.inference.scorer import Pair, Scores, score
 from trainer.model.gpt import GPT
@@ -50,6 +51,15 @@ def test_scores_equal_transformers(case: str, ranks: list[dict[str, Any]]) -> No
     assert all(rank[case]["score_error"] <= 1e-5 and rank[case]["greedy_equal"] for rank in ranks)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_beams_equal_transformers(case: str, ranks: list[dict[str, Any]]) -> None:
+    """Texts of one length, which no penalty ranks; under ZeRO-3 each rank searches for its own prompts."""
+    assert all(rank[case]["beams"] == rank[case]["expected beams"] for rank in ranks)
+    assert any(
+        rank[case]["beams"] != [text[:5] for text in rank[case]["texts"][:9]] for rank in ranks
+    )  # of a beam of 1
+
+
 @pytest.mark.parametrize("case", ["tp2", "tp2 sequence parallel"])
 def test_drawn_texts_do_not_depend_on_tp(case: str, ranks: list[dict[str, Any]]) -> None:
     a, b = (rank[case]["drawn"] for rank in ranks)
@@ -81,11 +91,12 @@ def measure(seed: int) -> dict[str, Any]:
         texts = [greedy(hf, prompt, NEW) for prompt in prompts]
         eot = texts[-1][3]  # some texts end early
         texts = [text[: text.index(eot) + 1] if eot in text else text for text in texts]
+        beams = [search(hf, prompt) for prompt in prompts]
         expected = list(
-            zip(prompts, texts, [log_p(hf, *pair) for pair in zip(prompts, texts, strict=True)], strict=True)
+            zip(prompts, texts, beams, [log_p(hf, *pair) for pair in zip(prompts, texts, strict=True)], strict=True)
         )
         pairs = [(prompts[i], text[:n]) for i in (9, 20, 30) for n, text in zip((12, 7, 3, 1), texts, strict=False)]
-        choices = [(*pair, log_p(hf, *pair)) for pair in pairs]
+        choices = [(*pair, [], log_p(hf, *pair)) for pair in pairs]
         long = random_texts([60, 64, 70], CFG.vocab_size, seed)
         beyond = [(prompt, last_window(hf, prompt, n)) for prompt, n in zip(long, [8, 5, 3], strict=True)]
         out["drawn on one rank"] = sample(one, prompts, Sampling(), max_new_tokens=NEW)
@@ -119,6 +130,14 @@ def transformers_model(model: GPT) -> GPT2LMHeadModel:
     return hf
 
 
+def search(hf: GPT2LMHeadModel, prompt: list[int]) -> list[int]:
+    """transformers' own beam of 4, 5 tokens long, of one prompt alone."""
+    ids = torch.tensor([prompt])
+    how: dict[str, Any] = {"num_beams": 4, "early_stopping": "never", "do_sample": False, "eos_token_id": None}
+    out = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, pad_token_id=0, **how)
+    return out[0, len(prompt) :].tolist()
+
+
 def last_window(hf: GPT2LMHeadModel, prompt: list[int], n: int) -> list[int]:
     """The likeliest token after the last n_ctx ones, n times."""
     ids = list(prompt)
@@ -132,7 +151,7 @@ def compare(
 ) -> dict[str, Any]:
     prompts = [prompt for prompt, *_ in expected]
     texts = sample(model, prompts, Sampling(0.0), max_new_tokens=NEW, eot=eot, batch_size=8)
-    pairs: list[Pair] = [(prompt, text) for prompt, text, _ in [*expected, *choices]]
+    pairs: list[Pair] = [(prompt, text) for prompt, text, *_ in [*expected, *choices]]
     scores: list[Scores] = score(model, pairs, batch_size=8)
     results = [result for *_, result in [*expected, *choices]]
     errors = [(got.log_p - log_p).abs().max().item() for got, (log_p, _) in zip(scores, results, strict=True)]
@@ -141,7 +160,9 @@ def compare(
         "beyond": sample(model, [prompt for prompt, _ in longer], Sampling(0.0), max_new_tokens=limits, slide=1),
         "expected beyond": [text for _, text in longer],
         "texts": texts,
-        "expected": [text for _, text, _ in expected],
+        "expected": [text for _, text, *_ in expected],
+        "beams": [h.new for h in beam_search(model, prompts[:9], Beam(), max_new_tokens=5, batch_size=16)],
+        "expected beams": [beam for _, _, beam, _ in expected[:9]],
         "score_error": max(errors, default=0.0),
         "greedy_equal": all(torch.equal(s.greedy, is_best) for s, (_, is_best) in zip(scores, results, strict=True)),
     }
