@@ -3,7 +3,7 @@
 # make test-slow   the tests that take minutes each
 # make test-long   more layouts, kills and jobs of what those show: before a release
 # make check       ruff and mypy
-# make docs        writes docs/config.md and parts of docs/architecture.md and docs/runbook.md anew
+# make docs        writes docs/config.md and parts of docs/{architecture,evaluation,runbook}.md anew
 # make clean       removes .venv and caches; runs and data stay
 #
 # Each makes its own .venv on first use. With another interpreter: make demo PYTHON=python3.12
@@ -49,6 +49,7 @@ check: $(STAMP)
 docs: $(STAMP)
 	@$(RUN) -m docs.generate_config
 	@$(RUN) -m docs.generate_architecture
+	@$(RUN) -m docs.generate_evaluation
 	@$(RUN) -m docs.generate_runbook
 
 clean:
@@ -58,7 +59,7 @@ clean:
 $(STAMP): pyproject.toml constraints.txt
 	@$(SOUND) || { $(check_machine); $(tell_anew); rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	@echo "Installing into $(VENV): some minutes, once"
-	@$(RUN) -m pip install -c constraints.txt -e '.[data,corpus,ray,tracking,test,dev]' || { $(tell_failed); }
+	@$(RUN) -m pip install -c constraints.txt -e '.[data,corpus,eval,ray,tracking,test,dev]' || { $(tell_failed); }
 	@touch $@
 
 define tell_anew
