@@ -22,8 +22,8 @@ from data_pipeline.shards.shards_config import (
     VerifyConfig,
 )
 from launch.config import CompareConfig, DoctorConfig, PlanConfig, StatusConfig, SubmitConfig, SuperviseConfig
-from trainer.config.generate import GenerateConfig
 from trainer.config.hf import ExportHfConfig, ImportHfConfig
+from trainer.config.inference import EvaluateConfig, GenerateConfig
 from trainer.config.node_check import NodeCheckConfig
 from trainer.config.pretrain import PretrainConfig
 from trainer.config.tracking import SyncConfig
@@ -41,6 +41,7 @@ SCHEMAS = (
     OrderConfig,
     PretrainConfig,
     GenerateConfig,
+    EvaluateConfig,
     ImportHfConfig,
     ExportHfConfig,
     PlanConfig,

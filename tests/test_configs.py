@@ -21,9 +21,10 @@ from conf.schema import CONF, explain, groups, load, options
 from data_pipeline.order.mixture import quantise
 from data_pipeline.prepare.prepare_config import PrepareConfig
 from docs.generate_config import ROOTS
-from trainer.config.generate import GenerateConfig
+from trainer.config.inference import GenerateConfig
 from trainer.config.model import ModelConfig
 from trainer.config.pretrain import PretrainConfig
+from trainer.evaluation.tasks.find import known_tasks
 from trainer.model.arithmetic import param_count
 
 NEEDED = {
@@ -47,6 +48,7 @@ NEEDED = {
     "status": ["run_dir=runs/a"],
     "compare": [],
     "generate": ["checkpoint=runs/a", "prompt=It was"],
+    "evaluate": ["checkpoint=runs/a", "tasks=[lambada]"],
     "import_hf": ["source=gpt2", "out=checkpoint"],
     "export_hf": ["checkpoint=runs/a", "out=exported"],
 }
@@ -58,6 +60,7 @@ def test_every_yaml_is_a_root_or_an_option_of_one() -> None:
     reached |= {f"{root}.yaml" for root in ROOTS}
     inside = [re.findall(r"- /(\w+/\w+)@", path.read_text()) for path in (CONF / "corpus").glob("*.yaml")]
     reached |= {f"{option}.yaml" for found in inside for option in found}  # of a recipe
+    reached |= {f"task/{task}.yaml" for task in known_tasks()}
     assert reached == {path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")}
 
 

@@ -25,7 +25,7 @@ from conf.schema import load, options
 from data_pipeline.order.stages import plan_ledger
 from data_pipeline.prepare.prepare_config import PrepareConfig
 from data_pipeline.prepare.recipe_config import MinHashConfig, QualityConfig
-from docs import generate_architecture, generate_config, generate_runbook
+from docs import generate_architecture, generate_config, generate_evaluation, generate_runbook
 from docs.generate_config import ROOTS
 from launch.compare.compare import split
 from launch.config import PlanConfig, SubmitConfig
@@ -43,13 +43,11 @@ from trainer.plan.layout_rules import check_layout
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = (checkpoint, corpus, extraction, loader, scale)
-MADE = (generate_config, generate_architecture, generate_runbook)
+MADE = (generate_config, generate_architecture, generate_evaluation, generate_runbook)
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-@pytest.mark.parametrize(
-    "made", [generate_config, generate_architecture, generate_runbook], ids=lambda m: m.TARGET.stem
-)
+@pytest.mark.parametrize("made", MADE, ids=lambda m: m.TARGET.stem)
 def test_the_made_pages_are_fresh(made: Any) -> None:
     assert made.TARGET.read_text(encoding="utf-8") == made.page(), f"{made.TARGET.name} is stale: make docs"
 

@@ -12,7 +12,7 @@ from conf.errors import UserError, of_nature
 from conf.schema import run
 from data_pipeline.manifest import TOKENIZER
 from trainer.checkpoint.find import find_checkpoint, model_of
-from trainer.config.generate import GenerateConfig
+from trainer.config.inference import GenerateConfig
 from trainer.config.model import ModelConfig
 from trainer.distributed.world import read_world
 from trainer.inference.growing_text import GrowingText

@@ -16,7 +16,7 @@ import trainer.generate
 from conf.schema import load
 from tests.helpers.ranks import ROOT, free_port
 from tests.system.runs import pretrain
-from trainer.config.generate import GenerateConfig
+from trainer.config.inference import GenerateConfig
 from trainer.run.folder import RunFolder
 
 VOCAB = 512

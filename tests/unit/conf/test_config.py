@@ -14,7 +14,7 @@ from data_pipeline.prepare.recipe_config import BadWordsConfig, DedupConfig, Lan
 from data_pipeline.shards.shards_config import BpeTrainConfig, ShardsConfig
 from launch.config import SuperviseConfig
 from trainer.config.checkpoint import CheckpointConfig
-from trainer.config.generate import GenerateConfig
+from trainer.config.inference import GenerateConfig
 from trainer.config.model import ModelConfig
 from trainer.config.optim import Kind, OptimConfig, ScheduleConfig, ScheduleKind
 from trainer.config.parallel import ParallelConfig, Precision

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conf.errors import UserError
-from trainer.config.generate import GenerateConfig
+from trainer.config.inference import GenerateConfig
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from conf.errors import UserError, out_of_memory
 from conf.schema import load, run
-from trainer.config.generate import GenerateConfig
+from trainer.config.inference import GenerateConfig
 from trainer.config.pretrain import PretrainConfig
 from trainer.plan.layout import Layout
 from trainer.plan.memory import tensor_memory

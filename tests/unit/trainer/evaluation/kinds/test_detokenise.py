@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from tests.helpers.seeds import seeded
-from trainer.evaluation.detokenise import DETOKENISERS, ONE_BILLION_WORDS, PTB, WIKITEXT, words_and_line_ends
+from trainer.evaluation.kinds.detokenise import DETOKENISERS, ONE_BILLION_WORDS, PTB, WIKITEXT, words_and_line_ends
 
 FILES = {  # words and line ends of the original set, lines that stay as they are, tokens of GPT-2 before and after
     "wikitext-2.test.raw.txt": ("wikitext", 245_569, 18, 295_877, 278_428),

@@ -1,9 +1,10 @@
-"""Settings of `python -m trainer.generate`. Standard library only."""
+"""Settings of the commands that ask a model: `trainer.generate` and `trainer.evaluate`. Standard library only."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from enum import Enum
 
 from conf.errors import MISSING, UserError
 
@@ -56,3 +57,41 @@ class GenerateConfig:
             raise UserError(f"top_k={self.top_k}: give at least 1, or null")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: give 0 < top_p <= 1, or null")
+
+
+class Number(Enum):
+    """The numbers that a model computes with."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass
+class EvaluateConfig:
+    """`python -m trainer.evaluate`: score a checkpoint of any layout on tasks."""
+
+    checkpoint: str = MISSING  # a run folder (its latest), or one checkpoint
+    tasks: list[str] = MISSING  # of conf/task/, YAML files of yours, or names of lm-evaluation-harness
+    task_data: str | None = None  # the folder that holds the tasks' files
+    shots: int | None = None  # demonstrations before each question; null = as many as the task says
+    limit: int | None = None  # the first documents of each task alone; null = all
+    max_new_tokens: int | None = None  # of a text that a task has the model write; null = as many as the task says
+    seed: int = 0  # of the choice of demonstrations, and of drawn texts
+    batch_size: int = 16  # texts computed at a time on each data-parallel rank
+    tp: int = 1  # ranks that share one copy of the model; the others have copies of their own
+    precision: Number = Number.fp32  # bf16: twice as fast on a GPU, and rounded to three digits
+    tokenizer: str | None = None  # where the checkpoint has none: gpt2, a tokenizer.json, or a folder with one
+    output: str | None = None  # the folder of reports; null = evaluations/ in the run folder, or beside the checkpoint
+    json: bool = False  # print one line of JSON instead of the table
+
+    def __post_init__(self) -> None:
+        for key, least in (("shots", 0), ("limit", 1), ("max_new_tokens", 1), ("batch_size", 1), ("tp", 1)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise UserError(f"{key}={value}: give at least {least}")
+        if isinstance(self.tasks, list):
+            if not self.tasks:
+                raise UserError("tasks=[] is empty: give at least one, such as tasks=[lambada]")
+            twice = next((name for name in self.tasks if self.tasks.count(name) > 1), None)
+            if twice is not None:
+                raise UserError(f"tasks={self.tasks}: {twice} is there twice: give it once")

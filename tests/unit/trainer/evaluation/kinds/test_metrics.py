@@ -13,7 +13,7 @@ import pytest
 
 from conf.errors import UserError
 from tests.helpers.seeds import seeded
-from trainer.evaluation import metrics
+from trainer.evaluation.kinds import metrics
 
 WORDS = (
     "The the A an cat Cat's dog, dog. U.S.A. don't 3.5% the-end theatre an-other – “quoted” 日本 running runs".split()

@@ -1,0 +1,104 @@
+"""Entry: `python -m trainer.evaluate checkpoint=RUN tasks='[lambada,piqa]' task_data=DIR`, alone or under torchrun.
+
+Tasks and their files are checked before the model is loaded; answers are kept in a journal, so that the same command
+goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conf.schema import run
+from trainer.config.inference import EvaluateConfig
+from trainer.distributed.world import read_world
+from trainer.evaluation.harness.run import PREFIX, check_installed
+from trainer.evaluation.subject import Subject
+from trainer.evaluation.tasks.find import is_file, known_tasks, load_task
+from trainer.model.arithmetic import param_count
+
+if TYPE_CHECKING:
+    from trainer.evaluation.evaluation import Plan
+    from trainer.evaluation.kinds.kind import Outcome
+    from trainer.evaluation.scoring import Scoring
+
+
+def evaluate(cfg: EvaluateConfig) -> None:
+    """Score a checkpoint on tasks and write the report."""
+    began, world = time.monotonic(), read_world()
+    subject = Subject.find(cfg.checkpoint, cfg.tokenizer, cfg.precision)
+    folder = subject.folder(cfg.output)
+    known = set(known_tasks())
+    ours = [name for name in cfg.tasks if name in known or is_file(name)]
+    others = [name for name in cfg.tasks if name not in ours]
+    for name in others:
+        check_installed(name)
+    plans = _plans(cfg, ours)
+    from trainer.evaluation.journal import Journal  # from here on torch
+    from trainer.evaluation.scoring import Scoring
+
+    with subject.loaded(world, cfg.tp) as model:
+        journal = Journal(folder / "journal", world.rank)
+        scoring = Scoring(model, journal, cfg.batch_size, subject.tokenizer.decode)
+        outcomes = _outcomes(cfg, subject, plans, others, scoring)
+        journal.close()
+    if world.is_main:
+        _report(cfg, subject, folder, plans, outcomes, time.monotonic() - began)
+
+
+def _plans(cfg: EvaluateConfig, names: list[str]) -> list[Plan]:
+    from trainer.evaluation.evaluation import plan_task
+
+    return [plan_task(name, load_task(name), cfg.task_data, **_settings(cfg)) for name in names]
+
+
+def _settings(cfg: EvaluateConfig) -> dict[str, Any]:
+    """The settings that every task is run with."""
+    return {"shots": cfg.shots, "limit": cfg.limit, "seed": cfg.seed, "max_new_tokens": cfg.max_new_tokens}
+
+
+def _outcomes(
+    cfg: EvaluateConfig, subject: Subject, plans: list[Plan], others: list[str], scoring: Scoring
+) -> dict[str, Outcome]:
+    from trainer.evaluation.encoder import Encoder
+    from trainer.evaluation.harness.run import run_tasks
+
+    encoder = Encoder(subject.tokenizer)
+    outcomes = {plan.name: plan.run(encoder, scoring) for plan in plans}
+    if others:
+        found = run_tasks(others, scoring, encoder, task_data=cfg.task_data, **_settings(cfg))
+        outcomes |= {f"{PREFIX}{task}": outcome for task, outcome in found.items()}
+    return outcomes
+
+
+def _report(
+    cfg: EvaluateConfig,
+    subject: Subject,
+    folder: Path,
+    plans: list[Plan],
+    outcomes: dict[str, Outcome],
+    seconds: float,
+) -> None:
+    from trainer.evaluation.report import publish_report, result_of, table
+
+    results = {name: result_of(outcome) for name, outcome in outcomes.items()}
+    report: dict[str, Any] = {
+        "results": results,
+        "model": subject.cfg.name,
+        "checkpoint": str(subject.checkpoint),
+        "seconds": round(seconds, 3),
+    }
+    settings = {"tasks": cfg.tasks, **_settings(cfg)}
+    path = publish_report(folder, settings, report, outcomes)
+    if cfg.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        print(table(results, {plan.name: plan.task.references for plan in plans}, param_count(subject.cfg)))
+        print(f"report: {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(EvaluateConfig, evaluate)

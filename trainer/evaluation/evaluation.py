@@ -1,0 +1,88 @@
+"""Evaluation of one model on tasks: documents, demonstrations, questions, figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from conf.errors import UserError
+from trainer.evaluation.encoder import Encoder
+from trainer.evaluation.kinds.choices import ChoicesKind
+from trainer.evaluation.kinds.completion import CompletionKind
+from trainer.evaluation.kinds.generation import GenerationKind
+from trainer.evaluation.kinds.kind import Kind, Outcome, Question
+from trainer.evaluation.kinds.perplexity import PerplexityKind
+from trainer.evaluation.prompts import Prompts
+from trainer.evaluation.scoring import Scoring
+from trainer.evaluation.tasks.description import TaskConfig
+from trainer.evaluation.tasks.documents import read_documents
+from trainer.evaluation.tasks.templates import expression
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One task with its documents, checked before any model is loaded."""
+
+    name: str
+    task: TaskConfig
+    kind: Kind
+    questions: Sequence[Question]
+    prompts: Prompts
+
+    def run(self, encoder: Encoder, scoring: Scoring) -> Outcome:
+        """The figures of the task. Collective, as `Scoring`."""
+        outcome = self.kind.measure(self.questions, self.prompts, encoder, scoring)
+        outcome.notes |= {"sha256": "of some files not known"} if None in self.task.data.files.values() else {}
+        outcome.notes |= {"shots": self.prompts.shots} if self.prompts.shots else {}
+        outcome.notes |= {"fewer_shots": self.prompts.reduced} if self.prompts.reduced else {}
+        return outcome
+
+
+def plan_task(
+    name: str,
+    task: TaskConfig,
+    folder: str | None,
+    *,
+    shots: int | None,
+    limit: int | None,
+    seed: int,
+    max_new_tokens: int | None = None,
+) -> Plan:
+    """The task, ready to run: its files read, its templates tried on the first question.
+
+    Args:
+        folder: that holds the task's files.
+        shots: None: as many as the task says; where a task takes none, more than 0 is an error.
+        limit: the first questions alone.
+        max_new_tokens: of a text that the model writes; None: as many as the task says.
+
+    Raises:
+        UserError: whatever is wrong with the description or the files.
+    """
+    if task.generation is not None and max_new_tokens is not None:
+        task = replace(task, generation=replace(task.generation, max_new_tokens=max_new_tokens))
+    kind = _kind(name, task, seed)
+    documents = read_documents(name, task.data, folder)
+    questions = [Question(i, document) for i, document in enumerate(documents)]
+    if task.where is not None:
+        taken = expression(f"{name}: where", task.where)
+        questions = [q for q in questions if taken(q.document)]
+    if not questions:
+        raise UserError(f"task {name}: `where: {task.where}` takes none of its {len(documents)} documents: correct it")
+    if shots and task.perplexity is not None:
+        raise UserError(f"shots={shots}: task {name} is a perplexity and takes no demonstrations: give shots=0")
+    pool = read_documents(name, task.demonstrations, folder) if task.demonstrations and shots != 0 else documents
+    prompts = Prompts(name, task, pool, kind.demonstration, task.shots if shots is None else shots, seed)
+    kind.demonstration(questions[0].document)
+    return Plan(name, task, kind, questions[:limit], prompts)
+
+
+def _kind(name: str, task: TaskConfig, seed: int) -> Kind:
+    if task.choices is not None:
+        return ChoicesKind(name, task.choices)
+    if task.completion is not None:
+        return CompletionKind(name, task.completion)
+    if task.perplexity is not None:
+        return PerplexityKind(name, task.perplexity)
+    assert task.generation is not None  # TaskConfig has exactly one
+    return GenerationKind(name, task.generation, seed)

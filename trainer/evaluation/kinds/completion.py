@@ -1,0 +1,70 @@
+"""Completion: the probability of one right continuation, such as LAMBADA's last word."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.evaluation.encoder import Encoder
+from trainer.evaluation.kinds.kind import Outcome, Question
+from trainer.evaluation.kinds.metrics import mean_and_stderr
+from trainer.evaluation.prompts import Prompts
+from trainer.evaluation.scoring import Likelihood, Scoring
+from trainer.evaluation.tasks.description import Completion
+from trainer.evaluation.tasks.templates import Document, template
+from trainer.inference.scorer import Pair
+
+
+class CompletionKind:
+    """`acc`: the model would write the whole continuation; `acc_last_token`: its last token, after the others; `ppl`:
+    by a continuation, e to the mean of -log p, with the standard error of that mean times ppl; `log_p`: the mean."""
+
+    def __init__(self, name: str, cfg: Completion) -> None:
+        self._name = name
+        self._context = template(f"{name}: context", cfg.context)
+        self._continuation = template(f"{name}: continuation", cfg.continuation)
+
+    def demonstration(self, document: Document) -> str:
+        return self._context(document) + self._continuation(document)
+
+    def measure(self, questions: Sequence[Question], prompts: Prompts, encoder: Encoder, scoring: Scoring) -> Outcome:
+        pairs: list[Pair] = []
+        for q in questions:
+            context, continuation = self._context(q.document), self._continuation(q.document)
+
+            def fits(prompt: str, context: str = context, continuation: str = continuation) -> bool:
+                return sum(map(len, encoder.pair(prompt + context, continuation))) <= scoring.model.cfg.n_ctx + 1
+
+            pairs.append(encoder.pair(prompts.before(q.number, fits) + context, continuation))
+        answers = scoring.likelihoods(self._name, pairs)
+        cut = sum(answer.cut > 0 for answer in answers)
+        samples = [self._sample(q, answer) for q, answer in zip(questions, answers, strict=True)]
+        return Outcome(len(samples), _figures(answers), samples, {"contexts_cut": cut} if cut else {})
+
+    def _sample(self, q: Question, answer: Likelihood) -> dict[str, Any]:
+        return {
+            "document": q.number,
+            "context": self._context(q.document),
+            "continuation": self._continuation(q.document),
+            "log_p": answer.log_p,
+            "tokens": answer.tokens,
+            "right": {"acc": float(answer.greedy), "acc_last_token": float(answer.last)},
+        }
+
+
+def _figures(answers: list[Likelihood]) -> dict[str, float]:
+    acc, acc_stderr = mean_and_stderr([float(a.greedy) for a in answers])
+    last, last_stderr = mean_and_stderr([float(a.last) for a in answers])
+    log_p, log_p_stderr = mean_and_stderr([a.log_p for a in answers])
+    ppl = math.exp(-log_p) if -log_p < 700 else math.inf
+    return {
+        "acc": acc,
+        "acc_stderr": acc_stderr,
+        "acc_last_token": last,
+        "acc_last_token_stderr": last_stderr,
+        "ppl": ppl,
+        "ppl_stderr": ppl * log_p_stderr,
+        "log_p": log_p,
+        "log_p_stderr": log_p_stderr,
+    }

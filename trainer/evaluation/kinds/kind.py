@@ -1,0 +1,42 @@
+"""The interface of a kind of task, and what each has found out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from trainer.evaluation.encoder import Encoder
+from trainer.evaluation.prompts import Prompts
+from trainer.evaluation.scoring import Scoring
+from trainer.evaluation.tasks.templates import Document
+
+
+class Question(NamedTuple):
+    """A document that is asked about; `number`: its place in the task's files, from 0."""
+
+    number: int
+    document: Document
+
+
+@dataclass
+class Outcome:
+    """`figures`: by metric, each with NAME_stderr beside it where there is one. `samples`: one for each question, as
+    JSON. `notes`: counts and rules that a figure cannot be read without."""
+
+    n: int
+    figures: dict[str, float]
+    samples: list[dict[str, Any]]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Kind(Protocol):
+    """One task of a kind. Raises UserError at its making for a template that is none."""
+
+    def demonstration(self, document: Document) -> str:
+        """The question with its right answer."""
+        ...
+
+    def measure(self, questions: Sequence[Question], prompts: Prompts, encoder: Encoder, scoring: Scoring) -> Outcome:
+        """Ask the model. Collective, as `Scoring`."""
+        ...

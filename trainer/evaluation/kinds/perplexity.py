@@ -1,0 +1,66 @@
+"""Perplexity of texts, by a unit of the original text: the divisor is part of the figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from conf.errors import UserError
+from trainer.evaluation.encoder import Encoder
+from trainer.evaluation.kinds import detokenise
+from trainer.evaluation.kinds.kind import Outcome, Question
+from trainer.evaluation.prompts import Prompts
+from trainer.evaluation.scoring import Scoring
+from trainer.evaluation.tasks.description import Perplexity
+from trainer.evaluation.tasks.templates import Document, template
+
+
+class PerplexityKind:
+    """`ppl`: e to the mean of -log p by unit; `bits`: the same mean in bits; `ppl_per_token`, `bits_per_byte`: by a
+    token of the model's vocabulary and by a byte of the text that the model saw."""
+
+    def __init__(self, name: str, cfg: Perplexity) -> None:
+        self.cfg = cfg
+        self._name = name
+        self._text = template(f"{name}: text", cfg.text)
+        if cfg.detokeniser is not None and cfg.detokeniser not in detokenise.DETOKENISERS:
+            names = ", ".join(sorted(detokenise.DETOKENISERS))
+            raise UserError(f"task {name}: detokeniser={cfg.detokeniser}: give one of {names}, or null")
+
+    def demonstration(self, document: Document) -> str:
+        return self._text(document)
+
+    def measure(self, questions: Sequence[Question], prompts: Prompts, encoder: Encoder, scoring: Scoring) -> Outcome:
+        originals = [self._text(q.document) for q in questions]
+        make = detokenise.DETOKENISERS[self.cfg.detokeniser].detokenise if self.cfg.detokeniser else str
+        texts = [make(text) for text in originals]
+        ids = [encoder.text(text) for text in texts]
+        answers = scoring.texts(self._name, ids, self.cfg.context)
+        units = [self._units(text, len(i)) for text, i in zip(originals, ids, strict=True)]
+        log_p, tokens = sum(a.log_p for a in answers), sum(a.tokens for a in answers)
+        nats = -log_p / sum(units)
+        samples = [
+            {"document": q.number, "log_p": a.log_p, "tokens": a.tokens, self.cfg.unit: n}
+            for q, a, n in zip(questions, answers, units, strict=True)
+        ]
+        figures = {
+            "ppl": _exp(nats),
+            "bits": nats / math.log(2),
+            "ppl_per_token": _exp(-log_p / tokens),
+            "bits_per_byte": -log_p / math.log(2) / sum(len(text.encode()) for text in texts),
+        }
+        return Outcome(len(questions), figures, samples, self._rule(sum(units), encoder, scoring))
+
+    def _units(self, text: str, ids: int) -> int:
+        words = len(text.split()) + (text.count("\n") if self.cfg.ends_of_lines else 0)
+        return {"words": words, "tokens": ids, "bytes": len(text.encode()), "characters": len(text)}[self.cfg.unit]
+
+    def _rule(self, units: int, encoder: Encoder, scoring: Scoring) -> dict[str, object]:
+        n_ctx = scoring.model.cfg.n_ctx
+        seen = f"windows of {n_ctx} tokens, each of which sees at least {self.cfg.context} before its first"
+        start = "the first after the end-of-text token" if encoder.start else "the first token is not scored"
+        return {"divisor": f"{units} {self.cfg.unit}", "context": f"{seen}; {start}"}
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

@@ -1,0 +1,205 @@
+"""The documents of a task, read from the files that its description names and compared with it.
+
+Files are the user's, and may come from anywhere: sizes are bounded, and nothing in them runs.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError, of_nature
+from data_pipeline.files import open_regular
+from trainer.evaluation.tasks.description import Data
+from trainer.evaluation.tasks.templates import Document
+
+MAX_BYTES = 1 << 30  # of a file, also unpacked
+MAX_LINE_FIELDS = 10_000
+
+
+def read_documents(name: str, data: Data, folder: str | None) -> list[Document]:
+    """The documents of a task, in the order of its files.
+
+    Raises:
+        UserError: no folder, or a file that is missing, damaged or of another content; names source and sha256.
+    """
+    if folder is None:
+        raise UserError(
+            f"task {name} needs {_listed(data.files)}: give task_data=, the folder that holds it{_at(data)}"
+        )
+    documents = [d for file, sha256 in data.files.items() for d in _parsed(name, data, folder, file, sha256)]
+    if data.labels:
+        documents = _labelled(name, data, folder, documents)
+    if data.documents is not None and len(documents) != data.documents:
+        raise UserError(
+            f"task {name}: {len(documents)} documents in {_listed(data.files)}, not {data.documents}: take the "
+            f"original files{_at(data)}, or give documents: {len(documents)} in a task of your own"
+        )
+    if not documents:
+        raise UserError(f"task {name}: no document in {_listed(data.files)}: give a file that holds some")
+    return documents
+
+
+def _parsed(name: str, data: Data, folder: str, file: str, sha256: str | None) -> list[Document]:
+    raw = _read(name, data, folder, file, sha256)
+    try:
+        return list(FORMS[data.format](raw, data))
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        why = f"no field {e}" if isinstance(e, KeyError) else e
+        raise UserError(
+            f"task {name}: {Path(folder) / file}: not {data.format} ({why}): give the original file"
+        ) from None
+
+
+def _labelled(name: str, data: Data, folder: str, documents: list[Document]) -> list[Document]:
+    lines = [x for file, sha in data.labels.items() for x in _read(name, data, folder, file, sha).decode().splitlines()]
+    if len(lines) != len(documents):
+        raise UserError(
+            f"task {name}: {len(lines)} lines in {_listed(data.labels)} for {len(documents)} documents: give the "
+            "original files"
+        )
+    return [{**d, "label": line} for d, line in zip(documents, lines, strict=True)]
+
+
+def _read(name: str, data: Data, folder: str, file: str, sha256: str | None) -> bytes:
+    """The content of a file below `folder`, unpacked, once its sha256 is right."""
+    path, cure = Path(folder) / file, f"give task_data=, the folder that holds it{_at(data)}"
+    known = f" (sha256 {sha256})" if sha256 else ""
+    try:
+        with open_regular(path, cure) as f:
+            if (size := os.fstat(f.fileno()).st_size) > MAX_BYTES:
+                raise UserError(f"task {name}: {path}: {size} bytes, more than the {MAX_BYTES} that are read")
+            raw = f.read()
+    except FileNotFoundError:
+        raise UserError(f"task {name}: no file {path}{known}: {cure}") from None
+    except OSError as e:
+        raise of_nature(e, f"task {name}: {path}: {(e.strerror or str(e)).lower()}: {cure}") from None
+    if sha256 and (found := hashlib.sha256(raw).hexdigest()) != sha256:
+        raise UserError(f"task {name}: {path} has sha256 {found}, not {sha256}: give the original file{_at(data)}")
+    if not file.endswith(".gz"):
+        return raw
+    try:
+        import io
+
+        with gzip.open(io.BytesIO(raw)) as unpacked:
+            content = unpacked.read(MAX_BYTES + 1)
+    except (OSError, EOFError, ValueError) as e:
+        raise UserError(f"task {name}: {path}: not gzip ({e}): give the original file{_at(data)}") from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"task {name}: {path}: more than {MAX_BYTES} bytes once it is unpacked")
+    return content
+
+
+def _listed(files: dict[str, str | None]) -> str:
+    return ", ".join(files)
+
+
+def _at(data: Data) -> str:
+    return f"; it is from {data.source}" if data.source else ""
+
+
+def _jsonl(raw: bytes, data: Data) -> Iterator[Document]:
+    # not splitlines: a text may hold U+2028
+    return (_fields(json.loads(line), i) for i, line in enumerate(raw.decode().split("\n"), 1) if line.strip())
+
+
+def _json(raw: bytes, data: Data) -> Iterator[Document]:
+    body = json.loads(raw)
+    return (_fields(d, i) for i, d in enumerate(body["data"] if isinstance(body, dict) else body, 1))
+
+
+def _fields(body: Any, number: int) -> Document:
+    if not isinstance(body, dict):
+        raise ValueError(f"document {number} is a {type(body).__name__}, not an object with fields")
+    return body
+
+
+def _tsv(raw: bytes, data: Data) -> Iterator[Document]:
+    rows = [line.removesuffix("\r").split("\t") for line in raw.decode().split("\n") if line.strip()]
+    names: Sequence[str] = data.columns or (rows.pop(0) if rows else ())
+    for i, row in enumerate(rows, 1 if data.columns else 2):
+        if len(row) != len(names):
+            raise ValueError(f"line {i} has {len(row)} columns, not {len(names)}: {', '.join(names)}")
+        yield dict(zip(names, row, strict=True))
+
+
+def _lines(raw: bytes, data: Data) -> Iterator[Document]:
+    return ({"text": line} for line in raw.decode().split("\n") if line.strip())
+
+
+def _text(raw: bytes, data: Data) -> Iterator[Document]:
+    yield {"text": raw.decode()}
+
+
+def _squad(raw: bytes, data: Data) -> Iterator[Document]:
+    """A question each: context, question, answers (a list of texts), id."""
+    for article in json.loads(raw)["data"]:
+        for paragraph in article["paragraphs"]:
+            for qa in paragraph["qas"]:
+                answers = [str(answer["text"]) for answer in qa["answers"]]
+                yield {"context": paragraph["context"], "question": qa["question"], "answers": answers, "id": qa["id"]}
+
+
+def _coqa(raw: bytes, data: Data) -> Iterator[Document]:
+    """A turn each: context, question, answers, and `turns`, the text `Q: ...\nA: ...\n` of those before."""
+    for story in json.loads(raw)["data"]:
+        turns = ""
+        others = list((story.get("additional_answers") or {}).values())
+        for i, (question, answer) in enumerate(zip(story["questions"], story["answers"], strict=True)):
+            answers = [str(given["input_text"]) for given in (answer, *(other[i] for other in others))]
+            asked = str(question["input_text"])
+            yield {"context": story["story"], "question": asked, "answers": answers, "turns": turns}
+            turns += f"Q: {asked}\nA: {answers[0]}\n"
+
+
+def _winograd(raw: bytes, data: Data) -> Iterator[Document]:
+    """A schema of WSCollection.xml each: before, pronoun, after, options, label (the index of the right one)."""
+    from xml.parsers.expat import ExpatError, ParserCreate
+
+    parser, path, schemas = ParserCreate(), [""], [dict[str, list[str]]()]
+
+    def end(name: str) -> None:
+        path.pop()
+        if name == "schema":
+            schemas.append({})
+
+    def letters(some: str) -> None:
+        if some.strip():
+            schemas[-1].setdefault("/".join(path[-2:]), []).append(" ".join(some.split()))
+
+    parser.EntityDeclHandler = lambda *_: _refuse("it declares entities")
+    parser.StartElementHandler = lambda name, _: path.append(name)
+    parser.EndElementHandler, parser.CharacterDataHandler, parser.buffer_text = end, letters, True
+    try:
+        parser.Parse(raw, True)
+    except ExpatError as e:
+        raise ValueError(e) from None
+    for schema in schemas[:-1]:
+        yield {
+            "before": " ".join(schema["text/txt1"]),
+            "pronoun": " ".join(schema["text/pron"]),
+            "after": " ".join(schema["text/txt2"]),
+            "options": schema["answers/answer"],
+            "label": "AB".index(schema["schema/correctAnswer"][0].strip(" .")),
+        }
+
+
+def _refuse(why: str) -> None:
+    raise ValueError(why)
+
+
+FORMS: dict[str, Callable[[bytes, Data], Iterator[Document]]] = {
+    "jsonl": _jsonl,
+    "json": _json,
+    "tsv": _tsv,
+    "lines": _lines,
+    "text": _text,
+    "squad": _squad,
+    "coqa": _coqa,
+    "winograd": _winograd,
+}
