@@ -79,7 +79,7 @@ class EvaluateConfig:
     seed: int = 0  # of the choice of demonstrations, and of drawn texts
     batch_size: int = 16  # texts computed at a time on each data-parallel rank
     tp: int = 1  # ranks that share one copy of the model; the others have copies of their own
-    precision: Number = Number.fp32  # bf16: twice as fast on a GPU, and rounded to three digits
+    precision: Number = Number.fp32  # bf16 takes half the memory, and has three digits
     tokenizer: str | None = None  # where the checkpoint has none: gpt2, a tokenizer.json, or a folder with one
     output: str | None = None  # the folder of reports; null = evaluations/ in the run folder, or beside the checkpoint
     json: bool = False  # print one line of JSON instead of the table
