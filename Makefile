@@ -11,8 +11,9 @@ PYTHON ?= python3
 # Free space that the installation asks for, in GB: an estimate for torch with CUDA; without CUDA it takes 2.6, 3 will do.
 DISK_GB ?= 6
 
-# Tests are run side by side, one for each core.
+# Tests are run side by side, one for each core. The slow ones often wait, for a cluster or a time limit: one more.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
+AND_ONE_MORE = -n $(shell $(PYTHON) -c 'import os; print(min(4, 1 + os.cpu_count()))') --dist worksteal
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -36,10 +37,10 @@ test: $(STAMP)
 	@$(RUN) -m pytest $(SIDE_BY_SIDE)
 
 test-slow: $(STAMP)
-	@$(RUN) -m pytest $(SIDE_BY_SIDE) -m "slow and not long" --timeout 900
+	@$(RUN) -m pytest $(AND_ONE_MORE) -m "slow and not long" --timeout 900
 
 test-long: $(STAMP)
-	@$(RUN) -m pytest $(SIDE_BY_SIDE) -m long --timeout 900
+	@$(RUN) -m pytest $(AND_ONE_MORE) -m long --timeout 900
 
 check: $(STAMP)
 	@$(RUN) -m ruff check .

@@ -60,6 +60,7 @@ def check(ranks: int, cases: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_zero_1_and_2_hold_the_planned_bytes_on_two_ranks() -> None:
     check(2, FEW)
 
