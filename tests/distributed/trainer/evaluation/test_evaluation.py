@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,27 @@ def described(folder: Path) -> list[str]:
     return [str(folder / f"{name}.yaml") for name in tasks]
 
 
-def start(ranks: int, *overrides: str) -> list[Process]:
-    port, argv = free_port(), [sys.executable, "-m", "trainer.evaluate", *overrides]
+DIES = """
+import os, runpy, signal
+from trainer.evaluation.journal import Journal
+
+add, kept = Journal.add, []
+
+def add_and_die(self, rows):
+    add(self, rows)
+    kept.extend(rows)
+    if len(kept) >= 20:
+        with next(self.folder.iterdir()).open("ab") as f:
+            f.write(b'{"sha": "half a li')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Journal.add = add_and_die
+runpy.run_module("trainer.evaluate", run_name="__main__", alter_sys=True)
+"""
+
+
+def start(ranks: int, *overrides: str, module: tuple[str, str] = ("-m", "trainer.evaluate")) -> list[Process]:
+    port, argv = free_port(), [sys.executable, *module, *overrides]
     how: dict[str, Any] = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return [subprocess.Popen(argv, env=rank_env(r, ranks, port), **how) for r in range(ranks)]
 
@@ -78,20 +96,15 @@ def test_a_report_does_not_depend_on_layout_or_batch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
-    """Killed by -9 in the middle: the same command computes the rest alone, and gives the report of one left alone."""
+    """Killed by -9 in mid-line: the same command computes the rest alone, and gives the report of one left alone."""
     _, checkpoint = random_checkpoint(tmp_path, 96, seeded())
     tasks = ",".join(described(tmp_path))
     common = [f"checkpoint={checkpoint}", f"tasks=[{tasks}]", f"task_data={tmp_path}", "json=true", "batch_size=1"]
     whole = ended(start(1, *common, f"output={tmp_path / 'whole'}"))
-    (process,) = start(1, *common, f"output={tmp_path / 'killed'}")
-    deadline = time.monotonic() + 200
-    while len(journaled(tmp_path / "killed")) < 20:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    before = journaled(tmp_path / "killed")
-    assert 20 <= len(before) < len(journaled(tmp_path / "whole"))
+    (process,) = start(1, *common, f"output={tmp_path / 'killed'}", module=("-c", DIES))
+    _, err = process.communicate(timeout=250)
+    assert process.returncode == -signal.SIGKILL, err[-2000:]
+    assert 20 <= len(journaled(tmp_path / "killed")) < len(journaled(tmp_path / "whole"))
     again = ended(start(1, *common, f"output={tmp_path / 'killed'}"))
     after = journaled(tmp_path / "killed")
     assert len(after) == len(set(after)) == len(journaled(tmp_path / "whole"))  # none twice
