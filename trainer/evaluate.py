@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from conf.schema import run
 from trainer.config.inference import EvaluateConfig
 from trainer.distributed.world import read_world
-from trainer.evaluation.harness.run import PREFIX, check_installed
+from trainer.evaluation.harness.run import check_installed
 from trainer.evaluation.subject import Subject
 from trainer.evaluation.tasks.find import is_file, known_tasks, load_task
 from trainer.model.arithmetic import param_count
@@ -69,8 +69,7 @@ def _outcomes(
     encoder = Encoder(subject.tokenizer)
     outcomes = {plan.name: plan.run(encoder, scoring) for plan in plans}
     if others:
-        found = run_tasks(others, scoring, encoder, task_data=cfg.task_data, **_settings(cfg))
-        outcomes |= {f"{PREFIX}{task}": outcome for task, outcome in found.items()}
+        outcomes |= run_tasks(others, scoring, encoder, task_data=cfg.task_data, **_settings(cfg))
     return outcomes
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,14 @@ from trainer.evaluation.kinds.kind import Outcome
 from trainer.evaluation.tasks.description import Reference
 
 STDERR = "_stderr"
+LONGEST_NAME = 100  # letters of a task in the name of a file
 
 
 def result_of(outcome: Outcome) -> dict[str, Any]:
-    """The figures of a task with n, and the rules that they cannot be read without."""
-    return {"n": outcome.n, **outcome.figures, **outcome.notes}
+    """The figures of a task with n, and the rules that they cannot be read without. A figure that is no number, such
+    as the standard error of one question, is None: JSON has no other word for it."""
+    figures = {name: value if math.isfinite(value) else None for name, value in outcome.figures.items()}
+    return {"n": outcome.n, **figures, **outcome.notes}
 
 
 def publish_report(
@@ -31,7 +36,8 @@ def publish_report(
         folder.mkdir(parents=True, exist_ok=True)
         for task, outcome in outcomes.items():
             lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in outcome.samples)
-            publish(folder / f"samples-{name}-{Path(task).stem}.jsonl", lines.encode())
+            named = re.sub(r"[^\w.-]+", "_", task.removesuffix(".yaml"))[-LONGEST_NAME:]
+            publish(folder / f"samples-{name}-{named}.jsonl", lines.encode())
         publish(path, (json.dumps({**report, "settings": settings}, ensure_ascii=False, indent=1) + "\n").encode())
     except OSError as e:
         raise of_nature(e, f"{folder}: {(e.strerror or str(e)).lower()}: give output=, another folder") from e
@@ -62,7 +68,10 @@ def table(results: Mapping[str, Mapping[str, Any]], references: Mapping[str, tup
 
 
 def _rules(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    found = {task: {k: v for k, v in r.items() if k != "n" and not isinstance(v, float)} for task, r in results.items()}
+    figure = float | None
+    found = {
+        task: {k: v for k, v in r.items() if k != "n" and not isinstance(v, figure)} for task, r in results.items()
+    }
     return [f"{task}: {', '.join(f'{k} {v}' for k, v in rules.items())}" for task, rules in found.items() if rules]
 
 

@@ -44,7 +44,7 @@ def run_tasks(
     seed: int,
     max_new_tokens: int | None,
 ) -> dict[str, Outcome]:
-    """The harness's own figures of its tasks, by task.
+    """The harness's own figures of its tasks, by the names that were given; those of a group by its tasks.
 
     A task NAME of which `task_data`/NAME holds splits, such as validation.jsonl or test.parquet, reads them instead of
     Hugging Face's hub. Collective, as `Scoring`.
@@ -64,7 +64,8 @@ def run_tasks(
                 outcomes |= _run(model, list(local), how, folder)
         if others:
             outcomes |= _run(model, others, how, None)
-    return outcomes
+    given = dict(zip(asked, names, strict=True))
+    return {given.get(task, task): outcome for task, outcome in outcomes.items()}
 
 
 class _How(NamedTuple):
