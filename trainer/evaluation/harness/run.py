@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.errors import UserError
+from conf.errors import UserError, of_nature
 from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.harness.local_data import descriptions, offline, splits_in
 from trainer.evaluation.harness.model import model_class
@@ -92,10 +92,11 @@ def _run(model: Any, names: list[str], how: _How, folder: str | None) -> dict[st
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, AssertionError, ImportError) as e:  # datasets' many
-        raise UserError(
+        message = (
             f"lm-evaluation-harness cannot run {', '.join(names)} ({type(e).__name__}: {str(e)[:300]}): its data come "
             f"from Hugging Face's hub, or from task_data=DIR with files such as DIR/{names[0]}/validation.jsonl"
-        ) from e
+        )
+        raise of_nature(e, message) from e
     return {task: _outcome(found, task) for task in found["results"]} if found else {}
 
 

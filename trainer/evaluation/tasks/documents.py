@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,11 +86,9 @@ def _read(name: str, data: Data, folder: str, file: str, sha256: str | None) -> 
     if not file.endswith(".gz"):
         return raw
     try:
-        import io
-
         with gzip.open(io.BytesIO(raw)) as unpacked:
             content = unpacked.read(MAX_BYTES + 1)
-    except (OSError, EOFError, ValueError) as e:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise UserError(f"task {name}: {path}: not gzip ({e}): give the original file{_at(data)}") from None
     if len(content) > MAX_BYTES:
         raise UserError(f"task {name}: {path}: more than {MAX_BYTES} bytes once it is unpacked")
