@@ -78,7 +78,10 @@ def test_a_row_is_shared_where_that_costs_less(trunk: int, together: bool) -> No
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_a_batch_holds_no_more_tokens_than_full_rows_would(batch_size: int) -> None:
     draw = random.Random(seeded())
-    packed = rows(requests(draw, 60, 12), C, min(2, batch_size) * N_CTX)
+    wide = [
+        Request(60 + i, [1] * 50, [i] * 10, 0) for i in range(4)
+    ]  # they share a row of 86 tokens if it may be so wide
+    packed = rows([*requests(draw, 60, 12), *wide, Request(64, [2] * 5, [3], 0)], C, min(2, batch_size) * N_CTX)
     assert batch_size == 1 or max(row.width for row in packed) > N_CTX
     found = list(batches(packed, batch_size, N_CTX))
     assert sorted(id(row) for batch in found for row in batch) == sorted(map(id, packed))
