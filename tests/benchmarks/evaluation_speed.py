@@ -1,7 +1,7 @@
 """CPU seconds of scoring multiple choice beside lm-evaluation-harness' own `HFLM`, on the same weights and token ids.
 
     python -m tests.benchmarks.evaluation_speed [models=gpt2_small,4_layers] [documents=16] [rounds=3] [batch_size=16]
-        [threads=1] [piqa=/work/shared/data/eval/piqa/valid.jsonl] [seed=0]
+        [threads=1] [piqa=VALID.jsonl] [seed=0]
 
 Both sides score the same (context, continuation) pairs, tokenised beforehand, in fp32, and take turns in each round.
 `4 choices` are a document's two solutions and those of the next one. Without the file `piqa` the texts are random words
@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "rounds": 3,
     "batch_size": 16,
     "threads": 1,
-    "piqa": "/work/shared/data/eval/piqa/valid.jsonl",
+    "piqa": "none",  # a path of PIQA's valid.jsonl
     "seed": 0,
 }
 FOUR_LAYERS = ModelConfig(name="4_layers", n_layer=4, n_head=4, n_embd=256, n_ctx=1024, vocab_size=50257)
