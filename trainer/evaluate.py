@@ -30,13 +30,13 @@ def evaluate(cfg: EvaluateConfig) -> None:
     """Score a checkpoint on tasks and write the report."""
     began, world = time.monotonic(), read_world()
     subject = Subject.find(cfg.checkpoint, cfg.tokenizer, cfg.precision)
-    folder = subject.folder(cfg.output)
     known = set(known_tasks())
     ours = [name for name in cfg.tasks if name in known or is_file(name)]
     others = [name for name in cfg.tasks if name not in ours]
     for name in others:
         check_installed(name)
     plans = _plans(cfg, ours)
+    folder = subject.folder(cfg.output)
     from trainer.evaluation.journal import Journal  # from here on torch
     from trainer.evaluation.scoring import Scoring
 

@@ -65,7 +65,7 @@ class ChoicesKind:
         samples, given = [], iter(zip(answers, bare, strict=True))
         for q, (options, correct) in zip(questions, read, strict=True):
             samples.append(self._judged(q, options, correct, [next(given) for _ in options]))
-        cut = sum(answer.cut > 0 for answer in answers)
+        cut = sum(sample.pop("cut") for sample in samples)
         return Outcome(len(samples), self._figures(samples), samples, {"contexts_cut": cut} if cut else {})
 
     def _read(self, document: Document) -> tuple[list[_Option], int]:
@@ -115,6 +115,7 @@ class ChoicesKind:
             "correct": correct,
             "log_p": [a.log_p for a, _ in answers],
             "tokens": [a.tokens for a, _ in answers],
+            "cut": any(a.cut for a, _ in answers),
             "right": {name: self._right(values, correct) for name, values in scores.items()},
         }
 

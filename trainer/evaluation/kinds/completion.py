@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.kinds.kind import Outcome, Question
-from trainer.evaluation.kinds.metrics import mean_and_stderr
+from trainer.evaluation.kinds.metrics import mean_and_stderr, perplexity_and_stderr
 from trainer.evaluation.prompts import Prompts
 from trainer.evaluation.scoring import Likelihood, Scoring
 from trainer.evaluation.tasks.description import Completion
@@ -57,14 +56,14 @@ def _figures(answers: list[Likelihood]) -> dict[str, float]:
     acc, acc_stderr = mean_and_stderr([float(a.greedy) for a in answers])
     last, last_stderr = mean_and_stderr([float(a.last) for a in answers])
     log_p, log_p_stderr = mean_and_stderr([a.log_p for a in answers])
-    ppl = math.exp(-log_p) if -log_p < 700 else math.inf
+    ppl, ppl_stderr = perplexity_and_stderr([a.log_p for a in answers], [1] * len(answers))
     return {
         "acc": acc,
         "acc_stderr": acc_stderr,
         "acc_last_token": last,
         "acc_last_token_stderr": last_stderr,
         "ppl": ppl,
-        "ppl_stderr": ppl * log_p_stderr,
+        "ppl_stderr": ppl_stderr,
         "log_p": log_p,
         "log_p_stderr": log_p_stderr,
     }

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from conf.errors import UserError
 from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.kinds import detokenise
+from trainer.evaluation.kinds.detokenise import words_and_line_ends
 from trainer.evaluation.kinds.kind import Outcome, Question
+from trainer.evaluation.kinds.metrics import perplexity_and_stderr
 from trainer.evaluation.prompts import Prompts
 from trainer.evaluation.scoring import Scoring
 from trainer.evaluation.tasks.description import Perplexity
@@ -36,31 +38,32 @@ class PerplexityKind:
         texts = [make(text) for text in originals]
         ids = [encoder.text(text) for text in texts]
         answers = scoring.texts(self._name, ids, self.cfg.context)
-        units = [self._units(text, len(i)) for text, i in zip(originals, ids, strict=True)]
-        log_p, tokens = sum(a.log_p for a in answers), sum(a.tokens for a in answers)
-        nats = -log_p / sum(units)
+        log_p, tokens = [a.log_p for a in answers], [a.tokens for a in answers]
+        units = [self._units(text, n) for text, n in zip(originals, tokens, strict=True)]
+        if not sum(units) or not sum(tokens):
+            raise UserError(f"task {self._name}: no {self.cfg.unit} in its texts: give documents that hold some")
         samples = [
             {"document": q.number, "log_p": a.log_p, "tokens": a.tokens, self.cfg.unit: n}
             for q, a, n in zip(questions, answers, units, strict=True)
         ]
+        ppl, ppl_stderr = perplexity_and_stderr(log_p, units)
+        bits = -sum(log_p) / math.log(2)
         figures = {
-            "ppl": _exp(nats),
-            "bits": nats / math.log(2),
-            "ppl_per_token": _exp(-log_p / tokens),
-            "bits_per_byte": -log_p / math.log(2) / sum(len(text.encode()) for text in texts),
+            "ppl": ppl,
+            "ppl_stderr": ppl_stderr,
+            "bits": bits / sum(units),
+            "ppl_per_token": perplexity_and_stderr(log_p, tokens)[0],
+            "bits_per_byte": bits / sum(len(text.encode()) for text in texts),
         }
         return Outcome(len(questions), figures, samples, self._rule(sum(units), encoder, scoring))
 
-    def _units(self, text: str, ids: int) -> int:
-        words = len(text.split()) + (text.count("\n") if self.cfg.ends_of_lines else 0)
-        return {"words": words, "tokens": ids, "bytes": len(text.encode()), "characters": len(text)}[self.cfg.unit]
+    def _units(self, text: str, tokens: int) -> int:
+        """The divisor of one original text; `tokens`: those of the vocabulary that were scored."""
+        words = words_and_line_ends(text) if self.cfg.ends_of_lines else len(text.split())
+        return {"words": words, "tokens": tokens, "bytes": len(text.encode()), "characters": len(text)}[self.cfg.unit]
 
     def _rule(self, units: int, encoder: Encoder, scoring: Scoring) -> dict[str, object]:
         n_ctx = scoring.model.cfg.n_ctx
         seen = f"windows of {n_ctx} tokens, each of which sees at least {self.cfg.context} before its first"
         start = "the first after the end-of-text token" if encoder.start else "the first token is not scored"
         return {"divisor": f"{units} {self.cfg.unit}", "context": f"{seen}; {start}"}
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf

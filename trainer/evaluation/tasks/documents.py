@@ -21,7 +21,6 @@ from trainer.evaluation.tasks.description import Data
 from trainer.evaluation.tasks.templates import Document
 
 MAX_BYTES = 1 << 30  # of a file, also unpacked
-MAX_LINE_FIELDS = 10_000
 
 
 def read_documents(name: str, data: Data, folder: str | None) -> list[Document]:
@@ -51,7 +50,7 @@ def _parsed(name: str, data: Data, folder: str, file: str, sha256: str | None) -
     raw = _read(name, data, folder, file, sha256)
     try:
         return list(FORMS[data.format](raw, data))
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         why = f"no field {e}" if isinstance(e, KeyError) else e
         raise UserError(
             f"task {name}: {Path(folder) / file}: not {data.format} ({why}): give the original file"
@@ -59,7 +58,11 @@ def _parsed(name: str, data: Data, folder: str, file: str, sha256: str | None) -
 
 
 def _labelled(name: str, data: Data, folder: str, documents: list[Document]) -> list[Document]:
-    lines = [x for file, sha in data.labels.items() for x in _read(name, data, folder, file, sha).decode().splitlines()]
+    try:
+        texts = [_read(name, data, folder, file, sha).decode() for file, sha in data.labels.items()]
+    except UnicodeDecodeError as e:
+        raise UserError(f"task {name}: {_listed(data.labels)}: not UTF-8 ({e}): give the original files") from None
+    lines = [line for text in texts for line in text.splitlines()]
     if len(lines) != len(documents):
         raise UserError(
             f"task {name}: {len(lines)} lines in {_listed(data.labels)} for {len(documents)} documents: give the "

@@ -126,6 +126,15 @@ def test_a_tie_counts_what_the_task_says(ties: float, acc: float, home: Home) ->
     assert {s["right"]["acc"] for s in outcome.samples} == ({0.5} if ties else {0.0, 1.0})
 
 
+def test_a_question_whose_context_is_cut_is_counted_once(home: Home) -> None:
+    """Though both of its options lose the beginning of their context."""
+    choices = {"context": "{{ text }}", "options": ["a stone", "an angel"], "correct": "0"}
+    outcome = home.run("lambada", choices=choices)
+    encode = home.encoder.tokenizer.encode
+    cut = sum(len(encode(f"{row['text']} an angel")) > N_CTX + 1 for row in home.lambada)
+    assert 0 < outcome.notes["contexts_cut"] <= cut and "cut" not in outcome.samples[0]
+
+
 def test_completions_of_lambada(home: Home) -> None:
     """Texts longer than n_ctx lose their beginning, which is counted."""
     completion = {"context": "{{ text.rsplit(' ', 1)[0] }}", "continuation": " {{ text.rsplit(' ', 1)[1] }}"}
@@ -154,6 +163,10 @@ def test_perplexity_by_words_of_the_original(home: Home) -> None:
     nats = -log_p(home.theirs, ids[:1], ids[1:])[0].double().sum().item()
     words = len(" = A title = A stone , it is said , cost 1 @,@ 000 . ".split()) + 3
     assert outcome.notes["divisor"] == f"{words} words"
+    assert outcome.figures["ppl_per_token"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-5)
+    by_token = home.run("wiki", data=data, perplexity={**shown, "unit": "tokens", "ends_of_lines": False})
+    assert by_token.notes["divisor"] == f"{len(ids) - 1} tokens"  # the end-of-text token is no part of the text
+    assert by_token.figures["ppl"] == by_token.figures["ppl_per_token"]
     assert outcome.figures["ppl"] == pytest.approx(math.exp(nats / words), rel=1e-5)
     assert outcome.figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
     assert f"windows of {N_CTX} tokens" in outcome.notes["context"]

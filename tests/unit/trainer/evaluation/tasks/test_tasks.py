@@ -118,6 +118,13 @@ def test_what_files_lack_is_one_line(tmp_path: Path) -> None:
         ("jsonl", "[1]\n", "document 1 is a list, not an object with fields"),
         ("tsv", "a\tb\n1\n", "line 2 has 1 columns, not 2: a, b"),
         ("squad", "{}", "no field 'data'"),
+        ("coqa", '{"data": [[]]}', "not coqa"),
+        (
+            "coqa",
+            '{"data": [{"story": "", "questions": [{"input_text": "a"}], "answers": [{"input_text": "b"}], '
+            '"additional_answers": {"0": []}}]}',
+            "not coqa",
+        ),
         ("winograd", '<!DOCTYPE x [<!ENTITY a "aa">]><collection/>', "it declares entities"),
         ("winograd", "<a>", "no element found"),
         ("json", "[" * 100_000, "not json"),
