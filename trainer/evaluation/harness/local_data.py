@@ -48,9 +48,16 @@ def _stock(name: str) -> Path:
 
 
 def splits_in(folder: Path) -> dict[str, Path]:
-    """The splits of a task that lie in a folder."""
-    files = {split: [folder / f"{split}{suffix}" for suffix in FORMS] for split in SPLITS}
-    return {split: path.resolve() for split, some in files.items() for path in some if path.is_file()}
+    """The splits of a task that lie in a folder.
+
+    Raises:
+        UserError: one split twice, or splits of two forms.
+    """
+    found = [path for split in SPLITS for suffix in FORMS if (path := folder / f"{split}{suffix}").is_file()]
+    if len({path.stem for path in found}) < len(found) or len({FORMS[path.suffix] for path in found}) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"task_data: {folder} holds {names}: give each split once, and all of them in one form")
+    return {path.stem: path.resolve() for path in found}
 
 
 @contextmanager

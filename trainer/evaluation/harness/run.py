@@ -56,14 +56,14 @@ def run_tasks(
     held = {name: splits_in(Path(task_data) / name) for name in asked} if task_data else {}
     local = {name: splits for name, splits in held.items() if splits}
     others = [name for name in asked if name not in local]
-    model, how = model_class()(scoring, encoder), _How(shots, limit, seed, max_new_tokens)
+    how = _How(shots, limit, seed, max_new_tokens)
     outcomes: dict[str, Outcome] = {}
     with _quiet(), _seeded(seed):
         if local:
-            with offline(), descriptions(local) as folder:
-                outcomes |= _run(model, list(local), how, folder)
+            with offline(), descriptions(local) as folder:  # before lm_eval, whose libraries look at it once
+                outcomes |= _run(model_class()(scoring, encoder), list(local), how, folder)
         if others:
-            outcomes |= _run(model, others, how, None)
+            outcomes |= _run(model_class()(scoring, encoder), others, how, None)
     given = dict(zip(asked, names, strict=True))
     return {given.get(task, task): outcome for task, outcome in outcomes.items()}
 

@@ -119,6 +119,17 @@ def test_a_task_that_nobody_knows_is_one_line(tmp_path: Path, mesh: Mesh) -> Non
         of_ours(checkpoint, tmp_path / "data", mesh, ["pika"], 0)
 
 
+def test_splits_of_two_forms_are_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "test.jsonl", [{"text": "a"}])
+    write_rows(tmp_path / "train.json", [{"text": "a"}])
+    assert set(splits_in(tmp_path)) == {"train", "test"}  # one reader reads both
+    for name in ("train.jsonl", "validation.csv"):
+        path = write_rows(tmp_path / name, [{"text": "a"}])
+        with pytest.raises(UserError, match=r"give each split once, and all of them in one form"):
+            splits_in(tmp_path)
+        path.unlink()
+
+
 def test_descriptions_leave_files_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those in the folder of temporary files, and those beside the data."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
