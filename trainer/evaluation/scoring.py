@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from trainer.evaluation.journal import Journal, Row
 from trainer.inference.beam import Beam, beam_search
-from trainer.inference.sampler import Sampling, Stop, sample
+from trainer.inference.sampler import OnTexts, Sampling, Stop, sample
 from trainer.inference.scorer import Pair, Scores, score, windows
 from trainer.model.gpt import GPT
 
@@ -82,22 +82,20 @@ class Scoring:
                 text = self.decode(new)
                 return any(stop in text for stop in how.stop)
 
-            for start in range(0, len(own), self.batch_size):
-                some = own[start : start + self.batch_size]
-                new = self._written(some, how, eot, ends)
-                done({start + i: {"ids": ids} for i, ids in enumerate(new)})
+            self._write(own, how, eot, ends, lambda some: done({i: {"ids": ids} for i, ids in some}))
 
         rule = json.dumps(asdict(how), sort_keys=True)
         rows = self._answers(what, prompts, [("write", rule, eot, ids) for ids in prompts], compute, lambda ids: ids)
         return [row["ids"] for row in rows]
 
-    def _written(self, prompts: list[list[int]], how: Writing, eot: int | None, ends: Stop) -> list[list[int]]:
+    def _write(self, prompts: list[list[int]], how: Writing, eot: int | None, ends: Stop, done: OnTexts) -> None:
+        """Continue the prompts: one call, for under ZeRO-3 the ranks have different numbers of them."""
         same: dict[str, Any] = {"max_new_tokens": how.tokens, "eot": eot, "stop": ends, "batch_size": self.batch_size}
         if how.beams > 1:
-            found = beam_search(self.model, prompts, Beam(how.beams, how.length_penalty), **same)
-            return [hypothesis.new for hypothesis in found]
+            beam_search(self.model, prompts, Beam(how.beams, how.length_penalty), on_batch=done, **same)
+            return
         keys = [int(_sha("draws", ids)[:15], 16) for ids in prompts]
-        return sample(self.model, prompts, how.sampling, seed=how.seed, keys=keys, **same)
+        sample(self.model, prompts, how.sampling, seed=how.seed, keys=keys, on_batch=done, **same)
 
     def _likelihoods(self, what: str, pairs: Sequence[Pair]) -> list[Likelihood]:
         def compute(own: list[Pair], done: Callable[[dict[int, Row]], None]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from conf.errors import UserError
 from trainer.inference.cache import KVCache
 from trainer.inference.lockstep import run_in_lockstep
-from trainer.inference.sampler import BATCH, Stop, check_prompt, same_on_tp
+from trainer.inference.sampler import BATCH, OnTexts, Stop, check_prompt, same_on_tp
 from trainer.model.gpt import GPT
 
 
@@ -54,6 +54,7 @@ def beam_search(
     eot: int | None = None,
     stop: Stop | None = None,
     batch_size: int = BATCH,
+    on_batch: OnTexts | None = None,
 ) -> list[Hypothesis]:
     """The continuation of each prompt with the best score that a search finds.
 
@@ -61,7 +62,7 @@ def beam_search(
     a true `stop(...)`, their `max_new_tokens` or the end of n_ctx, leave the beam, and the next likeliest ones that do
     not end take their places. A search ends when nothing in its beam can reach the best score found: an end any
     later would change nothing. `stop` says the same of the same tokens; of one prompt it is asked about several.
-    `batch_size`: hypotheses at a time. Collective as `sampler.sample` is.
+    `batch_size`: hypotheses at a time. `on_batch`: as that of `sampler.sample`; collective as that is.
 
     Raises:
         UserError: a prompt that is empty, longer than n_ctx, or holds an id outside of the vocabulary.
@@ -76,8 +77,13 @@ def beam_search(
             searches.append(_Search(i, prompt, limit, beam, eot, stop))
         longest_first = sorted((s for s in searches if s.limit > 0), key=lambda s: -len(s.prompt))
         at_once = max(1, batch_size // beam.width)
+        if on_batch is not None and len(longest_first) < len(searches):
+            on_batch([(s.index, []) for s in searches if s.limit == 0])
         for start in range(0, len(longest_first), at_once):
-            yield from _search(model, longest_first[start : start + at_once])
+            batch = longest_first[start : start + at_once]
+            yield from _search(model, batch)
+            if on_batch is not None:
+                on_batch([(s.index, s.best.new if s.best else []) for s in batch])
 
     run_in_lockstep(model, forwards())
     return [s.best or Hypothesis([]) for s in searches]

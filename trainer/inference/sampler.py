@@ -23,6 +23,7 @@ from trainer.model.gpt import GPT
 BATCH = 16  # prompts at a time: keys and values of all their tokens are in memory
 NUCLEUS = 64  # candidates that top-p looks at first; eight times as many where they do not hold enough probability
 
+OnTexts = Callable[[list[tuple[int, list[int]]]], None]  # called with (index of the prompt, its new tokens) of a batch
 Stop = Callable[[int, list[int]], bool]  # called after each new token with (index of the prompt, its new tokens)
 
 
@@ -91,6 +92,7 @@ def sample(
     stop: Stop | None = None,
     slide: int | None = None,
     batch_size: int = BATCH,
+    on_batch: OnTexts | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt: up to its `max_new_tokens`, an `eot`, a true `stop(...)`, or the end of n_ctx.
 
@@ -98,6 +100,7 @@ def sample(
     position's embedding changes with the window, so each slide computes the whole window anew.
     A prompt's draws are a function of (seed, key, number of the new token): neither the batch nor the rank counts.
     `keys` are the prompts' indices by default; where ranks have parts of one list, give the indices in that list.
+    `on_batch` takes the texts of a batch once all have ended: each prompt is in one of its calls.
     Collective where ranks share a model: tp ranks give the same prompts; under ZeRO-3 each rank gives its own, any
     number of them.
 
@@ -111,13 +114,17 @@ def sample(
         for i, (prompt, limit, key) in enumerate(zip(prompts, limits, keys or range(len(prompts)), strict=True)):
             texts.append(_text(i, prompt, limit, stable_seed("sample", seed, key), model.cfg, slide))
         longest_first = sorted((t for t in texts if t.limit > 0), key=lambda t: -len(t.prompt))
+        if on_batch is not None and len(longest_first) < len(texts):
+            on_batch([(t.index, t.new) for t in texts if t.limit == 0])
         for start in range(0, len(longest_first), batch_size):
-            batch = longest_first[start : start + batch_size]
+            batch = whole = longest_first[start : start + batch_size]
             while batch:  # once more after each slide
                 for text in batch:
                     text.open_window(model.cfg.n_ctx, slide)
                 yield from _continue(model, batch, sampling, eot, stop)
                 batch = [t for t in batch if not t.ended]
+            if on_batch is not None:
+                on_batch([(t.index, t.new) for t in whole])
 
     run_in_lockstep(model, forwards())
     return [t.new for t in texts]
