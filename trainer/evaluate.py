@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 from conf.schema import run
 from trainer.config.inference import EvaluateConfig
 from trainer.distributed.world import read_world
-from trainer.evaluation.harness.run import check_installed
+from trainer.evaluation.encoder import Encoder
+from trainer.evaluation.evaluation import Plan, plan_task
+from trainer.evaluation.harness.run import check_installed, run_tasks
+from trainer.evaluation.kinds.kind import Outcome
+from trainer.evaluation.report import publish_report, result_of, table
 from trainer.evaluation.subject import Subject
 from trainer.evaluation.tasks.find import is_file, known_tasks, load_task
 from trainer.model.arithmetic import param_count
 
 if TYPE_CHECKING:
-    from trainer.evaluation.evaluation import Plan
-    from trainer.evaluation.kinds.kind import Outcome
     from trainer.evaluation.scoring import Scoring
 
 
@@ -50,8 +52,6 @@ def evaluate(cfg: EvaluateConfig) -> None:
 
 
 def _plans(cfg: EvaluateConfig, names: list[str]) -> list[Plan]:
-    from trainer.evaluation.evaluation import plan_task
-
     return [plan_task(name, load_task(name), cfg.task_data, **_settings(cfg)) for name in names]
 
 
@@ -63,9 +63,6 @@ def _settings(cfg: EvaluateConfig) -> dict[str, Any]:
 def _outcomes(
     cfg: EvaluateConfig, subject: Subject, plans: list[Plan], others: list[str], scoring: Scoring
 ) -> dict[str, Outcome]:
-    from trainer.evaluation.encoder import Encoder
-    from trainer.evaluation.harness.run import run_tasks
-
     encoder = Encoder(subject.tokenizer)
     outcomes = {plan.name: plan.run(encoder, scoring) for plan in plans}
     if others:
@@ -81,8 +78,6 @@ def _report(
     outcomes: dict[str, Outcome],
     seconds: float,
 ) -> None:
-    from trainer.evaluation.report import publish_report, result_of, table
-
     results = {name: result_of(outcome) for name, outcome in outcomes.items()}
     report: dict[str, Any] = {
         "results": results,

@@ -64,7 +64,8 @@ def _sample(tokenizer: Tokenizer | None, prompt: list[int], stops: list[str], ke
 
 def _draw(cfg: GenerateConfig, model: GPT, samples: list[_Sample]) -> None:
     """Continue the samples: all at once, or one after the other as they are printed."""
-    from trainer.inference.sampler import Sampling, sample
+    from trainer.inference.requests import Sampling
+    from trainer.inference.sampler import sample
 
     def follow(index: int, new: list[int]) -> bool:
         text = batch[index].text

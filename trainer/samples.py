@@ -47,7 +47,8 @@ class Samples:
             return [f"no samples: val loss is {loss}"]
         import torch.distributed as dist
 
-        from trainer.inference.sampler import Sampling, sample
+        from trainer.inference.requests import Sampling
+        from trainer.inference.sampler import sample
 
         def touch(index: int, new: list[int]) -> bool:
             on_progress()

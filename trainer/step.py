@@ -15,7 +15,7 @@ from conf.errors import UserError
 from trainer.config.optim import OptimConfig
 from trainer.data.feed import AnyBatch, Feed
 from trainer.distributed.device_copies import AsyncCopy, ComputeTimer
-from trainer.distributed.seeds import seed_dropout
+from trainer.distributed.randomness import seed_dropout
 from trainer.engine.engine import Engine, NonFiniteError
 from trainer.engine.schedule import lr_at
 from trainer.health.recompute_check import recheck

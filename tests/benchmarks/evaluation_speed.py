@@ -34,7 +34,8 @@ from trainer.config.model import ModelConfig
 from trainer.distributed.mesh import single_rank_mesh
 from trainer.distributed.world import read_world
 from trainer.hf.weights import hf_config, to_hf
-from trainer.inference.scorer import Pair, score
+from trainer.inference.requests import Pair
+from trainer.inference.scorer import score
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 

@@ -30,7 +30,8 @@ from tests.benchmarks import machine
 from trainer.config.model import ModelConfig
 from trainer.distributed.mesh import single_rank_mesh
 from trainer.distributed.world import read_world
-from trainer.inference.sampler import Sampling, sample
+from trainer.inference.requests import Sampling
+from trainer.inference.sampler import draw, sample
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 
@@ -85,10 +86,10 @@ def draws(rounds: int) -> list[dict[str, Any]]:
     ways: dict[str, Callable[[], Tensor]] = {
         "full sort": lambda: full_sort(logits_BV, u_B),
         "torch.multinomial": lambda: logits_BV.softmax(-1).multinomial(1),
-        "temperature alone": lambda: Sampling()(logits_BV, u_B),
-        "top_k=50": lambda: Sampling(top_k=50)(logits_BV, u_B),
-        "top_p=0.9": lambda: Sampling(top_p=0.9)(logits_BV, u_B),
-        "greedy": lambda: Sampling(0.0)(logits_BV, u_B),
+        "temperature alone": lambda: draw(Sampling(), logits_BV, u_B),
+        "top_k=50": lambda: draw(Sampling(top_k=50), logits_BV, u_B),
+        "top_p=0.9": lambda: draw(Sampling(top_p=0.9), logits_BV, u_B),
+        "greedy": lambda: draw(Sampling(0.0), logits_BV, u_B),
     }
     least = dict.fromkeys(ways, float("inf"))
     for _ in range(5 * rounds):

@@ -22,7 +22,8 @@ from trainer.config.model import ModelConfig
 from trainer.config.pretrain import EvalConfig, SamplesConfig
 from trainer.data.sources import Sources, check_sources
 from trainer.generate import load_model
-from trainer.inference.sampler import Sampling, sample
+from trainer.inference.requests import Sampling
+from trainer.inference.sampler import sample
 from trainer.run.folder import RunFolder
 from trainer.run.journal import read_journal
 from trainer.samples import Samples

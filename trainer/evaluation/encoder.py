@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from conf.errors import UserError
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from trainer.inference.scorer import Pair
+from trainer.inference.requests import Pair
 
 
 class Encoder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from conf.errors import UserError
 from trainer.evaluation.encoder import Encoder
@@ -13,10 +14,12 @@ from trainer.evaluation.kinds.generation import GenerationKind
 from trainer.evaluation.kinds.kind import Kind, Outcome, Question
 from trainer.evaluation.kinds.perplexity import PerplexityKind
 from trainer.evaluation.prompts import Prompts
-from trainer.evaluation.scoring import Scoring
 from trainer.evaluation.tasks.description import TaskConfig
 from trainer.evaluation.tasks.documents import read_documents
 from trainer.evaluation.tasks.templates import expression
+
+if TYPE_CHECKING:
+    from trainer.evaluation.scoring import Scoring
 
 
 @dataclass(frozen=True)

@@ -6,42 +6,21 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
+from trainer.evaluation.answers import Likelihood, Writing
 from trainer.evaluation.journal import Journal, Row
 from trainer.inference.beam import Beam, beam_search
-from trainer.inference.sampler import OnTexts, Sampling, Stop, sample
-from trainer.inference.scorer import Pair, Scores, score, windows
+from trainer.inference.requests import Pair
+from trainer.inference.sampler import OnTexts, Stop, sample
+from trainer.inference.scorer import Scores, score, windows
 from trainer.model.gpt import GPT
 
 QUIET_S = 30.0  # between two lines of progress in a file
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """The probability of a continuation."""
-
-    log_p: float  # nats
-    tokens: int
-    greedy: bool  # each token is the likeliest one: the model would write it
-    last: bool  # the last token is
-    cut: int  # tokens of the context that n_ctx left no room for
-
-
-@dataclass(frozen=True)
-class Writing:
-    """The rules by which a model continues a text: by `sampling`, up to `tokens` tokens or before a text of `stop`."""
-
-    sampling: Sampling
-    tokens: int
-    stop: tuple[str, ...]
-    seed: int
-    beams: int = 1  # more: beam search instead of `sampling`
-    length_penalty: float = 0.6
 
 
 class Scoring:

@@ -19,7 +19,7 @@ from conf.errors import UserError
 from trainer.config.health import GuardConfig
 from trainer.data.feed import AnyBatch
 from trainer.distributed.collective import all_ranks
-from trainer.distributed.seeds import seed_dropout
+from trainer.distributed.randomness import seed_dropout
 from trainer.engine.engine import Engine, to_device
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}

@@ -18,6 +18,7 @@ from trainer.distributed.mesh import Mesh
 from trainer.distributed.seeds import stable_seed
 from trainer.inference.cache import KVCache
 from trainer.inference.lockstep import run_in_lockstep
+from trainer.inference.requests import Sampling
 from trainer.model.gpt import GPT
 
 BATCH = 16  # prompts at a time: keys and values of all their tokens are in memory
@@ -27,49 +28,42 @@ OnTexts = Callable[[list[tuple[int, list[int]]]], None]  # called with (index of
 Stop = Callable[[int, list[int]], bool]  # called after each new token with (index of the prompt, its new tokens)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """The rule that draws the next token from logits; `temperature` 0 takes the likeliest."""
+def draw(sampling: Sampling, logits_BV: Tensor, u_B: Tensor) -> Tensor:
+    """One id for each row [B]: the inverse of the cumulated probabilities at `u_B` (fp64, in [0, 1)).
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    Probabilities are cumulated in the order of ids, with `top_k` or `top_p` from the likeliest down. A row's id does
+    not depend on the other rows.
+    """
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    likeliest_B1 = logits_BV.amax(-1, keepdim=True).double()
+    mass_BV = ((logits_BV - likeliest_B1) / sampling.temperature).exp_()  # e^0 = 1 for the likeliest: no overflow
+    if sampling.top_k is None and sampling.top_p is None:
+        return invert(mass_BV, u_B)
+    if sampling.top_p is None:
+        mass_BK, id_BK = mass_BV.topk(min(sampling.top_k or 0, mass_BV.shape[-1]))
+        return id_BK.gather(-1, invert(mass_BK, u_B)[:, None]).squeeze(-1)
+    return _draw_from_nucleus(mass_BV, u_B, sampling.top_p, sampling.top_k)
 
-    def __call__(self, logits_BV: Tensor, u_B: Tensor) -> Tensor:
-        """One id for each row [B]: the inverse of the cumulated probabilities at `u_B` (fp64, in [0, 1)).
 
-        Probabilities are cumulated in the order of ids, with `top_k` or `top_p` from the likeliest down. A row's id
-        does not depend on the other rows.
-        """
-        if self.temperature == 0:
-            return logits_BV.argmax(-1)
-        likeliest_B1 = logits_BV.amax(-1, keepdim=True).double()
-        mass_BV = ((logits_BV - likeliest_B1) / self.temperature).exp_()  # e^0 = 1 for the likeliest: no overflow
-        if self.top_k is None and self.top_p is None:
-            return invert(mass_BV, u_B)
-        if self.top_p is None:
-            mass_BK, id_BK = mass_BV.topk(min(self.top_k or 0, mass_BV.shape[-1]))
-            return id_BK.gather(-1, invert(mass_BK, u_B)[:, None]).squeeze(-1)
-        return self._from_nucleus(mass_BV, u_B, self.top_p)
+def _draw_from_nucleus(mass_BV: Tensor, u_B: Tensor, top_p: float, top_k: int | None) -> Tensor:
+    """Draws from the fewest likeliest tokens whose share of all mass reaches `top_p`, and at most `top_k`.
 
-    def _from_nucleus(self, mass_BV: Tensor, u_B: Tensor, top_p: float) -> Tensor:
-        """Draws from the fewest likeliest tokens whose share of all mass reaches `top_p`, and at most `top_k`.
-
-        Sorts as many candidates as a row needs: rows that need more than K are tried again with 8 K.
-        """
-        limit_B = top_p * mass_BV.sum(-1)
-        candidates = min(self.top_k or mass_BV.shape[-1], mass_BV.shape[-1])
-        out_B = torch.empty_like(u_B, dtype=torch.long)
-        rows, K = torch.arange(len(u_B), device=u_B.device), min(NUCLEUS, candidates)
-        while len(rows):
-            mass_BK, id_BK = mass_BV[rows].topk(K)
-            sum_BK = mass_BK.cumsum(-1)
-            enough = (sum_BK[:, -1] >= limit_B[rows]) | (candidates == K)
-            kept_BK = mass_BK.where(sum_BK - mass_BK < limit_B[rows, None], 0.0)
-            ids_B = id_BK.gather(-1, invert(kept_BK, u_B[rows])[:, None]).squeeze(-1)
-            out_B[rows[enough]] = ids_B[enough]
-            rows, K = rows[~enough], min(8 * K, candidates)
-        return out_B
+    Sorts as many candidates as a row needs: rows that need more than K are tried again with 8 K.
+    """
+    limit_B = top_p * mass_BV.sum(-1)
+    candidates = min(top_k or mass_BV.shape[-1], mass_BV.shape[-1])
+    out_B = torch.empty_like(u_B, dtype=torch.long)
+    rows, K = torch.arange(len(u_B), device=u_B.device), min(NUCLEUS, candidates)
+    while len(rows):
+        mass_BK, id_BK = mass_BV[rows].topk(K)
+        sum_BK = mass_BK.cumsum(-1)
+        enough = (sum_BK[:, -1] >= limit_B[rows]) | (candidates == K)
+        kept_BK = mass_BK.where(sum_BK - mass_BK < limit_B[rows, None], 0.0)
+        ids_B = id_BK.gather(-1, invert(kept_BK, u_B[rows])[:, None]).squeeze(-1)
+        out_B[rows[enough]] = ids_B[enough]
+        rows, K = rows[~enough], min(8 * K, candidates)
+    return out_B
 
 
 def invert(mass_BK: Tensor, u_B: Tensor) -> Tensor:
@@ -187,7 +181,7 @@ def _continue(model: GPT, texts: list[_Text], sampling: Sampling, eot: int | Non
         # a row that has ended, or waits for a slide, stays where it is
         cache.lengths = [min(len(t.window) - t.ended, n_ctx - 1) for t in texts]
         u_B = torch.stack([t.draws[len(t.new)] for t in texts]).to(device)
-        for t, token in zip(texts, same_on_tp(sampling(logits_BV, u_B), model.mesh).tolist(), strict=True):
+        for t, token in zip(texts, same_on_tp(draw(sampling, logits_BV, u_B), model.mesh).tolist(), strict=True):
             if not t.ended and len(t.window) <= n_ctx:
                 t.new.append(token)
                 t.window.append(token)

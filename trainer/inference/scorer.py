@@ -20,10 +20,9 @@ from conf.errors import UserError
 from trainer.config.model import ModelConfig
 from trainer.inference.lockstep import run_in_lockstep
 from trainer.inference.packing import Request, Row, batches, rows
+from trainer.inference.requests import Pair
 from trainer.inference.sampler import BATCH, check_ids
 from trainer.model.gpt import GPT
-
-Pair = tuple[list[int], list[int]]  # context, continuation
 
 
 @dataclass(frozen=True)

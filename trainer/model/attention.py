@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from trainer.config.model import ModelConfig
 from trainer.distributed.mesh import Mesh
-from trainer.distributed.seeds import tp_local_randomness
+from trainer.distributed.randomness import tp_local_randomness
 from trainer.model import flex
 from trainer.model.arithmetic import padded_n_head
 from trainer.model.linear import column_linear, row_linear

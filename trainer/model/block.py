@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.config.model import Gelu, ModelConfig, Norm
 from trainer.distributed.mesh import Mesh
-from trainer.distributed.seeds import tp_local_randomness
+from trainer.distributed.randomness import tp_local_randomness
 from trainer.model.attention import Attention, Cache, Mask
 from trainer.model.linear import column_linear, row_linear
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf.errors import UserError
+from trainer.evaluation.answers import Writing
 from trainer.evaluation.encoder import Encoder
-from trainer.evaluation.scoring import Scoring, Writing
-from trainer.inference.sampler import Sampling
+from trainer.inference.requests import Sampling
+
+if TYPE_CHECKING:
+    from trainer.evaluation.scoring import Scoring
 
 MAX_NEW = 256  # tokens, where a task does not say
 

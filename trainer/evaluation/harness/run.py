@@ -11,14 +11,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from conf.errors import UserError, of_nature
 from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.harness.local_data import descriptions, offline, splits_in
 from trainer.evaluation.harness.model import model_class
 from trainer.evaluation.kinds.kind import Outcome
-from trainer.evaluation.scoring import Scoring
+
+if TYPE_CHECKING:
+    from trainer.evaluation.scoring import Scoring
 
 PREFIX = "lm_eval/"  # before the name of one of its tasks, where a task of ours has the same
 BOOTSTRAPS = 1000  # of standard errors that have no formula

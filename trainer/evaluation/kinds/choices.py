@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf.errors import UserError
+from trainer.evaluation.answers import Likelihood
 from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.kinds.kind import Outcome, Question
 from trainer.evaluation.kinds.metrics import label_f1, matthews, mean_and_stderr
 from trainer.evaluation.prompts import Prompts
-from trainer.evaluation.scoring import Likelihood, Scoring
 from trainer.evaluation.tasks.description import Choices
 from trainer.evaluation.tasks.templates import Document, expression, template
-from trainer.inference.scorer import Pair
+from trainer.inference.requests import Pair
+
+if TYPE_CHECKING:
+    from trainer.evaluation.scoring import Scoring
 
 LABEL_FIGURES: dict[str, Callable[[list[int], list[int]], float]] = {
     "f1": label_f1,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trainer.evaluation.answers import Likelihood
 from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.kinds.kind import Outcome, Question
 from trainer.evaluation.kinds.metrics import mean_and_stderr, perplexity_and_stderr
 from trainer.evaluation.prompts import Prompts
-from trainer.evaluation.scoring import Likelihood, Scoring
 from trainer.evaluation.tasks.description import Completion
 from trainer.evaluation.tasks.templates import Document, template
-from trainer.inference.scorer import Pair
+from trainer.inference.requests import Pair
+
+if TYPE_CHECKING:
+    from trainer.evaluation.scoring import Scoring
 
 
 class CompletionKind:

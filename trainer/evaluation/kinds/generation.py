@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf.errors import UserError
+from trainer.evaluation.answers import Writing
 from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.kinds import metrics
 from trainer.evaluation.kinds.kind import Outcome, Question
 from trainer.evaluation.prompts import Prompts
-from trainer.evaluation.scoring import Scoring, Writing
 from trainer.evaluation.tasks.description import Generation
 from trainer.evaluation.tasks.templates import Document, expression, template
-from trainer.inference.sampler import Sampling
+from trainer.inference.requests import Sampling
+
+if TYPE_CHECKING:
+    from trainer.evaluation.scoring import Scoring
 
 GREEDY = Sampling(temperature=0.0)
 JUDGES: dict[str, Callable[[str, list[str]], float]] = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.prompts import Prompts
-from trainer.evaluation.scoring import Scoring
 from trainer.evaluation.tasks.templates import Document
+
+if TYPE_CHECKING:
+    from trainer.evaluation.scoring import Scoring
 
 
 class Question(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from conf.errors import UserError
 from trainer.evaluation.encoder import Encoder
@@ -12,9 +13,11 @@ from trainer.evaluation.kinds.detokenise import words_and_line_ends
 from trainer.evaluation.kinds.kind import Outcome, Question
 from trainer.evaluation.kinds.metrics import perplexity_and_stderr
 from trainer.evaluation.prompts import Prompts
-from trainer.evaluation.scoring import Scoring
 from trainer.evaluation.tasks.description import Perplexity
 from trainer.evaluation.tasks.templates import Document, template
+
+if TYPE_CHECKING:
+    from trainer.evaluation.scoring import Scoring
 
 
 class PerplexityKind:

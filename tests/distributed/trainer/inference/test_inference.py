@@ -15,8 +15,9 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.seeds import seeded
 from trainer.hf.weights import hf_config, to_hf
 from trainer.inference.beam import Beam, beam_search
-from trainer.inference.sampler import Sampling, sample
-from trainer.inference.scorer import Pair, Scores, score
+from trainer.inference.requests import Pair, Sampling
+from trainer.inference.sampler import sample
+from trainer.inference.scorer import Scores, score
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 

@@ -19,7 +19,7 @@ from trainer.config.model import ModelConfig, Norm
 from trainer.config.parallel import ParallelConfig, Recompute
 from trainer.data.channel import channel
 from trainer.distributed.mesh import Mesh, join_ranks, leave_ranks
-from trainer.distributed.seeds import seed_dropout, tp_local_randomness
+from trainer.distributed.randomness import seed_dropout, tp_local_randomness
 from trainer.distributed.world import read_world
 from trainer.engine.deepspeed_api import register_sequence_parallel_hooks
 from trainer.inference.cache import KVCache

@@ -21,7 +21,7 @@ from trainer.config.model import ModelConfig, Norm
 from trainer.config.parallel import Compile, ParallelConfig, Precision, Recompute
 from trainer.distributed.device_copies import AsyncCopy, to_device
 from trainer.distributed.mesh import Mesh
-from trainer.distributed.seeds import seed_dropout
+from trainer.distributed.randomness import seed_dropout
 from trainer.engine import fp8
 from trainer.engine.compile import compile_model, describe_compile, is_compiled
 from trainer.inference.cache import KVCache

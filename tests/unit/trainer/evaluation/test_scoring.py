@@ -12,10 +12,11 @@ from conf.errors import UserError
 from tests.helpers.gpt_twins import CFG, ours, random_texts
 from tests.helpers.seeds import seeded
 from trainer.distributed.mesh import Mesh
+from trainer.evaluation.answers import Writing
 from trainer.evaluation.journal import Journal
-from trainer.evaluation.scoring import Scoring, Writing
-from trainer.inference.sampler import Sampling
-from trainer.inference.scorer import Pair, score
+from trainer.evaluation.scoring import Scoring
+from trainer.inference.requests import Pair, Sampling
+from trainer.inference.scorer import score
 from trainer.model.gpt import GPT
 
 GREEDY = Writing(Sampling(0.0), 5, (), 0)

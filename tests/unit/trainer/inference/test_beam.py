@@ -16,7 +16,8 @@ from tests.helpers.seeds import seeded
 from trainer.config.model import ModelConfig, Norm
 from trainer.distributed.mesh import Mesh
 from trainer.inference.beam import Beam, Hypothesis, beam_search
-from trainer.inference.sampler import Sampling, Stop, sample
+from trainer.inference.requests import Sampling
+from trainer.inference.sampler import Stop, sample
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 

@@ -16,7 +16,8 @@ from tests.helpers.operations import Operations
 from tests.helpers.seeds import seeded
 from trainer.config.model import ModelConfig, Norm
 from trainer.distributed.mesh import Mesh
-from trainer.inference.sampler import NUCLEUS, Sampling, sample
+from trainer.inference.requests import Sampling
+from trainer.inference.sampler import NUCLEUS, draw, sample
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 
@@ -49,19 +50,19 @@ def test_draws_have_the_probabilities_that_the_definitions_say(
     expected = allowed(logits.tolist(), temperature, top_k, top_p)
     n = 200_000
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n  # a grid: the counts are the probabilities, to 1 in n
-    drawn = Sampling(temperature, top_k, top_p)(logits.expand(n, -1), u)
+    drawn = draw(Sampling(temperature, top_k, top_p), logits.expand(n, -1), u)
     for token in range(9):
         assert (drawn == token).sum().item() / n == pytest.approx(expected.get(token, 0.0), abs=2e-5)
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
     logits = torch.randn(5, 11)
-    assert torch.equal(Sampling(0.0, None, None)(logits, torch.rand(5)), logits.argmax(-1))
+    assert torch.equal(draw(Sampling(0.0, None, None), logits, torch.rand(5)), logits.argmax(-1))
 
 
 def test_u_next_to_one_draws_a_token_that_is_allowed() -> None:
-    drawn = Sampling(1.0, 2, None)(
-        torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.tensor([1.0 - 2**-53], dtype=torch.float64)
+    drawn = draw(
+        Sampling(1.0, 2, None), torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.tensor([1.0 - 2**-53], dtype=torch.float64)
     )
     assert drawn.item() in (2, 3)
 
@@ -86,7 +87,7 @@ def test_top_k_and_top_p_draw_what_a_full_sort_draws(top_k: int | None, top_p: f
     logits = torch.randn(64, 3000, generator=generator) * scale
     u = torch.rand(64, generator=generator, dtype=torch.float64)
     sampling = Sampling(0.8, top_k, top_p)
-    assert torch.equal(sampling(logits, u), by_a_full_sort(sampling, logits, u))
+    assert torch.equal(draw(sampling, logits, u), by_a_full_sort(sampling, logits, u))
 
 
 @pytest.mark.parametrize(
@@ -97,8 +98,8 @@ def test_a_rows_draw_does_not_depend_on_the_other_rows(sampling: Sampling) -> No
     generator = torch.Generator().manual_seed(seeded())
     logits = torch.randn(40, 2000, generator=generator) * torch.logspace(-2, 1, 40)[:, None]
     logits, u = logits.bfloat16(), torch.rand(40, generator=generator, dtype=torch.float64)
-    alone = [sampling(logits[i : i + 1], u[i : i + 1]) for i in range(40)]
-    assert torch.equal(sampling(logits, u), torch.cat(alone))
+    alone = [draw(sampling, logits[i : i + 1], u[i : i + 1]) for i in range(40)]
+    assert torch.equal(draw(sampling, logits, u), torch.cat(alone))
 
 
 @pytest.mark.parametrize(
@@ -106,13 +107,13 @@ def test_a_rows_draw_does_not_depend_on_the_other_rows(sampling: Sampling) -> No
 )
 def test_nothing_is_sorted_that_no_option_needs(sampling: Sampling, kinds: set[str]) -> None:
     with Operations() as done:
-        sampling(torch.randn(4, 5000), torch.rand(4, dtype=torch.float64))
+        draw(sampling, torch.randn(4, 5000), torch.rand(4, dtype=torch.float64))
     assert {kind for kind in done.calls if "sort" in kind.replace("searchsorted", "") or "topk" in kind} == kinds
 
 
 def test_top_p_sorts_only_as_many_candidates_as_its_rows_need() -> None:
     with Operations() as done:
-        Sampling(top_p=0.9)(torch.randn(4, 5000) * 20, torch.rand(4, dtype=torch.float64))
+        draw(Sampling(top_p=0.9), torch.randn(4, 5000) * 20, torch.rand(4, dtype=torch.float64))
     assert done.calls["aten.topk.default"] == 1 and (torch.float64, 4 * NUCLEUS) in done.made
     assert not any("sort" in kind.replace("searchsorted", "") for kind in done.calls)
 
@@ -121,7 +122,7 @@ def test_top_p_sorts_only_as_many_candidates_as_its_rows_need() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_temperatures_and_logits_draw_possible_tokens(dtype: torch.dtype, temperature: float) -> None:
     logits = torch.tensor([[-3e4, 3e4, -torch.inf, 0.0]], dtype=dtype).expand(3, -1)
-    drawn = Sampling(temperature)(logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))
+    drawn = draw(Sampling(temperature), logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))
     assert 2 not in drawn.tolist() and (temperature == 1e4 or drawn.tolist() == [1, 1, 1])
 
 

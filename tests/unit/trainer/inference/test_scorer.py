@@ -13,8 +13,9 @@ from tests.helpers.operations import Operations
 from tests.helpers.seeds import seeded
 from trainer.config.model import ModelConfig, Norm
 from trainer.distributed.mesh import Mesh
-from trainer.inference.sampler import Sampling, sample
-from trainer.inference.scorer import Pair, Scores, score, score_texts, windows
+from trainer.inference.requests import Pair, Sampling
+from trainer.inference.sampler import sample
+from trainer.inference.scorer import Scores, score, score_texts, windows
 from trainer.model import plain_linear
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise

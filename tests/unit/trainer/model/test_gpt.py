@@ -16,7 +16,8 @@ from tests.helpers.operations import kept_bytes
 from trainer.config.model import Gelu, ModelConfig, Norm
 from trainer.config.parallel import Recompute
 from trainer.distributed.mesh import Mesh
-from trainer.distributed.seeds import seed_dropout, stable_seed
+from trainer.distributed.randomness import seed_dropout
+from trainer.distributed.seeds import stable_seed
 from trainer.inference.cache import KVCache
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise

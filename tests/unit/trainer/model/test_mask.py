@@ -12,7 +12,7 @@ from data_pipeline.config import IGNORE
 from trainer.config.model import ModelConfig, Norm
 from trainer.config.parallel import Recompute
 from trainer.distributed.mesh import Mesh
-from trainer.distributed.seeds import seed_dropout
+from trainer.distributed.randomness import seed_dropout
 from trainer.inference.cache import KVCache
 from trainer.model import attention, gpt
 from trainer.model.gpt import GPT
