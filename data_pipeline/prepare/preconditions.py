@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conf.errors import UserError
 from data_pipeline.corpus.corpus_config import CorpusFormat
-from data_pipeline.prepare.decontaminate.grams import Grams
+from data_pipeline.prepare.decontaminate.sets import load_grams
 from data_pipeline.prepare.dedup.clusters import SUMMARY
 from data_pipeline.prepare.parts import vocabulary
 from data_pipeline.prepare.prepare_config import Executor, ExecutorConfig, PrepareConfig, RawConfig
@@ -85,7 +85,7 @@ def check(cfg: PrepareConfig) -> None:
                 f"tokenizer, or min_tokens=0"
             )
         if corpus.recipe.decontaminate:
-            Grams.load(corpus.recipe.decontaminate)
+            load_grams(corpus.recipe.decontaminate)
 
 
 def _reads(pattern: str, output: Path) -> bool:

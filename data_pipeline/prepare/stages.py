@@ -15,7 +15,7 @@ from data_pipeline.corpus.inputs import Input
 from data_pipeline.corpus.remote_inputs import fetched
 from data_pipeline.files import publish_json
 from data_pipeline.prepare.decontaminate.decontaminate import SUFFIX, Overlaps, report
-from data_pipeline.prepare.decontaminate.grams import Grams
+from data_pipeline.prepare.decontaminate.sets import load_grams
 from data_pipeline.prepare.dedup.clusters import SUMMARY, find, reasons
 from data_pipeline.prepare.dedup.documents import Other
 from data_pipeline.prepare.dedup.keys import write_keys
@@ -87,7 +87,7 @@ def count_overlaps(
     with exclusive(task, out):
         if (out / f"{task:05d}{SUFFIX}").exists():
             return
-        overlaps = Overlaps(Grams.load(cfg))
+        overlaps = Overlaps(load_grams(cfg))
         docs = (doc for file in files(task) for doc, _ in read(file, 0) if isinstance(doc, Document))
         overlaps.count(doc.text for doc in docs if not doc.metadata.get("duplicate"))
         overlaps.save(out / f"{task:05d}")
@@ -95,7 +95,7 @@ def count_overlaps(
 
 def report_overlaps(cfg: DecontaminateConfig, out: Path) -> None:
     """Write which examples of the evaluation sets the documents hold, before they are cut out."""
-    publish_json(out / SETS, report(Overlaps.load(Grams.load(cfg), out), cfg.max_documents))
+    publish_json(out / SETS, report(Overlaps.load(load_grams(cfg), out), cfg))
 
 
 def collect_links(dumps: Sequence[Input], cfg: LinksConfig, out: Path) -> None:

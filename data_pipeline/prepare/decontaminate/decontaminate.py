@@ -1,6 +1,6 @@
 """Decontamination as in GPT-3's appendix C (Brown et al. 2020): evaluation text is cut out, its examples are judged.
 
-First `Overlaps` counts the documents that each n-gram of the sets (grams.py) occurs in; counts of parts add up. Then
+First `Overlaps` counts the documents that each n-gram of the sets (sets.py) occurs in; counts of parts add up. Then
 `Decontaminate` cuts each 13-gram that is in `max_documents` of them or fewer out of the documents, with 200 characters
 on each side; `report` says which examples the documents held before that.
 """
@@ -18,9 +18,10 @@ import numpy as np
 from conf.errors import UserError, of_nature
 from data_pipeline.corpus.document import Document
 from data_pipeline.files import publish
-from data_pipeline.prepare.decontaminate.grams import Grams
+from data_pipeline.prepare.decontaminate.sets import load_grams
 from data_pipeline.prepare.recipe_config import DecontaminateConfig
 from data_pipeline.prepare.step import Step
+from data_pipeline.text.grams import Grams
 
 BATCH = 64  # documents that are searched together
 SUFFIX = ".counts.safetensors"
@@ -75,7 +76,7 @@ class Decontaminate(Step):
     One piece that is left is the document, shorter; several are documents ID#1, ID#2, ... instead of it.
 
     Raises:
-        UserError: with the first document, as `Grams.load` and `Overlaps.load`.
+        UserError: with the first document, as `load_grams` and `Overlaps.load`.
     """
 
     batch = BATCH
@@ -88,7 +89,7 @@ class Decontaminate(Step):
 
     @cached_property
     def _grams(self) -> Grams:
-        return Grams.load(self.cfg)
+        return load_grams(self.cfg)
 
     @cached_property
     def _common(self) -> np.ndarray:
@@ -140,7 +141,7 @@ def between(text: str, starts: np.ndarray, ends: np.ndarray, window: int) -> lis
     return [piece for piece in pieces if piece]
 
 
-def report(overlaps: Overlaps, max_documents: int) -> dict[str, Any]:
+def report(overlaps: Overlaps, cfg: DecontaminateConfig) -> dict[str, Any]:
     """Counts of evaluation examples in the documents before anything was cut out.
 
     `sets`: n of each set, and its examples: dirty if one of its n-grams is in a document, short if it has fewer than n
@@ -149,8 +150,7 @@ def report(overlaps: Overlaps, max_documents: int) -> dict[str, Any]:
     grams = overlaps.grams
     sets = {}
     for s in grams.sets:
-        ids = grams.first[s.n] + grams.tables[s.n].find(s.grams)[1]
-        dirty = np.bincount(s.of[overlaps.counts[ids] > 0], minlength=len(s.lengths)) > 0
+        dirty = grams.dirty(s, overlaps.counts > 0)
         short = s.lengths < s.n
         sets[s.name] = {
             "n": s.n,
@@ -158,12 +158,12 @@ def report(overlaps: Overlaps, max_documents: int) -> dict[str, Any]:
             "clean": int((~dirty & ~short).sum()),
             "dirty": int(dirty.sum()),
             "short": int(short.sum()),
-            "too_short_to_cut": int((s.lengths < grams.ngram).sum()),
+            "too_short_to_cut": int((s.lengths < cfg.ngram).sum()),
             "dirty_examples": np.flatnonzero(dirty).tolist(),
             "short_examples": np.flatnonzero(short).tolist(),
         }
-    first = grams.first[grams.ngram]
-    cut = overlaps.counts[first : first + len(grams.tables[grams.ngram].keys)]
-    common = int((cut > max_documents).sum())
-    about = {"words": grams.ngram, "of_the_sets": len(cut), "in_documents": int((cut > 0).sum()), "common": common}
+    first = grams.first[cfg.ngram]
+    cut = overlaps.counts[first : first + len(grams.tables[cfg.ngram].keys)]
+    common = int((cut > cfg.max_documents).sum())
+    about = {"words": cfg.ngram, "of_the_sets": len(cut), "in_documents": int((cut > 0).sum()), "common": common}
     return {"ngrams": about, "sets": sets}

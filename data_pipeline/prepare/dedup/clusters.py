@@ -27,7 +27,7 @@ from data_pipeline.prepare.dedup.groups import MEMBER_BYTES, Forest, Members, se
 from data_pipeline.prepare.dedup.keys import KeysFile
 from data_pipeline.prepare.dedup.near import join_near
 from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig
-from data_pipeline.prepare.text.hashing import U64, mix
+from data_pipeline.text.hashing import U64, mix
 
 NEAR = "nearly the same text"
 KINDS = {"the same URL": 1, "the same text": 2, NEAR: 3}

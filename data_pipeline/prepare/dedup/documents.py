@@ -15,7 +15,7 @@ from conf.errors import UserError, of_nature
 from data_pipeline.prepare.dedup.groups import MEMBER_BYTES, Indices, Members
 from data_pipeline.prepare.dedup.keys import ENDING, KeysFile
 from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig
-from data_pipeline.prepare.text.hashing import U64
+from data_pipeline.text.hashing import U64
 
 Codes = npt.NDArray[np.uint8]
 Rows = tuple[int, KeysFile, Indices, U64]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.prepare.text.hashing import U64
+from data_pipeline.text.hashing import U64
 
 Indices = npt.NDArray[np.int64]
 MEMBER_BYTES = 160  # of memory that `settle` takes for each member that it holds: its columns, a copy, the sort

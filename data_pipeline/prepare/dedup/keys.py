@@ -32,7 +32,7 @@ from data_pipeline.corpus.document import Document
 from data_pipeline.files import publish
 from data_pipeline.prepare.dedup.minhash import MinHash
 from data_pipeline.prepare.recipe_config import DedupConfig, MinHashConfig
-from data_pipeline.prepare.text.hashing import U64, pieces, plain_form
+from data_pipeline.text.hashing import U64, pieces, plain_form
 
 FORMAT = 2
 ENDING = ".safetensors"

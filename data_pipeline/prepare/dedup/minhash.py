@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.prepare.recipe_config import MinHashConfig
-from data_pipeline.prepare.text.hashing import U64, WordForm, batches, mix, powers, shingles
+from data_pipeline.text.hashing import U64, WordForm, batches, mix, powers, shingles
 
 BLOCK = 2048  # n-grams whose hashes are held at a time: what the cache next to a core holds
 _BASE = 0xD6E8FEB86659FD93

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from data_pipeline.prepare.dedup.groups import Forest, Indices
 from data_pipeline.prepare.recipe_config import MinHashConfig
-from data_pipeline.prepare.text.hashing import U64
+from data_pipeline.text.hashing import U64
 
 WINDOW = 16
 _MISSED = 0.01  # of the pairs that are similar enough, by asking that they agree in several bands

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.prepare.text.hashing import WordForm, hashes
+from data_pipeline.text.hashing import WordForm, hashes
 
 
 class Features(NamedTuple):

@@ -1,5 +1,4 @@
-"""Words, their hashes and their repetition: by these, rules, deduplication and decontamination measure texts.
+"""Words as datatrove's rules count them, and repetition: by these the rules measure texts.
 
-In: texts. Out: words, hashes of words and n-grams, counts of repetition. Start with `hashing.py`; words as datatrove's
-rules count them are in `words.py`.
+In: texts. Out: words and counts of repetition. Start with `words.py`.
 """

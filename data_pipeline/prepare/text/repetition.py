@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipeline.prepare.text.hashing import Polynomials, ngrams
 from data_pipeline.prepare.text.words import Text
+from data_pipeline.text.hashing import Polynomials, ngrams
 
 
 def repeated(parts: Sequence[str]) -> tuple[int, int]:

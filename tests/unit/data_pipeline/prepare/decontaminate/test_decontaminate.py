@@ -14,9 +14,9 @@ import pytest
 from conf.errors import UserError
 from data_pipeline.corpus.document import Document
 from data_pipeline.prepare.decontaminate.decontaminate import Decontaminate, Overlaps, report
-from data_pipeline.prepare.decontaminate.grams import Grams
+from data_pipeline.prepare.decontaminate.sets import load_grams
 from data_pipeline.prepare.recipe_config import DecontaminateConfig
-from data_pipeline.prepare.text import hashing
+from data_pipeline.text import hashing
 from tests.helpers.plain_words import plain_words, random_text
 from tests.helpers.seeds import seeded
 
@@ -28,7 +28,7 @@ def config(path: Path, examples: list[str], **values: int) -> DecontaminateConfi
 
 def cleaned(cfg: DecontaminateConfig, docs: list[Document], folder: Path) -> tuple[Decontaminate, list[Document]]:
     """What the step gives, its counts made of the same documents in two parts."""
-    grams = Grams.load(cfg)
+    grams = load_grams(cfg)
     for part in (0, 1):
         overlaps = Overlaps(grams)
         overlaps.count(doc.text for doc in docs[part::2])
@@ -197,7 +197,7 @@ def test_pieces_keep_metadata_and_tokens_are_counted(tmp_path: Path) -> None:
     """Pieces keep the document's metadata, and their tokens are counted again."""
     cfg = config(tmp_path / "set.jsonl", [GRAM])
     filler = "word " * 200
-    grams = Grams.load(cfg)
+    grams = load_grams(cfg)
     overlaps = Overlaps(grams)
     overlaps.count([GRAM])
     overlaps.save(tmp_path / "c" / "0")
@@ -218,9 +218,10 @@ def test_the_report_tells_clean_dirty_and_short_examples_apart(tmp_path: Path) -
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": " ".join(e)}) + "\n" for e in examples))
     texts = [" ".join(rng.choice("ABcd") for _ in range(400)) for _ in range(40)]
     texts += [" ".join(rng.choice(rng.choice(list(bodies.values())))) for _ in range(30)]
-    overlaps = Overlaps(Grams.load(DecontaminateConfig([str(tmp_path / "*.jsonl")])))
+    cfg = DecontaminateConfig([str(tmp_path / "*.jsonl")])
+    overlaps = Overlaps(load_grams(cfg))
     overlaps.count(texts)
-    body = report(overlaps, 10)
+    body = report(overlaps, cfg)
     assert list(body["sets"]) == [str(tmp_path / f"{name}.jsonl") for name in sorted(bodies)]
     for name, examples in bodies.items():
         fifth = sorted(map(len, examples))[int(0.05 * 119)]  # the lower of the two that the percentile lies between
@@ -245,7 +246,7 @@ def test_counts_do_not_depend_on_the_order_of_documents_or_parts(tmp_path: Path)
     rng = random.Random(seed)
     cfg = config(tmp_path / "set.jsonl", [random_text(rng, 30) for _ in range(10)], ngram=2)
     texts = [random_text(rng, 60) for _ in range(30)]
-    grams, sums = Grams.load(cfg), []
+    grams, sums = load_grams(cfg), []
     for parts in (1, 3, 30):
         folder = tmp_path / str(parts)
         folder.mkdir()
@@ -263,11 +264,11 @@ def test_counts_do_not_depend_on_the_order_of_documents_or_parts(tmp_path: Path)
 
 
 def test_counts_of_other_sets_and_damaged_ones_are_refused(tmp_path: Path) -> None:
-    grams = Grams.load(config(tmp_path / "set.jsonl", [GRAM]))
+    grams = load_grams(config(tmp_path / "set.jsonl", [GRAM]))
     with pytest.raises(UserError, match="count the evaluation sets' n-grams first"):
         Overlaps.load(grams, tmp_path / "c")
     Overlaps(grams).save(tmp_path / "c" / "0")
-    other = Grams.load(config(tmp_path / "other.jsonl", [GRAM.replace("q0", "q")]))
+    other = load_grams(config(tmp_path / "other.jsonl", [GRAM.replace("q0", "q")]))
     assert other.size == grams.size
     with pytest.raises(UserError, match=r"0\.counts\.safetensors: counted for other evaluation sets: delete"):
         Overlaps.load(other, tmp_path / "c")
@@ -288,7 +289,7 @@ def test_sets_are_json_lines_and_paragraphs_of_text(tmp_path: Path) -> None:
     data = "\n".join(map(json.dumps, lines)).encode() + b"\n\n"
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data))
     (tmp_path / "b.txt").write_text("one two\nthree four\n \n\nfive\n\n")
-    grams = Grams.load(DecontaminateConfig([f"{tmp_path}/[ab].*"], text_keys=["q", "a"], ngram=3))
+    grams = load_grams(DecontaminateConfig([f"{tmp_path}/[ab].*"], text_keys=["q", "a"], ngram=3))
     assert [s.lengths.tolist() for s in grams.sets] == [[4, 1, 0, 1], [4, 1]]
     assert len(grams.ids_in(["Two, three: FOUR"])) == 1 and len(grams.ids_in(["two four three"])) == 0
     assert len(grams.tables[3].keys) == 2  # the same two in both
@@ -310,7 +311,7 @@ def test_sets_are_json_lines_and_paragraphs_of_text(tmp_path: Path) -> None:
 def test_what_is_no_evaluation_set_is_refused_in_one_line(tmp_path: Path, name: str, data: bytes, line: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=line) as caught:
-        Grams.load(DecontaminateConfig([str(tmp_path / name)]))
+        load_grams(DecontaminateConfig([str(tmp_path / name)]))
     assert "\n" not in str(caught.value) and str(caught.value).startswith("decontaminate.")
 
 
@@ -324,7 +325,7 @@ def test_a_set_of_a_million_words_turns_other_texts_away(tmp_path: Path) -> None
     """The bit map has room, and the tables find what is there and nothing else."""
     rng = np.random.default_rng(seeded())
     (tmp_path / "big.txt").write_text(" ".join(map(str, rng.integers(0, 1000, 300_000))))
-    grams = Grams.load(DecontaminateConfig([str(tmp_path / "big.txt")]))
+    grams = load_grams(DecontaminateConfig([str(tmp_path / "big.txt")]))
     text = (tmp_path / "big.txt").read_text()
     assert len(grams.ids_in([text])) == grams.size and len(grams.hits([text], [13]).ids) >= 300_000 - 12
     assert len(grams.ids_in([" ".join(map(str, rng.integers(1000, 2000, 300_000)))])) == 0

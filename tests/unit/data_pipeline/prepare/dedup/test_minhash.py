@@ -12,8 +12,8 @@ import pytest
 from data_pipeline.prepare.dedup import minhash as module
 from data_pipeline.prepare.dedup.minhash import MinHash
 from data_pipeline.prepare.recipe_config import MinHashConfig
-from data_pipeline.prepare.text import hashing
-from data_pipeline.prepare.text.hashing import WordForm
+from data_pipeline.text import hashing
+from data_pipeline.text.hashing import WordForm
 from tests.helpers.duplicates import (
     CHANCE,
     edited,

@@ -22,7 +22,7 @@ from data_pipeline.prepare.quality.features import features, stacked
 from data_pipeline.prepare.quality.filter import Quality
 from data_pipeline.prepare.quality.model import Model, auc, held_out, keeps, uniform
 from data_pipeline.prepare.recipe_config import QualityConfig
-from data_pipeline.prepare.text import hashing
+from data_pipeline.text import hashing
 from tests.helpers.plain_words import plain_words, random_text
 from tests.helpers.seeds import seeded
 

@@ -9,8 +9,8 @@ import unicodedata
 import numpy as np
 import pytest
 
-from data_pipeline.prepare.text import hashing
-from data_pipeline.prepare.text.hashing import BASE, SPAN, WordForm, blocks, hashes, ngrams, powers
+from data_pipeline.text import hashing
+from data_pipeline.text.hashing import BASE, SPAN, WordForm, blocks, hashes, ngrams, powers
 from tests.helpers.plain_words import plain_words, random_text
 from tests.helpers.seeds import seeded
 
