@@ -18,7 +18,7 @@ from trainer.distributed.world import read_world
 from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.evaluation import Plan, plan_task
 from trainer.evaluation.harness.run import check_installed, run_tasks
-from trainer.evaluation.kinds.kind import Outcome
+from trainer.evaluation.kinds.kind import Measure, Outcome
 from trainer.evaluation.report import publish_report, result_of, table
 from trainer.evaluation.subject import Subject
 from trainer.evaluation.tasks.find import is_file, known_tasks, load_task
@@ -38,6 +38,8 @@ def evaluate(cfg: EvaluateConfig) -> None:
     for name in others:
         check_installed(name)
     plans = _plans(cfg, ours)
+    encoder = Encoder(subject.tokenizer)
+    asked = {plan.name: plan.prepared(encoder, subject.cfg.n_ctx) for plan in plans}
     folder = subject.folder(cfg.output)
     from trainer.evaluation.journal import Journal  # from here on torch
     from trainer.evaluation.scoring import Scoring
@@ -45,7 +47,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     with subject.loaded(world, cfg.tp) as model:
         journal = Journal(folder / "journal", world.rank)
         scoring = Scoring(model, journal, cfg.batch_size, subject.tokenizer.decode)
-        outcomes = _outcomes(cfg, subject, plans, others, scoring)
+        outcomes = _outcomes(cfg, encoder, asked, others, scoring)
         journal.close()
     if world.is_main:
         _report(cfg, subject, folder, plans, outcomes, time.monotonic() - began)
@@ -61,10 +63,9 @@ def _settings(cfg: EvaluateConfig) -> dict[str, Any]:
 
 
 def _outcomes(
-    cfg: EvaluateConfig, subject: Subject, plans: list[Plan], others: list[str], scoring: Scoring
+    cfg: EvaluateConfig, encoder: Encoder, asked: dict[str, Measure], others: list[str], scoring: Scoring
 ) -> dict[str, Outcome]:
-    encoder = Encoder(subject.tokenizer)
-    outcomes = {plan.name: plan.run(encoder, scoring) for plan in plans}
+    outcomes = {name: measure(scoring) for name, measure in asked.items()}
     if others:
         outcomes |= run_tasks(others, scoring, encoder, task_data=cfg.task_data, **_settings(cfg))
     return outcomes

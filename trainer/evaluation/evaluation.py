@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conf.errors import UserError
 from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.kinds.choices import ChoicesKind
 from trainer.evaluation.kinds.completion import CompletionKind
 from trainer.evaluation.kinds.generation import GenerationKind
-from trainer.evaluation.kinds.kind import Kind, Outcome, Question
+from trainer.evaluation.kinds.kind import Kind, Measure, Outcome, Question
 from trainer.evaluation.kinds.perplexity import PerplexityKind
 from trainer.evaluation.prompts import Prompts
 from trainer.evaluation.tasks.description import TaskConfig
@@ -32,13 +32,23 @@ class Plan:
     questions: Sequence[Question]
     prompts: Prompts
 
-    def run(self, encoder: Encoder, scoring: Scoring) -> Outcome:
-        """The figures of the task. Collective, as `Scoring`."""
-        outcome = self.kind.measure(self.questions, self.prompts, encoder, scoring)
-        outcome.notes |= {"sha256": "of some files not known"} if None in self.task.data.files.values() else {}
-        outcome.notes |= {"shots": self.prompts.shots} if self.prompts.shots else {}
-        outcome.notes |= {"fewer_shots": self.prompts.reduced} if self.prompts.reduced else {}
-        return outcome
+    def prepared(self, encoder: Encoder, n_ctx: int) -> Measure:
+        """The task in token ids, which asks models of this vocabulary and n_ctx.
+
+        Raises:
+            UserError: a question that cannot be asked.
+        """
+        ask = self.kind.prepare(self.questions, self.prompts, encoder, n_ctx)
+        counts = {"shots": self.prompts.shots, "fewer_shots": self.prompts.reduced}
+        notes: dict[str, Any] = {name: n for name, n in counts.items() if n}
+        notes |= {"sha256": "of some files not known"} if None in self.task.data.files.values() else {}
+
+        def measure(scoring: Scoring) -> Outcome:
+            outcome = ask(scoring)
+            outcome.notes |= notes
+            return outcome
+
+        return measure
 
 
 def plan_task(
@@ -50,11 +60,12 @@ def plan_task(
     limit: int | None,
     seed: int,
     max_new_tokens: int | None = None,
+    setting: str = "task_data",
 ) -> Plan:
     """The task, ready to run: its files read, its templates tried on the first question.
 
     Args:
-        folder: that holds the task's files.
+        folder: that holds the task's files; `setting`: the user's name for it.
         shots: None: as many as the task says; where a task takes none, more than 0 is an error.
         limit: the first questions alone.
         max_new_tokens: of a text that the model writes; None: as many as the task says.
@@ -65,7 +76,7 @@ def plan_task(
     if task.generation is not None and max_new_tokens is not None:
         task = replace(task, generation=replace(task.generation, max_new_tokens=max_new_tokens))
     kind = _kind(name, task, seed)
-    documents = read_documents(name, task.data, folder)
+    documents = read_documents(name, task.data, folder, setting)
     questions = [Question(i, document) for i, document in enumerate(documents)]
     if task.where is not None:
         taken = expression(f"{name}: where", task.where)
@@ -74,7 +85,8 @@ def plan_task(
         raise UserError(f"task {name}: `where: {task.where}` takes none of its {len(documents)} documents: correct it")
     if shots and task.perplexity is not None:
         raise UserError(f"shots={shots}: task {name} is a perplexity and takes no demonstrations: give shots=0")
-    pool = read_documents(name, task.demonstrations, folder) if task.demonstrations and shots != 0 else documents
+    apart = task.demonstrations if shots != 0 else None
+    pool = read_documents(name, apart, folder, setting) if apart else documents
     prompts = Prompts(name, task, pool, kind.demonstration, task.shots if shots is None else shots, seed)
     kind.demonstration(questions[0].document)
     return Plan(name, task, kind, questions[:limit], prompts)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from conf.errors import UserError
 from trainer.evaluation.answers import Likelihood
 from trainer.evaluation.encoder import Encoder
-from trainer.evaluation.kinds.kind import Outcome, Question
+from trainer.evaluation.kinds.kind import Measure, Outcome, Question
 from trainer.evaluation.kinds.metrics import label_f1, matthews, mean_and_stderr
 from trainer.evaluation.prompts import Prompts
 from trainer.evaluation.tasks.description import Choices
@@ -52,24 +52,29 @@ class ChoicesKind:
         options, correct = self._read(document)
         return options[correct].context + options[correct].continuation
 
-    def measure(self, questions: Sequence[Question], prompts: Prompts, encoder: Encoder, scoring: Scoring) -> Outcome:
+    def prepare(self, questions: Sequence[Question], prompts: Prompts, encoder: Encoder, n_ctx: int) -> Measure:
         read = [self._read(q.document) for q in questions]
         pairs: list[Pair] = []
         for q, (options, _) in zip(questions, read, strict=True):
 
             def fits(prompt: str, options: list[_Option] = options) -> bool:
-                limit = scoring.model.cfg.n_ctx + 1
-                return all(sum(map(len, encoder.pair(prompt + o.context, o.continuation))) <= limit for o in options)
+                lengths = (sum(map(len, encoder.pair(prompt + o.context, o.continuation))) for o in options)
+                return all(length <= n_ctx + 1 for length in lengths)
 
             before = prompts.before(q.number, fits)
             pairs += [encoder.pair(before + o.context, o.continuation) for o in options]
-        answers = scoring.likelihoods(self._name, pairs)
-        bare = self._unconditional([options for options, _ in read], encoder, scoring)
-        samples, given = [], iter(zip(answers, bare, strict=True))
-        for q, (options, correct) in zip(questions, read, strict=True):
-            samples.append(self._judged(q, options, correct, [next(given) for _ in options]))
-        cut = sum(sample.pop("cut") for sample in samples)
-        return Outcome(len(samples), self._figures(samples), samples, {"contexts_cut": cut} if cut else {})
+        bare = self._unconditional([options for options, _ in read], encoder)
+
+        def measure(scoring: Scoring) -> Outcome:
+            answers = scoring.likelihoods(self._name, pairs)
+            alone = scoring.likelihoods(f"{self._name}, unconditional", bare) if bare else [None] * len(pairs)
+            samples, given = [], iter(zip(answers, alone, strict=True))
+            for q, (options, correct) in zip(questions, read, strict=True):
+                samples.append(self._judged(q, options, correct, [next(given) for _ in options]))
+            cut = sum(sample.pop("cut") for sample in samples)
+            return Outcome(len(samples), self._figures(samples), samples, {"contexts_cut": cut} if cut else {})
+
+        return measure
 
     def _read(self, document: Document) -> tuple[list[_Option], int]:
         if self._options_from is not None:
@@ -89,14 +94,10 @@ class ChoicesKind:
         fields = {**document, "option": text}
         return _Option(text, self._context(fields), self._continuation(fields))
 
-    def _unconditional(
-        self, read: list[list[_Option]], encoder: Encoder, scoring: Scoring
-    ) -> list[Likelihood] | list[None]:
-        if self.cfg.unconditional is None:
-            return [None for options in read for _ in options]
-        context = self.cfg.unconditional
-        pairs = [encoder.pair(context, o.continuation) for options in read for o in options]
-        return scoring.likelihoods(f"{self._name}, unconditional", pairs)
+    def _unconditional(self, read: list[list[_Option]], encoder: Encoder) -> list[Pair]:
+        if (context := self.cfg.unconditional) is None:
+            return []
+        return [encoder.pair(context, o.continuation) for options in read for o in options]
 
     def _judged(
         self, q: Question, options: list[_Option], correct: int, answers: list[tuple[Likelihood, Likelihood | None]]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.evaluation.answers import Likelihood
 from trainer.evaluation.encoder import Encoder
-from trainer.evaluation.kinds.kind import Outcome, Question
+from trainer.evaluation.kinds.kind import Measure, Outcome, Question
 from trainer.evaluation.kinds.metrics import mean_and_stderr, perplexity_and_stderr
 from trainer.evaluation.prompts import Prompts
 from trainer.evaluation.tasks.description import Completion
@@ -30,19 +30,23 @@ class CompletionKind:
     def demonstration(self, document: Document) -> str:
         return self._context(document) + self._continuation(document)
 
-    def measure(self, questions: Sequence[Question], prompts: Prompts, encoder: Encoder, scoring: Scoring) -> Outcome:
+    def prepare(self, questions: Sequence[Question], prompts: Prompts, encoder: Encoder, n_ctx: int) -> Measure:
         pairs: list[Pair] = []
         for q in questions:
             context, continuation = self._context(q.document), self._continuation(q.document)
 
             def fits(prompt: str, context: str = context, continuation: str = continuation) -> bool:
-                return sum(map(len, encoder.pair(prompt + context, continuation))) <= scoring.model.cfg.n_ctx + 1
+                return sum(map(len, encoder.pair(prompt + context, continuation))) <= n_ctx + 1
 
             pairs.append(encoder.pair(prompts.before(q.number, fits) + context, continuation))
-        answers = scoring.likelihoods(self._name, pairs)
-        cut = sum(answer.cut > 0 for answer in answers)
-        samples = [self._sample(q, answer) for q, answer in zip(questions, answers, strict=True)]
-        return Outcome(len(samples), _figures(answers), samples, {"contexts_cut": cut} if cut else {})
+
+        def measure(scoring: Scoring) -> Outcome:
+            answers = scoring.likelihoods(self._name, pairs)
+            cut = sum(answer.cut > 0 for answer in answers)
+            samples = [self._sample(q, answer) for q, answer in zip(questions, answers, strict=True)]
+            return Outcome(len(samples), _figures(answers), samples, {"contexts_cut": cut} if cut else {})
+
+        return measure
 
     def _sample(self, q: Question, answer: Likelihood) -> dict[str, Any]:
         return {

@@ -10,7 +10,7 @@ from conf.errors import UserError
 from trainer.evaluation.answers import Writing
 from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.kinds import metrics
-from trainer.evaluation.kinds.kind import Outcome, Question
+from trainer.evaluation.kinds.kind import Measure, Outcome, Question
 from trainer.evaluation.prompts import Prompts
 from trainer.evaluation.tasks.description import Generation
 from trainer.evaluation.tasks.templates import Document, expression, template
@@ -46,12 +46,12 @@ class GenerationKind:
     def demonstration(self, document: Document) -> str:
         return self._context(document) + self._answer({**document, "answers": self._read(document)})
 
-    def measure(self, questions: Sequence[Question], prompts: Prompts, encoder: Encoder, scoring: Scoring) -> Outcome:
-        room = scoring.model.cfg.n_ctx - self.cfg.max_new_tokens
+    def prepare(self, questions: Sequence[Question], prompts: Prompts, encoder: Encoder, n_ctx: int) -> Measure:
+        room = n_ctx - self.cfg.max_new_tokens
         if room < 1:
             raise UserError(
                 f"task {self._name}: max_new_tokens={self.cfg.max_new_tokens} leave no room for a prompt in the "
-                f"model's n_ctx={scoring.model.cfg.n_ctx}: give max_new_tokens=, fewer"
+                f"model's n_ctx={n_ctx}: give at most {n_ctx - 1}"
             )
         ids, cut = [], 0
         for q in questions:
@@ -64,14 +64,18 @@ class GenerationKind:
             ids.append(encoder.prompt(prompt, room))
             cut += not fits(prompt, "")
         eot = encoder.tokenizer.eot_id
-        new = scoring.continuations(self._name, ids, self._how, eot)
-        texts = [self._written(encoder, some, eot) for some in new]
-        samples = [self._sample(q, text) for q, text in zip(questions, texts, strict=True)]
         answers = [self._read(q.document) for q in questions]
-        figures, notes = self._figures(texts, answers)
-        if self.cfg.confidence:
-            figures |= self._of_the_surest(scoring, ids, new, texts, answers)
-        return Outcome(len(samples), figures, samples, notes | ({"contexts_cut": cut} if cut else {}))
+
+        def measure(scoring: Scoring) -> Outcome:
+            new = scoring.continuations(self._name, ids, self._how, eot)
+            texts = [self._written(encoder, some, eot) for some in new]
+            samples = [self._sample(q, text) for q, text in zip(questions, texts, strict=True)]
+            figures, notes = self._figures(texts, answers)
+            if self.cfg.confidence:
+                figures |= self._of_the_surest(scoring, ids, new, texts, answers)
+            return Outcome(len(samples), figures, samples, notes | ({"contexts_cut": cut} if cut else {}))
+
+        return measure
 
     def _of_the_surest(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -32,6 +32,9 @@ class Outcome:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+Measure = Callable[["Scoring"], Outcome]  # asks a model; as often as one likes. Collective, as `Scoring`
+
+
 class Kind(Protocol):
     """One task of a kind. Raises UserError at its making for a template that is none."""
 
@@ -39,6 +42,10 @@ class Kind(Protocol):
         """The question with its right answer."""
         ...
 
-    def measure(self, questions: Sequence[Question], prompts: Prompts, encoder: Encoder, scoring: Scoring) -> Outcome:
-        """Ask the model. Collective, as `Scoring`."""
+    def prepare(self, questions: Sequence[Question], prompts: Prompts, encoder: Encoder, n_ctx: int) -> Measure:
+        """The questions as token ids, for any model of this vocabulary and n_ctx.
+
+        Raises:
+            UserError: a question that cannot be asked.
+        """
         ...

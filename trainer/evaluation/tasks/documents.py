@@ -23,19 +23,18 @@ from trainer.evaluation.tasks.templates import Document
 MAX_BYTES = 1 << 30  # of a file, also unpacked
 
 
-def read_documents(name: str, data: Data, folder: str | None) -> list[Document]:
-    """The documents of a task, in the order of its files.
+def read_documents(name: str, data: Data, folder: str | None, setting: str = "task_data") -> list[Document]:
+    """The documents of a task, in the order of its files. `setting`: the user's name for the folder.
 
     Raises:
         UserError: no folder, or a file that is missing, damaged or of another content; names source and sha256.
     """
+    cure = f"give {setting}=, the folder that holds it{_at(data)}"
     if folder is None:
-        raise UserError(
-            f"task {name} needs {_listed(data.files)}: give task_data=, the folder that holds it{_at(data)}"
-        )
-    documents = [d for file, sha256 in data.files.items() for d in _parsed(name, data, folder, file, sha256)]
+        raise UserError(f"task {name} needs {_listed(data.files)}: {cure}")
+    documents = [d for file, sha256 in data.files.items() for d in _parsed(name, data, folder, file, sha256, cure)]
     if data.labels:
-        documents = _labelled(name, data, folder, documents)
+        documents = _labelled(name, data, folder, documents, cure)
     if data.documents is not None and len(documents) != data.documents:
         raise UserError(
             f"task {name}: {len(documents)} documents in {_listed(data.files)}, not {data.documents}: take the "
@@ -46,8 +45,8 @@ def read_documents(name: str, data: Data, folder: str | None) -> list[Document]:
     return documents
 
 
-def _parsed(name: str, data: Data, folder: str, file: str, sha256: str | None) -> list[Document]:
-    raw = _read(name, data, folder, file, sha256)
+def _parsed(name: str, data: Data, folder: str, file: str, sha256: str | None, cure: str) -> list[Document]:
+    raw = _read(name, data, folder, file, sha256, cure)
     try:
         return list(FORMS[data.format](raw, data))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
@@ -57,9 +56,9 @@ def _parsed(name: str, data: Data, folder: str, file: str, sha256: str | None) -
         ) from None
 
 
-def _labelled(name: str, data: Data, folder: str, documents: list[Document]) -> list[Document]:
+def _labelled(name: str, data: Data, folder: str, documents: list[Document], cure: str) -> list[Document]:
     try:
-        texts = [_read(name, data, folder, file, sha).decode() for file, sha in data.labels.items()]
+        texts = [_read(name, data, folder, file, sha, cure).decode() for file, sha in data.labels.items()]
     except UnicodeDecodeError as e:
         raise UserError(f"task {name}: {_listed(data.labels)}: not UTF-8 ({e}): give the original files") from None
     lines = [line for text in texts for line in text.splitlines()]
@@ -71,9 +70,9 @@ def _labelled(name: str, data: Data, folder: str, documents: list[Document]) -> 
     return [{**d, "label": line} for d, line in zip(documents, lines, strict=True)]
 
 
-def _read(name: str, data: Data, folder: str, file: str, sha256: str | None) -> bytes:
+def _read(name: str, data: Data, folder: str, file: str, sha256: str | None, cure: str) -> bytes:
     """The content of a file below `folder`, unpacked, once its sha256 is right."""
-    path, cure = Path(folder) / file, f"give task_data=, the folder that holds it{_at(data)}"
+    path = Path(folder) / file
     known = f" (sha256 {sha256})" if sha256 else ""
     try:
         with open_regular(path, cure) as f:

@@ -52,7 +52,7 @@ class Home:
         path.write_text(json.dumps(described), encoding="utf-8")
         task: TaskConfig = load_task(str(path))
         plan = plan_task(name, task, str(self.folder), shots=shots, limit=limit, seed=self.seed)
-        return plan.run(self.encoder, self.scoring)
+        return plan.prepared(self.encoder, N_CTX)(self.scoring)
 
     def log_p(self, context: str, continuation: str) -> tuple[float, bool, int]:
         """transformers' own: nats, whether each token is the likeliest, tokens."""
