@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Any
 from conf.schema import run
 from trainer.config.inference import EvaluateConfig
 from trainer.distributed.world import read_world
+from trainer.evaluation.curves import draw_curves
 from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.evaluation import Plan, plan_task
-from trainer.evaluation.harness.run import check_installed, run_tasks
-from trainer.evaluation.kinds.kind import Measure, Outcome
+from trainer.evaluation.harness.run import check_installed, plan_tasks
+from trainer.evaluation.kinds.kind import Outcome
 from trainer.evaluation.report import publish_report, result_of, table
 from trainer.evaluation.subject import Subject
 from trainer.evaluation.tasks.find import is_file, known_tasks, load_task
 from trainer.model.arithmetic import param_count
+from trainer.run.folder import RunFolder
+from trainer.tracking.sync import sync_beside
 
 if TYPE_CHECKING:
-    from trainer.evaluation.scoring import Scoring
+    pass
 
 
 def evaluate(cfg: EvaluateConfig) -> None:
@@ -40,6 +43,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     plans = _plans(cfg, ours)
     encoder = Encoder(subject.tokenizer)
     asked = {plan.name: plan.prepared(encoder, subject.cfg.n_ctx) for plan in plans}
+    harness = plan_tasks(others, task_data=cfg.task_data, **_settings(cfg)) if others else None
     folder = subject.folder(cfg.output)
     from trainer.evaluation.journal import Journal  # from here on torch
     from trainer.evaluation.scoring import Scoring
@@ -47,7 +51,8 @@ def evaluate(cfg: EvaluateConfig) -> None:
     with subject.loaded(world, cfg.tp) as model:
         journal = Journal(folder / "journal", world.rank)
         scoring = Scoring(model, journal, cfg.batch_size, subject.tokenizer.decode)
-        outcomes = _outcomes(cfg, encoder, asked, others, scoring)
+        outcomes = {name: measure(scoring) for name, measure in asked.items()}
+        outcomes |= harness.run(scoring, encoder) if harness else {}
         journal.close()
     if world.is_main:
         _report(cfg, subject, folder, plans, outcomes, time.monotonic() - began)
@@ -60,15 +65,6 @@ def _plans(cfg: EvaluateConfig, names: list[str]) -> list[Plan]:
 def _settings(cfg: EvaluateConfig) -> dict[str, Any]:
     """The settings that every task is run with."""
     return {"shots": cfg.shots, "limit": cfg.limit, "seed": cfg.seed, "max_new_tokens": cfg.max_new_tokens}
-
-
-def _outcomes(
-    cfg: EvaluateConfig, encoder: Encoder, asked: dict[str, Measure], others: list[str], scoring: Scoring
-) -> dict[str, Outcome]:
-    outcomes = {name: measure(scoring) for name, measure in asked.items()}
-    if others:
-        outcomes |= run_tasks(others, scoring, encoder, task_data=cfg.task_data, **_settings(cfg))
-    return outcomes
 
 
 def _report(
@@ -88,11 +84,15 @@ def _report(
     }
     settings = {"tasks": cfg.tasks, **_settings(cfg)}
     path = publish_report(folder, settings, report, outcomes)
+    draw_curves(path)
     if cfg.json:
         print(json.dumps(report, ensure_ascii=False))
     else:
         print(table(results, {plan.name: plan.task.references for plan in plans}, param_count(subject.cfg)))
         print(f"report: {path}", file=sys.stderr)
+    run_folder = RunFolder(folder.parent.parent)
+    if folder.parent == run_folder.evaluations:  # not another output=
+        sync_beside(run_folder)
 
 
 if __name__ == "__main__":

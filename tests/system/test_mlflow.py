@@ -109,6 +109,30 @@ def test_a_run_without_tracking_is_sent_as_it_was(tmp_path: Path) -> None:
     assert client.get_run(sync(root, f"uri={uri}")[1]["run_id"]).info.status == "KILLED"
 
 
+def test_figures_of_an_evaluation_are_sent_later(tmp_path: Path) -> None:
+    """At the step of their checkpoint; sent again, they are there once."""
+    root, uri = tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    shutil.copytree(Path(__file__).parents[1] / "data" / "before" / "run", root)
+    assert sync(root, f"uri={uri}")[0] == 0
+    report = root / "evaluations" / "step-00000007.gen-0001-0a1b2c3d" / "report-01234567.json"
+    report.parent.mkdir(parents=True)
+    body = {"n": 4, "acc": 0.75, "acc_stderr": None, "ppl": 9.5, "shots": 2, "sha256": "of some files not known"}
+    report.write_text(json.dumps({"results": {"dir/my task.yaml": body}, "settings": {}}))
+    for _ in range(2):
+        code, told = sync(root, f"uri={uri}")
+        assert code == 0
+        (root / "tracking.json").write_text(
+            json.dumps({**json.loads((root / "tracking.json").read_text()), "stored": {}})  # as if killed in between
+        )
+    client, run_id = client_of(uri), told["run_id"]
+    found = {
+        key: history(client, run_id, f"task/my_task/2-shot/{key}") for key in ("n", "acc", "ppl", "shots", "acc_stderr")
+    }
+    assert found == {"n": [(7, 4.0)], "acc": [(7, 0.75)], "ppl": [(7, 9.5)], "shots": [], "acc_stderr": []}
+    stored = client.download_artifacts(run_id, str(report.relative_to(root)), str(tmp_path))
+    assert Path(stored).read_bytes() == report.read_bytes()
+
+
 @pytest.mark.slow
 def test_what_lies_in_mlflows_trash_is_named_with_its_cure(tmp_path: Path) -> None:
     """And taken on when it has been restored, by the same process."""

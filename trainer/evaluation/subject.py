@@ -69,7 +69,7 @@ class Subject:
 
     def _beside(self) -> Path:
         if self.checkpoint.parent.name == "checkpoints":
-            return self.checkpoint.parent.parent / "evaluations"
+            return RunFolder(self.checkpoint.parent.parent).evaluations
         return self.checkpoint.with_name(f"{self.checkpoint.name}-evaluations")
 
     @contextmanager

@@ -14,6 +14,7 @@ submit/0001/                          what launch.submit started: frozen config,
 heartbeats/rank-00003.json            step and phase of a rank, replaced every few seconds (trainer/run/heartbeat.py)
 hangs/gen-0001/report.txt             of a start that stopped making progress: the state of each rank (hang_report.py)
 hangs/gen-0001/rank-00003.txt         the stacks of a rank at that moment
+evaluations/step-….gen-…-0a1b2c3d/    reports of trainer.evaluate about a checkpoint
 checkpoints/latest                    the name of the checkpoint to resume from, or "beginning"
 checkpoints/step-00000100.gen-0001/   a published checkpoint
 checkpoints/damaged-step-…/           one that was not what had been written, set aside by a start that took another
@@ -55,6 +56,7 @@ class RunFolder:
         self.mixture = self.root / "mixture.png"
         self.plots = self.root / "plots"
         self.samples = self.root / "samples"
+        self.evaluations = self.root / "evaluations"
         self.environments = self.root / "environment"
         self.checkpoints = self.root / "checkpoints"
         self.generations = self.root / "generations"
@@ -127,7 +129,7 @@ class RunFolder:
         return max([*starts, *(start_of(p) for p in self.published())], default=0)
 
     def hang(self, generation: int) -> Path:
-        """The folder of the stacks of a start that hung."""
+        """The stacks of a start that hung."""
         return self.root / "hangs" / f"gen-{generation:04d}"
 
     def hang_report(self, generation: int) -> Path:
@@ -136,8 +138,7 @@ class RunFolder:
 
     def fence(self, generation: int) -> None:
         """Raise UserError if a newer start has taken the run over: this one must not write."""
-        newest = self.newest_generation()
-        if newest > generation:
+        if (newest := self.newest_generation()) > generation:
             raise UserError(
                 f"{self.root}: start {newest} of this run has taken over, start {generation} publishes nothing more: "
                 "let one start at a time use a run.dir"
@@ -145,8 +146,7 @@ class RunFolder:
 
     def taken_over(self, generation: int) -> bool:
         """True if another process has taken the run over: a rollback is a start of the same one."""
-        newest = self.newest_generation()
-        if newest <= generation:
+        if (newest := self.newest_generation()) <= generation:
             return False
         ours, theirs = ([self.facts(n).get(key) for key in ("host", "pid")] for n in (generation, newest))
         return theirs not in (ours, [None, None])  # None: it is being written

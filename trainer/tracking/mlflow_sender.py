@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.files import read_json
 from trainer.config.tracking import EXPERIMENT, TrackingConfig, artifacts_of, tracking_uri
 from trainer.run.environment import owner
-from trainer.run.folder import RunFolder
+from trainer.run.folder import RunFolder, step_of
 from trainer.run.journal import NewNumbers, read_rows, superseded
+from trainer.tracking.facts import files_of, of_code, of_config, of_starts, read_figures
 from trainer.tracking.messages import cause, warn
-from trainer.tracking.params import of_config, of_starts
 from trainer.tracking.refusals import Refused, refuse_deleted
 from trainer.tracking.state import STATE, TrackingState
 
@@ -35,7 +36,6 @@ PARAMS, TAG_CHARS = 100, 5000  # and of params in a request, and of characters i
 TIMEOUT_S, PATIENT_S, UPLOAD_S = 3.0, 60.0, 600.0  # of a request; after many failures; of a model's file
 AGAIN_S = 60.0  # before a file that was not taken is offered again
 MODEL = ("model.safetensors", "config.json", "tokenizer.json")  # of a run's last checkpoint
-_CHECKPOINT = ("manifest.json", "state.json")
 BOOKKEEPING = ("run/generation", "data/crc32")  # of the journal, for programs: no curves for a person
 _OUR_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ  # else the user has said it
 
@@ -144,7 +144,12 @@ class Sender:
         if runs:
             return str(runs[0].info.run_id)
         tags = {TAG: tag, "mlflow.user": owner(self._folder)}
-        run = client.create_run(experiment_id, min(self._times(), default=None), tags, self._name)
+        run = client.create_run(
+            experiment_id,
+            min(self._times(), default=None),
+            tags,
+            self._name,
+        )
         return str(run.info.run_id)
 
     def _times(self) -> list[int]:
@@ -179,11 +184,13 @@ class Sender:
         self._send_metrics(client, metrics, end)
 
     def _send_metrics(self, client: MlflowClient, metrics: list[Metric], offset: int) -> None:
-        if offset == self.state.sent.offset:
-            return
+        if offset != self.state.sent.offset:
+            self._log(client, metrics)
+            self.state.change(offset=offset)
+
+    def _log(self, client: MlflowClient, metrics: list[Metric]) -> None:
         for i in range(0, len(metrics), BATCH):
             client.log_batch(self._run_id, metrics=metrics[i : i + BATCH])
-        self.state.change(offset=offset)
 
     def _tag_starts(self, client: MlflowClient) -> None:
         """Say what each start changes, and which steps a later one did again: MLflow takes nothing back."""
@@ -198,19 +205,12 @@ class Sender:
         client.set_tag(self._run_id, SUPERSEDED, text)
         self._new_start = False
 
-    def _files(self) -> Iterator[Path]:
-        folder = self._folder
-        yield from (folder.config, folder.mixture, *sorted(folder.plots.glob("*.png")))
-        yield from sorted(folder.environments.glob("[0-9]*.json"))
-        yield from sorted(folder.samples.glob("step-*.txt"))
-        yield from (path / name for path in folder.published() for name in _CHECKPOINT)
-
     def _store_files(self, client: MlflowClient) -> None:
         """Store the files that have changed. They have their own storage and credentials, so rows do not wait for them:
         one that is refused costs a warning, and is offered again."""
         if self._refused_at is not None and time.monotonic() - self._refused_at < AGAIN_S:
             return
-        files = {str(path.relative_to(self._folder.root)): path for path in self._files() if path.exists()}
+        files = {str(path.relative_to(self._folder.root)): path for path in files_of(self._folder) if path.exists()}
         stored = {name: when for name, when in self.state.sent.stored.items() if name in files}
         for name, path in files.items():
             try:
@@ -220,6 +220,8 @@ class Sender:
                 client.log_artifact(self._run_id, str(path), None if parent == "." else parent)
                 if path.parent == self._folder.environments:
                     self._tag_code(client, path)
+                if path.parent.parent == self._folder.evaluations and path.suffix == ".json":
+                    self._send_figures(client, path)
             except FileNotFoundError:
                 continue  # a checkpoint that has just been removed
             except Exception as e:
@@ -232,13 +234,15 @@ class Sender:
         self._refused_at = None
 
     def _tag_code(self, client: MlflowClient, path: Path) -> None:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        code, argv = body["code"], body["command"]
-        client.set_tag(self._run_id, "mlflow.source.type", "LOCAL")
-        client.set_tag(self._run_id, "mlflow.source.name", argv[argv.index("-m") + 1] if "-m" in argv[:-1] else argv[0])
-        if code.get("commit"):
-            client.set_tag(self._run_id, "mlflow.source.git.commit", str(code["commit"]))
-            client.set_tag(self._run_id, "gradus.dirty", json.dumps(code.get("dirty")))
+        for tag, value in of_code(read_json(path, "the run goes on without it")).items():
+            client.set_tag(self._run_id, tag, value)
+
+    def _send_figures(self, client: MlflowClient, report: Path) -> None:
+        """Send the figures of an evaluation as metrics of its checkpoint's step."""
+        from mlflow.entities import Metric
+
+        when, step = round(report.stat().st_mtime * 1000), step_of(report.parent)
+        self._log(client, [Metric(key, value, when, step) for key, value in read_figures(report).items()])
 
     def _register(self, client: MlflowClient, run_id: str, name: str) -> None:
         """Register Hugging Face's files of the last checkpoint as a new version of the model `name`."""

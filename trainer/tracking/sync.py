@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 from conf.errors import TransientError, UserError, of_nature
-from conf.frozen import thaw
+from conf.frozen import literal, peek, thaw
 from trainer.config.pretrain import PretrainConfig
 from trainer.config.tracking import SyncConfig, TrackerName, check_tracking, tracking_uri
 from trainer.run.folder import RunFolder
 from trainer.run.heartbeat import read_heartbeats
 from trainer.run.redact import redact
-from trainer.tracking.messages import cause
+from trainer.tracking.messages import cause, warn
 from trainer.tracking.mlflow_sender import Sender
 from trainer.tracking.refusals import refusal
 from trainer.tracking.shipper import backoff_s, draw_curves
 from trainer.tracking.state import ShippingLock
 
+BESIDE_S = 120.0  # that a program waits for a sync in a process of its own
 FRESH_S = 60.0  # a heartbeat younger than this is of a run that goes on
 
 
@@ -52,6 +55,24 @@ def sync(cfg: SyncConfig) -> None:
         raise TransientError(
             f"{sender.uri} does not take what is left, in {cfg.timeout_s:g} s ({cause(error)}): try later"
         )
+
+
+def sync_beside(folder: RunFolder) -> None:
+    """Send what a run's folder has gained, in a process of its own, if its tracker is MLflow. A failure is one line."""
+    try:
+        if peek(folder.config)["tracking"]["name"] != TrackerName.mlflow.name:
+            return
+    except (UserError, OSError, KeyError, TypeError):
+        return
+    argv = [sys.executable, "-m", "trainer.tracking", "sync", f"run_dir={literal(str(folder.root.resolve()))}"]
+    cwd, limit = Path(__file__).resolve().parents[2], f"timeout_s={BESIDE_S / 4:g}"
+    try:
+        done = subprocess.run([*argv, limit], cwd=cwd, capture_output=True, text=True, timeout=BESIDE_S)
+        why = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+    except (OSError, subprocess.TimeoutExpired) as e:
+        why = [cause(e)]
+    for line in why:
+        warn(f"{folder.root} was not sent to MLflow ({line.removeprefix('error: ')}): {' '.join(argv[1:])} does it")
 
 
 def config_of(folder: RunFolder, uri: str | None) -> PretrainConfig:

@@ -9,9 +9,10 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from conf.errors import UserError, of_nature
 from trainer.evaluation.encoder import Encoder
@@ -35,21 +36,42 @@ def check_installed(name: str) -> None:
         )
 
 
-def run_tasks(
+@dataclass(frozen=True)
+class HarnessPlan:
+    """Tasks of the harness with their documents, read before any model is loaded."""
+
+    given: dict[str, str]  # by the harness's name: the name that was given
+    parts: list[dict[str, Any]]  # as its TaskManager loads them
+    limit: int | None
+    seed: int
+
+    def run(self, scoring: Scoring, encoder: Encoder) -> dict[str, Outcome]:
+        """The harness's own figures by the names that were given; those of a group by its tasks. Collective, as
+        `Scoring`; empty but on the first rank of a node, as the harness counts."""
+        from lm_eval.evaluator import evaluate  # not simple_evaluate, which lists all installed packages
+
+        outcomes: dict[str, Outcome] = {}
+        model = model_class()(scoring, encoder)
+        for part in self.parts:
+            with _quiet(), _seeded(self.seed):
+                found = evaluate(lm=model, task_dict=part, limit=self.limit, bootstrap_iters=BOOTSTRAPS)
+            outcomes |= {task: _outcome(found, task) for task in found["results"]} if found else {}
+        return {self.given.get(task, task): outcome for task, outcome in outcomes.items()}
+
+
+def plan_tasks(
     names: Sequence[str],
-    scoring: Scoring,
-    encoder: Encoder,
     *,
     task_data: str | None,
     shots: int | None,
     limit: int | None,
     seed: int,
     max_new_tokens: int | None,
-) -> dict[str, Outcome]:
-    """The harness's own figures of its tasks, by the names that were given; those of a group by its tasks.
+) -> HarnessPlan:
+    """The harness's tasks of these names, ready to run.
 
     A task NAME of which `task_data`/NAME holds splits, such as validation.jsonl or test.parquet, reads them instead of
-    Hugging Face's hub. Collective, as `Scoring`.
+    Hugging Face's hub.
 
     Raises:
         UserError: a task that the harness does not know, or cannot read.
@@ -58,28 +80,20 @@ def run_tasks(
     held = {name: splits_in(Path(task_data) / name) for name in asked} if task_data else {}
     local = {name: splits for name, splits in held.items() if splits}
     others = [name for name in asked if name not in local]
-    how = _How(shots, limit, seed, max_new_tokens)
-    outcomes: dict[str, Outcome] = {}
+    parts = []
     with _quiet(), _seeded(seed):
         if local:
             with offline(), descriptions(local) as folder:  # before lm_eval, whose libraries look at it once
-                outcomes |= _run(model_class()(scoring, encoder), list(local), how, folder)
+                parts.append(_load(list(local), folder))
         if others:
-            outcomes |= _run(model_class()(scoring, encoder), others, how, None)
-    given = dict(zip(asked, names, strict=True))
-    return {given.get(task, task): outcome for task, outcome in outcomes.items()}
+            parts.append(_load(others, None))
+    for name, task in (item for part in parts for item in part["tasks"].items()):
+        _set(name, task, shots, seed, max_new_tokens)
+    return HarnessPlan(dict(zip(asked, names, strict=True)), parts, limit, seed)
 
 
-class _How(NamedTuple):
-    shots: int | None
-    limit: int | None
-    seed: int
-    max_new_tokens: int | None
-
-
-def _run(model: Any, names: list[str], how: _How, folder: str | None) -> dict[str, Outcome]:
-    """The tasks described in a folder, or the harness's own; empty but on the first rank of a node, as it counts."""
-    from lm_eval.evaluator import evaluate  # not simple_evaluate, which lists all installed packages
+def _load(names: list[str], folder: str | None) -> dict[str, Any]:
+    """The tasks described in a folder, or the harness's own."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=folder, include_defaults=folder is None)  # which are 16,000 files
@@ -87,31 +101,26 @@ def _run(model: Any, names: list[str], how: _How, folder: str | None) -> dict[st
     if unknown:
         raise UserError(f"tasks=[{unknown[0]}]: neither a task of conf/task/ nor of lm-evaluation-harness")
     try:
-        loaded = manager.load(names)
-        for name, task in loaded["tasks"].items():
-            _set(name, task, how)
-        found = evaluate(lm=model, task_dict=loaded, limit=how.limit, bootstrap_iters=BOOTSTRAPS)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, AssertionError, ImportError) as e:  # datasets' many
+        return dict(manager.load(names))
+    except Exception as e:  # whatever the harness and datasets raise
+        why = e.__cause__ or e
         message = (
-            f"lm-evaluation-harness cannot run {', '.join(names)} ({type(e).__name__}: {str(e)[:300]}): its data come "
-            f"from Hugging Face's hub, or from task_data=DIR with files such as DIR/{names[0]}/validation.jsonl"
+            f"lm-evaluation-harness cannot read {', '.join(names)} ({type(why).__name__}: {str(why)[:300]}): its data "
+            f"come from Hugging Face's hub, or from task_data=DIR with files such as DIR/{names[0]}/validation.jsonl"
         )
         raise of_nature(e, message) from e
-    return {task: _outcome(found, task) for task in found["results"]} if found else {}
 
 
-def _set(name: str, task: Any, how: _How) -> None:
+def _set(name: str, task: Any, shots: int | None, seed: int, max_new_tokens: int | None) -> None:
     """Put the user's settings into a task of the harness."""
     own = task.get_config("num_fewshot")
-    if how.shots and own == 0:
-        raise UserError(f"shots={how.shots}: the harness's task {name} takes no demonstrations: give shots=0")
-    if how.shots is not None or own is None:
-        task.set_config(key="num_fewshot", value=how.shots or 0)
-    task.set_fewshot_seed(seed=how.seed)
-    if how.max_new_tokens is not None and task.get_config("output_type") == "generate_until":
-        task.set_config(key="generation_kwargs", value={"max_gen_toks": how.max_new_tokens}, update=True)
+    if shots and own == 0:
+        raise UserError(f"shots={shots}: the harness's task {name} takes no demonstrations: give shots=0")
+    if shots is not None or own is None:
+        task.set_config(key="num_fewshot", value=shots or 0)
+    task.set_fewshot_seed(seed=seed)
+    if max_new_tokens is not None and task.get_config("output_type") == "generate_until":
+        task.set_config(key="generation_kwargs", value={"max_gen_toks": max_new_tokens}, update=True)
 
 
 def _outcome(found: Any, task: str) -> Outcome:

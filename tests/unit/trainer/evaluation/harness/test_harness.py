@@ -15,7 +15,7 @@ from trainer.config.inference import Number
 from trainer.distributed.mesh import Mesh
 from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.harness.local_data import descriptions, splits_in
-from trainer.evaluation.harness.run import run_tasks
+from trainer.evaluation.harness.run import plan_tasks
 from trainer.evaluation.journal import Journal
 from trainer.evaluation.scoring import Scoring
 from trainer.evaluation.subject import Subject
@@ -78,7 +78,7 @@ def of_ours(checkpoint: Path, folder: Path, mesh: Mesh, tasks: list[str], shots:
     subject = Subject.find(str(checkpoint), None, Number.fp32)
     scoring = Scoring(subject.on(mesh), Journal(None, 0), 5, subject.tokenizer.decode)
     how: dict[str, Any] = {"shots": shots, "limit": None, "seed": 1234, "max_new_tokens": WRITTEN}
-    outcomes = run_tasks(tasks, scoring, Encoder(subject.tokenizer), task_data=str(folder), **how)
+    outcomes = plan_tasks(tasks, task_data=str(folder), **how).run(scoring, Encoder(subject.tokenizer))
     return {task: {"n": outcome.n, **outcome.figures} for task, outcome in outcomes.items()}
 
 
@@ -112,11 +112,19 @@ def test_figures_are_those_of_hflm(n_ctx: int, tmp_path: Path, mesh: Mesh, monke
     assert 0 < ours["piqa"]["acc"] < 1
 
 
-def test_a_task_that_nobody_knows_is_one_line(tmp_path: Path, mesh: Mesh) -> None:
-    _, checkpoint = random_checkpoint(tmp_path, 64, seeded())
-    write_rows(tmp_path / "data" / "pika" / "test.jsonl", [{"text": "a"}])
+def test_a_task_that_nobody_knows_is_one_line(tmp_path: Path) -> None:
+    """Before a model is loaded."""
+    write_rows(tmp_path / "pika" / "test.jsonl", [{"text": "a"}])
     with pytest.raises(UserError, match=r"tasks=\[pika\]: neither a task of conf/task/ nor of lm-evaluation-harness"):
-        of_ours(checkpoint, tmp_path / "data", mesh, ["pika"], 0)
+        plan_tasks(["pika"], task_data=str(tmp_path), shots=0, limit=None, seed=0, max_new_tokens=None)
+
+
+def test_data_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    """Before a model is loaded."""
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "validation.jsonl").write_text('{"goal": ')
+    with pytest.raises(UserError, match=r"^lm-evaluation-harness cannot read piqa \(.*: its data come from"):
+        plan_tasks(["piqa"], task_data=str(tmp_path), shots=0, limit=None, seed=0, max_new_tokens=None)
 
 
 def test_splits_of_two_forms_are_refused(tmp_path: Path) -> None:
