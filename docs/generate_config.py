@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 from conf.meanings import sections, settings, value_at, words
 from conf.schema import CONF, defaults, groups, opening_comment, options, root_of
 from data_pipeline.config import OrderConfig
+from data_pipeline.examples.examples_config import PreviewConfig
 from data_pipeline.prepare.prepare_config import PrepareConfig
 from data_pipeline.prepare.quality.config import QualityEvaluateConfig, QualityTrainConfig
 from data_pipeline.shards.shards_config import (
@@ -39,6 +40,7 @@ SCHEMAS = (
     QualityTrainConfig,
     QualityEvaluateConfig,
     OrderConfig,
+    PreviewConfig,
     PretrainConfig,
     GenerateConfig,
     EvaluateConfig,

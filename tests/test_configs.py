@@ -38,6 +38,7 @@ NEEDED = {
     "quality_train": ["positives=[good]", "negatives=[raw]", "output=model.safetensors"],
     "quality_evaluate": ["classifier=model.safetensors", "positives=[good]", "negatives=[raw]", "output=evaluation"],
     "order": [],
+    "preview": ["path=a.jsonl", "tokenizer=gpt2"],
     "pretrain": ["data.path=data", "max_steps=10"],
     "plan": ["data.tokens=1_000_000"],
     "supervise": ["run.dir=runs/a"],

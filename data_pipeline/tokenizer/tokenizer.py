@@ -136,6 +136,11 @@ class Tokenizer:
         """Ids of a text, as `encode_batch`; with `special` the text of a special token is that token, not letters."""
         return (self._checked(self._encode_special, [text]) if special else self.encode_batch([text]))[0].tolist()
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The id of each special token."""
+        return {t["content"]: t["id"] for t in self._body["added_tokens"] if t["special"]}
+
     def special_in(self, text: str) -> list[str]:
         """The special tokens whose text occurs in `text`."""
         return [t["content"] for t in self._body["added_tokens"] if t["special"] and t["content"] in text]

@@ -1,0 +1,59 @@
+"""Settings of examples, and of the command that shows them. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from conf.errors import MISSING, UserError
+
+FIELDS = (
+    *("instruction", "input", "output", "instances", "system", "messages", "conversations", "prompt", "completion"),
+    *("response", "chosen", "rejected", "responses", "ranks"),
+)
+"""The fields of all forms."""
+
+
+class Form(Enum):
+    alpaca = "alpaca"  # instruction, perhaps input, output
+    messages = "messages"  # messages: a list of {role, content}
+    sharegpt = "sharegpt"  # conversations: a list of {from, value}
+    completion = "completion"  # prompt, completion (or response); a prompt alone for roll-outs
+    pair = "pair"  # chosen, rejected, perhaps prompt
+    ranks = "ranks"  # prompt, responses, ranks: 1 is the best, equal ranks are ties
+
+
+class Template(Enum):
+    roles = "roles"  # each turn between two special tokens of its role
+    plain = "plain"  # "\n\nHuman: " and "\n\nAssistant: " before the turns
+    text = "text"  # a prompt and its completion, with nothing between them
+
+
+@dataclass
+class ExamplesConfig:
+    """The files of examples, and how they are read."""
+
+    path: str = MISSING  # a file, a folder (searched through) or a glob of .json, .jsonl, .tsv or .parquet files
+    form: Form | None = None  # of the records; null = as the fields of the first record say
+    template: Template | None = None  # of the ids; null = text for the form completion, roles for any other
+    fields: dict[str, str] = field(default_factory=dict)  # a field of the form: the file's name for it
+    columns: list[str] = field(default_factory=list)  # of a .tsv file; none = its first line names them
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.fields if name not in FIELDS]
+        if unknown:
+            raise UserError(f"fields: no form has a field {unknown[0]}: give one of {', '.join(FIELDS)}")
+
+
+@dataclass
+class PreviewConfig(ExamplesConfig):
+    """`python -m data_pipeline.examples preview`: examples as a model gets them, with counts and drops."""
+
+    tokenizer: str = MISSING  # "gpt2", or a folder (or file) that holds a tokenizer
+    n_ctx: int = 1024  # tokens of a row; longer examples are dropped
+    n: int = 3  # examples to show, the first ones
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_ctx < 1 or self.n < 0:
+            raise UserError(f"n_ctx={self.n_ctx} and n={self.n}: give n_ctx of at least 1, and n of at least 0")
