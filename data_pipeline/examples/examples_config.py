@@ -45,6 +45,41 @@ class ExamplesConfig:
             raise UserError(f"fields: no form has a field {unknown[0]}: give one of {', '.join(FIELDS)}")
 
 
+class Task(Enum):
+    classification = "classification"  # of a text, or of two such as premise and hypothesis: one of some classes
+    similarity = "similarity"  # of two texts, read in both orders: a number
+    choice = "choice"  # one of some answers is right
+
+
+@dataclass
+class LabelledConfig:
+    """The files of labelled examples for GPT-1's fine-tuning, and what their fields are."""
+
+    path: str = MISSING  # a file, a folder (searched through) or a glob of .json, .jsonl, .tsv or .parquet files
+    task: Task = MISSING
+    texts: list[str] = MISSING  # the fields of the text: one or two; of a choice a document, and perhaps a question
+    label: str = "label"  # the field that holds the class, the number, or which answer is right
+    classes: list[str] = field(
+        default_factory=list
+    )  # labels in the order of their numbers; none, of a choice: 0, 1, ...
+    choices: list[str] = field(default_factory=list)  # of a choice: the fields of its answers, or one that lists them
+    columns: list[str] = field(default_factory=list)  # of a .tsv file; none = its first line names them
+
+    def __post_init__(self) -> None:
+        if not 1 + (self.task is Task.similarity) <= len(self.texts) <= 2:
+            number = "two" if self.task is Task.similarity else "one or two"
+            raise UserError(f"texts={self.texts}: a task of {self.task.value} has {number}: name their fields")
+        if (self.task is Task.choice) != bool(self.choices):
+            given = f"task={self.task.value} and choices={self.choices}"
+            raise UserError(f"{given}: a choice has fields of answers, any other task has none")
+        if self.task is Task.classification and len(self.classes) < 2:
+            raise UserError(
+                f"classes={self.classes}: give the labels of the file, at least two, in the order of numbers"
+            )
+        if self.task is Task.similarity and self.classes:
+            raise UserError(f"classes={self.classes}: the labels of a similarity are numbers: leave classes out")
+
+
 @dataclass
 class PreviewConfig(ExamplesConfig):
     """`python -m data_pipeline.examples preview`: examples as a model gets them, with counts and drops."""

@@ -85,7 +85,7 @@ def _alpaca(record: Fields) -> Sequence[Conversation]:
 
 
 def _system(value: Any) -> Conversation:
-    return (Turn(SYSTEM, _checked(value, "system")),) if value else ()
+    return (Turn(SYSTEM, text_of(value, "system")),) if value else ()
 
 
 def _messages(record: Fields) -> Sequence[Conversation]:
@@ -107,7 +107,7 @@ def _pair(record: Fields) -> Sequence[Comparison]:
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
             return [_compared(_hh(chosen), _hh(rejected))]
-        answers = _checked(chosen, "chosen"), _checked(rejected, "rejected")
+        answers = text_of(chosen, "chosen"), text_of(rejected, "rejected")
         return [_ranked(_prompt(prompt), answers, (0, 1))]
     pair = _turns(chosen, "role", "content"), _turns(rejected, "role", "content")
     if prompt is None:
@@ -127,7 +127,7 @@ def _ranks(record: Fields) -> Sequence[Comparison]:
     if not all(type(rank) in (int, float) and abs(rank) < 2**53 for rank in ranks):
         raise Misfit("'ranks' holds something that is not a number")
     places = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
-    texts = tuple(_checked(answer, "responses") for answer in answers)
+    texts = tuple(text_of(answer, "responses") for answer in answers)
     return [_ranked(_prompt(record.get("prompt")), texts, tuple(places[rank] for rank in ranks))]
 
 
@@ -154,7 +154,7 @@ def _compared(chosen: Conversation, rejected: Conversation) -> Comparison:
 
 def _hh(text: str) -> Conversation:
     """The turns of a text of Anthropic's HH; the space after a colon belongs to the name before it."""
-    before, *parts = _HH_TURN.split(_checked(text, "chosen"))
+    before, *parts = _HH_TURN.split(text_of(text, "chosen"))
     if before.strip() or not parts:
         raise Misfit("a text that does not begin with '\\n\\nHuman:'")
     turns = zip(parts[::2], parts[1::2], strict=True)
@@ -165,7 +165,7 @@ def _prompt(value: Any) -> Conversation:
     """The turns of a prompt that is a text or a list of messages."""
     if isinstance(value, list):
         return _turns(value, "role", "content")
-    return (Turn(USER, _checked(value, "prompt")),)
+    return (Turn(USER, text_of(value, "prompt")),)
 
 
 def _turns(value: Any, role_key: str, text_key: str) -> Conversation:
@@ -184,10 +184,11 @@ def _turns(value: Any, role_key: str, text_key: str) -> Conversation:
 
 
 def _text(record: Fields, key: str) -> str:
-    return _checked(record.get(key), key)
+    return text_of(record.get(key), key)
 
 
-def _checked(value: Any, key: str) -> str:
+def text_of(value: Any, key: str) -> str:
+    """`value`, if it is a text of Unicode; `key` names its field. Raises Misfit."""
     if not isinstance(value, str):
         raise Misfit(f"no text in {key!r}")
     try:

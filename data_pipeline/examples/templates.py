@@ -62,28 +62,52 @@ _MARKS = {
 }
 
 
-class Renderer:
+class Marked:
+    """A tokenizer with special tokens that are put between texts; no text becomes one of them.
+
+    special: the id of each: the vocabulary's own, or the next one behind it. vocab_size: all ids are below it; the
+    model needs as many rows.
+
+    Raises:
+        UserError: the vocabulary makes one of the tokens from plain text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        new = iter(range(tokenizer.vocab_size, tokenizer.vocab_size + len(tokens)))
+        known = tokenizer.special_ids
+        self.special = {token: known[token] if token in known else next(new) for token in tokens}
+        self.vocab_size = max(tokenizer.vocab_size, *(id_ + 1 for id_ in self.special.values()))
+        made = {i for ids in tokenizer.encode_batch(list(self.special)) for i in ids.tolist()}
+        if wrong := [token for token, id_ in self.special.items() if id_ in made]:
+            raise UserError(f"{tokenizer.name}: this vocabulary makes {wrong[0]} from plain text: take another one")
+
+    def encode(self, sequences: Sequence[Sequence[Piece]]) -> list[Example]:
+        """The ids and masks of sequences of pieces."""
+        texts = [part for pieces in sequences for part, _ in pieces if isinstance(part, str)]
+        encoded = iter(self.tokenizer.encode_batch(texts) if texts else ())
+        examples = []
+        for pieces in sequences:
+            parts = [np.asarray(next(encoded) if isinstance(part, str) else part, np.int32) for part, _ in pieces]
+            mask = np.repeat([learnt for _, learnt in pieces], [len(part) for part in parts])
+            examples.append(Example(np.concatenate(parts), mask))
+        return examples
+
+
+class Renderer(Marked):
     """Makes ids of conversations by one template and tokenizer; to be the same in training, evaluation and chat.
 
-    special: the id of each special token of the template. end: the id that ends an answer.
-    vocab_size: the ids are below it; the model needs as many rows.
+    end: the id that ends an answer.
     """
 
     def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
-        self.template = template
-        self.tokenizer = tokenizer
         marks = _MARKS[template]
-        new = iter(range(tokenizer.vocab_size, tokenizer.vocab_size + len(marks.tokens)))
-        known = tokenizer.special_ids
-        self.special = {token: known[token] if token in known else next(new) for token in marks.tokens}
-        self.vocab_size = max(tokenizer.vocab_size, *(id_ + 1 for id_ in self.special.values()))
+        super().__init__(tokenizer, marks.tokens)
+        self.template = template
         self.end = self.special[marks.after[ASSISTANT]]
         self._space = {role for role, mark in marks.before.items() if mark.endswith(" ")}
         self._before = {role: self._ids(mark.removesuffix(" ")) for role, mark in marks.before.items()}
         self._after = {role: self._ids(mark) for role, mark in marks.after.items()}
-        made = {i for ids in tokenizer.encode_batch(list(self.special)) for i in ids.tolist()}
-        if wrong := [token for token, id_ in self.special.items() if id_ in made]:
-            raise UserError(f"{tokenizer.name}: this vocabulary makes {wrong[0]} from plain text: take another one")
 
     def _ids(self, mark: str) -> list[int]:
         return [self.special[mark]] if mark in self.special else self.tokenizer.encode(mark)
@@ -108,17 +132,6 @@ class Renderer:
     def answer(self, text: str) -> list[Piece]:
         """The pieces that continue `prompt` with an answer, all labels."""
         return [piece for piece in self._turn(Turn(ASSISTANT, text)) if piece[1]]
-
-    def encode(self, sequences: Sequence[Sequence[Piece]]) -> list[Example]:
-        """The ids and masks of sequences of pieces."""
-        texts = [part for pieces in sequences for part, _ in pieces if isinstance(part, str)]
-        encoded = iter(self.tokenizer.encode_batch(texts) if texts else ())
-        examples = []
-        for pieces in sequences:
-            parts = [np.asarray(next(encoded) if isinstance(part, str) else part, np.int32) for part, _ in pieces]
-            mask = np.repeat([learnt for _, learnt in pieces], [len(part) for part in parts])
-            examples.append(Example(np.concatenate(parts), mask))
-        return examples
 
     @property
     def _start(self) -> Piece:

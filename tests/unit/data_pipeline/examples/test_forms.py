@@ -251,7 +251,9 @@ def test_a_file_without_an_example_is_an_error(tmp_path: Path) -> None:
 
     assert "no record there" in refused("empty.jsonl", "")
     assert "2 dropped: not JSON (first: bad.jsonl:1)" in refused("bad.jsonl", "{\n}\n")
-    assert "no example in 1 records of the form alpaca" in refused("a.jsonl", '{"prompt": "a"}', form=Form.alpaca)
+    assert "no example in 1 records (form alpaca, template roles)" in refused(
+        "a.jsonl", '{"prompt": "a"}', form=Form.alpaca
+    )
     assert "no .json, .jsonl, .tsv or .parquet file" in refused("a.csv", "prompt,completion")
     assert "the form pair holds no conversations" in refused("b.jsonl", '{"chosen": "a", "rejected": "b"}')
     with pytest.raises(UserError, match="the form completion holds no comparisons"):
