@@ -17,12 +17,13 @@ from trainer.config.inference import EvaluateConfig
 from trainer.distributed.world import read_world
 from trainer.evaluation.curves import draw_curves
 from trainer.evaluation.encoder import Encoder
-from trainer.evaluation.evaluation import Plan, plan_task
+from trainer.evaluation.evaluation import Plan, of_group, plan_task
 from trainer.evaluation.harness.run import check_installed, plan_tasks
 from trainer.evaluation.kinds.kind import Outcome
 from trainer.evaluation.report import publish_report, result_of, table
 from trainer.evaluation.subject import Subject
-from trainer.evaluation.tasks.find import is_file, known_tasks, load_task
+from trainer.evaluation.tasks.description import Reference
+from trainer.evaluation.tasks.find import is_ours, load_groups, load_tasks
 from trainer.model.arithmetic import param_count
 from trainer.run.folder import RunFolder
 from trainer.tracking.sync import sync_beside
@@ -35,12 +36,11 @@ def evaluate(cfg: EvaluateConfig) -> None:
     """Score a checkpoint on tasks and write the report."""
     began, world = time.monotonic(), read_world()
     subject = Subject.find(cfg.checkpoint, cfg.tokenizer, cfg.precision)
-    known = set(known_tasks())
-    ours = [name for name in cfg.tasks if name in known or is_file(name)]
+    ours = [name for name in cfg.tasks if is_ours(name)]
     others = [name for name in cfg.tasks if name not in ours]
     for name in others:
         check_installed(name)
-    plans = _plans(cfg, ours)
+    plans, groups = _plans(cfg, ours), load_groups(ours)
     encoder = Encoder(subject.tokenizer)
     asked = {plan.name: plan.prepared(encoder, subject.cfg.n_ctx) for plan in plans}
     harness = plan_tasks(others, task_data=cfg.task_data, **_settings(cfg)) if others else None
@@ -52,14 +52,17 @@ def evaluate(cfg: EvaluateConfig) -> None:
         journal = Journal(folder / "journal", world.rank)
         scoring = Scoring(model, journal, cfg.batch_size, subject.tokenizer.decode)
         outcomes = {name: measure(scoring) for name, measure in asked.items()}
+        outcomes |= {name: of_group([outcomes[t] for t in group.described(name)]) for name, group in groups.items()}
         outcomes |= harness.run(scoring, encoder) if harness else {}
         journal.close()
     if world.is_main:
-        _report(cfg, subject, folder, plans, outcomes, time.monotonic() - began)
+        references = {plan.name: plan.task.references for plan in plans}
+        references |= {name: group.references for name, group in groups.items()}
+        _report(cfg, subject, folder, references, outcomes, time.monotonic() - began)
 
 
 def _plans(cfg: EvaluateConfig, names: list[str]) -> list[Plan]:
-    return [plan_task(name, load_task(name), cfg.task_data, **_settings(cfg)) for name in names]
+    return [plan_task(name, task, cfg.task_data, **_settings(cfg)) for name, task in load_tasks(names).items()]
 
 
 def _settings(cfg: EvaluateConfig) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def _report(
     cfg: EvaluateConfig,
     subject: Subject,
     folder: Path,
-    plans: list[Plan],
+    references: dict[str, tuple[Reference, ...]],
     outcomes: dict[str, Outcome],
     seconds: float,
 ) -> None:
@@ -88,7 +91,7 @@ def _report(
     if cfg.json:
         print(json.dumps(report, ensure_ascii=False))
     else:
-        print(table(results, {plan.name: plan.task.references for plan in plans}, param_count(subject.cfg)))
+        print(table(results, references, param_count(subject.cfg)))
         print(f"report: {path}", file=sys.stderr)
     run_folder = RunFolder(folder.parent.parent)
     if folder.parent == run_folder.evaluations:  # not another output=

@@ -24,11 +24,17 @@ WORDS = (
 Row = dict[str, Any]
 
 
-def random_checkpoint(folder: Path, n_ctx: int, seed: int) -> tuple[Path, Path]:
-    """A random GPT-2 with GPT-2's vocabulary: the folder that transformers wrote, and our checkpoint of it."""
+def random_checkpoint(folder: Path, n_ctx: int, seed: int, scale: float = 1.0) -> tuple[Path, Path]:
+    """A random GPT-2 with GPT-2's vocabulary: the folder that transformers wrote, and our checkpoint of it.
+
+    `scale` multiplies the embeddings: with 10 a model is sure of itself, and often says its last token again.
+    """
     torch.manual_seed(seed)
     theirs, ours, tokenizer = folder / "hf", folder / "checkpoint", Tokenizer.load("gpt2")
-    hf_model(Norm.pre, n_positions=n_ctx, n_embd=32, vocab_size=tokenizer.vocab_size).save_pretrained(theirs)
+    model = hf_model(Norm.pre, n_positions=n_ctx, n_embd=32, vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(scale)
+    model.save_pretrained(theirs)
     tokenizer.save(theirs)
     settings = tokenizer_config(HfFolder(theirs).cfg, tokenizer)
     (theirs / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -8,10 +8,14 @@ from trainer.inference.requests import Pair
 
 
 class Encoder:
-    """A tokenizer, and the token that a text from its start follows. Text never becomes a special token."""
+    """A tokenizer, and the token that a text from its start follows. Text never becomes a special token.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    `always`: that token stands before each context of a pair, not only in place of an empty one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, always: bool = False) -> None:
         self.tokenizer = tokenizer
+        self.always = always
         self.start = [] if tokenizer.eot_id is None else [tokenizer.eot_id]  # GPT-1's vocabulary has none
 
     def pair(self, context: str, continuation: str) -> Pair:
@@ -28,8 +32,10 @@ class Encoder:
         whole = self.tokenizer.encode(context + continuation)
         before = len(self.tokenizer.encode(kept)) if kept else 0
         context_ids, ids = whole[:before], whole[before:]
+        if self.always or not context_ids:
+            context_ids = self.start + context_ids
         if not context_ids:
-            context_ids, ids = (self.start, ids) if self.start else (ids[:1], ids[1:])
+            context_ids, ids = ids[:1], ids[1:]
         if not ids or not context_ids:
             raise UserError(
                 f"no token of {continuation!r} is left to score after {context[-40:]!r}: give a longer continuation"

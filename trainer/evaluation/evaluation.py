@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from trainer.evaluation.kinds.generation import GenerationKind
 from trainer.evaluation.kinds.kind import Kind, Measure, Outcome, Question
 from trainer.evaluation.kinds.perplexity import PerplexityKind
 from trainer.evaluation.prompts import Prompts
-from trainer.evaluation.tasks.description import TaskConfig
+from trainer.evaluation.tasks.description import Centred, TaskConfig
 from trainer.evaluation.tasks.documents import read_documents
 from trainer.evaluation.tasks.templates import expression
 
@@ -38,17 +39,38 @@ class Plan:
         Raises:
             UserError: a question that cannot be asked.
         """
+        encoder = Encoder(encoder.tokenizer, always=self.task.start)
         ask = self.kind.prepare(self.questions, self.prompts, encoder, n_ctx)
         counts = {"shots": self.prompts.shots, "fewer_shots": self.prompts.reduced}
         notes: dict[str, Any] = {name: n for name, n in counts.items() if n}
         notes |= {"sha256": "of some files not known"} if None in self.task.data.files.values() else {}
+        notes |= {"start": "the vocabulary has no end-of-text token"} if self.task.start and not encoder.start else {}
 
         def measure(scoring: Scoring) -> Outcome:
             outcome = ask(scoring)
             outcome.notes |= notes
+            if self.task.centred is not None:
+                outcome.figures |= _centred(outcome.figures, self.task.centred)
             return outcome
 
         return measure
+
+
+def of_group(outcomes: Sequence[Outcome]) -> Outcome:
+    """A group's figure, the mean of its tasks' `centred`; its standard error takes the tasks as independent."""
+    figures = [outcome.figures for outcome in outcomes]
+    mean = math.fsum(f["centred"] for f in figures) / len(figures)
+    stderr = math.sqrt(math.fsum(f["centred_stderr"] ** 2 for f in figures)) / len(figures)
+    n = sum(outcome.n for outcome in outcomes)
+    return Outcome(n, {"centred": mean, "centred_stderr": stderr}, [], {"tasks": len(figures)})
+
+
+def _centred(figures: Mapping[str, float], how: Centred) -> dict[str, float]:
+    known = 1 - how.guessing
+    return {
+        "centred": (figures[how.figure] - how.guessing) / known,
+        "centred_stderr": figures[f"{how.figure}_stderr"] / known,
+    }
 
 
 def plan_task(

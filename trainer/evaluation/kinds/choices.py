@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import UserError
 from trainer.evaluation.answers import Likelihood
 from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.kinds.kind import Measure, Outcome, Question
-from trainer.evaluation.kinds.metrics import label_f1, matthews, mean_and_stderr
+from trainer.evaluation.kinds.metrics import exact_match, label_f1, matthews, mean_and_stderr, token_f1
 from trainer.evaluation.prompts import Prompts
 from trainer.evaluation.tasks.description import Choices
 from trainer.evaluation.tasks.templates import Document, expression, template
@@ -37,7 +39,8 @@ class _Option:
 class ChoicesKind:
     """`acc`: by the log-probability of the continuation; `acc_per_token` and `acc_per_byte`: divided by its tokens, or
     by the bytes of the option; `acc_unconditional`: less its log-probability after `unconditional` alone; `f1`,
-    `macro_f1` or `matthews`: of the indices, chosen as `acc` does."""
+    `macro_f1` or `matthews`: of the indices, chosen as `acc` does; `acc_group`: all of a group are right, by `acc`;
+    `exact_match` and `f1`: of the text of the option that `acc` takes, with the right ones, as `GenerationKind`."""
 
     def __init__(self, name: str, cfg: Choices) -> None:
         self.cfg = cfg
@@ -45,12 +48,13 @@ class ChoicesKind:
         self._options = [template(f"{name}: options", text) for text in cfg.options]
         self._options_from = expression(f"{name}: options_from", cfg.options_from) if cfg.options_from else None
         self._correct = expression(f"{name}: correct", cfg.correct)
+        self._group = expression(f"{name}: group_by", cfg.group_by) if cfg.group_by else None
         self._context = template(f"{name}: context", cfg.context)
         self._continuation = template(f"{name}: continuation", cfg.continuation)
 
     def demonstration(self, document: Document) -> str:
         options, correct = self._read(document)
-        return options[correct].context + options[correct].continuation
+        return options[correct[0]].context + options[correct[0]].continuation
 
     def prepare(self, questions: Sequence[Question], prompts: Prompts, encoder: Encoder, n_ctx: int) -> Measure:
         read = [self._read(q.document) for q in questions]
@@ -62,7 +66,7 @@ class ChoicesKind:
                 return all(length <= n_ctx + 1 for length in lengths)
 
             before = prompts.before(q.number, fits)
-            pairs += [encoder.pair(before + o.context, o.continuation) for o in options]
+            pairs += SCORED[self.cfg.scored]([encoder.pair(before + o.context, o.continuation) for o in options])
         bare = self._unconditional([options for options, _ in read], encoder)
 
         def measure(scoring: Scoring) -> Outcome:
@@ -76,19 +80,23 @@ class ChoicesKind:
 
         return measure
 
-    def _read(self, document: Document) -> tuple[list[_Option], int]:
+    def _read(self, document: Document) -> tuple[list[_Option], list[int]]:
+        """The options, and the indices of the right ones."""
         if self._options_from is not None:
             found = self._options_from(document)
             texts = [str(text) for text in found] if isinstance(found, list | tuple) else []
         else:
             texts = [make(document) for make in self._options]
-        correct = self._correct(document)
-        if not (isinstance(correct, int | str) and str(correct).isdecimal() and int(correct) < len(texts)):
+        found = self._correct(document)
+        correct = found if isinstance(found, list) else [found]
+        if not correct or not all(
+            isinstance(i, int | str) and str(i).isdecimal() and int(i) < len(texts) for i in correct
+        ):
             raise UserError(
-                f"task {self._name}: `correct: {self.cfg.correct}` gives {correct!r} for {len(texts)} options {texts}: "
-                "make it the index of an option, from 0"
+                f"task {self._name}: `correct: {self.cfg.correct}` gives {found!r} for {len(texts)} options {texts}: "
+                "make it the index of an option, from 0, or a list of some"
             )
-        return [self._option(document, text) for text in texts], int(correct)
+        return [self._option(document, text) for text in texts], [int(i) for i in correct]
 
     def _option(self, document: Document, text: str) -> _Option:
         fields = {**document, "option": text}
@@ -100,7 +108,11 @@ class ChoicesKind:
         return [encoder.pair(context, o.continuation) for options in read for o in options]
 
     def _judged(
-        self, q: Question, options: list[_Option], correct: int, answers: list[tuple[Likelihood, Likelihood | None]]
+        self,
+        q: Question,
+        options: list[_Option],
+        correct: list[int],
+        answers: list[tuple[Likelihood, Likelihood | None]],
     ) -> dict[str, Any]:
         """The sample of a question: its options, their log-probabilities, and how right the model is by each rule."""
         scores = {
@@ -112,7 +124,12 @@ class ChoicesKind:
         }
         if self.cfg.unconditional is not None:
             scores["acc_unconditional"] = [a.log_p - b.log_p for a, b in answers if b is not None]
-        return {
+        right = {name: self._right(values, correct) for name, values in scores.items()}
+        if self.cfg.texts:
+            chosen = options[scores["acc"].index(max(scores["acc"]))].text
+            answer_texts = [options[i].text for i in correct]
+            right |= {"exact_match": exact_match(chosen, answer_texts), "f1": token_f1(chosen, answer_texts)}
+        sample = {
             "document": q.number,
             "context": options[0].context,
             "options": [o.continuation for o in options],
@@ -120,16 +137,16 @@ class ChoicesKind:
             "log_p": [a.log_p for a, _ in answers],
             "tokens": [a.tokens for a, _ in answers],
             "cut": any(a.cut for a, _ in answers),
-            "right": {name: self._right(values, correct) for name, values in scores.items()},
+            "right": right,
         }
+        return sample | ({"group": self._group(q.document)} if self._group else {})
 
-    def _right(self, scores: list[float], correct: int) -> float:
+    def _right(self, scores: list[float], correct: list[int]) -> float:
         best = max(scores)
-        if scores[correct] < best:
+        right = [i in correct for i, score in enumerate(scores) if score == best]
+        if not any(right):
             return 0.0
-        alone = scores.count(best) == 1
-        first = scores.index(best) == correct
-        return 1.0 if alone else (self.cfg.ties or float(first))
+        return 1.0 if all(right) else (self.cfg.ties or float(right[0]))
 
     def _figures(self, samples: list[dict[str, Any]]) -> dict[str, float]:
         figures: dict[str, float] = {}
@@ -137,7 +154,40 @@ class ChoicesKind:
             mean, stderr = mean_and_stderr([s["right"][name] for s in samples])
             figures |= {name: mean, f"{name}_stderr": stderr}
         if self.cfg.labels is not None:
-            correct = [s["correct"] for s in samples]
+            correct = [s["correct"][0] for s in samples]
             chosen = [s["log_p"].index(max(s["log_p"])) for s in samples]
             figures[self.cfg.labels] = LABEL_FIGURES[self.cfg.labels](correct, chosen)
+        if self._group is not None:
+            groups: dict[str, list[float]] = {}
+            for s in samples:
+                groups.setdefault(json.dumps(s["group"]), []).append(s["right"]["acc"])
+            mean, stderr = mean_and_stderr([min(some) for some in groups.values()])
+            figures |= {"acc_group": mean, "acc_group_stderr": stderr}
         return figures
+
+
+def _from_difference(pairs: list[Pair]) -> list[Pair]:
+    """Scored: the tokens from the first in which the texts differ, at least one of each."""
+    texts = [context + ids for context, ids in pairs]
+    n = _alike(texts)
+    return [(ids[:n], ids[n:]) for ids in texts]
+
+
+def _shared_end(pairs: list[Pair]) -> list[Pair]:
+    """Scored: the tokens at the end that all texts share, at least one, and not the first of a text."""
+    texts = [context + ids for context, ids in pairs]
+    n = _alike([ids[::-1] for ids in texts])
+    return [(ids[:-n], ids[-n:]) for ids in texts]
+
+
+def _alike(texts: list[list[int]]) -> int:
+    """The number of tokens with which all texts begin; at least one, and fewer than the shortest has."""
+    same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*texts, strict=False)))
+    return max(1, min(same, min(map(len, texts)) - 1))
+
+
+SCORED: dict[str, Callable[[list[Pair]], list[Pair]]] = {
+    "continuation": list,
+    "from_difference": _from_difference,
+    "shared_end": _shared_end,
+}

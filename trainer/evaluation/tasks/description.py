@@ -13,12 +13,14 @@ from typing import Annotated
 from conf.errors import UserError
 
 KINDS = ("choices", "completion", "perplexity", "generation")
-Format = Annotated[str, re.compile("lines|jsonl|json|tsv|text|squad|coqa|winograd"), "a form of file"]
+Format = Annotated[str, re.compile("lines|jsonl|json|tsv|text|squad|coqa|multirc|record|winograd"), "a form of file"]
 METRICS = ("exact_match", "exact_text", "f1", "coqa_f1", "bleu", "rouge")
 LABEL_METRICS = ("f1", "macro_f1", "matthews")
 Metric = Annotated[str, re.compile("|".join(METRICS)), f"one of {', '.join(METRICS)}"]
 LabelMetric = Annotated[str, re.compile("|".join(LABEL_METRICS)), f"one of {', '.join(LABEL_METRICS)}"]
+Scored = Annotated[str, re.compile("continuation|from_difference|shared_end"), "a rule of what is scored"]
 Unit = Annotated[str, re.compile("words|tokens|bytes|characters"), "words, tokens, bytes or characters"]
+CentredFigure = Annotated[str, re.compile("acc|acc_per_token"), "acc or acc_per_token"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Data:
 class Choices:
     """One of some options is right; the model's is the one of the highest probability."""
 
-    correct: str  # the index of the right option, from 0
+    correct: str  # the index of the right option, from 0, or a list of those of the right ones
     options: tuple[str, ...] = ()  # templates
     options_from: str | None = None  # or an expression that gives a list of texts
     context: str = ""  # may name `option`
@@ -49,10 +51,15 @@ class Choices:
     unconditional: str | None = None  # the context of `acc_unconditional`, such as "Answer:"; null = no such figure
     labels: LabelMetric | None = None  # also this figure of the indices that are right and chosen
     ties: float = 0.0  # what an equally likely wrong option leaves of a right answer: 0, or 1/2 as BLiMP counts
+    texts: bool = False  # also exact_match and f1 of the chosen option's text with those of the right ones
+    group_by: str | None = None  # an expression, equal for the documents of which acc_group wants all to be right
+    scored: Scored = "continuation"  # or, as nanochat: the tokens from where options differ, or the end that all share
 
     def __post_init__(self) -> None:
         if bool(self.options) == (self.options_from is not None):
             raise UserError("choices: give either options or options_from")
+        if self.texts and self.labels == "f1":
+            raise UserError("choices: texts: true and labels: f1 both name a figure f1: give one of them")
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,18 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Centred:
+    """The figure `centred` = (figure - guessing) / (1 - guessing): 0 for who guesses, 1 for who knows all."""
+
+    figure: CentredFigure
+    guessing: float  # the figure of who guesses
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.guessing < 1:
+            raise UserError(f"guessing={self.guessing}: give a share from 0 to less than 1")
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """One task; of `choices`, `completion`, `perplexity` and `generation` it has exactly one."""
 
@@ -118,6 +137,8 @@ class TaskConfig:
     separator: str = "\n\n"  # between demonstrations
     instruction: str = ""  # before the first one
     where: str | None = None  # an expression: take such documents alone
+    start: bool = False  # the end-of-text token stands before every text, not before those without a context alone
+    centred: Centred | None = None
     references: tuple[Reference, ...] = ()
 
     def __post_init__(self) -> None:
@@ -126,5 +147,7 @@ class TaskConfig:
             raise UserError(f"give exactly one of {', '.join(KINDS)}; given: {', '.join(given) or 'none'}")
         if self.shots < 0:
             raise UserError(f"shots={self.shots}: give 0 or more")
+        if self.centred is not None and not (self.choices or (self.completion and self.centred.figure == "acc")):
+            raise UserError(f"centred.figure={self.centred.figure}: choices has acc and acc_per_token, completion acc")
         if self.perplexity is not None and self.shots:
             raise UserError(f"shots={self.shots}: perplexity takes no demonstrations: give shots=0")

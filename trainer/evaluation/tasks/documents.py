@@ -159,6 +159,32 @@ def _coqa(raw: bytes, data: Data) -> Iterator[Document]:
             turns += f"Q: {asked}\nA: {answers[0]}\n"
 
 
+def _multirc(raw: bytes, data: Data) -> Iterator[Document]:
+    """An answer each: passage, question, answer, label (1: it is right), and the numbers of passage and question."""
+    for body in _jsonl(raw, data):
+        for question in body["passage"]["questions"]:
+            for answer in question["answers"]:
+                yield {
+                    "passage": body["passage"]["text"],
+                    "question": question["question"],
+                    "answer": answer["text"],
+                    "label": answer["label"],
+                    "numbers": [body["idx"], question["idx"]],
+                }
+
+
+def _record(raw: bytes, data: Data) -> Iterator[Document]:
+    """A query each: passage, query, entities (each text once), correct (the indices of the right ones)."""
+    for body in _jsonl(raw, data):
+        passage = body["passage"]
+        spans = [passage["text"][entity["start"] : entity["end"] + 1] for entity in passage["entities"]]
+        entities = list(dict.fromkeys(spans))
+        for qa in body["qas"]:
+            answers = [answer["text"] for answer in qa["answers"]]
+            correct = [i for i, entity in enumerate(entities) if entity in answers]
+            yield {"passage": passage["text"], "query": qa["query"], "entities": entities, "correct": correct}
+
+
 def _winograd(raw: bytes, data: Data) -> Iterator[Document]:
     """A schema of WSCollection.xml each: before, pronoun, after, options, label (the index of the right one)."""
     from xml.parsers.expat import ExpatError, ParserCreate
@@ -203,5 +229,7 @@ FORMS: dict[str, Callable[[bytes, Data], Iterator[Document]]] = {
     "text": _text,
     "squad": _squad,
     "coqa": _coqa,
+    "multirc": _multirc,
+    "record": _record,
     "winograd": _winograd,
 }

@@ -18,7 +18,7 @@ from tests.helpers.seeds import seeded
 from trainer.evaluation.evaluation import plan_task
 from trainer.evaluation.tasks.description import Data
 from trainer.evaluation.tasks.documents import read_documents
-from trainer.evaluation.tasks.find import known_tasks, load_task
+from trainer.evaluation.tasks.find import known_tasks, load, load_task, load_tasks
 
 HOW: dict[str, Any] = {"shots": None, "limit": None, "seed": 0}
 COUNTS = {"lambada": 5153, "piqa": 1838, "natural_questions": 3610, "squad": 1190, "winograd": 285}
@@ -27,12 +27,12 @@ COUNTS = {"lambada": 5153, "piqa": 1838, "natural_questions": 3610, "squad": 119
 @pytest.mark.parametrize("name", known_tasks())
 def test_every_task_is_described_whole(name: str) -> None:
     """Its comment and words say what it asks, its files where they are from; references are shares, not percents."""
-    task = load_task(name)
-    assert task.about and task.data.source and task.data.files
-    for r in task.references:
+    for r in load(name).references:
         assert r.source and (r.metric in ("ppl", "ppl_per_token", "bits", "bleu") or 0 < r.value < 1), r
-    for sha in (*task.data.files.values(), *task.data.labels.values()):
-        assert sha is None or (len(sha) == 64 and int(sha, 16))
+    for task in load_tasks([name]).values():
+        assert task.about and task.data.source and task.data.files
+        for sha in (*task.data.files.values(), *task.data.labels.values()):
+            assert sha is None or (len(sha) == 64 and int(sha, 16))
 
 
 def write(folder: Path, body: dict[str, Any]) -> str:
