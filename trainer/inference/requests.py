@@ -14,3 +14,4 @@ class Sampling:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    banned: tuple[int, ...] = ()  # ids that are never drawn

@@ -34,6 +34,8 @@ def draw(sampling: Sampling, logits_BV: Tensor, u_B: Tensor) -> Tensor:
     Probabilities are cumulated in the order of ids, with `top_k` or `top_p` from the likeliest down. A row's id does
     not depend on the other rows.
     """
+    if sampling.banned:
+        logits_BV = logits_BV.index_fill(-1, torch.tensor(sampling.banned, device=logits_BV.device), -torch.inf)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     likeliest_B1 = logits_BV.amax(-1, keepdim=True).double()

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from itertools import zip_longest
 
 from conf.errors import UserError
+from data_pipeline.tokenizer.tokenizer import Tokenizer
 
 LIBRARIES = {"bleu": "sacrebleu", "rouge": "rouge_score", "matthews": "sklearn", "label_f1": "sklearn"}
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -81,6 +82,14 @@ def label_f1(correct: Sequence[int], chosen: Sequence[int], average: str = "bina
     from sklearn.metrics import f1_score
 
     return float(f1_score(correct, chosen, average=average))
+
+
+def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids of tokens that are a blank and a word, in any case, of scikit-learn's list of English stop words."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    texts = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
+    return tuple(i for i, text in enumerate(texts) if text[:1] == " " and text[1:].lower() in ENGLISH_STOP_WORDS)
 
 
 def bleu(texts: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[float, str]:

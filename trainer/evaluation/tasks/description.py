@@ -68,6 +68,7 @@ class Completion:
 
     context: str
     continuation: str
+    stop_words: bool = False  # also acc_no_stop_words: no word of a list of stop words may begin the continuation
 
 
 @dataclass(frozen=True)

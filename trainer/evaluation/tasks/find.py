@@ -22,9 +22,14 @@ def known_tasks() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob(f"*{SUFFIX}"))
 
 
+def is_file(name: str) -> bool:
+    """True for a task that is given as a YAML file, not by name."""
+    return name.endswith((SUFFIX, ".yml"))
+
+
 def is_ours(name: str) -> bool:
     """True for a name of conf/task/, a YAML file, and GROUP/TASK of a group of conf/task/."""
-    return _is_file(name) or name in known_tasks() or name.partition("/")[0] in known_tasks()
+    return is_file(name) or name in known_tasks() or name.partition("/")[0] in known_tasks()
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, TaskConfig]:
@@ -35,7 +40,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, TaskConfig]:
     """
     tasks: dict[str, TaskConfig] = {}
     for name in names:
-        within, apart, _ = (name, "", "") if _is_file(name) else name.partition("/")
+        within, apart, _ = (name, "", "") if is_file(name) else name.partition("/")
         found = load(within)
         every = found.described(within) if isinstance(found, GroupConfig) else {within: found}
         if apart and name not in every:
@@ -46,7 +51,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, TaskConfig]:
 
 def load_groups(names: Sequence[str]) -> dict[str, GroupConfig]:
     """Those of the names that are groups. Raises as `load_tasks`."""
-    found = {name: load(name) for name in names if _is_file(name) or name in known_tasks()}
+    found = {name: load(name) for name in names if is_file(name) or name in known_tasks()}
     return {name: group for name, group in found.items() if isinstance(group, GroupConfig)}
 
 
@@ -59,18 +64,14 @@ def load_task(name: str) -> TaskConfig:
 
 
 def load(name: str) -> TaskConfig | GroupConfig:
-    """What the file of a name describes. Raises as `load_tasks`."""
-    if not _is_file(name) and name not in known_tasks():
+    """The task or the group that the file of a name describes. Raises as `load_tasks`."""
+    if not is_file(name) and name not in known_tasks():
         others = f"; there are {', '.join(known_tasks())}"
         raise UserError(f"tasks=[{name}]: no such task{near(name, known_tasks()) or others}")
-    path = Path(name) if _is_file(name) else FOLDER / f"{name}{SUFFIX}"
+    path = Path(name) if is_file(name) else FOLDER / f"{name}{SUFFIX}"
     try:
         body = peek(path)
     except UserError as e:
         raise type(e)(f"tasks=[{name}]: {path}: {e}") from None
     cure = "correct it; docs/evaluation.md describes a task"
     return from_json(GroupConfig, body, path, cure) if "tasks" in body else from_json(TaskConfig, body, path, cure)
-
-
-def _is_file(name: str) -> bool:
-    return name.endswith((SUFFIX, ".yml"))

@@ -21,7 +21,7 @@ from trainer.evaluation.tasks.description import (
 
 @dataclass(frozen=True)
 class Form:
-    """What tasks of one kind share; `figure`: the one that is centred, `acc` or `acc_per_token`."""
+    """The parts that tasks of one kind share; `figure`: the one that is centred, `acc` or `acc_per_token`."""
 
     figure: CentredFigure
     choices: Choices | None = None

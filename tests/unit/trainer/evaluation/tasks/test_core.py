@@ -139,7 +139,7 @@ def alike(sequences: list[list[int]]) -> int:
 
 
 def right(hf: Any, encode: Callable[[str], list[int]], bos: int, form: str, item: Row, shown: list[Row]) -> bool:
-    """Whether the model is right by core_eval.py: one row of the batch at a time, each after the start token."""
+    """True if the model is right by core_eval.py: one row of the batch at a time, each after the start token."""
     kind, delimiter = FORMS[form]
     before = "".join(rendered(kind, delimiter, example, None) + "\n\n" for example in shown)
     options = item.get("choices") or item.get("context_options") or [None]
