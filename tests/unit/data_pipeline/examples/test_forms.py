@@ -165,6 +165,18 @@ def test_many_answers_keep_their_ranks_and_ties(tmp_path: Path) -> None:
     assert compared(write_lines(tmp_path / "a.jsonl", [record])) == [(asked, [(1, "a"), (0, "b"), (1, "c"), (2, "d")])]
 
 
+def test_prompt_and_answer_fit_into_n_ctx_together(tmp_path: Path) -> None:
+    record = {"prompt": "qqqq", "chosen": "zzz", "rejected": "vvvvv"}  # 8 ids, then 4 or 6
+    how = ExamplesConfig(path=str(write_lines(tmp_path / "a.jsonl", [record])))
+    [item] = read_preferences(how, VOCABULARY, 14).items
+    assert [len(item.prompt), *map(len, item.answers)] == [8, 4, 6]
+    with pytest.raises(UserError, match="1 dropped: longer than 13 tokens"):
+        read_preferences(how, VOCABULARY, 13)
+    assert len(read_prompts(how, VOCABULARY, 9).items) == 1
+    with pytest.raises(UserError, match="1 dropped: longer than 7 tokens"):
+        read_prompts(how, VOCABULARY, 8)
+
+
 def test_a_prompt_given_twice_counts_once(tmp_path: Path) -> None:
     asked = {"role": "user", "content": "Hi"}
     pair = {key: [asked, {"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
@@ -212,6 +224,7 @@ REASONS = [
     (Form.completion, b'{"prompt": [{"role": "system", "content": "a"}], "completion": "b"}', "more than a prompt"),
     (Form.pair, b'{"chosen": "hello", "rejected": "bye"}', "a text that does not begin with"),
     (Form.pair, b'{"prompt": "a", "chosen": "b", "rejected": "b"}', "the answers are the same text"),
+    (Form.pair, b'{"chosen": "\\n\\nHuman: a", "rejected": "\\n\\nHuman: a"}', "the answers are the same text"),
     (Form.pair, b'{"prompt": "a", "chosen": "b", "rejected": ""}', "an empty answer"),
     (Form.ranks, b'{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1]}', "no answer is ranked above another"),
     (
