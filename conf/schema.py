@@ -241,16 +241,21 @@ def _check_form(text: str) -> None:
 def _quote(schema: type, override: str) -> str:
     """The override in Hydra's grammar.
 
-    Text is quoted, so that prompt='Hello, {world}' and a path with '=' need no second pair of quotes.
+    Text is quoted, so that prompt='Hello, {world}' and a path with '=' need no second pair of quotes. A text for a list
+    of texts is a list of one: tasks=lambada.
 
     In a mapping with keys of the user, data.sources.NAME.path=X becomes data.sources={NAME: {path: X}}, which Hydra
     merges even if NAME is new. The same holds for a section that may be null: recipe.length.min_chars=9 becomes
     recipe={length: {min_chars: 9}}, which opens the section with its default values.
     """
     key, _, value = override.partition("=")
-    is_text = type_of(schema, key) in (str, str | None)
+    hint = type_of(schema, key)
+    one_of_a_list = hint == list[str] and value not in ("", "null") and not value.startswith("[") and "," not in value
+    is_text = hint in (str, str | None) or one_of_a_list
     if is_text and value != "null" and not (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
         value = QuotedString(value, Quote.single).with_quotes()
+    if one_of_a_list:
+        value = f"[{value}]"
     parts = key.split(".")
     for n in range(1, len(parts) + 1):
         hint, below = (type_of(schema, ".".join(parts[:end])) for end in (n, n + 1))

@@ -130,10 +130,10 @@ class DataConfig:
 
     def location(self, name: str, split: str) -> str:
         """The folder, URL or pipe of one split of a source."""
-        return _join(_join(self.path, self.sources[name].path), split)
+        return below(below(self.path, self.sources[name].path), split)
 
 
-def _join(root: str, path: str) -> str:
+def below(root: str, path: str) -> str:
     """`path` below `root`, unless it is absolute, a URL or a pipe; in a pipe's command it goes before {}."""
     if path.startswith(("/", "pipe:")) or "://" in path:
         return path

@@ -21,7 +21,7 @@ from conf.schema import CONF, explain, groups, load, options
 from data_pipeline.order.mixture import quantise
 from data_pipeline.prepare.prepare_config import PrepareConfig
 from docs.generate_config import ROOTS
-from trainer.config.inference import GenerateConfig
+from trainer.config.inference import EvaluateConfig, GenerateConfig
 from trainer.config.model import ModelConfig
 from trainer.config.pretrain import PretrainConfig
 from trainer.evaluation.tasks.find import known_tasks
@@ -381,6 +381,24 @@ def test_a_mistake_in_a_mixture_ends_in_one_line(override: str, line: str) -> No
     with pytest.raises(UserError) as caught:
         load(PretrainConfig, [*NEEDED["pretrain"], override])
     assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "texts"),
+    [
+        ("against=https://host/a={b}?c", ["https://host/a={b}?c"]),
+        ("against=a folder", ["a folder"]),
+        ("against=[a,b/c]", ["a", "b/c"]),
+        ("against=[]", []),
+    ],
+)
+def test_a_list_of_one_text_may_be_that_text(word: str, texts: list[str]) -> None:
+    assert load(EvaluateConfig, [*NEEDED["evaluate"], word]).against == texts
+
+
+def test_texts_with_a_comma_between_them_are_no_list() -> None:
+    with pytest.raises(UserError, match=r"against=a,b: give a list \[a, b, \.\.\.\], each text"):
+        load(EvaluateConfig, [*NEEDED["evaluate"], "against=a,b"])
 
 
 def test_one_value_opens_a_section_that_may_be_null() -> None:

@@ -10,8 +10,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from conf.errors import UserError
 from conf.schema import run
 from trainer.config.inference import EvaluateConfig
 from trainer.distributed.world import read_world
@@ -20,6 +21,7 @@ from trainer.evaluation.encoder import Encoder
 from trainer.evaluation.evaluation import Plan, of_group, plan_task
 from trainer.evaluation.harness.run import check_installed, plan_tasks
 from trainer.evaluation.kinds.kind import Outcome
+from trainer.evaluation.overlap import Overlap
 from trainer.evaluation.report import publish_report, result_of, table
 from trainer.evaluation.subject import Subject
 from trainer.evaluation.tasks.description import Reference
@@ -27,9 +29,6 @@ from trainer.evaluation.tasks.find import is_ours, load_groups, load_tasks
 from trainer.model.arithmetic import param_count
 from trainer.run.folder import RunFolder
 from trainer.tracking.sync import sync_beside
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate(cfg: EvaluateConfig) -> None:
@@ -39,21 +38,29 @@ def evaluate(cfg: EvaluateConfig) -> None:
     ours = [name for name in cfg.tasks if is_ours(name)]
     others = [name for name in cfg.tasks if name not in ours]
     for name in others:
+        if cfg.against:
+            raise UserError(
+                f"against= divides our own tasks alone, and {name} is none of them: leave it out of tasks, or against"
+            )
         check_installed(name)
     plans, groups = _plans(cfg, ours), load_groups(ours)
     encoder = Encoder(subject.tokenizer)
     asked = {plan.name: plan.prepared(encoder, subject.cfg.n_ctx) for plan in plans}
     harness = plan_tasks(others, task_data=cfg.task_data, **_settings(cfg)) if others else None
+    overlap = Overlap.plan(cfg.against, plans) if cfg.against else None
     folder = subject.folder(cfg.output)
     from trainer.evaluation.journal import Journal  # from here on torch
     from trainer.evaluation.scoring import Scoring
 
     with subject.loaded(world, cfg.tp) as model:
+        dirty = overlap.search(world, folder.parent / "overlap") if overlap else {}
         journal = Journal(folder / "journal", world.rank)
         scoring = Scoring(model, journal, cfg.batch_size, subject.tokenizer.decode)
         outcomes = {name: measure(scoring) for name, measure in asked.items()}
         outcomes |= {name: of_group([outcomes[t] for t in group.described(name)]) for name, group in groups.items()}
         outcomes |= harness.run(scoring, encoder) if harness else {}
+        if overlap is not None:  # the answers to parts of the questions are in the journal
+            overlap.divide(plans, outcomes, dirty, lambda part: part.prepared(encoder, subject.cfg.n_ctx)(scoring))
         journal.close()
     if world.is_main:
         references = {plan.name: plan.task.references for plan in plans}
@@ -85,7 +92,7 @@ def _report(
         "checkpoint": str(subject.checkpoint),
         "seconds": round(seconds, 3),
     }
-    settings = {"tasks": cfg.tasks, **_settings(cfg)}
+    settings = {"tasks": cfg.tasks, **_settings(cfg)} | ({"against": cfg.against} if cfg.against else {})
     path = publish_report(folder, settings, report, outcomes)
     draw_curves(path)
     if cfg.json:

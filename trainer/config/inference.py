@@ -73,6 +73,7 @@ class EvaluateConfig:
     checkpoint: str = MISSING  # a run folder (its latest), or one checkpoint
     tasks: list[str] = MISSING  # of conf/task/, YAML files of yours, or names of lm-evaluation-harness
     task_data: str | None = None  # the folder that holds the tasks' files
+    against: list[str] = field(default_factory=list)  # training shards: figures of clean and dirty questions too
     shots: int | None = None  # demonstrations before each question; null = as many as the task says
     limit: int | None = None  # the first documents of each task alone; null = all
     max_new_tokens: int | None = None  # of a text that a task has the model write; null = as many as the task says

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,12 @@ LONGEST_NAME = 100  # letters of a task in the name of a file
 def result_of(outcome: Outcome) -> dict[str, Any]:
     """The figures of a task with n, and the rules that they cannot be read without. A figure that is no number, such
     as the standard error of one question, is None: JSON has no other word for it."""
-    figures = {name: value if math.isfinite(value) else None for name, value in outcome.figures.items()}
-    return {"n": outcome.n, **figures, **outcome.notes}
+    parts = {name: _finite(figures) for name, figures in outcome.parts.items()}
+    return {"n": outcome.n, **_finite(outcome.figures), **parts, **outcome.notes}
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def publish_report(
@@ -62,13 +66,33 @@ def table(results: Mapping[str, Mapping[str, Any]], references: Mapping[str, tup
                     _nearest(references.get(task, ()), metric, int(result.get("shots", 0)), size),
                 )
             )
+    return "\n".join([*_aligned(rows), *_overlaps(results), *_rules(results)])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, *_rules(results)])
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _overlaps(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each figure of tasks that were searched in training documents, as in GPT-3's table C.1."""
+    rows = [("task", "metric", "all", "clean", "n", "dirty", "n", "share", "clean against all")]
+    for task, result in results.items():
+        if "clean" not in result:
+            continue
+        clean, dirty = result["clean"], result["dirty"]
+        counts = str(clean["n"]), str(dirty["n"]), f"{dirty['share']:.1%}"
+        metrics = [m for m in result if m in {**clean, **dirty} and m != "n" and not m.endswith(STDERR)]
+        for metric in metrics or [""]:
+            total, rest, found = (some.get(metric) for some in (result, clean, dirty))
+            change = f"{(rest - total) / abs(total):+.1%}" if total and rest is not None else ""
+            shown = ["" if value is None else f"{value:.4g}" for value in (total, rest, found)]
+            rows.append((task, metric, shown[0], shown[1], counts[0], shown[2], counts[1], counts[2], change))
+    return ["", *_aligned(rows), ""] if len(rows) > 1 else []
 
 
 def _rules(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    figure = float | None
+    figure = float | dict | None
     found = {
         task: {k: v for k, v in r.items() if k != "n" and not isinstance(v, figure)} for task, r in results.items()
     }

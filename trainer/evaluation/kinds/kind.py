@@ -24,12 +24,13 @@ class Question(NamedTuple):
 @dataclass
 class Outcome:
     """`figures`: by metric, each with NAME_stderr beside it where there is one. `samples`: one for each question, as
-    JSON. `notes`: counts and rules that a figure cannot be read without."""
+    JSON. `notes`: counts and rules that a figure cannot be read without. `parts`: n and figures of some questions."""
 
     n: int
     figures: dict[str, float]
     samples: list[dict[str, Any]]
     notes: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 Measure = Callable[["Scoring"], Outcome]  # asks a model; as often as one likes. Collective, as `Scoring`

@@ -140,6 +140,7 @@ class TaskConfig:
     where: str | None = None  # an expression: take such documents alone
     start: bool = False  # the end-of-text token stands before every text, not before those without a context alone
     centred: Centred | None = None
+    synthetic: bool = False  # made by a program: its n-grams of fewer than 8 words count too (GPT-3, appendix C)
     references: tuple[Reference, ...] = ()
 
     def __post_init__(self) -> None:

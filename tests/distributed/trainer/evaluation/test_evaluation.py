@@ -113,7 +113,7 @@ def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
     assert json.loads(report.read_text())["results"] == whole["results"]
 
 
-def journaled(output: Path) -> list[str]:
+def journaled(output: Path, folder: str = "journal") -> list[str]:
     """The hash of each whole line."""
-    lines = [line for path in output.rglob("journal/*.jsonl") for line in path.read_text().split("\n")[:-1]]
+    lines = [line for path in output.rglob(f"{folder}/*.jsonl") for line in path.read_text().split("\n")[:-1]]
     return [json.loads(line)["sha"] for line in lines if line.endswith("}")]

@@ -49,6 +49,19 @@ def test_a_table_has_figures_of_the_nearest_size() -> None:
     assert plain.splitlines()[1].endswith("0.3 small (a paper)")
 
 
+def test_a_table_of_clean_and_dirty_questions() -> None:
+    parts = {"clean": {"n": 30, "share": 0.75, "acc": 0.2}, "dirty": {"n": 10, "share": 0.25, "acc": 0.4}}
+    divided = Outcome(40, {"acc": 0.25, "acc_stderr": 0.07}, [], {"ngram": 13}, parts)
+    counted = {"clean": {"n": 1, "share": 1.0}, "dirty": {"n": 0, "share": 0.0}}
+    results = {"a": result_of(divided), "b": result_of(Outcome(1, {"ppl": 9.5}, [], {}, counted)), "c": result_of(MANY)}
+    assert results["a"]["clean"] == parts["clean"] and results["b"]["dirty"] == counted["dirty"]
+    lines = [line.split() for line in table(results, {}, 1).splitlines()[5:]]
+    assert lines[0][:3] == ["task", "metric", "all"] and len(lines) == 6
+    assert lines[1] == ["a", "acc", "0.25", "0.2", "30", "0.4", "10", "25.0%", "-20.0%"]
+    assert lines[2] == ["b", "1", "0", "0.0%"]
+    assert [" ".join(line) for line in lines[4:]] == ["a: ngram 13", "c: shots 2"]
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"file/x: .*give output=, another folder"):
