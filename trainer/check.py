@@ -29,6 +29,7 @@ from trainer.plan.layout_rules import check_layout
 from trainer.run.folder import RunFolder
 from trainer.run.redact import refuse_secrets
 from trainer.samples import Samples
+from trainer.task_scores import TaskScores
 
 
 class Checked(NamedTuple):
@@ -40,6 +41,7 @@ class Checked(NamedTuple):
     chosen: str  # the plan's choice, in words; "" if nothing was open
     tracked: str = ""  # where the metrics go, in words; "" if into the run folder only
     samples: Samples | None = None  # of its validations
+    scores: TaskScores | None = None  # of the model that trains
 
     @property
     def done(self) -> str:
@@ -84,10 +86,11 @@ def check(cfg: PretrainConfig, world: World) -> Checked:
         check_init_from(cfg.init_from, cfg.model, sources.any.root / TOKENIZER)
     if chosen:
         chosen += resumed(state.get("layout", {}))
-    prompted = cfg.eval.samples
-    samples = Samples(prompted, Tokenizer.load(sources.any.root / TOKENIZER), cfg.model) if prompted.prompts else None
+    path, batch = sources.any.root / TOKENIZER, int(cfg.micro_batch_size)
+    samples = Samples(cfg.eval.samples, Tokenizer.load(path), cfg.model) if cfg.eval.samples.prompts else None
+    scores = TaskScores(cfg.eval, Tokenizer.load(path), cfg.model, batch) if cfg.eval.tasks else None
     sources = sources._replace(past=state.get("data", {}).get("sources", {}))
-    checked = Checked(cfg, sources, state, chosen, tracked, samples)
+    checked = Checked(cfg, sources, state, chosen, tracked, samples, scores)
     tokens = checked.plan(state).ledger.tokens(cfg.max_steps)
     lr_at(cfg.optim.schedule, cfg.optim.lr, step=0, max_steps=cfg.max_steps, tokens=0, step_tokens=0, end_tokens=tokens)
     return checked

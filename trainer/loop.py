@@ -20,6 +20,7 @@ from trainer.run.signals import Stopped, agreed
 from trainer.setup import Start, Task
 from trainer.step import Outcome
 from trainer.summary import step_row, validation_line, validation_row
+from trainer.task_scores import TaskScores
 from trainer.vote import Vote, add_votes
 
 
@@ -62,6 +63,8 @@ class Trainer(Start):
                 if self.eval_due:
                     self._evaluate()
                 last |= self.ends.why is not None
+                if (scores := self.task.scores) is not None and (last or due(self.step, scores.every)):
+                    self._score(scores, outcome.loss)
                 if last or self.save_due or self._is_best():
                     self._save(last)
             if not last:
@@ -132,6 +135,16 @@ class Trainer(Start):
                 self.tracker.log(self.step, validation_row(found), texts)
                 print(validation_line(self.step, self.cfg.max_steps, found, anew), flush=True)
             self.speed.start()  # validation is no training time
+
+    def _score(self, scores: TaskScores, loss: float) -> None:
+        """Score the model on tasks; `loss`: of the last step, where it was not validated."""
+        with self.progress.phase(VALIDATE):
+            loss = loss if self.val_loss is None else self.val_loss
+            row, line = scores.find(self.parts.engine.module, loss, self.progress.touch)
+            if self.tracker is not None:
+                self.tracker.log(self.step, row)
+                print(f"step {self.step}/{self.cfg.max_steps}  {line}", flush=True)
+            self.speed.start()
 
     def _is_best(self) -> bool:
         """Return True if the best checkpoint is kept and this validation is better than all before."""

@@ -81,9 +81,17 @@ def language_model(checked: Checked) -> Task:
             train_windows=cfg.eval.train_windows,
         )
 
-    tokenizer = sources.any.root / TOKENIZER
-    waits, eot_id, samples = fetch_s(cfg.data, sources), sources.any.eot_id, checked.samples
-    return Task(LanguageModel(), feed, cfg.eval.every, cfg.eval.patience, waits, tokenizer, eot_id, samples)
+    return Task(
+        LanguageModel(),
+        feed,
+        eval_every=cfg.eval.every,
+        patience=cfg.eval.patience,
+        fetch_s=fetch_s(cfg.data, sources),
+        tokenizer=sources.any.root / TOKENIZER,
+        eot_id=sources.any.eot_id,
+        samples=checked.samples,
+        scores=checked.scores,
+    )
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from trainer.run.signals import Stopped
 from trainer.samples import Samples
 from trainer.step import Stepper
 from trainer.summary import run_summary
+from trainer.task_scores import TaskScores
 from trainer.tracking.shipper import REGISTER_S
 from trainer.tracking.tracker import Status, Tracker
 
@@ -69,6 +70,7 @@ class Task:
     tokenizer: Path | None = None
     eot_id: int | None = None  # the end-of-text token
     samples: Samples | None = None  # to draw at validations
+    scores: TaskScores | None = None  # to find each `scores.every` steps, and at the end
 
 
 class Parts(NamedTuple):

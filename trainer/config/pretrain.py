@@ -29,6 +29,10 @@ class EvalConfig:
     patience: int = 0  # validations in a row without a new lowest loss after which the run ends; 0 = any number
     train_windows: int = 0  # training windows of each source, from the first on, whose loss shows overfitting; 0 = none
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    tasks: list[str] = field(default_factory=list)  # of conf/task/, or YAML files of yours; [] = none
+    tasks_every: int = 0  # steps between two times that the model is scored on them; 0 = only at the end
+    tasks_limit: int | None = None  # the first questions of each task alone; null = all
+    task_data: str | None = None  # the folder that holds the tasks' files
 
     def __post_init__(self) -> None:
         if self.every < 0:
@@ -44,6 +48,23 @@ class EvalConfig:
             )
         if self.train_windows < 0:
             raise UserError(f"eval.train_windows={self.train_windows}: give a number of windows, or 0 for none")
+        self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        if self.tasks_every < 0:
+            raise UserError(f"eval.tasks_every={self.tasks_every}: give a number of steps, or 0 for only at the end")
+        if self.tasks_limit is not None and self.tasks_limit < 1:
+            raise UserError(f"eval.tasks_limit={self.tasks_limit}: give at least 1, or null for all questions")
+        twice = next((name for name in self.tasks if self.tasks.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"eval.tasks={self.tasks}: {twice} is there twice: give it once")
+        unset = {"tasks_every": 0, "tasks_limit": None, "task_data": None}
+        idle = next((key for key, value in unset.items() if getattr(self, key) != value), None)
+        if idle is not None and not self.tasks:
+            raise UserError(
+                f"eval.{idle}={getattr(self, idle)} with eval.tasks=[] scores nothing: give tasks, such as "
+                f"eval.tasks=[lambada], or leave eval.{idle} out"
+            )
 
 
 @dataclass

@@ -17,6 +17,7 @@ from trainer.evaluation.kinds.perplexity import PerplexityKind
 from trainer.evaluation.prompts import Prompts
 from trainer.evaluation.tasks.description import Centred, TaskConfig
 from trainer.evaluation.tasks.documents import read_documents
+from trainer.evaluation.tasks.find import short
 from trainer.evaluation.tasks.templates import expression
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def plan_task(
         raise UserError(f"shots={shots}: task {name} is a perplexity and takes no demonstrations: give shots=0")
     apart = task.demonstrations if shots != 0 else None
     pool = read_documents(name, apart, folder, setting) if apart else documents
-    prompts = Prompts(name, task, pool, kind.demonstration, task.shots if shots is None else shots, seed)
+    prompts = Prompts(short(name), task, pool, kind.demonstration, task.shots if shots is None else shots, seed)
     kind.demonstration(questions[0].document)
     return Plan(name, task, kind, questions[:limit], prompts)
 

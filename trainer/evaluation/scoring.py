@@ -26,11 +26,22 @@ QUIET_S = 30.0  # between two lines of progress in a file
 class Scoring:
     """One model's answers. Collective: all ranks give the same requests, and get all the answers."""
 
-    def __init__(self, model: GPT, journal: Journal, batch_size: int, decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        journal: Journal,
+        batch_size: int,
+        decode: Callable[[list[int]], str],
+        on_progress: Callable[[], None] | None = None,
+    ) -> None:
+        """`on_progress` is called at each batch, and at each token of a text that the model writes; where it is given,
+        no bar is shown."""
         self.model = model
         self.journal = journal
         self.batch_size = batch_size
         self.decode = decode
+        self._has_bar = on_progress is None
+        self._on_progress = on_progress or (lambda: None)
 
     def likelihoods(self, what: str, pairs: Sequence[Pair]) -> list[Likelihood]:
         """The probability of each continuation after its context; `what`: for the line of progress.
@@ -58,6 +69,7 @@ class Scoring:
 
         def compute(own: list[list[int]], done: Callable[[dict[int, Row]], None]) -> None:
             def ends(index: int, new: list[int]) -> bool:
+                self._on_progress()
                 text = self.decode(new)
                 return any(stop in text for stop in how.stop)
 
@@ -114,13 +126,14 @@ class Scoring:
                 if mesh.tp_rank == 0:
                     self.journal.add(batch)
                 bar.update(len(batch))
+                self._on_progress()
 
             compute([by_sha[sha] for sha in own], done)
         rows |= self._of_all(computed)
         return [rows[sha] for sha in shas]
 
     def _progress(self, what: str, requests: int, known: int, own: int) -> tqdm[Any]:
-        hidden = not self.model.mesh.world.is_main or own == 0
+        hidden = not self._has_bar or not self.model.mesh.world.is_main or own == 0
         if not hidden and known:
             print(f"{what}: {known} of {requests} answers are in the journal", file=sys.stderr, flush=True)
         every = 0.5 if sys.stderr.isatty() else QUIET_S

@@ -32,8 +32,13 @@ def is_ours(name: str) -> bool:
     return is_file(name) or name in known_tasks() or name.partition("/")[0] in known_tasks()
 
 
-def load_tasks(names: Sequence[str]) -> dict[str, TaskConfig]:
-    """The tasks of these names, each once; those of a group as GROUP/TASK.
+def short(name: str) -> str:
+    """The name without folder and suffix of a YAML file: a task does not change with the place of its description."""
+    return Path(name).stem if is_file(name) else name
+
+
+def load_tasks(names: Sequence[str], setting: str = "tasks") -> dict[str, TaskConfig]:
+    """The tasks of these names, each once; those of a group as GROUP/TASK. `setting`: the user's name for the list.
 
     Raises:
         UserError: no such task, or a file that describes none; names what is wrong.
@@ -41,10 +46,10 @@ def load_tasks(names: Sequence[str]) -> dict[str, TaskConfig]:
     tasks: dict[str, TaskConfig] = {}
     for name in names:
         within, apart, _ = (name, "", "") if is_file(name) else name.partition("/")
-        found = load(within)
+        found = load(within, setting)
         every = found.described(within) if isinstance(found, GroupConfig) else {within: found}
         if apart and name not in every:
-            raise UserError(f"tasks=[{name}]: no such task{near(name, every)}: {within} has {', '.join(every)}")
+            raise UserError(f"{setting}=[{name}]: no such task{near(name, every)}: {within} has {', '.join(every)}")
         tasks |= {name: every[name]} if apart else every
     return tasks
 
@@ -55,23 +60,23 @@ def load_groups(names: Sequence[str]) -> dict[str, GroupConfig]:
     return {name: group for name, group in found.items() if isinstance(group, GroupConfig)}
 
 
-def load_task(name: str) -> TaskConfig:
+def load_task(name: str, setting: str = "tasks") -> TaskConfig:
     """The one task of a name. Raises UserError for a group, too, and as `load_tasks`."""
-    found = load_tasks([name])
+    found = load_tasks([name], setting)
     if len(found) != 1:
-        raise UserError(f"tasks=[{name}]: it is a group of {len(found)} tasks: give one of {', '.join(found)}")
+        raise UserError(f"{setting}=[{name}]: it is a group of {len(found)} tasks: give one of {', '.join(found)}")
     return next(iter(found.values()))
 
 
-def load(name: str) -> TaskConfig | GroupConfig:
+def load(name: str, setting: str = "tasks") -> TaskConfig | GroupConfig:
     """The task or the group that the file of a name describes. Raises as `load_tasks`."""
     if not is_file(name) and name not in known_tasks():
         others = f"; there are {', '.join(known_tasks())}"
-        raise UserError(f"tasks=[{name}]: no such task{near(name, known_tasks()) or others}")
+        raise UserError(f"{setting}=[{name}]: no such task{near(name, known_tasks()) or others}")
     path = Path(name) if is_file(name) else FOLDER / f"{name}{SUFFIX}"
     try:
         body = peek(path)
     except UserError as e:
-        raise type(e)(f"tasks=[{name}]: {path}: {e}") from None
+        raise type(e)(f"{setting}=[{name}]: {path}: {e}") from None
     cure = "correct it; docs/evaluation.md describes a task"
     return from_json(GroupConfig, body, path, cure) if "tasks" in body else from_json(TaskConfig, body, path, cure)

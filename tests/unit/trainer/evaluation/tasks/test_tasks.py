@@ -80,6 +80,17 @@ def test_a_task_of_your_own_is_planned(tmp_path: Path) -> None:
     assert [q.number for q in plan.questions] == [i for i, row in enumerate(rows) if row["label"] == 1]
 
 
+def test_a_task_does_not_change_with_its_place(tmp_path: Path) -> None:
+    """The demonstrations are the same, from wherever the description is read."""
+    write_rows(tmp_path / "a.jsonl", Documents(seeded()).piqa(30))
+    task, how = load_task(write(tmp_path, BODY)), {**HOW, "shots": 3}
+    names = ("mine.yaml", str(tmp_path / "mine.yaml"), "other.yaml")
+    here, there, other = (
+        plan_task(name, task, str(tmp_path), **how).prompts.before(0, lambda _: True) for name in names
+    )
+    assert here == there != other
+
+
 def test_the_pages_own_task_is_one(tmp_path: Path) -> None:
     """The example of docs/evaluation.md, on the document that stands below it."""
     page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
