@@ -6,7 +6,7 @@ mixture.png                           the data of the run, if it is more than on
 tracking.json                         how much of it MLflow has; tracking.lock: held by the process that sends
 supervise.jsonl                       the starts and ends that launch.supervise has seen, with causes
 profile/steps-10-12.gen-0001.json     a trace of these steps, as `profile` asks for it
-plots/loss.png                        and grad_norm.png, throughput.png, drawn from the journal now and then
+plots/loss.png                        and others, drawn from the journal now and then
 environment/0001.json                 one file for each start: code version, packages, GPUs, command line
 generations/0001                      one file for each start, made exclusively: host, pid of rank 0, time; `from` which
                                       checkpoint, or null; `changed`, of its config; `ended`, why before max_steps

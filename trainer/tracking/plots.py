@@ -1,4 +1,4 @@
-"""plots/*.png: loss, gradient norm and throughput over the steps, from the journal.
+"""plots/*.png: loss, gradient norm, throughput and accuracies on tasks over the steps, from the journal.
 
 `python -m trainer.tracking.plots RUN_DIR NAME`: shipper.py runs it as its own process, for drawing takes seconds.
 """
@@ -25,6 +25,8 @@ HEAD_BYTES = 4096  # in which it stands
 POINTS = 4000  # of a line: more than the picture has columns
 INK, PALE = "#222222", "#8a8a8a"
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Tol's bright, apart in any eye
+DASHES = ("-", "--", ":", "-.")  # of the first lines, of those for which the colours come again, and so on
+ACCURACIES = ("acc", "exact_match", "exact_text", "f1", "coqa_f1")  # metrics of tasks, from 0 to 1
 CURVES = {
     "loss": ("nats a token", ("train/loss", "val/loss", "val/train_loss")),
     "grad_norm": ("gradient norm", ("optim/grad_norm",)),
@@ -43,7 +45,9 @@ def draw_run(folder: RunFolder, name: str) -> list[Path]:
     rows = read_journal(folder.metrics)
     starts = [row.step for row, _ in read_rows(folder.metrics) if row.resumed_at]
     drawn = []
-    for curve, (label, keys) in CURVES.items():
+    of_tasks = sorted({key for row in rows for key in row.metrics if key.startswith("task/")})
+    accuracies = tuple(key for key in of_tasks if key.rpartition("/")[2] in ACCURACIES)
+    for curve, (label, keys) in {**CURVES, "accuracy": ("share of right answers", accuracies)}.items():
         lines = {key: points(rows, key) for key in keys}
         if any(lines.values()):
             folder.plots.mkdir(exist_ok=True)
@@ -69,10 +73,11 @@ def draw(title: str, label: str, lines: dict[str, list[tuple[int, float]]], star
 
     figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
     axes: Any = figure.add_subplot()
-    for colour, (key, curve) in zip(COLOURS, lines.items(), strict=False):
+    for i, (key, curve) in enumerate(lines.items()):
         if curve:
             marks = {"marker": "o", "markersize": 3} if len(curve) < 100 else {}
-            axes.plot(*zip(*curve, strict=True), color=colour, linewidth=1.3, label=key, **marks)
+            colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
+            axes.plot(*zip(*curve, strict=True), color=colour, linestyle=dash, linewidth=1.3, label=key, **marks)
     for step in sorted(set(starts)):
         axes.axvline(step, color=PALE, linewidth=0.8, linestyle=":", zorder=0)
     values = [value for curve in lines.values() for _, value in curve]

@@ -57,13 +57,15 @@ def test_curves_are_drawn_in_a_process_of_their_own(tmp_path: Path) -> None:
     writer = JournalWriter(folder.metrics)
     for row in [Row(0, 1, 1.0, resumed_at=0), *rows_of(30), Row(10, 2, 1.0, resumed_at=10), *rows_of(20)[10:]]:
         writer.put(row)
-    writer.put(Row(20, 2, 1.0, {"val/loss": 1.5, "speed/tokens_per_s": math.inf}))
+    tasks = {f"task/t{i}/acc": i / 9 for i in range(9)} | {"task/t1/ppl": 99.0, "task/t1/acc_stderr": 0.1}
+    writer.put(Row(20, 2, 1.0, {"val/loss": 1.5, "speed/tokens_per_s": math.inf, **tasks}))
     writer.close()
     done = draw(folder, "a $name_ with \\marks")
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in folder.plots.iterdir()] == ["loss.png"]  # the others have no number to draw
-    png = (folder.plots / "loss.png").read_bytes()
-    assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == (990, 550)
+    drawn = sorted(folder.plots.iterdir())
+    assert [path.name for path in drawn] == ["accuracy.png", "loss.png"]  # the others have no number to draw
+    for png in map(Path.read_bytes, drawn):
+        assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == (990, 550)
 
 
 def test_a_damaged_journal_is_one_line(tmp_path: Path) -> None:
