@@ -7,6 +7,7 @@ Beside the checkpoint stand the same model untrained (drawn from `seed`), and th
 token by its frequency there, one added to each count. Prints one JSON line, in `rows` for each task:
     model, untrained, unigram   the mean log-probability of a word in nats; of BLiMP the accuracy, a tie counts one half
     beyond                      for both others: the mean of the paired differences, its standard error, and their ratio
+There is a row for each file of BLiMP, too.
 """
 
 from __future__ import annotations
@@ -50,10 +51,9 @@ def words(path: Path, encoder: Encoder) -> list[Pair]:
     return [encoder.pair(before, f" {word}") for before, word in (text.rsplit(" ", 1) for text in texts)]
 
 
-def sentences(folder: Path, encoder: Encoder) -> list[Pair]:
+def sentences(path: Path, encoder: Encoder) -> list[Pair]:
     """The good and the bad sentence of each pair, one after the other."""
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
-    pairs = map(json.loads, lines)
+    pairs = map(json.loads, path.read_text("utf-8").splitlines())
     return [encoder.pair("", pair[f"sentence_{kind}"]) for pair in pairs for kind in ("good", "bad")]
 
 
@@ -79,6 +79,12 @@ def beyond(ours: list[float], other: list[float]) -> dict[str, float]:
     return {"mean": round(mean, 4), "stderr": round(stderr, 4), "ratio": round(mean / stderr, 1)}
 
 
+def row(task: str, found: dict[str, list[float]]) -> dict[str, Any]:
+    means = {name: round(fmean(values), 4) for name, values in found.items()}
+    others = {name: beyond(found["model"], found[name]) for name in ("untrained", "unigram")}
+    return {"task": task, "n": len(found["model"]), **means, "beyond": others}
+
+
 def main(args: list[str]) -> None:
     given = dict(arg.partition("=")[::2] for arg in args)
     if set(given) - set(DEFAULTS) or not {"checkpoint", "data", "lambada", "blimp"} <= set(given):
@@ -91,21 +97,19 @@ def main(args: list[str]) -> None:
     model, untrained = subject.on(mesh), GPT(subject.cfg, mesh).eval()
     initialise(untrained, subject.cfg, settings["seed"])
     encoder, frequencies = Encoder(subject.tokenizer), unigram(Path(settings["data"]), subject.cfg.vocab_size)
-    rows = []
-    for task, pairs in (
-        ("LAMBADA", words(Path(settings["lambada"]), encoder)),
-        ("BLiMP", sentences(Path(settings["blimp"]), encoder)),
-    ):
+
+    def ask(pairs: list[Pair]) -> dict[str, list[float]]:
         found = {
             name: [float(s.log_p.double().sum()) for s in score(each, pairs, batch_size=settings["batch_size"])]
             for name, each in (("model", model), ("untrained", untrained))
         }
-        found["unigram"] = [float(frequencies[ids].sum()) for _, ids in pairs]
-        if task == "BLiMP":
-            found = {name: judged(log_p) for name, log_p in found.items()}
-        means = {name: round(fmean(values), 4) for name, values in found.items()}
-        others = {name: beyond(found["model"], found[name]) for name in ("untrained", "unigram")}
-        rows.append({"task": task, "n": len(found["model"]), **means, "beyond": others})
+        return found | {"unigram": [float(frequencies[ids].sum()) for _, ids in pairs]}
+
+    files = sorted(Path(settings["blimp"]).glob("*.jsonl"))
+    blimp = {path.stem: {k: judged(v) for k, v in ask(sentences(path, encoder)).items()} for path in files}
+    whole = {name: [x for found in blimp.values() for x in found[name]] for name in ("model", "untrained", "unigram")}
+    tasks = {"LAMBADA": ask(words(Path(settings["lambada"]), encoder)), "BLiMP": whole, **blimp}
+    rows = [row(task, found) for task, found in tasks.items()]
     named = {
         "parameters": param_count(subject.cfg),
         "step": json.loads((subject.checkpoint / "state.json").read_text())["step"],
