@@ -117,7 +117,7 @@ def test_figures_of_an_evaluation_are_sent_later(tmp_path: Path) -> None:
     report = root / "evaluations" / "step-00000007.gen-0001-0a1b2c3d" / "report-01234567.json"
     report.parent.mkdir(parents=True)
     body = {"n": 4, "acc": 0.75, "acc_stderr": None, "ppl": 9.5, "shots": 2, "sha256": "of some files not known"}
-    report.write_text(json.dumps({"results": {"dir/my task.yaml": body}, "settings": {}}))
+    report.write_text(json.dumps({"results": {"dir/my task.yaml": body}, "settings": {"shots": 2}}))
     for _ in range(2):
         code, told = sync(root, f"uri={uri}")
         assert code == 0

@@ -61,9 +61,11 @@ def task_key(task: str, metric: str, shots: int) -> str:
 
 def read_figures(report: Path) -> dict[str, float]:
     """The figures of a report of `trainer.evaluate`, and n of each task. Raises UserError for a damaged file."""
+    body = read_json(report, "move it away")
+    own = body["settings"].get("shots") is None  # as many demonstrations as each task says
     return {
-        task_key(task, name, int(result.get("shots", 0))): float(value)
-        for task, result in read_json(report, "move it away")["results"].items()
+        task_key(task, name, 0 if own else int(result.get("shots", 0))): float(value)
+        for task, result in body["results"].items()
         for name, value in result.items()
         if isinstance(value, float) or name == "n"
     }
