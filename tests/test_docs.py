@@ -217,6 +217,11 @@ def test_every_link_between_documents_leads_somewhere(path: Path) -> None:
         assert "://" in link or (path.parent / link).exists(), link
 
 
+def test_no_page_holds_both_sides_of_a_merge() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
+    assert len(PAGES) > 30 and not re.findall(r"^[<>]{7} .*", text, re.MULTILINE)
+
+
 def test_every_make_target_in_the_documents_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for path in PAGES:
