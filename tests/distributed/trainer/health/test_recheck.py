@@ -37,7 +37,7 @@ def on_two_ranks() -> dict[str, Any]:
 
 def twice(cfg: Any, mesh: Any, check: bool) -> Any:
     """Three steps, and what this rank owns after them; with `check`, steps 1 and 3 are made twice before."""
-    from trainer.distributed.seeds import seed_dropout
+    from trainer.distributed.randomness import seed_dropout
     from trainer.health.recompute_check import recheck
 
     engine, calls = run.build(cfg, mesh), list[int]()
