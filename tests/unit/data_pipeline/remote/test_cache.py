@@ -38,7 +38,7 @@ from tests.unit.data_pipeline.stream.test_stream import read, some_windows
 
 pytestmark = pytest.mark.timeout(60)  # nothing may hang
 N_CTX = 16
-QUICK = FetchConfig(timeout_s=0.3, retries=2)
+QUICK = FetchConfig(timeout_s=1.0, retries=2)
 TOKENS = [4000, 3000, 5000]
 
 

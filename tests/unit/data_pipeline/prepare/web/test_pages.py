@@ -253,7 +253,7 @@ def test_a_server_that_does_not_answer_costs_its_timeout(web: Site, tmp_path: Pa
     """A server that does not answer costs its timeout and no more."""
     web.put("/bad", Reply(b"x" * 10_000, fault=fault))
     web.put("/good", b"good")
-    passage = fetched(tmp_path, web.url("/bad"), web.url("/good"), timeout_s=0.3, retries=1)
+    passage = fetched(tmp_path, web.url("/bad"), web.url("/good"), timeout_s=1.5, retries=1)
     assert outcomes(passage) == {http.NO_HTTP if fault == "garbage" else http.LATE: 1}
     assert list(archived(tmp_path).values()) == [b"good"]
 
@@ -322,7 +322,7 @@ def test_tls_needs_a_valid_certificate(web: Site, tmp_path: Path, monkeypatch: p
     trust = ssl.create_default_context(cafile=str(cert))
     monkeypatch.setattr(ssl, "create_default_context", lambda: trust)
     urls = [url, url.replace("/a", "/slow"), url.replace("localhost", "127.0.0.1")]
-    passage = fetched(tmp_path / "2", *urls, retries=0, timeout_s=0.5)
+    passage = fetched(tmp_path / "2", *urls, retries=0, timeout_s=2.0)
     assert archived(tmp_path / "2") == {url: b"a"}
     assert outcomes(passage) == {http.LATE: 1, robots.UNREACHABLE: 1}
 
