@@ -37,7 +37,7 @@ test: $(STAMP)
 	@$(RUN) -m pytest $(SIDE_BY_SIDE)
 
 test-slow: $(STAMP)
-	@$(RUN) -m pytest $(AND_ONE_MORE) -m "slow and not long" --timeout 900
+	@$(RUN) -m pytest $(AND_ONE_MORE) -m "slow and not long" --timeout 900 --durations 25
 
 test-long: $(STAMP)
 	@$(RUN) -m pytest $(AND_ONE_MORE) -m long --timeout 900

@@ -161,6 +161,7 @@ def test_what_lies_in_mlflows_trash_is_named_with_its_cure(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_server_that_comes_back_empty_gets_the_whole_run(tmp_path: Path) -> None:
     root, port = tmp_path / "run", free_port()
