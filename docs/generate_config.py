@@ -28,6 +28,7 @@ from trainer.config.inference import EvaluateConfig, GenerateConfig
 from trainer.config.node_check import NodeCheckConfig
 from trainer.config.pretrain import PretrainConfig
 from trainer.config.tracking import SyncConfig
+from trainer.config.tuning import SftConfig
 
 SCHEMAS = (
     BpeTrainConfig,
@@ -42,6 +43,7 @@ SCHEMAS = (
     OrderConfig,
     PreviewConfig,
     PretrainConfig,
+    SftConfig,
     GenerateConfig,
     EvaluateConfig,
     ImportHfConfig,

@@ -13,17 +13,14 @@ from conf.errors import UserError
 from data_pipeline.manifest import TOKENIZER
 from data_pipeline.order.plan import Plan
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from trainer.checkpoint.find import check_model, find_checkpoint, model_of, resumable
+from trainer.checkpoint.find import check_model, check_resume, find_checkpoint, model_of, resumable
 from trainer.config.model import ModelConfig
-from trainer.config.optim import Kind
 from trainer.config.pretrain import PretrainConfig
-from trainer.config.tracking import TrackingConfig
 from trainer.config.tracking import resolved as resolved_tracking
-from trainer.config.train import Resume, TrainConfig
 from trainer.data.sources import Sources, check_cache, check_past, check_sources, open_sources, plan_run
 from trainer.distributed.world import World
 from trainer.engine.schedule import lr_at
-from trainer.hf.settings import hf_refusal
+from trainer.hf.settings import check_registry
 from trainer.plan.choose import resumed, settle
 from trainer.plan.layout_rules import check_layout
 from trainer.run.folder import RunFolder
@@ -94,39 +91,6 @@ def check(cfg: PretrainConfig, world: World) -> Checked:
     tokens = checked.plan(state).ledger.tokens(cfg.max_steps)
     lr_at(cfg.optim.schedule, cfg.optim.lr, step=0, max_steps=cfg.max_steps, tokens=0, step_tokens=0, end_tokens=tokens)
     return checked
-
-
-def check_registry(tracking: TrackingConfig, model: ModelConfig) -> None:
-    """Raises UserError for a model that a registry cannot hold."""
-    if tracking.register is not None and (refusal := hf_refusal(model)):
-        raise UserError(f"tracking.register={tracking.register}, but {refusal}: give tracking.register=null")
-
-
-def check_resume(cfg: TrainConfig, checkpoint: Path | None, state: Mapping[str, Any]) -> None:
-    """Raises UserError where the run folder is not of the kind that `resume` asks for, or holds another run.
-
-    `checkpoint`: the one to resume from, None for a new run; `state`: its own.
-    """
-    run_dir = cfg.run.dir
-    if checkpoint is None:
-        if cfg.resume is Resume.must:
-            raise UserError(
-                f"resume=must, but {run_dir} holds no checkpoint: give the run's own run.dir, or resume=auto"
-            )
-        return
-    if cfg.resume is Resume.never:
-        raise UserError(f"resume=never, but {run_dir} holds {checkpoint.name}: give another run.name, or resume=auto")
-    check_model(checkpoint, ModelConfig(**state["model"]), cfg.model)
-    optimizer = state.get("optimizer", Kind.adamw.value)  # older checkpoints do not say: all are AdamW's
-    if optimizer != cfg.optim.kind.value:
-        raise UserError(
-            f"optim.kind={cfg.optim.kind.value}, but {checkpoint.name} of {run_dir} has the moments of {optimizer}: "
-            "give the old kind, or another run.name"
-        )
-    if state.get("step", 0) > cfg.max_steps:
-        raise UserError(
-            f"max_steps={cfg.max_steps}, but {run_dir} is at step {state['step']}: give more, or another run.name"
-        )
 
 
 def check_init_from(init_from: str, model: ModelConfig, tokenizer: Path) -> None:

@@ -17,10 +17,9 @@ from trainer.health.rollback import roll_back
 from trainer.metrics import progress_line
 from trainer.run.progress import SAVE, VALIDATE
 from trainer.run.signals import Stopped, agreed
-from trainer.setup import Start, Task
+from trainer.setup import Scores, Start, Task
 from trainer.step import Outcome
 from trainer.summary import step_row, validation_line, validation_row
-from trainer.task_scores import TaskScores
 from trainer.vote import Vote, add_votes
 
 
@@ -136,7 +135,7 @@ class Trainer(Start):
                 print(validation_line(self.step, self.cfg.max_steps, found, anew), flush=True)
             self.speed.start()  # validation is no training time
 
-    def _score(self, scores: TaskScores, loss: float) -> None:
+    def _score(self, scores: Scores, loss: float) -> None:
         """Score the model on tasks; `loss`: of the last step, where it was not validated."""
         with self.progress.phase(VALIDATE):
             loss = loss if self.val_loss is None else self.val_loss

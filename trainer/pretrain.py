@@ -5,22 +5,18 @@ Everything that can be refused is refused here, before torch is imported.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from conf.errors import TransientError, out_of_memory
-from conf.frozen import freeze
 from conf.schema import run
 from data_pipeline.manifest import TOKENIZER
 from trainer.check import Checked, check
 from trainer.config.pretrain import PretrainConfig
 from trainer.data.sources import fetch_s
 from trainer.distributed.world import read_world
-from trainer.plan.layout import Layout
-from trainer.plan.room import check_room, describe
 from trainer.plan.workload import Workload
-from trainer.run.signals import OF_THIS_PROCESS, Stopped
+from trainer.run.signals import OF_THIS_PROCESS
+from trainer.run_task import run_task
 
 if TYPE_CHECKING:
     from trainer.data.shard_feed import ShardFeed
@@ -32,31 +28,8 @@ def pretrain(cfg: PretrainConfig) -> None:
     """Train a language model from shards."""
     world = read_world()
     checked = check(cfg, world)
-    cfg = checked.cfg
-    for line in filter(None, (checked.chosen, checked.tracked, checked.done)):
-        if world.is_main:
-            print(line, flush=True)
-    from trainer.distributed.lost_ranks import ranks_lost
-    from trainer.loop import Trainer  # from here on torch, deepspeed and megatron
-    from trainer.metrics import gpu_bytes
-
-    work, layout = Workload.of(cfg), Layout.of(cfg.parallel, int(cfg.micro_batch_size), world.world_size)
-    local_ranks = world.local_world_size or world.world_size
-    check_room(work, layout, gpu_bytes(), local_ranks)  # after the imports, which take some of it
-    try:
-        with (
-            ranks_lost(world, cfg.watch.collective_s),
-            Trainer(cfg, freeze(cfg), world, language_model(checked)) as trainer,
-        ):
-            trainer.train()
-    except Stopped as e:
-        if world.is_main:
-            print(e, file=sys.stderr, flush=True)
-        sys.exit(e.code)
-    except (MemoryError, RuntimeError, OSError) as e:
-        if cause := out_of_memory(e):
-            raise TransientError(f"rank {world.rank}: {cause}; {describe(work, layout)}") from None
-        raise
+    lines = (checked.chosen, checked.tracked, checked.done)
+    run_task(checked.cfg, world, Workload.of(checked.cfg), lambda: language_model(checked), lines)
 
 
 def language_model(checked: Checked) -> Task:
@@ -87,7 +60,7 @@ def language_model(checked: Checked) -> Task:
         eval_every=cfg.eval.every,
         patience=cfg.eval.patience,
         fetch_s=fetch_s(cfg.data, sources),
-        tokenizer=sources.any.root / TOKENIZER,
+        tokenizer=(sources.any.root / TOKENIZER).read_bytes(),
         eot_id=sources.any.eot_id,
         samples=checked.samples,
         scores=checked.scores,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,9 @@ from trainer.checkpoint.find import find_checkpoint, read_state
 from trainer.checkpoint.ranking import Ranking
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.write import Writer, run_facts
+from trainer.config.model import ModelConfig
 from trainer.config.optim import ScheduleConfig, Unit
-from trainer.config.parallel import Precision
+from trainer.config.parallel import Precision, Recompute
 from trainer.config.train import TrainConfig, profiled_steps
 from trainer.data.feed import Feed, MakeFeed
 from trainer.distributed.collective import all_ranks
@@ -50,27 +51,46 @@ from trainer.run.signals import Stopped
 from trainer.samples import Samples
 from trainer.step import Stepper
 from trainer.summary import run_summary
-from trainer.task_scores import TaskScores
 from trainer.tracking.shipper import REGISTER_S
 from trainer.tracking.tracker import Status, Tracker
+
+
+class MakeModel(Protocol):
+    """Makes the module that is trained: a GPT, perhaps with a head, still without weights."""
+
+    def __call__(self, cfg: ModelConfig, mesh: Mesh, *, sequence_parallel: bool, recompute: Recompute) -> GPT: ...
+
+
+class Scores(Protocol):
+    """Figures of the model while it trains, beside its loss."""
+
+    @property
+    def every(self) -> int:
+        """The steps between two times; 0 = only at the end."""
+
+    def find(self, model: GPT, loss: float, on_progress: Callable[[], None]) -> tuple[dict[str, float], str]:
+        """Metrics by name, and a line of them. Collective. `loss`: the newest; `on_progress` is called now and then."""
 
 
 @dataclass(frozen=True)
 class Task:
     """The kind of a run, of which the trainer knows no more: what is minimised, and from which data.
 
-    `fetch_s`: seconds that a step may wait for data that is not local. `tokenizer`: copied into every checkpoint.
+    `fetch_s`: seconds that a step may wait for data that is not local. `tokenizer`: its tokenizer.json, which every
+    checkpoint gets.
     """
 
     objective: Objective
     feed: MakeFeed
+    model: MakeModel = GPT
     eval_every: int = 0  # steps between validations; 0 = only at the end
     patience: int = 0  # validations in a row without a new lowest loss after which the run ends; 0 = any number
     fetch_s: float = 0.0
-    tokenizer: Path | None = None
+    tokenizer: bytes | None = None
     eot_id: int | None = None  # the end-of-text token
     samples: Samples | None = None  # to draw at validations
-    scores: TaskScores | None = None  # to find each `scores.every` steps, and at the end
+    scores: Scores | None = None  # to find each `scores.every` steps, and at the end
+    finish: Callable[[Engine], None] = lambda _: None  # what changes the weights once more, before the last save
 
 
 class Parts(NamedTuple):
@@ -133,7 +153,7 @@ class Start:
         self.step = state.get("step", 0)
         self.ranking = Ranking(state)
         init_from = init_checkpoint(cfg.init_from, checkpoint)
-        engine = build_engine(cfg, self.task.objective, self.mesh, checkpoint, init_from)
+        engine = build_engine(cfg, self.task.objective, self.mesh, checkpoint, init_from, self.task.model)
         feed = self.task.feed(engine, state)
         self._open_parts.callback(feed.close)
         check_feed(cfg.optim.schedule, cfg.max_steps, feed)
@@ -249,22 +269,30 @@ def init_checkpoint(init_from: str | None, checkpoint: Path | None) -> Path | No
 
 
 def build_engine(
-    cfg: TrainConfig, objective: Objective, mesh: Mesh, checkpoint: Path | None, init_from: Path | None = None
+    cfg: TrainConfig,
+    objective: Objective,
+    mesh: Mesh,
+    checkpoint: Path | None,
+    init_from: Path | None = None,
+    make_model: MakeModel = GPT,
 ) -> Engine:
     """Load weights into the plain module, wrap it by ZeRO, then restore masters and moments.
 
     The same code serves a fresh start and a resumed one. `checkpoint`, which the start's claim or a rollback has
-    verified, gives all of them; `init_from` the weights alone.
+    verified, gives all of them; `init_from` the weights alone, as far as the module has them.
     """
     check_recheck(cfg.guard, cfg.deterministic, mesh.device.type)
     if cfg.deterministic and mesh.device.type == "cuda":  # a CPU always is
         make_deterministic()
-    model = GPT(cfg.model, mesh, sequence_parallel=cfg.parallel.sequence_parallel, recompute=cfg.parallel.recompute)
+    split, recompute = cfg.parallel.sequence_parallel, cfg.parallel.recompute
+    model = make_model(cfg.model, mesh, sequence_parallel=split, recompute=recompute)
     model.to(mesh.device)
-    if weights := checkpoint or init_from:
-        load.load_weights(weights, model, mesh, verified=checkpoint is not None)
+    if checkpoint:
+        load.load_weights(checkpoint, model, mesh, verified=True)
     else:
         initialise(model, cfg.model, cfg.seed)
+        if init_from:
+            load.start_from(init_from, model, mesh)
     prepare(model, cfg.precision, cfg.compile, cfg.parallel, mesh)
     engine = Engine(model, objective, cfg.optim, cfg.parallel, cfg.precision, mesh)
     if checkpoint:

@@ -21,6 +21,7 @@ from trainer.engine.schedule import lr_at
 from trainer.health.recompute_check import recheck
 from trainer.health.spike_guard import Guard
 from trainer.metrics import Speed
+from trainer.objective.objective import figures
 from trainer.run.progress import Progress
 from trainer.vote import Vote, add_votes, gradient_counts, kinds_of
 
@@ -29,14 +30,14 @@ from trainer.vote import Vote, add_votes, gradient_counts, kinds_of
 class Outcome:
     """The result of one step.
 
-    `loss`: the objective, by its weights over `terms`, each a mean over all ranks (nats per token for a language
-    model); NaN if nothing counts. `grad_norm`: global, before clipping. `vote`: the sum of all ranks' votes; if
+    `loss`: the objective, by its weights over its terms, each a mean over all ranks (nats per token for a language
+    model); NaN if nothing counts. `figures`: of several terms, each by its name in metrics. `grad_norm`: global, before clipping. `vote`: the sum of all ranks' votes; if
     `vote.failed`, no weight has changed. `error`: why this rank had no batches. `part_norms`: of each trunk and head,
     empty for a single trunk.
     """
 
     loss: float
-    terms: dict[str, float]
+    figures: dict[str, float]
     grad_norm: float
     lr: float
     vote: Vote
@@ -83,10 +84,9 @@ class Stepper:
 
         def read() -> tuple[float, dict[str, float], Vote]:
             values = numbers.values()
-            terms = dict(zip(objective.terms, values, strict=False))
-            vote = Vote.unpack(values[len(terms) :])
-            loss = sum(weight * terms[name] for name, weight in zip(objective.terms, objective.weights, strict=True))
-            return loss if any(vote.counts) else math.nan, terms, vote
+            means, vote = values[: len(sums)], Vote.unpack(values[len(sums) :])
+            loss = sum(weight * mean for weight, mean in zip(objective.weights, means, strict=True))
+            return loss if any(vote.counts) else math.nan, figures(objective, means), vote
 
         def accept(norm: float) -> bool:
             loss, _, vote = read()
@@ -97,10 +97,10 @@ class Stepper:
             grad_norm = engine.step(lr, accept)
         except NonFiniteError as e:
             grad_norm = e.norm
-        loss, terms, vote = read()
+        loss, named, vote = read()
         if not vote.same_kinds(ranks):
             raise RuntimeError(f"step {step}: the feed gives ranks micro batches of other kinds or numbers")
-        return Outcome(loss, terms, grad_norm, lr, vote, error, engine.part_norms)
+        return Outcome(loss, named, grad_norm, lr, vote, error, engine.part_norms)
 
     def _vote(self, wishes: Vote, batches: Sequence[AnyBatch], error: UserError | None) -> Vote:
         counts = tuple(0.0 for _ in self.engine.objective.terms)

@@ -65,7 +65,7 @@ def step_row(
     """The metrics of one step, without those of the data. `fixed`: work is counted in tokens (see `StepSize`)."""
     row = {
         "train/loss": outcome.loss,
-        **({f"train/loss/{name}": x for name, x in outcome.terms.items()} if len(outcome.terms) > 1 else {}),
+        **{f"train/{name}": x for name, x in outcome.figures.items()},
         "optim/lr": outcome.lr,
         "optim/grad_norm": outcome.grad_norm,
         **{f"optim/grad_norm/{name}": norm for name, norm in outcome.part_norms.items()},
@@ -84,13 +84,14 @@ def validation_row(found: Validation) -> dict[str, float]:
         if losses is not None:
             row[key] = losses.mean
             row |= {f"{key}/{name}": x for name, x in losses.each.items()} if len(losses.each) > 1 else {}
-    return row
+    return row | {f"val/{name}": x for name, x in found.val.figures.items()}
 
 
 def validation_line(step: int, max_steps: int, found: Validation, anew: str | None = None) -> str:
     """`step 100/1500  val loss 3.4120`, with the loss of each set if there are several, and of training windows;
     `anew`: a line to follow."""
     each = "".join(f"  {name} {x:.4f}" for name, x in found.val.each.items()) if len(found.val.each) > 1 else ""
+    each += "".join(f"  {name} {x:.4f}" for name, x in found.val.figures.items())
     trained = f"  of training windows {found.train.mean:.4f}" if found.train else ""
     return f"step {step}/{max_steps}  val loss {found.val.mean:.4f}{each}{trained}" + (f"\n  {anew}" if anew else "")
 

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -80,6 +80,16 @@ class Tokenizer:
         """The token of an id, as the vocabulary writes it; KeyError if there is none."""
         ids = {**self._body["model"]["vocab"], **{t["content"]: t["id"] for t in self._body["added_tokens"]}}
         return {i: name for name, i in ids.items()}[id_]
+
+    def with_special(self, ids: Mapping[str, int]) -> Tokenizer:
+        """This vocabulary, which also knows these special tokens; itself if it knows them."""
+        new = {token: id_ for token, id_ in ids.items() if token not in self.special_ids}
+        if not new:
+            return self
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        added = [{"id": id_, "content": token, **plain} for token, id_ in new.items()]
+        body = {**self._body, "added_tokens": [*self._body["added_tokens"], *added]}
+        return Tokenizer(json.dumps(body, ensure_ascii=False).encode(), self.name)
 
     @property
     def byte_level(self) -> bool:

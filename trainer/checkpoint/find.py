@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from conf.errors import UserError
 from trainer.checkpoint.verify import DamagedError, check_files, check_format, verify
 from trainer.config.model import ModelConfig
+from trainer.config.optim import Kind
+from trainer.config.train import Resume, TrainConfig
 from trainer.model.arithmetic import param_count
 from trainer.run.folder import STATE, WEIGHTS, RunFolder, step_of
 from trainer.run.owner import is_repeated
@@ -121,6 +124,33 @@ def check_model(path: Path, theirs: ModelConfig, ours: ModelConfig, otherwise: s
     if differ:
         raise UserError(
             f"{path} is a checkpoint of another model: {', '.join(differ)}: give its model=, or {otherwise}"
+        )
+
+
+def check_resume(cfg: TrainConfig, checkpoint: Path | None, state: Mapping[str, Any]) -> None:
+    """Raises UserError where the run folder is not of the kind that `resume` asks for, or holds another run.
+
+    `checkpoint`: the one to resume from, None for a new run; `state`: its own.
+    """
+    run_dir = cfg.run.dir
+    if checkpoint is None:
+        if cfg.resume is Resume.must:
+            raise UserError(
+                f"resume=must, but {run_dir} holds no checkpoint: give the run's own run.dir, or resume=auto"
+            )
+        return
+    if cfg.resume is Resume.never:
+        raise UserError(f"resume=never, but {run_dir} holds {checkpoint.name}: give another run.name, or resume=auto")
+    check_model(checkpoint, ModelConfig(**state["model"]), cfg.model)
+    optimizer = state.get("optimizer", Kind.adamw.value)  # older checkpoints do not say: all are AdamW's
+    if optimizer != cfg.optim.kind.value:
+        raise UserError(
+            f"optim.kind={cfg.optim.kind.value}, but {checkpoint.name} of {run_dir} has the moments of {optimizer}: "
+            "give the old kind, or another run.name"
+        )
+    if state.get("step", 0) > cfg.max_steps:
+        raise UserError(
+            f"max_steps={cfg.max_steps}, but {run_dir} is at step {state['step']}: give more, or another run.name"
         )
 
 

@@ -17,6 +17,7 @@ reads checkpoints.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ from trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from trainer.engine.engine import Engine  # imports DeepSpeed, which whoever only reads weights does not need
+
+TOKENS = "wte.weight"
 
 
 def assemble(path: Path) -> SavedWeights:
@@ -61,6 +64,30 @@ def load_weights(path: Path, model: GPT, mesh: Mesh, *, verified: bool = False) 
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(source.part("master", name, specs[name], mesh.tp_rank, mesh.tp, 0, p.numel()).view_as(p))
+
+
+def start_from(path: Path, model: GPT, mesh: Mesh) -> None:
+    """Put the masters of another kind of run into a plain module whose parameters have their first values. Collective.
+
+    Heads that the checkpoint lacks keep theirs, and so do the rows of ids that its vocabulary lacks.
+
+    Raises:
+        UserError: on every rank: a damaged file, or a trunk of another shape.
+    """
+    _verify(path, mesh, lambda name: not name.startswith(MOMENTS))
+    source, specs = SavedWeights(path), model.specs()
+    rows = min(source.cfg.vocab_size, model.cfg.vocab_size)
+    check_model(path, replace(source.cfg, vocab_size=rows), replace(model.cfg, vocab_size=rows))
+    own = {name: spec for name, spec in specs.items() if name in source.specs}
+    _check_parameters(path, source, {name: spec for name, spec in own.items() if name != TOKENS})
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name == TOKENS:
+                first = mesh.tp_rank * len(p)  # of the ids that this tp rank holds
+                known = source[name][:rows][first : first + len(p)]
+                p[: len(known)].copy_(known)
+            elif name in own:
+                p.copy_(source.part("master", name, specs[name], mesh.tp_rank, mesh.tp, 0, p.numel()).view_as(p))
 
 
 def restore(path: Path, engine: Engine, *, verified: bool = False) -> None:

@@ -83,7 +83,7 @@ class Writer:
     generation: int
     config_text: str
     facts: dict[str, Any] = field(default_factory=dict)
-    tokenizer: Path | None = None
+    tokenizer: bytes | None = None  # of its tokenizer.json
     eot_id: int | None = None
     flush: Callable[[], None] = lambda: None
     published: Callable[[Path, int, float], None] = lambda *_: None
@@ -166,7 +166,7 @@ class Writer:
             "config.yaml": self.config_text.encode(),
         }
         if self.tokenizer is not None:
-            text[TOKENIZER] = self.tokenizer.read_bytes()
+            text[TOKENIZER] = self.tokenizer
         files |= {name: write_file(staging / name, [body]) for name, body in text.items()}
         if save.last and hf_refusal(self.model) is None:  # the run's summary has said it
             files |= _write_hf(staging, self.model, self.eot_id)

@@ -77,9 +77,14 @@ class TrainConfig:
             raise UserError(f"micro_batch_size={self.micro_batch_size}: give an integer, or auto")
         if self.max_hours is not None and not 0 < self.max_hours < math.inf:
             raise UserError(f"max_hours={self.max_hours}: give a positive number, or null for no limit")
-        at_least_one(self, "micro_batch_size", "max_steps", "log_every")
+        at_least_one(self, "micro_batch_size", "log_every")
         if self.resume_step is not None:
             at_least_one(self, "resume_step")
+        self.check_steps()
+
+    def check_steps(self) -> None:
+        """Raises UserError for a number of steps, or a range of them, that no run has."""
+        at_least_one(self, "max_steps")
         profiled_steps(self.profile, self.max_steps)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,14 +13,15 @@ from conf.errors import UserError
 from trainer.data.feed import AnyBatch, Feed, ValidationSet, agree
 from trainer.distributed.device_copies import to_device
 from trainer.engine.engine import Engine
-from trainer.objective.objective import Objective, weighted_loss
+from trainer.objective.objective import Objective, figures, weighted_loss
 
 
 class Losses(NamedTuple):
-    """The loss over sets of one kind by their weights, and that of each set."""
+    """The loss over sets of one kind by their weights, that of each set, and the means of several terms by name."""
 
     mean: float
     each: dict[str, float]
+    figures: dict[str, float]
 
 
 class Validation(NamedTuple):
@@ -43,8 +45,12 @@ def validate(
     sets = feed.validation(step)
 
     def losses_of(some: Sequence[ValidationSet]) -> Losses:
-        each = {s.name: _loss_on(engine, s.batches, on_progress) for s in some}
-        return Losses(sum(s.weight * each[s.name] for s in some) / sum(s.weight for s in some), each)
+        found = {s.name: _means_on(engine, s.batches, on_progress) for s in some}
+        each = {name: loss for name, (loss, _) in found.items()}
+        total = sum(s.weight for s in some)
+        means = [sum(s.weight * found[s.name][1][k] for s in some) / total for k in range(len(engine.objective.terms))]
+        loss = sum(s.weight * each[s.name] for s in some) / total
+        return Losses(loss, each, figures(engine.objective, means))
 
     val, train = ([s for s in sets if s.trained is trained] for trained in (False, True))
     if not val:
@@ -55,15 +61,16 @@ def validate(
 def _measured(objective: Objective, sets: Sequence[ValidationSet]) -> str:
     """`lm over books 0.25 (8 windows of 64 tokens of 1b2c3d4e), web 0.75 (...)`: the same where losses compare."""
     total = sum(s.weight for s in sets)
-    terms = " + ".join(f"{w:g} {t}" if w != 1 else t for w, t in zip(objective.weights, objective.terms, strict=True))
+    weighted = zip(objective.weights, objective.terms, strict=True)
+    terms = " + ".join(f"{w:g} {t}" if w != 1 else t for w, t in weighted if w)
     of = [f"{s.name}{'' if s.weight == total else f' {s.weight / total:.4g}'} ({s.measures})" for s in sets if s.weight]
     return f"{terms} over {', '.join(of)}"
 
 
-def _loss_on(
+def _means_on(
     engine: Engine, batches: Iterator[tuple[AnyBatch, UserError | None]], on_progress: Callable[[], None]
-) -> float:
-    """The loss on one set: every rank runs the same number of forwards and gets the same bits."""
+) -> tuple[float, list[float]]:
+    """The loss on one set, and the mean of each term, NaN where nothing counts: every rank runs the same number of forwards and gets the same bits."""
     mesh, objective = engine.mesh, engine.objective
     terms = len(objective.terms)
     unread = None
@@ -78,4 +85,6 @@ def _loss_on(
     *numbers, failed = totals.tolist()
     if failed:
         agree(mesh, unread)
-    return weighted_loss(objective, numbers[:terms], numbers[terms:])
+    sums, counts = numbers[:terms], numbers[terms:]
+    means = [total / count if count else math.nan for total, count in zip(sums, counts, strict=True)]
+    return weighted_loss(objective, sums, counts), means

@@ -10,6 +10,7 @@ from typing import Any
 
 from conf.errors import UserError
 from trainer.config.model import Gelu, ModelConfig, Norm
+from trainer.config.tracking import TrackingConfig
 
 PREFIX = "transformer."  # of tensors' names
 MASKS = (".attn.bias", ".attn.masked_bias", "position_ids")  # constants in old files
@@ -118,3 +119,9 @@ def show(value: Any) -> str:
     """A value as in JSON, cut to 60 characters."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else " ".join(str(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_registry(tracking: TrackingConfig, model: ModelConfig) -> None:
+    """Raises UserError for a model that a registry cannot hold."""
+    if tracking.register is not None and (refusal := hf_refusal(model)):
+        raise UserError(f"tracking.register={tracking.register}, but {refusal}: give tracking.register=null")

@@ -19,20 +19,25 @@ from trainer.model.arithmetic import LOSS_CHUNK_BYTES
 
 
 def token_loss(logits_TBV: Tensor, labels_TB: Tensor, mesh: Mesh, n_true: int | None = None) -> Tensor:
-    """Sum of -log p(label) in nats over the labels that are not IGNORE: an fp32 scalar, equal on all tp ranks.
+    """Sum of `token_losses` over all tokens: an fp32 scalar."""
+    return token_losses(logits_TBV, labels_TB, mesh, n_true).sum()
+
+
+def token_losses(logits_TBV: Tensor, labels_TB: Tensor, mesh: Mesh, n_true: int | None = None) -> Tensor:
+    """-log p(label) in nats of each token, 0 where the label is IGNORE: fp32 [T, B], equal on all tp ranks.
 
     The softmax is taken in fp32 over the first `n_true` logits of this rank; the others are padding. None: there is no
     padding. The logits are gone after backward: their gradient takes their place.
     """
     V = logits_TBV.shape[-1]
     logits_NV, labels_N, n_true = logits_TBV.flatten(0, 1), labels_TB.flatten(), V if n_true is None else n_true
-    loss: Tensor
+    losses_N: Tensor
     if mesh.tp == 1 and not torch.compiler.is_compiling():
-        loss = _WholeLoss.apply(logits_NV, labels_N, n_true)
+        losses_N = _WholeLoss.apply(logits_NV, labels_N, n_true)
     else:
         group = mesh.tp_group if mesh.tp > 1 else None
-        loss = _VocabLoss.apply(logits_NV, labels_N, n_true, mesh.tp_rank * V, group)
-    return loss
+        losses_N = _VocabLoss.apply(logits_NV, labels_N, n_true, mesh.tp_rank * V, group)
+    return losses_N.view(labels_TB.shape)
 
 
 class _WholeLoss(torch.autograd.Function):
@@ -48,13 +53,13 @@ class _WholeLoss(torch.autograd.Function):
         rows = _rows(logits_NV)
         parts = zip(logits_NV[:, :n_true].split(rows), labels_N.split(rows), strict=True)
         losses = [F.cross_entropy(x.float(), y, reduction="none", ignore_index=IGNORE) for x, y in parts]
-        return torch.cat(losses).sum()
+        return torch.cat(losses)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits_NV, labels_N = ctx.saved_tensors
-        scale_N1 = grads[0] * (labels_N != IGNORE)[:, None]
+        scale_N1 = (grads[0] * (labels_N != IGNORE))[:, None]
         label_N1 = labels_N.clamp(min=0)[:, None]
         rows = _rows(logits_NV)
         for logits, label, scale in zip(*(x.split(rows) for x in (logits_NV, label_N1, scale_N1)), strict=True):
@@ -98,13 +103,13 @@ class _VocabLoss(torch.autograd.Function):
         ctx.n_true = n_true
         ctx.divides = group is not None
         ctx.save_for_backward(logits_NV, label_N1, valid_N, max_N, z_N if ctx.divides else log_z_N)
-        return (log_z_N + below_max_N).where(valid_N, 0.0).sum()
+        return (log_z_N + below_max_N).where(valid_N, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits_NV, label_N1, valid_N, max_N, z_N = ctx.saved_tensors
-        scale_N1 = grads[0] * valid_N[:, None]
+        scale_N1 = (grads[0] * valid_N)[:, None]
         id_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device)
         rows = _rows(logits_NV)
         parts = (x.split(rows) for x in (logits_NV, label_N1, scale_N1, max_N[:, None], z_N[:, None]))

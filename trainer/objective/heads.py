@@ -5,6 +5,7 @@ Legend: T time (under sequence parallelism T / tp on each rank), B batch, C n_em
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.config.model import ModelConfig
+from trainer.config.parallel import Recompute
 from trainer.distributed.mesh import Mesh
+from trainer.model.gpt import GPT
 from trainer.model.specs import ParamSpec
 
 
@@ -20,19 +24,30 @@ class Head(nn.Module):
     """A linear layer from C to K outputs, whole on every tp rank. To be an attribute `head` of the trunk's module.
 
     Its parameters are replicated and carry no marks: each tp rank sees all hidden states and has the whole gradient.
+    `std`: of its first weights.
     """
 
-    def __init__(self, n_embd: int, n_out: int, mesh: Mesh, *, sequence_parallel: bool = False) -> None:
+    def __init__(
+        self, n_embd: int, n_out: int, mesh: Mesh, *, std: float = 0.02, sequence_parallel: bool = False
+    ) -> None:
         super().__init__()
+        self.std = std
         self.weight = nn.Parameter(torch.empty(n_out, n_embd))
         self.bias = nn.Parameter(torch.empty(n_out))
         self.mesh = mesh
         self.sequence_parallel = sequence_parallel and mesh.tp > 1
 
-    def forward(self, x_TBC: Tensor) -> Tensor:
-        """Scores [T, B, K] in fp32, of all T also where `x_TBC` is this rank's part."""
+    def forward(
+        self, x_TBC: Tensor, at_B: Tensor | None = None, merge: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> Tensor:
+        """Scores [T, B, K] in fp32, of all T also where `x_TBC` is this rank's part.
+
+        With `at_B` the scores of `merge(x_BC)`, x_BC the states of one token of each row.
+        """
         if self.sequence_parallel:
             x_TBC = gather_sequence(x_TBC, self.mesh)
+        if at_B is not None:
+            x_TBC = merge(x_TBC[at_B, torch.arange(len(at_B), device=at_B.device)])
         return F.linear(x_TBC, self.weight, self.bias).float()
 
     def specs(self) -> dict[str, ParamSpec]:
@@ -42,6 +57,25 @@ class Head(nn.Module):
     def touch(self) -> Tensor:
         """A scalar whose gradient reaches every parameter, at the least cost."""
         return self(self.bias.new_zeros(1, 1, self.weight.shape[-1])).sum()
+
+
+class WithHead(GPT):
+    """A trunk and a head on its hidden states: `head.*`."""
+
+    head: Head
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        mesh: Mesh,
+        *,
+        n_out: int,
+        std: float = 0.02,
+        sequence_parallel: bool = False,
+        recompute: Recompute = Recompute.none,
+    ) -> None:
+        super().__init__(cfg, mesh, sequence_parallel=sequence_parallel, recompute=recompute)
+        self.head = Head(cfg.n_embd, n_out, mesh, std=std, sequence_parallel=sequence_parallel)
 
 
 class _GatherSequence(torch.autograd.Function):

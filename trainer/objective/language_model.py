@@ -7,6 +7,7 @@ from torch import Tensor
 from data_pipeline.config import IGNORE
 from data_pipeline.stream.loader import Batch
 from trainer.model.gpt import GPT
+from trainer.model.loss import token_losses
 
 
 class LanguageModel:
@@ -30,3 +31,9 @@ def lm_loss(model: GPT, tokens_BT: Tensor, labels_BT: Tensor, segment_ids_BT: Te
     With `segment_ids_BT`, which never fall along a row, each segment is computed as if it stood alone.
     """
     return model.run_loss(model.wte, model.hidden(tokens_BT, segment_ids_BT=segment_ids_BT), labels_BT.t(), model.mesh)
+
+
+def token_log_p(model: GPT, tokens_BT: Tensor, labels_BT: Tensor, segment_ids_BT: Tensor | None = None) -> Tensor:
+    """log p(label) of each token in nats, 0 where the label is IGNORE: fp32 [B, T], equal on all tp ranks."""
+    logits_TBV = model.wte(model.hidden(tokens_BT, segment_ids_BT=segment_ids_BT), head=True)
+    return -token_losses(logits_TBV, labels_BT.t(), model.mesh, model.wte.n_true).t()

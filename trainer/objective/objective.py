@@ -23,7 +23,7 @@ class Objective(Protocol):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The weight of each term."""
+        """The weight of each term; 0: a figure that is logged and not minimised, such as an accuracy."""
 
     def counts(self, batch: Any) -> list[float]:
         """Additions of this micro batch to the terms' counts, from labels on the host alone, without the model."""
@@ -42,3 +42,9 @@ def weighted_loss(objective: Objective, sums: Sequence[float], counts: Sequence[
     terms = zip(objective.weights, sums, counts, strict=True)
     means = [weight * (total / count) for weight, total, count in terms if count != 0]
     return sum(means[1:], means[0]) if means else math.nan
+
+
+def figures(objective: Objective, means: Sequence[float]) -> dict[str, float]:
+    """The terms' means as metrics: `loss/NAME`, or NAME for one of weight 0; {} for a single term, which is the loss."""
+    named = zip(objective.terms, objective.weights, means, strict=True)
+    return {f"loss/{name}" if weight else name: x for name, weight, x in named} if len(objective.terms) > 1 else {}

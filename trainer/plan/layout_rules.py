@@ -9,8 +9,25 @@ from trainer.config.model import ModelConfig
 from trainer.config.optim import Kind
 from trainer.config.parallel import Compile, Offload, ParallelConfig, Precision
 from trainer.config.pretrain import PretrainConfig
+from trainer.config.train import TrainConfig
 
 FP8_MULTIPLE = 16  # torch's fp8 product wants all its dimensions to be multiples of this
+
+
+def check_ranks(cfg: TrainConfig, world_size: int) -> None:
+    """Raises UserError for a combination of ranks, parallelism and model that no kind of training can have."""
+    layout = cfg.parallel
+    _check_tp(cfg.model, layout.tp, world_size)
+    if cfg.optim.kind is Kind.muon:
+        _check_muon(layout)
+    refusal = compile_refusal(layout)
+    if cfg.compile is Compile.on and refusal:
+        raise UserError(f"compile=on with {refusal}; give compile=auto or off")
+    if cfg.precision is Precision.fp8:
+        _check_fp8(cfg.model, layout)
+    refusal = recheck_refusal(layout)
+    if cfg.guard.recheck_every and refusal:
+        raise UserError(f"guard.recheck_every={cfg.guard.recheck_every} with {refusal}; give guard.recheck_every=0")
 
 
 def check_layout(cfg: PretrainConfig, world_size: int) -> Geometry:
@@ -20,17 +37,9 @@ def check_layout(cfg: PretrainConfig, world_size: int) -> Geometry:
         UserError: an impossible combination of world size, parallelism, batch and model.
     """
     layout = cfg.parallel
-    _check_tp(cfg.model, layout.tp, world_size)
-    if cfg.optim.kind is Kind.muon:
-        _check_muon(layout)
-    refusal = compile_refusal(layout)
-    if cfg.compile is Compile.on and refusal:
-        raise UserError(f"compile=on with {refusal}; give compile=auto or off")
+    check_ranks(cfg, world_size)
     if cfg.precision is Precision.fp8:
-        _check_fp8(cfg.model, layout, cfg.data.stages)
-    refusal = recheck_refusal(layout)
-    if cfg.guard.recheck_every and refusal:
-        raise UserError(f"guard.recheck_every={cfg.guard.recheck_every} with {refusal}; give guard.recheck_every=0")
+        check_fp8_sizes([(f"data.stages: n_ctx at step {stage.step}", stage.n_ctx or 0) for stage in cfg.data.stages])
     n_ctx, tokens_per_step = cfg.model.n_ctx, cfg.tokens_per_step
     geometries = []
     for stage in (StageConfig(0), *cfg.data.stages):
@@ -91,11 +100,14 @@ def _check_tp(model: ModelConfig, tp: int, world_size: int) -> None:
         )
 
 
-def _check_fp8(model: ModelConfig, layout: ParallelConfig, stages: list[StageConfig]) -> None:
+def _check_fp8(model: ModelConfig, layout: ParallelConfig) -> None:
     if layout.tp > 1:
         raise UserError(f"precision=fp8 with parallel.tp={layout.tp}: fp8 is for tp=1, give precision=bf16")
-    sizes = [("model.n_embd", model.n_embd), ("model.n_ctx", model.n_ctx)]
-    sizes += [(f"data.stages: n_ctx at step {stage.step}", stage.n_ctx or 0) for stage in stages]
+    check_fp8_sizes([("model.n_embd", model.n_embd), ("model.n_ctx", model.n_ctx)])
+
+
+def check_fp8_sizes(sizes: list[tuple[str, int]]) -> None:
+    """Raises UserError for a size, by its name, that the sides of an fp8 product cannot have."""
     for name, size in sizes:
         if size % FP8_MULTIPLE:
             raise UserError(
