@@ -31,9 +31,9 @@ class Outcome:
     """The result of one step.
 
     `loss`: the objective, by its weights over its terms, each a mean over all ranks (nats per token for a language
-    model); NaN if nothing counts. `figures`: of several terms, each by its name in metrics. `grad_norm`: global, before clipping. `vote`: the sum of all ranks' votes; if
-    `vote.failed`, no weight has changed. `error`: why this rank had no batches. `part_norms`: of each trunk and head,
-    empty for a single trunk.
+    model); NaN if nothing counts. `figures`: of several terms, each by its name in metrics. `grad_norm`: global, before
+    clipping. `vote`: the sum of all ranks' votes; if `vote.failed`, no weight has changed. `error`: why this rank has
+    no batches. `part_norms`: of each trunk and head, empty for a single trunk.
     """
 
     loss: float

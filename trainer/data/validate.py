@@ -70,7 +70,10 @@ def _measured(objective: Objective, sets: Sequence[ValidationSet]) -> str:
 def _means_on(
     engine: Engine, batches: Iterator[tuple[AnyBatch, UserError | None]], on_progress: Callable[[], None]
 ) -> tuple[float, list[float]]:
-    """The loss on one set, and the mean of each term, NaN where nothing counts: every rank runs the same number of forwards and gets the same bits."""
+    """The loss on one set, and the mean of each term, NaN where nothing counts.
+
+    Every rank runs the same number of forwards and gets the same bits.
+    """
     mesh, objective = engine.mesh, engine.objective
     terms = len(objective.terms)
     unread = None

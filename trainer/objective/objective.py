@@ -45,6 +45,6 @@ def weighted_loss(objective: Objective, sums: Sequence[float], counts: Sequence[
 
 
 def figures(objective: Objective, means: Sequence[float]) -> dict[str, float]:
-    """The terms' means as metrics: `loss/NAME`, or NAME for one of weight 0; {} for a single term, which is the loss."""
+    """The means of several terms as metrics: `loss/NAME`, or NAME for one of weight 0; {} for a single term."""
     named = zip(objective.terms, objective.weights, means, strict=True)
     return {f"loss/{name}" if weight else name: x for name, weight, x in named} if len(objective.terms) > 1 else {}
