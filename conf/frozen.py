@@ -54,15 +54,18 @@ def freeze(cfg: Any) -> str:
     return yaml.dump(asdict(cfg), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)
 
 
-def thaw(path: Path, schema: type[T]) -> T:
-    """The config in a file that `freeze` wrote.
+def thaw(path: Path, schema: type[T], section: str | None = None) -> T:
+    """The config in a file that `freeze` wrote, or one section of it, which says nothing of the others.
 
     Raises:
         UserError: no such file, no YAML, too large, unknown keys, or values that the dataclass refuses.
         TransientError: the file cannot be read now.
     """
     try:
-        cfg = OmegaConf.merge(OmegaConf.structured(schema), _literals(peek(path)))
+        body = peek(path)
+        if section is not None and not isinstance(body := body.get(section), dict):
+            raise UserError(f"no section {section}")
+        cfg = OmegaConf.merge(OmegaConf.structured(schema), _literals(body))
         if missing := sorted(OmegaConf.missing_keys(cfg)):
             raise UserError(f"not given: {', '.join(missing)}")
         return cast(T, OmegaConf.to_object(cfg))

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from conf.errors import TransientError, UserError, of_nature
 from conf.frozen import literal, peek, thaw
-from trainer.config.pretrain import PretrainConfig
-from trainer.config.tracking import SyncConfig, TrackerName, check_tracking, tracking_uri
+from trainer.config.tracking import SyncConfig, TrackerName, TrackingConfig, check_tracking, tracking_uri
+from trainer.config.train import RunConfig
 from trainer.run.folder import RunFolder
 from trainer.run.heartbeat import read_heartbeats
 from trainer.run.redact import redact
@@ -41,7 +42,7 @@ def sync(cfg: SyncConfig) -> None:
         raise UserError(f"run_dir={cfg.run_dir}: the run is going on and sends its rows itself: let it, or wait for it")
     print(f"sends to {tracking_uri(frozen.tracking, folder.root)}", file=sys.stderr, flush=True)
     draw_curves(folder.root, frozen.run.name)
-    sender = Sender(frozen.tracking, frozen.run.name, asdict(frozen), folder)
+    sender = Sender(frozen.tracking, frozen.run.name, frozen.values, folder)
     if sender.state.sent.status == "RUNNING":  # its process has said nothing of its end
         sender.state.change(status=status_of(folder, frozen.max_steps))
     before = sender.waiting()
@@ -75,26 +76,37 @@ def sync_beside(folder: RunFolder) -> None:
         warn(f"{folder.root} was not sent to MLflow ({line.removeprefix('error: ')}): {' '.join(argv[1:])} does it")
 
 
-def config_of(folder: RunFolder, uri: str | None) -> PretrainConfig:
-    """The config that a run was started with, with MLflow as its tracker. Raises UserError if there is none."""
+class Frozen(NamedTuple):
+    """The config that a run of any kind was started with."""
+
+    tracking: TrackingConfig
+    run: RunConfig
+    max_steps: int
+    values: dict[str, Any]  # all of them
+
+
+def config_of(folder: RunFolder, uri: str | None) -> Frozen:
+    """The config of a run, with MLflow as its tracker. Raises UserError if there is none."""
     if not folder.metrics.is_file():
         raise UserError(f"run_dir={folder.root} holds no {folder.metrics.name}: give the run.dir of a run")
     try:
-        cfg = thaw(folder.config, PretrainConfig)
+        values = peek(folder.config)
+        tracking = thaw(folder.config, TrackingConfig, "tracking")
+        run, max_steps = thaw(folder.config, RunConfig, "run"), int(values["max_steps"])
     except OSError as e:
         raise of_nature(e, f"run_dir={folder.root}: its config cannot be read: {e}") from None
     except Exception as e:  # OmegaConf's many, for a file of another version or a damaged one
         raise UserError(f"{folder.config} is no config of this version ({cause(e)})") from None
-    owner, address = folder.config.stat().st_uid, redact(cfg.tracking.uri or "")
+    owner, address = folder.config.stat().st_uid, redact(tracking.uri or "")
     if uri is None and address and owner not in (os.getuid(), 0):
         raise UserError(
             f"run_dir={folder.root} is of another user ({owner}), and its config names {address}, which would get your "
             f"credentials: give uri={address} if you trust it, or another uri"
         )
-    cfg.tracking.name = TrackerName.mlflow
-    cfg.tracking.uri = uri or cfg.tracking.uri
-    check_tracking(cfg.tracking)
-    return cfg
+    tracking = replace(tracking, name=TrackerName.mlflow, uri=uri or tracking.uri)
+    check_tracking(tracking)
+    values["tracking"] = {**values["tracking"], "name": tracking.name.name, "uri": tracking.uri}
+    return Frozen(tracking, run, max_steps, values)
 
 
 def status_of(folder: RunFolder, max_steps: int) -> str:
