@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from conf.errors import UserError
 from conf.schema import run
+from data_pipeline.examples.examples_config import Template
+from data_pipeline.examples.templates import end_token, jinja
 from data_pipeline.manifest import TOKENIZER
 from trainer.checkpoint.find import find_checkpoint, model_of
 from trainer.config.hf import ExportHfConfig
@@ -70,21 +72,36 @@ def write(folder: Path, checkpoint: Path, cfg: ModelConfig, tokenizer: Tokenizer
     from trainer.hf.weights import hf_config, to_hf
 
     write_safetensors(folder / WEIGHTS, to_hf(dict(assemble(checkpoint)), cfg))
+    template = template_of(checkpoint)
+    own = tokenizer_config(cfg, tokenizer, template) if tokenizer is not None else {}
+    end = tokenizer.special_ids.get(own.get("eos_token", "")) if tokenizer is not None else None
     text = {CONFIG: _json({**hf_config(cfg, tokenizer.eot_id if tokenizer else None), "dtype": "float32"})}
+    if end is not None:
+        text[CONFIG] = _json({**json.loads(text[CONFIG]), "eos_token_id": end})
     if tokenizer is not None:
-        text |= {TOKENIZER: tokenizer.raw, "tokenizer_config.json": _json(tokenizer_config(cfg, tokenizer))}
+        text |= {TOKENIZER: tokenizer.raw, "tokenizer_config.json": _json(own)}
     for name, body in text.items():
         write_file(folder / name, [body])
 
 
-def tokenizer_config(cfg: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Settings that make AutoTokenizer use tokenizer.json as it is: its class has no vocabulary of its own."""
+def template_of(checkpoint: Path) -> Template | None:
+    """The template of the conversations that a model was tuned on; None if it was not."""
+    name = RunFolder.state(checkpoint).get("data", {}).get("template")
+    return Template(name) if name in {template.value for template in Template} else None
+
+
+def tokenizer_config(cfg: ModelConfig, tokenizer: Tokenizer, template: Template | None = None) -> dict[str, Any]:
+    """Settings that make AutoTokenizer use tokenizer.json as it is: its class has no vocabulary of its own.
+
+    With a template transformers renders conversations as they were in tuning, and stops where an answer ends.
+    """
     special = {"eos_token": tokenizer.eot_id, "bos_token": tokenizer.eot_id, "unk_token": tokenizer.unk_id}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": cfg.n_ctx,
         "clean_up_tokenization_spaces": False,
         **{name: tokenizer.token(i) for name, i in special.items() if i is not None},
+        **({"eos_token": end_token(template), "chat_template": jinja(template)} if template else {}),
     }
 
 

@@ -62,6 +62,26 @@ _MARKS = {
 }
 
 
+def jinja(template: Template) -> str:
+    """The template in the language of transformers' `chat_template`, for texts that spell no special token.
+
+    A text that does becomes the token there, for transformers renders one text and encodes it; our `Renderer` does not.
+    """
+    marks = _MARKS[template]
+    parts = [f"{{{{ {EOT!r} }}}}{{% for message in messages %}}"]
+    for role in (SYSTEM, USER, ASSISTANT):
+        before, after = marks.before.get(role, ""), marks.after.get(role, "")
+        turn = f"{before!r} + message['content'] + {after!r}"
+        parts.append(f"{{% if message['role'] == {role!r} %}}{{{{ {turn} }}}}{{% endif %}}")
+    opening = marks.before.get(ASSISTANT, "").removesuffix(" ")
+    return "".join([*parts, f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {opening!r} }}}}{{% endif %}}"])
+
+
+def end_token(template: Template) -> str:
+    """The special token that ends an answer."""
+    return _MARKS[template].after[ASSISTANT]
+
+
 class Marked:
     """A tokenizer with special tokens that are put between texts; no text becomes one of them.
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from data_pipeline.examples.examples_config import Template
+from data_pipeline.examples.forms import USER, Turn
 from data_pipeline.examples.templates import Renderer
 from data_pipeline.manifest import TOKENIZER
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from tests.helpers.prose_base import prose_base
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import free_port, rank_env, run_ranks, start_module
 from tests.helpers.seeds import seeded
-from tests.system.runs import kill_at, letters, make_data, pretrain
+from tests.system.runs import finish, kill_at, letters, make_data, pretrain
 from tests.system.test_resume import story, weights
 from tests.system.tunings import TASKS, conversation, instructions, json_lines, refusal, start, tune, words
 from trainer.checkpoint.find import find_checkpoint
@@ -114,6 +115,39 @@ def test_the_loss_is_that_of_each_conversation_alone(base: Path, tmp_path: Path)
     assert RunFolder.state(latest)["data"]["template"] == "roles"
     special = Tokenizer.load(latest / TOKENIZER).special_ids
     assert special["<|assistant_end|>"] == 262 and special["<|endoftext|>"] == 256
+
+
+def chat_in_transformers(exported: str, turns: list[str], new_tokens: int) -> list[list[int]]:
+    """On a rank: the ids of a prompt by transformers' chat template, and its greedy answer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(exported), AutoModelForCausalLM.from_pretrained(exported)
+    messages = conversation(*turns)["messages"]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+    new = model.generate(**ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    told: list[int] = new[0, ids["input_ids"].shape[1] :].tolist()
+    return [ids["input_ids"][0].tolist(), told]
+
+
+@pytest.mark.slow
+def test_transformers_answers_as_our_model_does(base: Path, tmp_path: Path) -> None:
+    """The exported folder has the chat template, and ends where our answers end."""
+    examples = json_lines(tmp_path / "a.jsonl", [conversation("ab", "c.")] * 4)
+    common = (f"init_from={base}", f"examples.path={examples}", "max_steps=60", "epochs=0", *SMALL)
+    tune("sft", tmp_path / "run", *common, "optim.lr=1e-2")
+    values = [str(tmp_path / "run"), str(tmp_path / "out")]
+    argv = [f"checkpoint={values[0]}", f"out={values[1]}"]
+    [(code, err)] = finish([start_module("trainer.export_hf", argv, rank_env(0, 1, free_port()))])
+    assert code == 0, err
+    asked = run_ranks(1, "tests.system.test_sft:chat_in_transformers", exported=values[1], turns=["ab"], new_tokens=6)
+    [[prompt, told]] = asked
+    renderer = Renderer(Template.roles, Tokenizer.load(find_checkpoint(values[0]) / TOKENIZER))
+    [ours] = renderer.encode([renderer.prompt([Turn(USER, "ab")])])
+    assert prompt == ours.ids.tolist()
+    assert renderer.tokenizer.decode(told) == "c.<|assistant_end|>"
+    [answer] = run_ranks(1, "tests.system.tunings:answers", run=values[0], asked=["ab"])
+    assert answer == ["c."]
 
 
 @pytest.mark.slow
