@@ -298,7 +298,7 @@ def test_a_slow_full_or_lossy_server_costs_no_number(tmp_path: Path) -> None:
     server = start_server(tmp_path, port)
     try:
         faulty = Faulty(port)
-        training = start_training(root, 0, None, pause_s=0.01, uri=faulty.uri)
+        training = start_training(root, 0, None, pause_s=0.01, uri=faulty.uri, close_s=30)  # all is sent, also slowly
         wait_for(lambda: offset(root) > 5_000)
         for mode in ("500", "507", "lost"):
             faulty.mode = mode

@@ -77,7 +77,8 @@ def ended(processes: list[Process]) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_report_does_not_depend_on_layout_or_batch(tmp_path: Path) -> None:
-    """Data-parallel, tensor-parallel, alone; batches of 1, 8, 32: each figure within 1e-6 of the others."""
+    """Data-parallel, tensor-parallel, alone; batches of 1, 8, 32: each figure within 1e-6 of the others, a perplexity
+    within 1e-5: it is the exponential of some ten nats."""
     _, checkpoint = random_checkpoint(tmp_path, 96, seeded())
     tasks = ",".join(described(tmp_path))
     common = [f"checkpoint={checkpoint}", f"tasks=[{tasks}]", f"task_data={tmp_path}", "json=true"]
@@ -90,7 +91,8 @@ def test_a_report_does_not_depend_on_layout_or_batch(tmp_path: Path) -> None:
         for name, figures in report["results"].items():
             for metric, value in figures.items():
                 expected = one[name][metric]
-                close = pytest.approx(expected, rel=1e-6) if isinstance(value, float) else expected
+                near = 1e-5 if metric.startswith("ppl") else 1e-6
+                close = pytest.approx(expected, rel=near) if isinstance(value, float) else expected
                 assert value == close, (name, metric)
 
 

@@ -37,7 +37,7 @@ def test_the_harness_own_command_scores_our_checkpoint(tmp_path: Path) -> None:
         "validation_split": "validation",
         "output_type": "multiple_choice",
         "doc_to_text": "{{goal}}",
-        "doc_to_choice": ["{{sol1}}", "{{sol2}}"],
+        "doc_to_choice": "{{[sol1, sol2]}}",
         "doc_to_target": "label",
         "metric_list": [{"metric": "acc"}],
     }
