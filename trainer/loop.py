@@ -148,7 +148,7 @@ class Trainer(Start):
             self.speed.start()
 
     def _finish(self) -> None:
-        """What the task does to the weights once more, before the last save."""
+        """Let the task change the weights once more, before the last save."""
         with self.progress.phase(VALIDATE):
             row = self.task.finish(self.parts.engine, self.progress.touch)
             if row and self.tracker is not None:

@@ -59,7 +59,7 @@ def all_ids(item: Preference) -> np.ndarray:
 
 
 def demonstrated(checked: CheckedReward) -> tuple[Sequence[Preference], list[str]]:
-    """What is to score 0 in the mean, as answers that are compared with nothing, and lines on it.
+    """The answers that are to score 0 in the mean, compared with nothing, and lines on them.
 
     Raises:
         UserError: the files of demonstrations cannot be read, or hold none.
