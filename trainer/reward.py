@@ -113,9 +113,10 @@ def ranking(checked: CheckedReward, demonstrations: Sequence[Preference]) -> Tas
         )
 
     def finish(engine: Engine, on_progress: Callable[[], None]) -> Mapping[str, float]:
-        both = (demonstrations, checked.held_out or checked.train)
-        scored = (Scored(len(some), comparisons(some, n_ctx, width)) for some in both)
-        return set_zero_bias(engine, *scored, size, on_progress)
+        some = checked.held_out or checked.train
+        shown = Scored(len(demonstrations), comparisons(demonstrations, n_ctx, width))
+        answers = Scored(len(some), comparisons(some, n_ctx, width))
+        return set_zero_bias(engine, shown, answers, size, on_progress)
 
     return Task(
         Ranking(),

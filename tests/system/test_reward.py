@@ -144,8 +144,9 @@ def sides(words: list[str]) -> list[list[list[int]]]:
     from trainer.config.reward import RewardConfig
 
     kept: list[Any] = []
-    reward.run_task = lambda cfg, world, work, make_task, lines: kept.append(make_task)  # type: ignore[assignment]
-    reward.ranking = lambda checked, demonstrations: checked  # type: ignore[assignment]
+    fake: Any = reward
+    fake.run_task = lambda cfg, world, work, make_task, lines: kept.append(make_task)
+    fake.ranking = lambda checked, demonstrations: checked
     reward.reward(load(RewardConfig, words))
     checked = kept[0]()
     return [[item.prompt.tolist() for item in some] for some in (checked.train, checked.held_out)]

@@ -30,9 +30,9 @@ def comparisons(preferences: Sequence[Preference], n_ctx: int, multiple: int = M
         for row, ids in zip(tokens, texts, strict=True):
             row[: len(ids)] = ids
         ends = np.array([len(ids) - 1 for ids in texts], np.int64)
-        pairs, weights = _pairs(some)
+        pairs, weights = map(torch.from_numpy, _pairs(some))
         numbered = torch.tensor(numbers, dtype=torch.int64)
-        return Comparisons(*map(torch.from_numpy, (tokens, ends)), numbered, *map(torch.from_numpy, (pairs, weights)))
+        return Comparisons(torch.from_numpy(tokens), torch.from_numpy(ends), numbered, pairs, weights)
 
     return collate
 

@@ -62,7 +62,7 @@ def plain_torch(cfg: Any, mesh: Mesh, seed: int) -> list[tuple[float, float]]:
     for step in range(STEPS):
         batch = batch_of(examples(seed, step), [[i] for i in range(PROMPTS)])
         loss = OBJECTIVE.sums(module, batch)[0] / PROMPTS
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), cfg.optim.grad_clip)
         for group in adam.param_groups:
             group["lr"] = run.lr(step)

@@ -36,7 +36,7 @@ class Flipped(Ranking):
 def preferences(seed: int, n: int) -> list[Preference]:
     out = []
     for record in vowel_records(np.random.default_rng(seed), n):
-        prompt, *answers = ([*text.encode()] for text in (record["prompt"], *record["responses"]))  # type: ignore[misc, attr-defined]
+        prompt, *answers = ([*text.encode()] for text in (record["prompt"], *record["responses"]))  # type: ignore[misc]
         ranks = np.array(record["ranks"], np.int32) - 1
         ends = tuple(np.array([*answer, 0], np.int32) for answer in answers)
         out.append(Preference(np.array(prompt, np.int32), ends, ranks))

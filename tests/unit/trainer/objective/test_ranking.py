@@ -49,7 +49,7 @@ def figures(module: WithHead, batch: Comparisons) -> tuple[list[float], list[flo
 
 def gradients(module: WithHead, loss: Tensor) -> dict[str, Tensor]:
     module.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
