@@ -74,6 +74,7 @@ def story(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
     return [(row.step, {k: v for k, v in row.metrics.items() if k.startswith(EXACT)}) for row in rows]
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_the_whole_run_to_its_zero_bias(files: Path, tmp_path: Path) -> None:
     train(argv(files, tmp_path / "whole"))
     killed = tmp_path / "killed"
