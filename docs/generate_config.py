@@ -27,6 +27,7 @@ from trainer.config.hf import ExportHfConfig, ImportHfConfig
 from trainer.config.inference import EvaluateConfig, GenerateConfig
 from trainer.config.node_check import NodeCheckConfig
 from trainer.config.pretrain import PretrainConfig
+from trainer.config.reward import RewardConfig
 from trainer.config.tracking import SyncConfig
 from trainer.config.tuning import SftConfig
 
@@ -44,6 +45,7 @@ SCHEMAS = (
     PreviewConfig,
     PretrainConfig,
     SftConfig,
+    RewardConfig,
     GenerateConfig,
     EvaluateConfig,
     ImportHfConfig,

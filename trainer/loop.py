@@ -64,6 +64,8 @@ class Trainer(Start):
                 last |= self.ends.why is not None
                 if (scores := self.task.scores) is not None and (last or due(self.step, scores.every)):
                     self._score(scores, outcome.loss)
+                if last:
+                    self._finish()
                 if last or self.save_due or self._is_best():
                     self._save(last)
             if not last:
@@ -144,6 +146,15 @@ class Trainer(Start):
                 self.tracker.log(self.step, row)
                 print(f"step {self.step}/{self.cfg.max_steps}  {line}", flush=True)
             self.speed.start()
+
+    def _finish(self) -> None:
+        """Let the task change the weights once more, before the last save."""
+        with self.progress.phase(VALIDATE):
+            row = self.task.finish(self.parts.engine, self.progress.touch)
+            if row and self.tracker is not None:
+                self.tracker.log(self.step, row)
+                found = "".join(f"  {name} {x:.4f}" for name, x in row.items())
+                print(f"step {self.step}/{self.cfg.max_steps}{found}", flush=True)
 
     def _is_best(self) -> bool:
         """Return True if the best checkpoint is kept and this validation is better than all before."""

@@ -72,6 +72,10 @@ class Scores(Protocol):
         """Metrics by name, and a line of them. Collective. `loss`: the newest; `on_progress` is called now and then."""
 
 
+Finish = Callable[[Engine, Callable[[], None]], Mapping[str, float]]
+"""Changes weights and returns metrics by name. Collective. Its second argument is to be called now and then."""
+
+
 @dataclass(frozen=True)
 class Task:
     """The kind of a run, of which the trainer knows no more: what is minimised, and from which data.
@@ -90,7 +94,7 @@ class Task:
     eot_id: int | None = None  # the end-of-text token
     samples: Samples | None = None  # to draw at validations
     scores: Scores | None = None  # to find each `scores.every` steps, and at the end
-    finish: Callable[[Engine], None] = lambda _: None  # what changes the weights once more, before the last save
+    finish: Finish = lambda *_: {}  # what changes the weights once more, before the last save
 
 
 class Parts(NamedTuple):

@@ -76,7 +76,7 @@ class ExampleFeed:
         share = self._order.rows_per_step // self._mesh.dp
         first = self.position(self._step) + self._mesh.dp_rank * share
         rows = [self._order.members(position) for position in range(first, first + share)]
-        batches = [self._batch(self._collate, part) for part in _parts(rows, self._micro_batch_size)]
+        batches = [_pinned(self._collate(part), self._mesh) for part in _parts(rows, self._micro_batch_size)]
         self._crc32 = 0
         for batch in batches:
             if (tokens := batch[0]) is not None:
@@ -105,7 +105,9 @@ class ExampleFeed:
     def validation(self, step: int) -> Sequence[ValidationSet]:
         if self._held_out is None:
             return []
-        return [ValidationSet("held_out", 1.0, self._validation(self._held_out), self._held_out.measures)]
+        rows, collate, measures = self._held_out
+        batches = shares(rows, collate, self._mesh, self._micro_batch_size)
+        return [ValidationSet("held_out", 1.0, ((batch, None) for batch in batches), measures)]
 
     def retire(self, error: UserError | None) -> list[str]:
         raise error or UserError("another rank has no examples and says why")
@@ -125,22 +127,13 @@ class ExampleFeed:
     def close(self) -> None:
         """Nothing is open."""
 
-    def _validation(self, held_out: HeldOut) -> Iterator[tuple[AnyBatch, UserError | None]]:
-        """This rank's batches, as many on each: what is missing are rows without an example."""
-        mesh, size = self._mesh, self._micro_batch_size
-        at_once = mesh.dp * size
-        for start in range(0, len(held_out.rows), at_once):
-            first = start + mesh.dp_rank * size
-            rows = list(held_out.rows[first : first + size])
-            yield self._batch(held_out.collate, [*rows, *([[]] * (size - len(rows)))]), None
 
-    def _batch(self, collate: Collate, rows: Rows) -> AnyBatch:
-        batch = collate(rows)
-        if self._mesh.device.type != "cuda":
-            return batch
-        kind: Any = type(batch)
-        pinned: AnyBatch = kind(*(t if t is None else t.pin_memory() for t in batch))
-        return pinned
+def shares(rows: Rows, collate: Collate, mesh: Mesh, size: int) -> Iterator[AnyBatch]:
+    """This rank's micro batches of `rows`, as many on each: what is missing are rows without an example."""
+    for start in range(0, len(rows), mesh.dp * size):
+        first = start + mesh.dp_rank * size
+        own = list(rows[first : first + size])
+        yield _pinned(collate([*own, *([[]] * (size - len(own)))]), mesh)
 
 
 def check_same(about: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -151,6 +144,14 @@ def check_same(about: Mapping[str, Any], state: Mapping[str, Any]) -> None:
                 f"the checkpoint's run has {key} {state[key]}, and this start {value}: give the old examples and "
                 "settings, or another run.name"
             )
+
+
+def _pinned(batch: AnyBatch, mesh: Mesh) -> AnyBatch:
+    if mesh.device.type != "cuda":
+        return batch
+    kind: Any = type(batch)
+    pinned: AnyBatch = kind(*(t if t is None else t.pin_memory() for t in batch))
+    return pinned
 
 
 def _parts(rows: Rows, size: int) -> Iterator[Rows]:

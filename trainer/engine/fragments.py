@@ -101,6 +101,18 @@ def owned(module: nn.Module, adam: torch.optim.Optimizer) -> Iterator[Fragment]:
             yield Fragment(partition.name, partition.start, partition.length, views)
 
 
+@torch.no_grad()
+def assign(module: nn.Module, adam: torch.optim.Optimizer, name: str, value: float) -> None:
+    """Give all elements of a parameter one value, in its masters and in the weights computed with. On every rank."""
+    for fragment in owned(module, adam):
+        if fragment.name == name:
+            fragment.views["master"].fill_(value)
+    p: Any = module.get_parameter(name)
+    p.data.fill_(value)  # under ZeRO-3 empty, unless the parameter is small enough to be kept whole
+    if hasattr(p, "ds_id"):
+        p.ds_tensor.fill_(value)
+
+
 def _flats(zero: Any, adam: torch.optim.Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
     """The fp32 tensors that are updated and the group of each: ZeRO-3 keeps them outside of the parameter groups."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):

@@ -42,13 +42,14 @@ class Head(nn.Module):
     ) -> Tensor:
         """Scores [T, B, K] in fp32, of all T also where `x_TBC` is this rank's part.
 
-        With `at_B` the scores of `merge(x_BC)`, x_BC the states of one token of each row.
+        With `at_B` the scores of `merge(x_BC)`, x_BC the states of one token of each row. Products are in fp32 too: a
+        bf16 score of 5 would be right to 0.02, which is as much as two answers may differ by.
         """
         if self.sequence_parallel:
             x_TBC = gather_sequence(x_TBC, self.mesh)
         if at_B is not None:
             x_TBC = merge(x_TBC[at_B, torch.arange(len(at_B), device=at_B.device)])
-        return F.linear(x_TBC, self.weight, self.bias).float()
+        return F.linear(x_TBC.float(), self.weight.float(), self.bias.float())
 
     def specs(self) -> dict[str, ParamSpec]:
         """Every parameter by name."""

@@ -1,0 +1,167 @@
+"""Whole runs of `python -m trainer.reward`: one that is killed, the bias that it ends with, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.ranked import vowel_records, write_records
+from tests.helpers.ranks import Process, free_port, rank_env, run_ranks, start_module
+from tests.system.runs import finish, kill_at, letters, make_data, pretrain
+from tests.system.test_resume import weights
+from trainer.checkpoint.files import SavedWeights
+from trainer.run.folder import RunFolder
+from trainer.run.journal import read_journal
+
+STEPS = 8
+EXACT = ("train/", "val/", "optim/", "data/", "reward/")
+TINY = (
+    "model=test",
+    "model.n_ctx=32",
+    "model.dropout=0.1",
+    "batch_size=8",
+    "micro_batch_size=2",
+    "precision=fp32",
+    "tracking=none",
+    "held_out.fraction=0.2",
+    "held_out.every=5",
+    "checkpoint.every_steps=3",
+    "optim.lr=1e-3",
+    "epochs=0",
+    f"max_steps={STEPS}",
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base to start from, comparisons and demonstrations."""
+    root = tmp_path_factory.mktemp("reward")
+    data = letters(make_data(root / "data", vocab_size=257))
+    pretrain(root / "base", f"data.path={data}", "max_steps=1", "model.vocab_size=257", "model.n_ctx=32")
+    records = vowel_records(np.random.default_rng(5), 90)
+    write_records(root / "ranks.jsonl", records)
+    turns = [[{"role": "user", "content": "ab"}, {"role": "assistant", "content": "aeiou" * n}] for n in (1, 2, 3)]
+    write_records(root / "shown.jsonl", [{"messages": messages} for messages in turns])
+    return root
+
+
+def argv(files: Path, run_dir: Path, *overrides: str) -> list[str]:
+    given = (f"run.dir={run_dir}", f"init_from={files / 'base'}", f"examples.path={files / 'ranks.jsonl'}")
+    return [*TINY, *given, "model.vocab_size=257", *overrides]
+
+
+def start(words: list[str], ranks: int = 2) -> list[Process]:
+    port = free_port()
+    return [start_module("trainer.reward", words, rank_env(rank, ranks, port)) for rank in range(ranks)]
+
+
+def train(words: list[str], ranks: int = 2) -> None:
+    ended = finish(start(words, ranks))
+    assert all(code == 0 for code, _ in ended), "\n".join(err[-3000:] for _, err in ended)
+
+
+def story(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
+    """What must be equal, of every step."""
+    rows = read_journal(run_dir / "metrics.jsonl")
+    return [(row.step, {k: v for k, v in row.metrics.items() if k.startswith(EXACT)}) for row in rows]
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_the_whole_run_to_its_zero_bias(files: Path, tmp_path: Path) -> None:
+    train(argv(files, tmp_path / "whole"))
+    killed = tmp_path / "killed"
+    assert kill_at(start(argv(files, killed)), killed / "metrics.jsonl", 5, 1) < STEPS
+    train(argv(files, killed))
+    assert story(killed) == story(tmp_path / "whole") and len(story(killed)) == STEPS
+    assert weights(killed) == weights(tmp_path / "whole")
+    last = story(killed)[-1][1]
+    names = {"ranking", "accuracy", "score", "score_square"}
+    assert {"train/loss/ranking", *(f"train/{name}" for name in names - {"ranking"})} <= last.keys()
+    assert {"val/accuracy", "reward/zero_bias", "reward/score_mean", "reward/score_std"} <= last.keys()
+    latest = RunFolder(killed).latest()
+    assert latest is not None
+    bias = float(SavedWeights(latest)["head.bias"])
+    assert bias == pytest.approx(last["reward/zero_bias"], rel=1e-6)
+    before = story(killed)
+    train(argv(files, killed))  # what is over is not finished again
+    assert story(killed) == before
+
+
+def mean_of_shown(words: list[str]) -> dict[str, Any]:
+    """On a rank: a run's printed lines and the mean score of its demonstrations by its last weights."""
+    from trainer.tuning import zero_bias
+
+    found: list[float] = []
+    own = zero_bias.set_zero_bias
+
+    def again(engine: Any, demonstrations: Any, answers: Any, size: int, on_progress: Any) -> dict[str, float]:
+        figures = own(engine, demonstrations, answers, size, on_progress)
+        found.append(own(engine, demonstrations, demonstrations, size, on_progress)["reward/score_mean"])
+        found.append(demonstrations.number)
+        return figures
+
+    zero_bias.set_zero_bias = again
+    sys.argv = ["trainer.reward", *words]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_module("trainer.reward", run_name="__main__", alter_sys=True)
+    return {"lines": out.getvalue().splitlines(), "mean": found[0], "number": found[1]}
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_demonstrations_are_given_or_the_best_answers(shown: bool, files: Path, tmp_path: Path) -> None:
+    """A line at the start tells what lengths alone would reach, and one at the end the bias and the spread."""
+    words = argv(files, tmp_path / "run", "max_steps=2", "held_out.every=0")
+    words += [f"demonstrations={files / 'shown.jsonl'}"] if shown else []
+    [got] = run_ranks(1, "tests.system.test_reward:mean_of_shown", words=words)
+    assert abs(got["mean"]) < 1e-5
+    assert (got["number"] == 3) is shown and got["number"] > 2
+    assert any("the longer answer is the better one in" in line and "held-out pairs" in line for line in got["lines"])
+    assert any(line.startswith("step 2/2  reward/zero_bias ") and "score_std" in line for line in got["lines"])
+    assert any(line.startswith("demonstrations: examples: 3 of 3") for line in got["lines"]) is shown
+
+
+def test_equal_prompts_are_held_out_together(files: Path, tmp_path: Path) -> None:
+    """Each prompt stands in five comparisons, and is on one side."""
+    records = [json.loads(line) for line in (files / "ranks.jsonl").read_text().splitlines()]
+    five = [record | {"prompt": records[n // 5]["prompt"]} for n, record in enumerate(records)]
+    path = write_records(tmp_path / "five.jsonl", five)
+    words = argv(files, tmp_path / "run", f"examples.path={path}", "held_out.every=0", "held_out.fraction=0.5")
+    [(train_prompts, held_out)] = run_ranks(1, "tests.system.test_reward:sides", words=words)
+    assert train_prompts and held_out and not set(map(tuple, train_prompts)) & set(map(tuple, held_out))
+
+
+def sides(words: list[str]) -> list[list[list[int]]]:
+    """On a rank: the prompts of the comparisons to train on, and of those held out."""
+    from conf.schema import load
+    from trainer import reward
+    from trainer.config.reward import RewardConfig
+
+    kept: list[Any] = []
+    fake: Any = reward
+    fake.run_task = lambda cfg, world, work, make_task, lines: kept.append(make_task)
+    fake.ranking = lambda checked, demonstrations: checked
+    reward.reward(load(RewardConfig, words))
+    checked = kept[0]()
+    return [[item.prompt.tolist() for item in some] for some in (checked.train, checked.held_out)]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("compile=auto", "compile=auto: each number of answers"),
+        ("demonstrations=/nowhere", "/nowhere"),
+        ("examples.path={files}/shown.jsonl", "holds no comparisons"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_starts(override: str, line: str, files: Path, tmp_path: Path) -> None:
+    [(code, err)] = finish(start(argv(files, tmp_path / "run", override.format(files=files)), ranks=1))
+    assert code == 2 and line in err, err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
