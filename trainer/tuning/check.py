@@ -39,11 +39,13 @@ class Reader(Generic[T, R]):
     read: the examples of files, by a tokenizer, of at most n_ctx tokens.
     ids: all token ids of an example, by which equal ones are known.
     length: tokens that one takes of a row that several share; None: each makes a row.
+    side: ids that decide whether an example is held out, the same of those that belong together; None: all of them.
     """
 
     read: Callable[[Path | str, Tokenizer, int], Examples[T, R]]
     ids: Callable[[T], np.ndarray]
     length: Callable[[T], int] | None = None
+    side: Callable[[T], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,9 @@ def split(
         theirs = reader.read(held_out.path, tokenizer, cfg.model.n_ctx)
         return found.items, theirs.items, [*lines, *(f"held out: {line}" for line in theirs.summary())]
     sides: tuple[list[T], list[T]] = ([], [])
+    side = reader.side or reader.ids
     for item in found.items:
-        sides[_share(reader.ids(item)) < held_out.fraction].append(item)
+        sides[_share(side(item)) < held_out.fraction].append(item)
     if not sides[0] or (held_out.fraction and not sides[1]):
         raise UserError(
             f"held_out.fraction={held_out.fraction} leaves {len(sides[0])} examples to train on and {len(sides[1])} to "
