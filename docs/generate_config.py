@@ -23,6 +23,7 @@ from data_pipeline.shards.shards_config import (
     VerifyConfig,
 )
 from launch.config import CompareConfig, DoctorConfig, PlanConfig, StatusConfig, SubmitConfig, SuperviseConfig
+from trainer.config.dpo import DpoConfig
 from trainer.config.hf import ExportHfConfig, ImportHfConfig
 from trainer.config.inference import EvaluateConfig, GenerateConfig
 from trainer.config.node_check import NodeCheckConfig
@@ -46,6 +47,7 @@ SCHEMAS = (
     PretrainConfig,
     SftConfig,
     RewardConfig,
+    DpoConfig,
     GenerateConfig,
     EvaluateConfig,
     ImportHfConfig,

@@ -42,6 +42,7 @@ NEEDED = {
     "pretrain": ["data.path=data", "max_steps=10"],
     "sft": ["init_from=runs/a", "examples.path=a.jsonl"],
     "reward": ["init_from=runs/a", "examples.path=a.jsonl"],
+    "dpo": ["init_from=runs/a", "examples.path=a.jsonl"],
     "plan": ["data.tokens=1_000_000"],
     "supervise": ["run.dir=runs/a"],
     "submit": [],
