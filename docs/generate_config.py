@@ -23,6 +23,7 @@ from data_pipeline.shards.shards_config import (
     VerifyConfig,
 )
 from launch.config import CompareConfig, DoctorConfig, PlanConfig, StatusConfig, SubmitConfig, SuperviseConfig
+from trainer.config.finetune import FinetuneConfig
 from trainer.config.hf import ExportHfConfig, ImportHfConfig
 from trainer.config.inference import EvaluateConfig, GenerateConfig
 from trainer.config.node_check import NodeCheckConfig
@@ -44,6 +45,7 @@ SCHEMAS = (
     PreviewConfig,
     PretrainConfig,
     SftConfig,
+    FinetuneConfig,
     GenerateConfig,
     EvaluateConfig,
     ImportHfConfig,

@@ -41,6 +41,7 @@ NEEDED = {
     "preview": ["path=a.jsonl", "tokenizer=gpt2"],
     "pretrain": ["data.path=data", "max_steps=10"],
     "sft": ["init_from=runs/a", "examples.path=a.jsonl"],
+    "finetune": ["init_from=runs/a", "examples.path=a.tsv", "examples.task=similarity", "examples.texts=[a,b]"],
     "plan": ["data.tokens=1_000_000"],
     "supervise": ["run.dir=runs/a"],
     "submit": [],
