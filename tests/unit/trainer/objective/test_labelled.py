@@ -182,3 +182,30 @@ def test_a_row_has_next_tokens_as_labels_and_pads_behind() -> None:
     assert (batch.ends.tolist(), batch.owner.tolist()) == ([2, 2, 3, 0, 0, 3, 2], [0, 0, 0, 1, 1, 2, 2])
     assert batch.target[[0, 2]].tolist() == [2.0, 1.0] and batch.target[1].isnan()
     assert [row_tokens(n, 96) for n in (1, 64, 65, 96)] == [64, 64, 96, 96]
+
+
+@pytest.mark.parametrize("broken", ["not", "labels shuffled", "sign flipped"])
+def test_a_planted_task_is_learnt_unless_the_loss_is_broken(broken: str, mesh: Mesh) -> None:
+    """The class is that of the marks among random ids."""
+    module, examples, rng = prepared(mesh, Task.classification, 240)
+    for example in examples:
+        [ids] = example.sequences
+        ids[rng.sample(range(1, len(ids) - 1), len(ids) // 3)] = 10 + int(example.label)
+    labels = [example.label for example in examples]
+    if broken == "labels shuffled":
+        rng.shuffle(labels)
+    train = [example._replace(label=label) for example, label in zip(examples[:200], labels, strict=False)]
+    objective, collate = LabelledTask(Task.classification, 0.5, 0.1), labelled(train, CFG.n_ctx)
+    adam = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    for step in range(40):
+        batch: Any = collate([[i % 200] for i in range(step * 16, step * 16 + 16)])
+        means = module.train()(objective.sums, batch) / torch.tensor(objective.counts(batch))
+        loss = (means * torch.tensor(objective.weights)).sum() * (-1 if broken == "sign flipped" else 1)
+        module.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        adam.step()
+    held_out = whole(examples[200:])
+    found = module.eval()(objective.predictions, held_out)
+    accuracy = float((found == held_out.target).float().mean())
+    assert accuracy >= 0.9 if broken == "not" else accuracy <= 0.7, accuracy
