@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,20 @@ def named(objective: LabelledTask, module: WithHead, batch: LabelledBatch) -> di
     return dict(zip(objective.terms, module(objective.sums, batch), strict=True))
 
 
-def prepared(mesh: Mesh, task: Task, n: int = 5) -> tuple[WithHead, list[Labelled], random.Random]:
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def prepared(mesh: Mesh, task: Task, n: int = 5, longest: int = 60) -> tuple[WithHead, list[Labelled], random.Random]:
     seed = seeded()
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    return model(mesh, task, seed), random_examples(task, rng, n, CFG.vocab_size, 60), rng
+    return model(mesh, task, seed), random_examples(task, rng, n, CFG.vocab_size, longest), rng
 
 
 @TASKS
@@ -187,7 +197,7 @@ def test_a_row_has_next_tokens_as_labels_and_pads_behind() -> None:
 @pytest.mark.parametrize("broken", ["not", "labels shuffled", "sign flipped"])
 def test_a_planted_task_is_learnt_unless_the_loss_is_broken(broken: str, mesh: Mesh) -> None:
     """The class is that of the marks among random ids."""
-    module, examples, rng = prepared(mesh, Task.classification, 240)
+    module, examples, rng = prepared(mesh, Task.classification, 240, 16)
     for example in examples:
         [ids] = example.sequences
         ids[rng.sample(range(1, len(ids) - 1), len(ids) // 3)] = 10 + int(example.label)
@@ -195,7 +205,7 @@ def test_a_planted_task_is_learnt_unless_the_loss_is_broken(broken: str, mesh: M
     if broken == "labels shuffled":
         rng.shuffle(labels)
     train = [example._replace(label=label) for example, label in zip(examples[:200], labels, strict=False)]
-    objective, collate = LabelledTask(Task.classification, 0.5, 0.1), labelled(train, CFG.n_ctx)
+    objective, collate = LabelledTask(Task.classification, 0.5, 0.1), labelled(train, CFG.n_ctx, 16)
     adam = torch.optim.AdamW(module.parameters(), lr=3e-3)
     for step in range(40):
         batch: Any = collate([[i % 200] for i in range(step * 16, step * 16 + 16)])
@@ -205,7 +215,7 @@ def test_a_planted_task_is_learnt_unless_the_loss_is_broken(broken: str, mesh: M
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         adam.step()
-    held_out = whole(examples[200:])
+    held_out = whole(examples[200:], 16)
     found = module.eval()(objective.predictions, held_out)
     accuracy = float((found == held_out.target).float().mean())
     assert accuracy >= 0.9 if broken == "not" else accuracy <= 0.7, accuracy
