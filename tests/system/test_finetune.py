@@ -82,11 +82,11 @@ def test_a_planted_task_is_learnt_and_scored(base: Path, tmp_path: Path) -> None
     finetune(run, f"init_from={base}", examples, "max_steps=40", "batch_size=16", "micro_batch_size=16")
     rows = read_journal(run / "metrics.jsonl")
     last = rows[-1].metrics
-    assert {"train/label", "train/lm", "train/acc", "data/epoch"} <= rows[0].metrics.keys()
+    assert {"train/loss/label", "train/loss/lm", "train/acc", "data/epoch"} <= rows[0].metrics.keys()
     assert last["task/held_out/acc"] == last["val/acc"] >= 0.9
     assert last["task/held_out/matthews"] >= 0.75 and last["task/held_out/n"] > 25
     assert rows[0].metrics["train/loss"] == pytest.approx(
-        rows[0].metrics["train/label"] + 0.5 * rows[0].metrics["train/lm"], rel=1e-5
+        rows[0].metrics["train/loss/label"] + 0.5 * rows[0].metrics["train/loss/lm"], rel=1e-5
     )
     assert (run / "plots/confusion.png").read_bytes().startswith(b"\x89PNG")
     latest = RunFolder(run).latest()

@@ -54,6 +54,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def differing(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """The gradients that are not equal, each with its largest difference as a share of its largest element.
+
+    Where all elements are rounding, such as those of the bias of a choice's head, they count as a part of the whole.
+    """
+    least = 0.05 * max(float(grad.abs().max()) for grad in theirs.values())
+    errors = {n: float((ours[n] - x).abs().max()) / max(float(x.abs().max()), least) for n, x in theirs.items()}
+    return {name: error for name, error in errors.items() if not error <= 2e-5}
+
+
 def prepared(mesh: Mesh, task: Task, n: int = 5, longest: int = 60) -> tuple[WithHead, list[Labelled], random.Random]:
     seed = seeded()
     rng = random.Random(seed)
@@ -78,8 +88,7 @@ def test_terms_and_gradient_are_those_of_plain_torch(task: Task, mesh: Mesh) -> 
         assert task is Task.similarity or got["acc"].item() == right
         sums = torch.stack(list(got.values()))
         means = sums * torch.tensor(objective.weights) / torch.tensor(list(counts.values()))
-        for name, grad in gradients(module, means.sum()).items():
-            torch.testing.assert_close(grad, theirs[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        assert differing(gradients(module, means.sum()), theirs) == {}
 
 
 @TASKS
@@ -90,8 +99,7 @@ def test_lambda_0_gives_the_gradient_of_the_task_alone(task: Task, mesh: Mesh) -
     label, *_ = plain_sums(module, examples, task)
     theirs = gradients(module, label)
     ours = gradients(module, named(objective, module, whole(examples))["label"])
-    for name, grad in ours.items():
-        torch.testing.assert_close(grad, theirs[name], rtol=1e-4, atol=1e-5)
+    assert differing(ours, theirs) == {}
 
 
 @TASKS
