@@ -21,7 +21,7 @@ SHARED = ROOT.parent / "shared/data"
 NEEDED = ("init_from=runs/a", "examples.path=a.tsv", "examples.task=similarity", "examples.texts=[a,b]")
 REAL = {
     "CoLA": ("tasks/cola/in_domain_train.tsv", 8551, 2),
-    "SST-2": ("tasks/classification/sst2.test.jsonl", 1821, 2),
+    "SST-2": ("tasks/classification/sst2.dev.jsonl", 872, 2),
     "RTE": ("tasks/entailment/rte.train.jsonl", 2490, 2),
     "SNLI": ("finetune/entailment/snli-cad.train.tsv", 1666, 3),
     "STS": ("finetune/similarity/sts2015-images.tsv", 750, None),
@@ -34,7 +34,7 @@ REAL = {
     ("word", "message"),
     [
         ("lm_weight=-1", "lm_weight=-1.0: give a weight that is finite and not negative"),
-        ("lm_weight=.inf", "lm_weight=inf: give a weight"),
+        ("lm_weight=inf", "lm_weight=inf: give a weight"),
         ("head_dropout=1", "head_dropout=1.0: give a share below 1"),
         ("warmup_share=1.5", "warmup_share=1.5: give a share of the steps"),
     ],
