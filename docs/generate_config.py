@@ -24,6 +24,7 @@ from data_pipeline.shards.shards_config import (
 )
 from launch.config import CompareConfig, DoctorConfig, PlanConfig, StatusConfig, SubmitConfig, SuperviseConfig
 from trainer.config.dpo import DpoConfig
+from trainer.config.finetune import FinetuneConfig
 from trainer.config.hf import ExportHfConfig, ImportHfConfig
 from trainer.config.inference import EvaluateConfig, GenerateConfig
 from trainer.config.node_check import NodeCheckConfig
@@ -48,6 +49,7 @@ SCHEMAS = (
     SftConfig,
     RewardConfig,
     DpoConfig,
+    FinetuneConfig,
     GenerateConfig,
     EvaluateConfig,
     ImportHfConfig,

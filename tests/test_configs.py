@@ -43,6 +43,7 @@ NEEDED = {
     "sft": ["init_from=runs/a", "examples.path=a.jsonl"],
     "reward": ["init_from=runs/a", "examples.path=a.jsonl"],
     "dpo": ["init_from=runs/a", "examples.path=a.jsonl"],
+    "finetune": ["init_from=runs/a", "examples.path=a.tsv", "examples.task=similarity", "examples.texts=[a,b]"],
     "plan": ["data.tokens=1_000_000"],
     "supervise": ["run.dir=runs/a"],
     "submit": [],

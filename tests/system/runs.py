@@ -75,8 +75,8 @@ def finish(processes: list[Process], timeout_s: float = 200) -> list[tuple[int, 
             p.kill()
 
 
-def pretrain(run_dir: Path, *overrides: str, ranks: int = 1, device: str = "cpu") -> None:
-    ended = finish(start(run_dir, *overrides, ranks=ranks, device=device))
+def pretrain(run_dir: Path, *overrides: str, ranks: int = 1, device: str = "cpu", timeout_s: float = 200) -> None:
+    ended = finish(start(run_dir, *overrides, ranks=ranks, device=device), timeout_s)
     assert all(code == 0 for code, _ in ended), "\n".join(err[-3000:] for _, err in ended)
 
 
