@@ -23,15 +23,15 @@ from data_pipeline.shards.shards_config import (
     VerifyConfig,
 )
 from launch.config import CompareConfig, DoctorConfig, PlanConfig, StatusConfig, SubmitConfig, SuperviseConfig
-from trainer.config.dpo import DpoConfig
-from trainer.config.finetune import FinetuneConfig
 from trainer.config.hf import ExportHfConfig, ImportHfConfig
 from trainer.config.inference import EvaluateConfig, GenerateConfig
 from trainer.config.node_check import NodeCheckConfig
 from trainer.config.pretrain import PretrainConfig
-from trainer.config.reward import RewardConfig
 from trainer.config.tracking import SyncConfig
-from trainer.config.tuning import SftConfig
+from trainer.config.tuning.dpo import DpoConfig
+from trainer.config.tuning.finetune import FinetuneConfig
+from trainer.config.tuning.reward import RewardConfig
+from trainer.config.tuning.sft import SftConfig
 
 SCHEMAS = (
     BpeTrainConfig,

@@ -16,8 +16,8 @@ from data_pipeline.examples.collect import Examples
 from data_pipeline.examples.pairs import Pair, read_pairs
 from data_pipeline.examples.templates import Renderer
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from trainer.config.dpo import DpoConfig
 from trainer.config.parallel import Precision
+from trainer.config.tuning.dpo import DpoConfig
 from trainer.distributed.world import read_world
 from trainer.plan.workload import Workload
 from trainer.run.folder import RunFolder

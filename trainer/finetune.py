@@ -38,8 +38,8 @@ from data_pipeline.examples.collect import Examples
 from data_pipeline.examples.examples_config import Task as Kind
 from data_pipeline.examples.labelled import Labelled, TaskRenderer, read_labelled
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from trainer.config.finetune import FinetuneConfig
 from trainer.config.optim import OptimConfig, Unit
+from trainer.config.tuning.finetune import FinetuneConfig
 from trainer.distributed.world import read_world
 from trainer.plan.workload import Workload
 from trainer.run.folder import RunFolder

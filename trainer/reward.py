@@ -22,7 +22,7 @@ from data_pipeline.examples.pairs import pairs_line
 from data_pipeline.examples.read import Preference, read_examples, read_preferences
 from data_pipeline.examples.templates import Renderer
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from trainer.config.reward import RewardConfig
+from trainer.config.tuning.reward import RewardConfig
 from trainer.distributed.world import read_world
 from trainer.plan.workload import Workload
 from trainer.run.signals import OF_THIS_PROCESS

@@ -16,7 +16,7 @@ from data_pipeline.examples.read import read_examples
 from data_pipeline.examples.rows import pack
 from data_pipeline.examples.templates import Example, Renderer
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from trainer.config.tuning import SftConfig
+from trainer.config.tuning.sft import SftConfig
 from trainer.distributed.world import read_world
 from trainer.plan.workload import Workload
 from trainer.run.signals import OF_THIS_PROCESS

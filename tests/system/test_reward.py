@@ -142,7 +142,7 @@ def sides(words: list[str]) -> list[list[list[int]]]:
     """On a rank: the prompts of the comparisons to train on, and of those held out."""
     from conf.schema import load
     from trainer import reward
-    from trainer.config.reward import RewardConfig
+    from trainer.config.tuning.reward import RewardConfig
 
     kept: list[Any] = []
     fake: Any = reward

@@ -19,7 +19,7 @@ from data_pipeline.tokenizer.tokenizer import Tokenizer
 from trainer.checkpoint.find import check_model, check_resume, find_checkpoint, model_of, resumable
 from trainer.config.model import ModelConfig
 from trainer.config.tracking import resolved
-from trainer.config.tuning import TuneConfig
+from trainer.config.tuning.common import TuneConfig
 from trainer.distributed.world import World
 from trainer.hf.settings import check_registry
 from trainer.plan.choose import is_open
@@ -34,7 +34,7 @@ C = TypeVar("C", bound=TuneConfig)
 
 @dataclass(frozen=True)
 class Reader(Generic[T, R]):
-    """How a kind of tuning reads its examples.
+    """The reader of a kind of examples.
 
     read: the examples of files, by a tokenizer, of at most n_ctx tokens.
     ids: all token ids of an example, by which equal ones are known.

@@ -14,8 +14,8 @@ from data_pipeline.examples.labelled import read_labelled
 from tests.helpers.chat import small_vocabulary
 from tests.helpers.ranks import ROOT
 from trainer import finetune
-from trainer.config.finetune import FinetuneConfig
 from trainer.config.optim import OptimConfig, ScheduleConfig, ScheduleKind
+from trainer.config.tuning.finetune import FinetuneConfig
 
 SHARED = ROOT.parent / "shared/data"
 NEEDED = ("init_from=runs/a", "examples.path=a.tsv", "examples.task=similarity", "examples.texts=[a,b]")

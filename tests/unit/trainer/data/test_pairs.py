@@ -15,8 +15,8 @@ from data_pipeline.config import IGNORE
 from data_pipeline.examples.examples_config import ExamplesConfig
 from data_pipeline.examples.pairs import Pair, read_pairs
 from tests.helpers.chat import small_vocabulary, write_lines
-from trainer.config.dpo import DpoConfig
-from trainer.config.tuning import HeldOutConfig
+from trainer.config.tuning.common import HeldOutConfig
+from trainer.config.tuning.dpo import DpoConfig
 from trainer.data.pairs import comparisons
 from trainer.tuning.check import Reader, split
 

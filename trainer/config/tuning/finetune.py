@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from conf.errors import MISSING, UserError
 from data_pipeline.examples.examples_config import LabelledConfig
-from trainer.config.tuning import TuneConfig
+from trainer.config.tuning.common import TuneConfig
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from conf.errors import MISSING, UserError
-from data_pipeline.examples.examples_config import ExamplesConfig
 from trainer.config.train import TrainConfig, at_least_one, profiled_steps
 
 
@@ -45,7 +44,7 @@ class HeldOutConfig:
 
 @dataclass
 class TuneConfig(TrainConfig):
-    """What all tunings have. They start from the weights of `init_from`; its tokenizer is the run's."""
+    """All tunings start from the weights of `init_from`; its tokenizer is the run's."""
 
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     batch_size: int = MISSING  # rows, comparisons or labelled examples in one optimizer update, over all ranks
@@ -65,10 +64,3 @@ class TuneConfig(TrainConfig):
             )
         if self.max_steps:
             profiled_steps(self.profile, self.max_steps)
-
-
-@dataclass
-class SftConfig(TuneConfig):
-    """`python -m trainer.sft`: supervised fine-tuning on conversations, or on prompts and their completions."""
-
-    examples: ExamplesConfig = MISSING
