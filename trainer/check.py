@@ -20,13 +20,13 @@ from trainer.config.tracking import resolved as resolved_tracking
 from trainer.data.sources import Sources, check_cache, check_past, check_sources, open_sources, plan_run
 from trainer.distributed.world import World
 from trainer.engine.schedule import lr_at
+from trainer.evaluation.task_scores import TaskScores
 from trainer.hf.settings import check_registry
 from trainer.plan.choose import resumed, settle
 from trainer.plan.layout_rules import check_layout
 from trainer.run.folder import RunFolder
 from trainer.run.redact import refuse_secrets
 from trainer.samples import Samples
-from trainer.task_scores import TaskScores
 
 
 class Checked(NamedTuple):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from trainer.data.example_feed import ExampleFeed
     from trainer.engine.engine import Engine
     from trainer.model.gpt import GPT
-    from trainer.setup import Task
+    from trainer.task import Task
 
 
 def dpo(cfg: DpoConfig) -> None:
@@ -49,7 +49,7 @@ def preferences(checked: Checked[DpoConfig, Pair, Renderer]) -> Task:
     from trainer.data.example_feed import ExampleFeed, HeldOut
     from trainer.data.pairs import comparisons
     from trainer.objective.preference import Preference
-    from trainer.setup import Task
+    from trainer.task import Task
 
     cfg, n_ctx = checked.cfg, checked.cfg.model.n_ctx
     objective = Preference(cfg.beta)

@@ -50,7 +50,7 @@ from trainer.tuning.check import Checked, Reader, check
 if TYPE_CHECKING:
     from trainer.data.example_feed import ExampleFeed
     from trainer.engine.engine import Engine
-    from trainer.setup import Task
+    from trainer.task import Task
 
 
 def finetune(cfg: FinetuneConfig) -> None:
@@ -90,7 +90,7 @@ def labelled_task(checked: Checked[FinetuneConfig, Labelled, TaskRenderer]) -> T
     from trainer.data.labelled import ROUND, labelled
     from trainer.objective.heads import WithHead
     from trainer.objective.labelled import LabelledTask
-    from trainer.setup import Task
+    from trainer.task import Task
     from trainer.tuning.scores import HeldOutScores
 
     cfg, n_ctx, kind = checked.cfg, checked.cfg.model.n_ctx, checked.cfg.examples.task

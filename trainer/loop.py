@@ -10,29 +10,26 @@ from __future__ import annotations
 import math
 import time
 
-from trainer.config.train import TrainConfig
 from trainer.data.validate import validate
-from trainer.distributed.world import World
 from trainer.health.rollback import roll_back
 from trainer.metrics import progress_line
 from trainer.run.progress import SAVE, VALIDATE
 from trainer.run.signals import Stopped, agreed
-from trainer.setup import Scores, Start, Task
+from trainer.setup import Start
 from trainer.step import Outcome
 from trainer.summary import step_row, validation_line, validation_row
+from trainer.task import Scores
 from trainer.vote import Vote, add_votes
 
 
 class Trainer(Start):
     """One start of a run, trained to the end."""
 
-    def __init__(self, cfg: TrainConfig, config_text: str, world: World, task: Task) -> None:
-        super().__init__(cfg, config_text, world, task)
-        self.val_loss: float | None = None  # of this step, if it was validated
-        self.eval_due = False  # as soon as the feed allows
-        self.save_due = False
-        self.saved_at = time.monotonic()
-        self.stop_by = math.inf  # the end of the grace after a stop signal inside an iteration
+    val_loss: float | None = None  # of this step, if it was validated
+    eval_due = False  # as soon as the feed allows
+    save_due = False
+    saved_at: float
+    stop_by = math.inf  # the end of the grace after a stop signal inside an iteration
 
     def train(self) -> None:
         """Train to max_steps, or to an end before it (ends.py).
@@ -44,6 +41,7 @@ class Trainer(Start):
         The last checkpoint stays; that of a stopped run is of its last step, or of its last whole iteration.
         """
         cfg = self.cfg
+        self.saved_at = time.monotonic()
         self.speed.start()
         self.progress.start(self.step)
         self.signals.train(self.progress, cfg.watch.stop_s)

@@ -21,7 +21,7 @@ from trainer.run_task import run_task
 if TYPE_CHECKING:
     from trainer.data.shard_feed import ShardFeed
     from trainer.engine.engine import Engine
-    from trainer.setup import Task
+    from trainer.task import Task
 
 
 def pretrain(cfg: PretrainConfig) -> None:
@@ -36,7 +36,7 @@ def language_model(checked: Checked) -> Task:
     """The task of pre-training: the language model's loss, over windows of shards."""
     from trainer.data.shard_feed import ShardFeed
     from trainer.objective.language_model import LanguageModel
-    from trainer.setup import Task
+    from trainer.task import Task
 
     cfg, sources = checked.cfg, checked.sources
 

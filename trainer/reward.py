@@ -32,7 +32,7 @@ from trainer.tuning.check import Checked, Reader, check
 if TYPE_CHECKING:
     from trainer.data.example_feed import ExampleFeed
     from trainer.engine.engine import Engine
-    from trainer.setup import Task
+    from trainer.task import Task
 
 CheckedReward = Checked[RewardConfig, Preference, Renderer]
 
@@ -87,7 +87,7 @@ def ranking(checked: CheckedReward, demonstrations: Sequence[Preference]) -> Tas
     from trainer.data.example_feed import ExampleFeed, HeldOut
     from trainer.objective.heads import WithHead
     from trainer.objective.ranking import Ranking
-    from trainer.setup import Task
+    from trainer.task import Task
     from trainer.tuning.zero_bias import Scored, set_zero_bias
 
     cfg, size = checked.cfg, int(checked.cfg.micro_batch_size)

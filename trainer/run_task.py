@@ -16,7 +16,7 @@ from trainer.plan.workload import Workload
 from trainer.run.signals import Stopped
 
 if TYPE_CHECKING:
-    from trainer.setup import Task
+    from trainer.task import Task
 
 
 def run_task(

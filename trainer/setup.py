@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -22,11 +21,10 @@ from trainer.checkpoint.find import find_checkpoint, read_state
 from trainer.checkpoint.ranking import Ranking
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.write import Writer, run_facts
-from trainer.config.model import ModelConfig
 from trainer.config.optim import ScheduleConfig, Unit
-from trainer.config.parallel import Precision, Recompute
+from trainer.config.parallel import Precision
 from trainer.config.train import TrainConfig, profiled_steps
-from trainer.data.feed import Feed, MakeFeed
+from trainer.data.feed import Feed
 from trainer.distributed.collective import all_ranks
 from trainer.distributed.mesh import Mesh, join_ranks, leave_ranks, wait_for_main
 from trainer.distributed.world import World
@@ -48,53 +46,11 @@ from trainer.run.folder import RunFolder
 from trainer.run.journal import read_rows, seconds_trained
 from trainer.run.progress import Progress
 from trainer.run.signals import Stopped
-from trainer.samples import Samples
 from trainer.step import Stepper
 from trainer.summary import run_summary
+from trainer.task import MakeModel, Task
 from trainer.tracking.shipper import REGISTER_S
 from trainer.tracking.tracker import Status, Tracker
-
-
-class MakeModel(Protocol):
-    """Makes the module that is trained: a GPT, perhaps with a head, still without weights."""
-
-    def __call__(self, cfg: ModelConfig, mesh: Mesh, *, sequence_parallel: bool, recompute: Recompute) -> GPT: ...
-
-
-class Scores(Protocol):
-    """Figures of the model while it trains, beside its loss."""
-
-    @property
-    def every(self) -> int:
-        """The steps between two times; 0 = only at the end."""
-
-    def find(self, model: GPT, loss: float, on_progress: Callable[[], None]) -> tuple[dict[str, float], str]:
-        """Metrics by name, and a line of them. Collective. `loss`: the newest; `on_progress` is called now and then."""
-
-
-Finish = Callable[[Engine, Callable[[], None]], Mapping[str, float]]
-"""Changes weights and returns metrics by name. Collective. Its second argument is to be called now and then."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """The kind of a run, of which the trainer knows no more: what is minimised, and from which data.
-
-    `fetch_s`: seconds that a step may wait for data that is not local. `tokenizer`: its tokenizer.json, which every
-    checkpoint gets.
-    """
-
-    objective: Objective
-    feed: MakeFeed
-    model: MakeModel = GPT
-    eval_every: int = 0  # steps between validations; 0 = only at the end
-    patience: int = 0  # validations in a row without a new lowest loss after which the run ends; 0 = any number
-    fetch_s: float = 0.0
-    tokenizer: bytes | None = None
-    eot_id: int | None = None  # the end-of-text token
-    samples: Samples | None = None  # to draw at validations
-    scores: Scores | None = None  # to find each `scores.every` steps, and at the end
-    finish: Finish = lambda *_: {}  # what changes the weights once more, before the last save
 
 
 class Parts(NamedTuple):

@@ -26,7 +26,7 @@ from trainer.tuning.check import Checked, Reader, check
 if TYPE_CHECKING:
     from trainer.data.example_feed import ExampleFeed
     from trainer.engine.engine import Engine
-    from trainer.setup import Task
+    from trainer.task import Task
 
 
 def sft(cfg: SftConfig) -> None:
@@ -47,7 +47,7 @@ def answers(checked: Checked[SftConfig, Example, Renderer]) -> Task:
     from trainer.data.collate import conversations
     from trainer.data.example_feed import ExampleFeed, HeldOut
     from trainer.objective.language_model import LanguageModel
-    from trainer.setup import Task
+    from trainer.task import Task
 
     cfg, n_ctx = checked.cfg, checked.cfg.model.n_ctx
     held_out = None

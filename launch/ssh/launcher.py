@@ -53,7 +53,7 @@ def prepare(job: Job) -> list[list[str]]:
     if ssh.launcher is SshLauncher.deepspeed:
         commands = {"": _pdsh(job, ssh, hosts)}  # which puts the hosts' names before what they say by itself
     else:
-        check_elastic(thaw(job.configs[0], PretrainConfig), job.cluster)
+        check_elastic(job.configs[0], job.cluster)
         commands = {
             host: _ssh(job, host, _on_host(job, ssh, _torchrun(job, ssh, hosts, i))) for i, host in enumerate(hosts)
         }
@@ -109,9 +109,10 @@ def read_hostfile(path: Path, slots: int) -> list[str]:
     return hosts
 
 
-def check_elastic(cfg: PretrainConfig, cluster: ClusterConfig) -> None:
-    """Raises UserError if a number of hosts from min_nodes to nodes cannot train the run; names that number."""
+def check_elastic(frozen: Path, cluster: ClusterConfig) -> None:
+    """Raises UserError if a number of hosts from min_nodes to nodes cannot train the frozen run; names that number."""
     assert cluster.ssh is not None
+    cfg = thaw(frozen, PretrainConfig)
     min_nodes = cluster.ssh.min_nodes or cluster.nodes
     refused = {}
     for nodes in range(min_nodes, cluster.nodes + 1):

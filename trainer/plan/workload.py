@@ -8,7 +8,7 @@ from trainer.config.model import ModelConfig
 from trainer.config.optim import Kind
 from trainer.config.parallel import Precision
 from trainer.config.pretrain import PretrainConfig
-from trainer.config.train import TrainConfig
+from trainer.config.tuning.common import TuneConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Workload:
         )
 
     @classmethod
-    def of_rows(cls, cfg: TrainConfig, rows: int) -> Workload:
+    def of_rows(cls, cfg: TuneConfig, rows: int) -> Workload:
         """The workload of a step of so many rows of examples, each of n_ctx tokens at most."""
         return cls(
             model=cfg.model,

@@ -103,7 +103,7 @@ def train(run: str, how: list[str], bad: list[int], kill: int = -1, stop: int = 
     from trainer.loop import Trainer
     from trainer.objective.language_model import LanguageModel
     from trainer.run import signals
-    from trainer.setup import Task
+    from trainer.task import Task
 
     class Marked(LanguageModel):
         def sums(self, module: Any, batch: Batch) -> Tensor:

@@ -199,13 +199,14 @@ def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_number_of_hosts_that_cannot_train_is_named(tmp_path: Path) -> None:
     """Before the start. Six lanes: one, two and three hosts divide them, four and five do not."""
-    cfg = load(PretrainConfig, SIX_LANES)
+    frozen = tmp_path / "config.yaml"
+    frozen.write_text(freeze(load(PretrainConfig, SIX_LANES)))
     cluster = job(
         tmp_path / "f", {"nodes": 3}, launcher=SshLauncher.torchrun, min_nodes=1, hosts=["a", "b", "c"]
     ).cluster
-    check_elastic(cfg, cluster)
+    check_elastic(frozen, cluster)
     with pytest.raises(UserError, match=r"min_nodes=1: a run on 4, 5 of the 6 hosts cannot be \(.*data.lanes=6"):
-        check_elastic(cfg, replace(cluster, nodes=6))
+        check_elastic(frozen, replace(cluster, nodes=6))
 
 
 def test_a_hostfile_is_deepspeeds(tmp_path: Path) -> None:

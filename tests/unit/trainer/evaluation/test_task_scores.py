@@ -17,9 +17,9 @@ from tests.helpers.seeds import seeded
 from trainer.config.model import ModelConfig
 from trainer.config.pretrain import EvalConfig
 from trainer.distributed.mesh import Mesh
+from trainer.evaluation.task_scores import TaskScores
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
-from trainer.task_scores import TaskScores
 
 MODEL = ModelConfig("test", n_layer=1, n_head=2, n_embd=32, n_ctx=64, vocab_size=50257, dropout=0.1, init_std=0.4)
 CHOICES = {"options": ["{{ sol1 }}", "{{ sol2 }}"], "correct": "label", "context": "{{ goal }}"}
