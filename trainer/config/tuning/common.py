@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from conf.errors import MISSING, UserError
+from trainer.config.parallel import Compile
 from trainer.config.train import TrainConfig, at_least_one, profiled_steps
 
 
@@ -64,3 +65,12 @@ class TuneConfig(TrainConfig):
             )
         if self.max_steps:
             profiled_steps(self.profile, self.max_steps)
+
+
+def refuse_compile(compile_: Compile) -> None:
+    """Raises UserError unless nothing is compiled: for tunings whose batches have many shapes."""
+    if compile_ is not Compile.off:
+        raise UserError(
+            f"compile={compile_.value}: each number of rows and each length would be compiled anew, and too many end the "
+            "run: give compile=off"
+        )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from conf.errors import MISSING, UserError
 from data_pipeline.examples.examples_config import ExamplesConfig
-from trainer.config.tuning.common import TuneConfig
+from trainer.config.tuning.common import TuneConfig, refuse_compile
 
 
 @dataclass
@@ -19,5 +19,6 @@ class DpoConfig(TuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_compile(self.compile)
         if not 0 < self.beta < math.inf:
             raise UserError(f"beta={self.beta}: give a positive number, such as 0.1")

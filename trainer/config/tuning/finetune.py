@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from conf.errors import MISSING, UserError
 from data_pipeline.examples.examples_config import LabelledConfig
-from trainer.config.tuning.common import TuneConfig
+from trainer.config.tuning.common import TuneConfig, refuse_compile
 
 
 @dataclass
@@ -21,6 +21,7 @@ class FinetuneConfig(TuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_compile(self.compile)
         if not 0 <= self.lm_weight < math.inf:
             raise UserError(f"lm_weight={self.lm_weight}: give a weight that is finite and not negative")
         if not 0 <= self.head_dropout < 1:

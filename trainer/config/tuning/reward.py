@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conf.errors import MISSING, UserError
+from conf.errors import MISSING
 from data_pipeline.examples.examples_config import ExamplesConfig
-from trainer.config.parallel import Compile
-from trainer.config.tuning.common import TuneConfig
+from trainer.config.tuning.common import TuneConfig, refuse_compile
 
 
 @dataclass
@@ -19,8 +18,4 @@ class RewardConfig(TuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.compile is not Compile.off:
-            raise UserError(
-                f"compile={self.compile.value}: each number of answers and each length would be compiled anew, and too "
-                "many end the run: give compile=off"
-            )
+        refuse_compile(self.compile)
