@@ -156,7 +156,7 @@ def sides(words: list[str]) -> list[list[list[int]]]:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("compile=auto", "compile=auto: each number of answers"),
+        ("compile=auto", "compile=auto: each number of rows"),
         ("demonstrations=/nowhere", "/nowhere"),
         ("examples.path={files}/shown.jsonl", "holds no comparisons"),
     ],

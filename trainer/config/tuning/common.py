@@ -71,6 +71,6 @@ def refuse_compile(compile_: Compile) -> None:
     """Raises UserError unless nothing is compiled: for tunings whose batches have many shapes."""
     if compile_ is not Compile.off:
         raise UserError(
-            f"compile={compile_.value}: each number of rows and each length would be compiled anew, and too many end the "
-            "run: give compile=off"
+            f"compile={compile_.value}: each number of rows and each length would be compiled anew, and too many end "
+            "the run: give compile=off"
         )
