@@ -62,7 +62,7 @@ def thaw(path: Path, schema: type[T], section: str | None = None) -> T:
         TransientError: the file cannot be read now.
     """
     try:
-        body = peek(path)
+        body: Any = peek(path)
         if section is not None and not isinstance(body := body.get(section), dict):
             raise UserError(f"no section {section}")
         cfg = OmegaConf.merge(OmegaConf.structured(schema), _literals(body))
