@@ -35,11 +35,13 @@ from tests.helpers.fixtures import make_source
 from trainer.config.attention import Pattern
 from trainer.config.model import ModelConfig
 from trainer.config.pretrain import PretrainConfig
+from trainer.config.tuning.common import TuneConfig
 from trainer.distributed.world import World
 from trainer.engine.schedule import lr_at
 from trainer.model.arithmetic import param_count
 from trainer.plan.choose import rows, settle
 from trainer.plan.layout_rules import check_layout
+from trainer.tuning.check import check_tuned_layout
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = (checkpoint, corpus, extraction, loader, scale)
@@ -132,6 +134,8 @@ def test_every_documented_command_can_train_on_its_ranks(line: Line) -> None:
     cfg: Any = load(SCHEMAS[name], overrides)
     if isinstance(cfg, PlanConfig):
         assert rows(cfg, cluster_of(cfg.cluster)[0])[0].fits
+    if isinstance(cfg, TuneConfig):
+        check_tuned_layout(cfg, line.ranks)
     if type(cfg) is PretrainConfig:  # a plan is for other ranks than those that make it
         cfg, _ = settle(cfg, World(0, line.ranks, 0, line.ranks))
         check_layout(cfg, line.ranks)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from data_pipeline.tokenizer.tokenizer import Tokenizer
     from trainer.config.model import ModelConfig
 
+HEAD = "head.safetensors"
 TOLERANCE = 1e-5  # of the largest logit
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and it's 7:30 on a Tuesday.",
@@ -54,6 +55,8 @@ def export_hf(cfg: ExportHfConfig) -> None:
         write(staging, checkpoint, model, tokenizer)
         done = compare(staging, checkpoint, model, tokenizer) if cfg.compare else "not compared (compare=false)"
     print(f"{cfg.out}: {model.name}, {param_count(model):,} parameters, from {checkpoint}\n  {done}")
+    if (Path(cfg.out) / HEAD).is_file():
+        print(f"  {HEAD}: head.weight and head.bias on the last hidden state; transformers does not read it")
     if tokenizer is None:
         print(f"  {checkpoint} has no {TOKENIZER}: none is written, and AutoTokenizer cannot be used")
 
@@ -66,12 +69,18 @@ def read_tokenizer(checkpoint: Path) -> Tokenizer | None:
 
 
 def write(folder: Path, checkpoint: Path, cfg: ModelConfig, tokenizer: Tokenizer | None) -> None:
-    """Write config.json, model.safetensors and, for a vocabulary, tokenizer.json and tokenizer_config.json."""
+    """Write config.json, model.safetensors and, for a vocabulary, tokenizer.json and tokenizer_config.json.
+
+    The head of a reward model or of a fine-tuned one, of which transformers' model knows nothing, is a file beside it.
+    """
     from trainer.checkpoint.files import write_file, write_safetensors
     from trainer.checkpoint.load import assemble
     from trainer.hf.weights import hf_config, to_hf
 
-    write_safetensors(folder / WEIGHTS, to_hf(dict(assemble(checkpoint)), cfg))
+    weights = dict(assemble(checkpoint))
+    write_safetensors(folder / WEIGHTS, to_hf(weights, cfg))
+    if head := {name: x for name, x in weights.items() if name.startswith("head.")}:
+        write_safetensors(folder / HEAD, head)
     template = template_of(checkpoint)
     own = tokenizer_config(cfg, tokenizer, template) if tokenizer is not None else {}
     end = tokenizer.special_ids.get(own.get("eos_token", "")) if tokenizer is not None else None
