@@ -128,6 +128,39 @@ def test_demonstrations_are_given_or_the_best_answers(shown: bool, files: Path, 
     assert any(line.startswith("demonstrations: examples: 3 of 3") for line in got["lines"]) is shown
 
 
+def scores_in_transformers(exported: str, conversations: list[list[dict[str, str]]]) -> list[float]:
+    """On a rank: the score of each conversation by transformers' hidden states and the head's file."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModel, AutoTokenizer
+
+    head = load_file(Path(exported) / "head.safetensors")
+    tokenizer, model = AutoTokenizer.from_pretrained(exported), AutoModel.from_pretrained(exported).eval()
+    scores = []
+    for messages in conversations:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            last = model(ids).last_hidden_state[0, -1]
+        scores.append(float(last @ head["head.weight"][0] + head["head.bias"][0]))
+    return scores
+
+
+@pytest.mark.slow
+def test_an_exported_reward_model_scores_in_transformers(files: Path, tmp_path: Path) -> None:
+    """Its demonstrations have the mean 0 there too."""
+    shown = files / "shown.jsonl"
+    run, out = tmp_path / "run", tmp_path / "out"
+    train(argv(files, run, f"demonstrations={shown}", "optim.lr=1e-2"), ranks=1)
+    words = [f"checkpoint={run}", f"out={out}"]
+    [(code, err)] = finish([start_module("trainer.export_hf", words, rank_env(0, 1, free_port()))])
+    assert code == 0, err
+    messages = [json.loads(line)["messages"] for line in shown.read_text().splitlines()]
+    target = "tests.system.test_reward:scores_in_transformers"
+    [scores] = run_ranks(1, target, exported=str(out), conversations=messages)
+    assert np.std(scores) > 1e-2 and abs(np.mean(scores)) < 1e-5, scores
+
+
 def test_equal_prompts_are_held_out_together(files: Path, tmp_path: Path) -> None:
     """Each prompt stands in five comparisons, and is on one side."""
     records = [json.loads(line) for line in (files / "ranks.jsonl").read_text().splitlines()]
