@@ -58,6 +58,7 @@ def dpo(run_dir: Path, *overrides: str, ranks: int = 1) -> None:
     assert all(code == 0 for code, _ in ended), "\n".join(err[-3000:] for _, err in ended)
 
 
+@pytest.mark.slow
 def test_a_run_is_exact_after_a_kill_without_its_base(tmp_path: Path) -> None:
     """Its vocabulary has grown by the tokens of roles; the reference has the same rows, so the first loss is ln 2."""
     base = base_of(tmp_path)

@@ -52,7 +52,11 @@ def test_resume_is_exact_after_kill(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("precision", "zero", "kills"),
-    [pytest.param("fp32", 1, 5, marks=pytest.mark.long), ("bf16", 1, 5), ("bf16", 3, 2)],
+    [
+        pytest.param("fp32", 1, 5, marks=pytest.mark.long),
+        pytest.param("bf16", 1, 5, marks=pytest.mark.long),
+        ("bf16", 3, 2),
+    ],
 )
 def test_resume_is_exact_after_kills_at_random_steps(tmp_path: Path, precision: str, zero: int, kills: int) -> None:
     rng = random.Random(f"{precision} {zero}")

@@ -15,8 +15,7 @@ import pytest
 
 from tests.helpers.ranked import vowel_records, write_records
 from tests.helpers.ranks import Process, free_port, rank_env, run_ranks, start_module
-from tests.system.runs import finish, kill_at, letters, make_data, pretrain
-from tests.system.test_resume import weights
+from tests.system.runs import finish, letters, make_data, pretrain
 from trainer.checkpoint.files import SavedWeights
 from trainer.run.folder import RunFolder
 from trainer.run.journal import read_journal
@@ -75,24 +74,21 @@ def story(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_the_whole_run_to_its_zero_bias(files: Path, tmp_path: Path) -> None:
-    train(argv(files, tmp_path / "whole"))
-    killed = tmp_path / "killed"
-    assert kill_at(start(argv(files, killed)), killed / "metrics.jsonl", 5, 1) < STEPS
-    train(argv(files, killed))
-    assert story(killed) == story(tmp_path / "whole") and len(story(killed)) == STEPS
-    assert weights(killed) == weights(tmp_path / "whole")
-    last = story(killed)[-1][1]
+def test_the_zero_bias_is_logged_saved_and_set_once(files: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(argv(files, run))
+    assert len(story(run)) == STEPS
+    last = story(run)[-1][1]
     names = {"ranking", "accuracy", "score", "score_square"}
     assert {"train/loss/ranking", *(f"train/{name}" for name in names - {"ranking"})} <= last.keys()
     assert {"val/accuracy", "reward/zero_bias", "reward/score_mean", "reward/score_std"} <= last.keys()
-    latest = RunFolder(killed).latest()
+    latest = RunFolder(run).latest()
     assert latest is not None
     bias = float(SavedWeights(latest)["head.bias"])
     assert bias == pytest.approx(last["reward/zero_bias"], rel=1e-6)
-    before = story(killed)
-    train(argv(files, killed))  # what is over is not finished again
-    assert story(killed) == before
+    before = story(run)
+    train(argv(files, run))  # what is over is not finished again
+    assert story(run) == before
 
 
 def mean_of_shown(words: list[str]) -> dict[str, Any]:

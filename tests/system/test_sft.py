@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,8 @@ from data_pipeline.tokenizer.tokenizer import Tokenizer
 from tests.helpers.prose_base import prose_base
 from tests.helpers.ranks import free_port, rank_env, run_ranks, start_module
 from tests.helpers.seeds import seeded
-from tests.system.runs import finish, kill_at, letters, make_data, pretrain
-from tests.system.test_resume import story, weights
-from tests.system.tunings import TASKS, conversation, instructions, json_lines, refusal, start, tune, words
+from tests.system.runs import finish, letters, make_data, pretrain
+from tests.system.tunings import TASKS, conversation, instructions, json_lines, refusal, tune, words
 from trainer.checkpoint.find import find_checkpoint
 from trainer.run.folder import RunFolder
 from trainer.run.journal import read_journal
@@ -161,32 +159,9 @@ def test_every_layout_has_the_losses_of_one_process(base: Path, tmp_path: Path) 
         "zero1": ["parallel.zero_stage=1"],
         "zero3": ["parallel.zero_stage=3"],
         "tp2": ["parallel=tp2", "parallel.zero_stage=1"],
-        "tp2_zero3": ["parallel=tp2", "parallel.zero_stage=3"],
     }.items():
         tune("sft", tmp_path / name, *common, *layout, ranks=2)
         assert np.abs(np.array(losses(tmp_path / name)) - one).max() < 1e-5, name
-
-
-@pytest.mark.slow
-def test_a_killed_tuning_is_the_one_that_was_left_alone(base: Path, tmp_path: Path) -> None:
-    """Nor does it need the weights that it started from."""
-    source = tmp_path / "source"
-    shutil.copytree(base, source)
-    examples = some(tmp_path / "a.jsonl", 40, seeded())
-    saving = ("checkpoint.every_steps=2", "held_out.fraction=0.2", "held_out.every=5", "model.dropout=0.1")
-    common = (f"init_from={source}", f"examples.path={examples}", "max_steps=16", "epochs=0", *SMALL, *saving)
-    tune("sft", tmp_path / "whole", *common, ranks=2)
-    run = tmp_path / "run"
-    for step, rank in ((4, 1), (9, 0)):
-        assert kill_at(start("sft", run, *common, ranks=2), run / "metrics.jsonl", step, rank) < 16
-        shutil.rmtree(source, ignore_errors=True)
-    tune("sft", run, *common, ranks=2)
-    assert [step for step, _ in story(run)][:1] == [1] and len(story(run)) == 16
-    assert story(run) == story(tmp_path / "whole")
-    assert weights(run) == weights(tmp_path / "whole")
-    other = some(tmp_path / "b.jsonl", 40, 1)
-    said = refusal("sft", run, *common, f"examples.path={other}", "max_steps=20")
-    assert "has examples" in said and "give the old examples" in said
 
 
 def test_what_cannot_be_tuned_is_refused_in_one_line(base: Path, tmp_path: Path) -> None:

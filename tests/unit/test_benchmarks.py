@@ -186,6 +186,7 @@ def test_the_scaling_benchmark_measures_every_layout() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_tracking_benchmark_prints_step_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those of each server, and the slowest call."""
