@@ -177,7 +177,7 @@ MISTAKES: list[tuple[str, str, str]] = [
         "prompt_ids=3",
         "prompt_ids=3: give a list [a, b, ...], each a list [a, b, ...], each an integer or null",
     ),
-    ("pretrain", "optim=gpt4", "optim=gpt4: give one of gpt1, gpt2, gpt3, muon, reward, sft, small (did you mean"),
+    ("pretrain", "optim=gpt4", "optim=gpt4: give one of dpo, finetune, gpt1, gpt2, gpt3, muon, reward, sft, small"),
     ("pretrain", "data=", "data=: give one of gpt3_mix, mix, shards"),
     ("pretrain", "model=null", "model=null: give one of demo, gpt1"),
     ("pretrain", "experiment=null", "experiment=null: give one of demo, gpt1_bookcorpus, "),

@@ -34,6 +34,7 @@ from trainer.objective.objective import Objective
 from trainer.run.folder import RunFolder
 
 WINDOWS, N_CTX = 8, 16
+STEADY = {"eps": 1e-6}  # optim: a gradient that is 0 but for rounding makes no whole step of Adam's
 
 
 def lr(step: int) -> float:

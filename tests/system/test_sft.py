@@ -151,7 +151,8 @@ def test_transformers_answers_as_our_model_does(base: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_every_layout_has_the_losses_of_one_process(base: Path, tmp_path: Path) -> None:
     examples = some(tmp_path / "a.jsonl", 40, seeded())
-    common = (f"init_from={base}", f"examples.path={examples}", "max_steps=10", "epochs=0", *SMALL)
+    steady = "optim.eps=1e-6"  # a gradient that is 0 but for rounding makes no whole step of Adam's
+    common = (f"init_from={base}", f"examples.path={examples}", "max_steps=10", "epochs=0", steady, *SMALL)
     tune("sft", tmp_path / "one", *common)
     one = losses(tmp_path / "one")
     assert len(one) == 10 and one[-1] < one[0] - 0.5

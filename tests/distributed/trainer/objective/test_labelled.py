@@ -56,13 +56,15 @@ def on_two_ranks(seed: int, cases: list[tuple[str, str]]) -> dict[str, Any]:
                 out[f"plain {task}"] = in_one_process(Task(task), mesh, seed)
             for layout, task in cases:
                 if LAYOUTS[layout].get("tp", 1) == tp:
-                    out[f"{layout} {task}"] = engine_run(run.config(**LAYOUTS[layout]), mesh, Task(task), seed)
+                    out[f"{layout} {task}"] = engine_run(
+                        run.config(**LAYOUTS[layout], optim=run.STEADY), mesh, Task(task), seed
+                    )
     return out
 
 
 def in_one_process(task: Task, mesh: Mesh, seed: int) -> dict[str, Any]:
     """Autograd, clipping and AdamW of torch's own, on all examples of a step at once."""
-    cfg = run.config()
+    cfg = run.config(optim=run.STEADY)
     module, objective, examples = (
         built(cfg, mesh, task),
         LabelledTask(task, 0.5, 0.0),

@@ -64,7 +64,7 @@ def curve(cfg: PretrainConfig, mesh: Mesh, seed: int) -> list[list[float]]:
 def plain(seed: int) -> list[list[float]]:
     """The same by torch's own optimizer, one process."""
     with run.layout() as mesh:
-        cfg = run.config(micro_batch_size=ROWS)
+        cfg = run.config(micro_batch_size=ROWS, optim=run.STEADY)
         policy, objective = gpt(cfg, mesh), Preference(BETA, gpt(cfg, mesh).requires_grad_(False).eval())
         decay = [p for p in policy.parameters() if p.dim() > 1]
         keep = [p for p in policy.parameters() if p.dim() == 1]
@@ -98,7 +98,7 @@ def on_two_ranks(seed: int) -> dict[str, list[list[float]]]:
         with run.layout(tp=tp) as mesh:
             for name, how in LAYOUTS.items():
                 if how.get("tp", 1) == tp:
-                    out[name] = curve(run.config(**how), mesh, seed)
+                    out[name] = curve(run.config(**how, optim=run.STEADY), mesh, seed)
     return out
 
 

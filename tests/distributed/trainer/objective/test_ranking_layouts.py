@@ -106,10 +106,10 @@ def on_two_ranks(seed: int) -> dict[str, Any]:
     for tp in (1, 2):
         with run.layout(tp=tp) as mesh:
             if tp == 1:
-                out["plain"] = plain_torch(run.config(), mesh, seed)
+                out["plain"] = plain_torch(run.config(optim=run.STEADY), mesh, seed)
             for name, how in {**LAYOUTS, **BF16}.items():
                 if how.get("tp", 1) == tp:
-                    cfg = run.config(**how)
+                    cfg = run.config(**how, optim=run.STEADY)
                     engine = run.TinyEngine(build(cfg, mesh), cfg, mesh, OBJECTIVE)
                     steps = range(STEPS if name in LAYOUTS else 2)
                     out[name] = {
