@@ -156,6 +156,7 @@ def test_a_layout_trains_as_one_process_does(layout: str, task: str, quick: list
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("layout", "task"), REST)
 def test_every_layout_trains_every_task(layout: str, task: str, rest: list[dict[str, Any]]) -> None:

@@ -170,6 +170,7 @@ def compared(root: Path, cfg: PretrainConfig, mesh: Mesh) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_start_or_refused(tmp_path: Path) -> None:
     """On every rank, also with the rows that special tokens add."""
     for rank in run_ranks(2, "tests.distributed.trainer.objective.test_preference:frozen", root=str(tmp_path)):
