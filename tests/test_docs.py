@@ -36,6 +36,8 @@ from trainer.config.attention import Pattern
 from trainer.config.model import ModelConfig
 from trainer.config.pretrain import PretrainConfig
 from trainer.config.tuning.common import TuneConfig
+from trainer.config.tuning.reward import RewardConfig
+from trainer.config.tuning.sft import SftConfig
 from trainer.distributed.world import World
 from trainer.engine.schedule import lr_at
 from trainer.model.arithmetic import param_count
@@ -144,6 +146,17 @@ def test_every_documented_command_can_train_on_its_ranks(line: Line) -> None:
         looked = [*range(0, steps, 1 + steps // 20000), steps - 1]
         rates = [lr_at(cfg.optim.schedule, 1.0, step=s, tokens=s * each, **run) for s in looked]
         assert max(rates) > 0.99 and rates[-1] < 0.2  # warm-up and decay both fit into the run
+
+
+def test_the_page_on_tuning_says_the_settings_that_are_there() -> None:
+    given = ["init_from=a", "examples.path=a.jsonl"]
+    cfg = load(SftConfig, given)
+    schedule = cfg.optim.schedule
+    page = " ".join((ROOT / "docs/tuning.md").read_text(encoding="utf-8").split())
+    kind = f"{schedule.kind.value} to {schedule.floor:.0%}"
+    assert schedule.warmup == 0 and f"{cfg.epochs} epochs of batches of {cfg.batch_size}, {kind}, no warm-up" in page
+    assert f"dropout {cfg.model.dropout} (theirs" in page
+    assert not load(RewardConfig, given).checkpoint.keep_best and "`keep_best` is off" in page
 
 
 def test_runs_of_the_readme_do_not_resume_one_another() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from conf.schema import run
@@ -19,14 +19,13 @@ from data_pipeline.tokenizer.tokenizer import Tokenizer
 from trainer.config.parallel import Precision
 from trainer.config.tuning.dpo import DpoConfig
 from trainer.distributed.world import read_world
-from trainer.plan.workload import Workload
 from trainer.run.folder import RunFolder
 from trainer.run.signals import OF_THIS_PROCESS
 from trainer.run_task import run_task
 from trainer.tuning.check import Checked, Reader, check
 
 if TYPE_CHECKING:
-    from trainer.data.example_feed import ExampleFeed
+    from trainer.data.feed import Feed
     from trainer.engine.engine import Engine
     from trainer.model.gpt import GPT
     from trainer.task import Task
@@ -36,43 +35,29 @@ def dpo(cfg: DpoConfig) -> None:
     """Tune a language model to prefer the better one of two answers."""
     world = read_world()
 
-    def read(path: Path | str, tokenizer: Tokenizer, n_ctx: int) -> Examples[Pair, Renderer]:
-        return read_pairs(replace(cfg.examples, path=str(path)), tokenizer, n_ctx)
+    def read(path: str, tokenizer: Tokenizer, n_ctx: int) -> Examples[Pair, Renderer]:
+        return read_pairs(replace(cfg.examples, path=path), tokenizer, n_ctx)
 
     checked = check(cfg, world, cfg.examples.path, Reader(read, lambda pair: pair.ids, side=lambda pair: pair.prompt))
-    work = Workload.of_rows(checked.cfg, 2 * cfg.batch_size)
-    run_task(checked.cfg, world, work, lambda: preferences(checked), checked.lines)
+    run_task(checked.cfg, world, checked.workload, lambda: preferences(checked), checked.lines)
 
 
 def preferences(checked: Checked[DpoConfig, Pair, Renderer]) -> Task:
     """The task of direct preference optimisation: its loss against the frozen weights of the start, over pairs."""
-    from trainer.data.example_feed import ExampleFeed, HeldOut
-    from trainer.data.pairs import comparisons
+    from trainer.data.collate import row_multiple
+    from trainer.data.pairs import pairs
     from trainer.objective.preference import Preference
     from trainer.task import Task
+    from trainer.tuning.feed import make_feed
 
-    cfg, n_ctx = checked.cfg, checked.cfg.model.n_ctx
+    cfg = checked.cfg
     objective = Preference(cfg.beta)
-    held_out = None
-    if checked.held_out:
-        rows = [[i] for i in range(len(checked.held_out))]
-        held_out = HeldOut(rows, comparisons(checked.held_out, n_ctx, cfg.parallel.tp), f"{len(rows)} pairs")
+    collate = partial(pairs, n_ctx=cfg.model.n_ctx, multiple=row_multiple(cfg.parallel.tp))
+    make = make_feed(checked, collate, "pairs")
 
-    def feed(engine: Engine, state: Mapping[str, Any]) -> ExampleFeed:
+    def feed(engine: Engine, state: Mapping[str, Any]) -> Feed:
         objective.reference = reference(cfg, engine, objective.reference, resumed=state.get("step", 0) > 0)
-        return ExampleFeed(
-            checked.order,
-            comparisons(checked.train, n_ctx, cfg.parallel.tp),
-            held_out,
-            engine.mesh,
-            step=state.get("step", 0),
-            state=state.get("data", {}),
-            about={**checked.about, "template": checked.renderer.template.value},
-            micro_batch_size=int(cfg.micro_batch_size),
-            n_ctx=n_ctx,
-            fixed=False,
-            lines=[],
-        )
+        return make(engine, state)
 
     return Task(
         objective,
@@ -88,7 +73,7 @@ def reference(cfg: DpoConfig, engine: Engine, known: GPT | None, *, resumed: boo
     """The frozen model that the engine's is compared with; `known`: it, where it is in memory already. Collective."""
     import torch
 
-    from trainer.checkpoint.frozen import check_same, keep_reference, load_reference
+    from trainer.checkpoint.frozen import check_start, keep_reference, load_reference
     from trainer.engine.compile import prepare
 
     folder = keep_reference(RunFolder(cfg.run.dir), engine.mesh, str(cfg.init_from), resumed=resumed)
@@ -99,7 +84,7 @@ def reference(cfg: DpoConfig, engine: Engine, known: GPT | None, *, resumed: boo
         model.to(torch.float32 if cfg.precision is Precision.fp32 else torch.bfloat16)
         prepare(model, cfg.precision, cfg.compile, cfg.parallel, engine.mesh)
     if not resumed:
-        check_same(engine, model, str(cfg.init_from), folder)
+        check_start(engine, model, str(cfg.init_from), folder)
     return model
 
 

@@ -81,16 +81,15 @@ def write(folder: Path, checkpoint: Path, cfg: ModelConfig, tokenizer: Tokenizer
     write_safetensors(folder / WEIGHTS, to_hf(weights, cfg))
     if head := {name: x for name, x in weights.items() if name.startswith("head.")}:
         write_safetensors(folder / HEAD, head)
-    template = template_of(checkpoint)
-    own = tokenizer_config(cfg, tokenizer, template) if tokenizer is not None else {}
-    end = tokenizer.special_ids.get(own.get("eos_token", "")) if tokenizer is not None else None
-    text = {CONFIG: _json({**hf_config(cfg, tokenizer.eot_id if tokenizer else None), "dtype": "float32"})}
-    if end is not None:
-        text[CONFIG] = _json({**json.loads(text[CONFIG]), "eos_token_id": end})
+    config = {**hf_config(cfg, tokenizer.eot_id if tokenizer else None), "dtype": "float32"}
+    text = {CONFIG: config}
     if tokenizer is not None:
-        text |= {TOKENIZER: tokenizer.raw, "tokenizer_config.json": _json(own)}
+        own = tokenizer_config(cfg, tokenizer, template_of(checkpoint))
+        config["eos_token_id"] = tokenizer.special_ids.get(own.get("eos_token", ""), config["eos_token_id"])
+        write_file(folder / TOKENIZER, [tokenizer.raw])
+        text["tokenizer_config.json"] = own
     for name, body in text.items():
-        write_file(folder / name, [body])
+        write_file(folder / name, [_json(body)])
 
 
 def template_of(checkpoint: Path) -> Template | None:

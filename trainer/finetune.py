@@ -23,13 +23,9 @@ The released code cuts texts that are too long; here such an example is dropped 
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -48,8 +44,6 @@ from trainer.run_task import run_task
 from trainer.tuning.check import Checked, Reader, check
 
 if TYPE_CHECKING:
-    from trainer.data.example_feed import ExampleFeed
-    from trainer.engine.engine import Engine
     from trainer.task import Task
 
 
@@ -61,13 +55,23 @@ def finetune(cfg: FinetuneConfig) -> None:
         check_figures(cfg.examples.task)
     world = read_world()
 
-    def read(path: Path | str, tokenizer: Tokenizer, n_ctx: int) -> Examples[Labelled, TaskRenderer]:
-        return read_labelled(replace(cfg.examples, path=str(path)), tokenizer, n_ctx)
+    def read(path: str, tokenizer: Tokenizer, n_ctx: int) -> Examples[Labelled, TaskRenderer]:
+        return read_labelled(replace(cfg.examples, path=path), tokenizer, n_ctx)
 
-    checked = check(cfg, world, cfg.examples.path, Reader(read, lambda example: np.concatenate(example.sequences)))
+    checked = check(cfg, world, cfg.examples.path, Reader(read, all_ids, side=texts_of))
     optim = warmed_up(cfg.optim, cfg.warmup_share, checked.cfg.max_steps)
     checked = replace(checked, cfg=replace(checked.cfg, optim=optim))
     run_task(checked.cfg, world, workload(checked), lambda: labelled_task(checked), checked.lines)
+
+
+def texts_of(example: Labelled) -> np.ndarray:
+    """The ids of all sequences of an example."""
+    return np.concatenate(example.sequences)
+
+
+def all_ids(example: Labelled) -> np.ndarray:
+    """The ids of an example, and the bits of its label."""
+    return np.append(texts_of(example), np.array([example.label]).view(np.int32))
 
 
 def warmed_up(optim: OptimConfig, share: float, max_steps: int) -> OptimConfig:
@@ -80,59 +84,36 @@ def warmed_up(optim: OptimConfig, share: float, max_steps: int) -> OptimConfig:
 def workload(checked: Checked[FinetuneConfig, Labelled, TaskRenderer]) -> Workload:
     """The workload of a step whose rows are as long as the longest example, one for each example: the least."""
     longest = max(len(ids) for example in checked.train for ids in example.sequences)
-    model = replace(checked.cfg.model, n_ctx=longest)
-    return Workload.of_rows(replace(checked.cfg, model=model), checked.cfg.batch_size)
+    work = checked.workload
+    return replace(work, model=replace(work.model, n_ctx=longest), tokens_per_step=checked.cfg.batch_size * longest)
 
 
 def labelled_task(checked: Checked[FinetuneConfig, Labelled, TaskRenderer]) -> Task:
     """The task of fine-tuning: a head's loss and the language model's, over labelled examples."""
-    from trainer.data.example_feed import ExampleFeed, HeldOut
-    from trainer.data.labelled import ROUND, labelled
+    from trainer.data.collate import row_multiple
+    from trainer.data.labelled import labelled
     from trainer.objective.heads import WithHead
     from trainer.objective.labelled import LabelledTask
     from trainer.task import Task
+    from trainer.tuning.feed import make_feed
     from trainer.tuning.scores import HeldOutScores
 
-    cfg, n_ctx, kind = checked.cfg, checked.cfg.model.n_ctx, checked.cfg.examples.task
-    multiple = math.lcm(ROUND, int(cfg.parallel.tp or 1))
+    cfg, kind, examples = checked.cfg, checked.cfg.examples.task, checked.held_out
     objective = LabelledTask(kind, cfg.lm_weight, cfg.head_dropout)
-    held_out, scores, size = None, None, int(cfg.micro_batch_size)
-    if checked.held_out:
-        collate, n = labelled(checked.held_out, n_ctx, multiple), len(checked.held_out)
-        held_out = HeldOut([[i] for i in range(n)], collate, f"{n:,} labelled examples")
-        picture = RunFolder(cfg.run.dir).plots / "confusion.png"
-        scores = HeldOutScores(objective, cfg.examples, checked.held_out, collate, size, cfg.held_out.every, picture)
-
-    def feed(engine: Engine, state: Mapping[str, Any]) -> ExampleFeed:
-        return ExampleFeed(
-            checked.order,
-            labelled(checked.train, n_ctx, multiple),
-            held_out,
-            engine.mesh,
-            step=state.get("step", 0),
-            state=state.get("data", {}),
-            about={**checked.about, "labels": labels_digest(checked)},
-            micro_batch_size=size,
-            n_ctx=n_ctx,
-            fixed=False,
-            lines=[],
-        )
-
+    collate = partial(labelled, n_ctx=cfg.model.n_ctx, multiple=row_multiple(cfg.parallel.tp))
+    scores = None
+    if examples:
+        size, picture = int(cfg.micro_batch_size), RunFolder(cfg.run.dir).plots / "confusion.png"
+        scores = HeldOutScores(objective, cfg.examples, examples, collate(examples), size, cfg.held_out.every, picture)
     return Task(
         objective,
-        feed,
+        make_feed(checked, collate, "labelled examples"),
         model=partial(WithHead, n_out=len(cfg.examples.classes) if kind is Kind.classification else 1, std=0.02),
         eval_every=cfg.held_out.every,
         patience=cfg.held_out.patience,
         tokenizer=checked.tokenizer.raw,
         scores=scores,
     )
-
-
-def labels_digest(checked: Checked[FinetuneConfig, Labelled, TaskRenderer]) -> str:
-    """A name of the labels in the order of the examples, and of the task that they are of."""
-    labels = np.array([example.label for example in checked.train], np.float64).tobytes()
-    return hashlib.sha256(checked.cfg.examples.task.value.encode() + labels).hexdigest()[:16]
 
 
 if __name__ == "__main__":

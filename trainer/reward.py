@@ -10,8 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,13 +23,11 @@ from data_pipeline.examples.templates import Renderer
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from trainer.config.tuning.reward import RewardConfig
 from trainer.distributed.world import read_world
-from trainer.plan.workload import Workload
 from trainer.run.signals import OF_THIS_PROCESS
 from trainer.run_task import run_task
 from trainer.tuning.check import Checked, Reader, check
 
 if TYPE_CHECKING:
-    from trainer.data.example_feed import ExampleFeed
     from trainer.engine.engine import Engine
     from trainer.task import Task
 
@@ -41,16 +38,15 @@ def reward(cfg: RewardConfig) -> None:
     """Train a trunk and a head of one output on comparisons."""
     world = read_world()
 
-    def read(path: Path | str, tokenizer: Tokenizer, n_ctx: int) -> Examples[Preference, Renderer]:
-        return read_preferences(replace(cfg.examples, path=str(path)), tokenizer, n_ctx)
+    def read(path: str, tokenizer: Tokenizer, n_ctx: int) -> Examples[Preference, Renderer]:
+        return read_preferences(replace(cfg.examples, path=path), tokenizer, n_ctx)
 
     reader = Reader(read, all_ids, side=lambda item: item.prompt)
     checked = check(cfg, world, cfg.examples.path, reader)
     demonstrations, lines = demonstrated(checked)
     of = (checked.held_out, "held-out") if checked.held_out else (checked.train, "training")
-    work = Workload.of_rows(checked.cfg, cfg.batch_size)
     lines = [*checked.lines, *lines, pairs_line(*of)]
-    run_task(checked.cfg, world, work, lambda: ranking(checked, demonstrations), lines)
+    run_task(checked.cfg, world, checked.workload, lambda: ranking(checked, demonstrations), lines)
 
 
 def all_ids(item: Preference) -> np.ndarray:
@@ -83,44 +79,25 @@ def best(item: Preference) -> Preference:
 
 def ranking(checked: CheckedReward, demonstrations: Sequence[Preference]) -> Task:
     """The task of a reward model: the ranking loss of a head's scores, over comparisons."""
-    from trainer.data.comparisons import MULTIPLE, comparisons
-    from trainer.data.example_feed import ExampleFeed, HeldOut
+    from trainer.data.collate import row_multiple
+    from trainer.data.comparisons import comparisons
     from trainer.objective.heads import WithHead
     from trainer.objective.ranking import Ranking
     from trainer.task import Task
+    from trainer.tuning.feed import make_feed
     from trainer.tuning.zero_bias import Scored, set_zero_bias
 
-    cfg, size = checked.cfg, int(checked.cfg.micro_batch_size)
-    n_ctx, width = cfg.model.n_ctx, math.lcm(MULTIPLE, cfg.parallel.tp)  # sequence parallelism splits it
-    held_out = None
-    if checked.held_out:
-        rows = [[i] for i in range(len(checked.held_out))]
-        held_out = HeldOut(rows, comparisons(checked.held_out, n_ctx, width), f"{len(rows)} comparisons")
-
-    def feed(engine: Engine, state: Mapping[str, Any]) -> ExampleFeed:
-        return ExampleFeed(
-            checked.order,
-            comparisons(checked.train, n_ctx, width),
-            held_out,
-            engine.mesh,
-            step=state.get("step", 0),
-            state=state.get("data", {}),
-            about={**checked.about, "template": checked.renderer.template.value},
-            micro_batch_size=size,
-            n_ctx=n_ctx,
-            fixed=False,
-            lines=[],
-        )
+    cfg = checked.cfg
+    collate = partial(comparisons, n_ctx=cfg.model.n_ctx, multiple=row_multiple(cfg.parallel.tp))
 
     def finish(engine: Engine, on_progress: Callable[[], None]) -> Mapping[str, float]:
         some = checked.held_out or checked.train
-        shown = Scored(len(demonstrations), comparisons(demonstrations, n_ctx, width))
-        answers = Scored(len(some), comparisons(some, n_ctx, width))
-        return set_zero_bias(engine, shown, answers, size, on_progress)
+        shown, answers = (Scored(len(items), collate(items)) for items in (demonstrations, some))
+        return set_zero_bias(engine, shown, answers, int(cfg.micro_batch_size), on_progress)
 
     return Task(
         Ranking(),
-        feed,
+        make_feed(checked, collate, "comparisons"),
         model=partial(WithHead, n_out=1, std=1 / math.sqrt(cfg.model.n_embd + 1)),
         eval_every=cfg.held_out.every,
         patience=cfg.held_out.patience,

@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipeline.examples.examples_config import PreviewConfig
 from data_pipeline.examples.read import COMPARISONS, Preference, form_at, read_examples, read_preferences
-from data_pipeline.examples.rows import PackedRows
+from data_pipeline.examples.rows import RowOrder
 from data_pipeline.examples.templates import Example, Renderer
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
@@ -37,8 +37,8 @@ def _preview(cfg: PreviewConfig, tokenizer: Tokenizer, marks: tuple[str, str, st
         yield f"{path}: {len(example.ids)} tokens, {int(example.mask.sum())} of them labels"
         yield shown(example, found.renderer, marks) + "\n"
     yield from found.summary()
-    rows = PackedRows(found.items, n_ctx=cfg.n_ctx, rows_per_step=1, seed=0)
-    yield f"examples: packed into {rows.order.start(1):,} rows of n_ctx={cfg.n_ctx}, {rows.fill(0):.1%} full"
+    order = RowOrder([len(example.ids) - 1 for example in found.items], rows_per_step=1, seed=0, n_ctx=cfg.n_ctx)
+    yield f"examples: packed into {order.start(1):,} rows of n_ctx={cfg.n_ctx}, {order.fill(0):.1%} full"
 
 
 def _comparison(path: str, item: Preference, renderer: Renderer, marks: tuple[str, str, str, str]) -> Iterator[str]:

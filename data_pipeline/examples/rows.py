@@ -82,6 +82,11 @@ class RowOrder:
             self._starts.append(self._starts[-1] + steps * self.rows_per_step)
         return self._starts[epoch]
 
+    def fill(self, epoch: int) -> float:
+        """The share of the tokens of an epoch's packed rows that are of examples, without rows that fill a step up."""
+        rows = self._rows(epoch)
+        return sum(self._lengths[i] for row in rows for i in row) / (len(rows) * (self._n_ctx or 1))
+
     def _epoch_of(self, position: int) -> int:
         while self.start(len(self._starts) - 1) <= position:
             self.start(len(self._starts))
@@ -113,31 +118,6 @@ def pack(order: Sequence[int], lengths: Sequence[int], n_ctx: int, buffer: int =
         while first < len(order) and taken[first]:
             first += 1
     return rows
-
-
-class PackedRows:
-    """The rows of a run over packed examples; `order` is their `RowOrder`.
-
-    Args:
-        n_ctx: tokens of a row.
-        rows_per_step: of all ranks together; fixed for the run.
-    """
-
-    def __init__(self, examples: Sequence[Example], *, n_ctx: int, rows_per_step: int, seed: int) -> None:
-        self._examples = examples
-        self._n_ctx = n_ctx
-        lengths = [len(example.ids) - 1 for example in examples]
-        self.order = RowOrder(lengths, rows_per_step=rows_per_step, seed=seed, n_ctx=n_ctx)
-
-    def row(self, position: int) -> Row:
-        """The row at a position; without labels where a last step is filled up."""
-        return packed([self._examples[i] for i in self.order.members(position)], self._n_ctx)
-
-    def fill(self, epoch: int) -> float:
-        """The share of the tokens of an epoch's rows that are of examples, the rows that fill a step up left out."""
-        start, end = self.order.start(epoch), self.order.start(epoch + 1)
-        rows = [members for position in range(start, end) if (members := self.order.members(position))]
-        return sum(len(self._examples[i].ids) - 1 for members in rows for i in members) / (len(rows) * self._n_ctx)
 
 
 def packed(examples: Sequence[Example], n_ctx: int) -> Row:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,27 @@ def config(
         max_steps=10,
         precision=Precision(precision),
     )
+
+
+def plain_adamw(parameters: Iterable[torch.nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
+    """torch's own AdamW; biases and gains do not decay."""
+    decay: list[torch.nn.Parameter] = []
+    keep: list[torch.nn.Parameter] = []
+    for p in parameters:
+        (decay if p.dim() > 1 else keep).append(p)
+    groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": keep, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+
+
+def plain_step(adam: torch.optim.AdamW, step: int, grad_clip: float) -> float:
+    """Clip, update and clear the gradients; returns their norm before clipping."""
+    params = [p for group in adam.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or float("inf"))
+    for group in adam.param_groups:
+        group["lr"] = lr(step)
+    adam.step()
+    adam.zero_grad()
+    return norm.item()
 
 
 def windows(step: int, vocab_size: int, n: int = WINDOWS) -> Batch:

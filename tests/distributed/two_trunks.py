@@ -133,10 +133,7 @@ class PlainTorch:
         self.pair = pair.to(dtype)
         self.optim = optim
         self.masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in pair.named_parameters()}
-        decay = [p for p in self.masters.values() if p.dim() > 1]
-        keep = [p for p in self.masters.values() if p.dim() == 1]
-        groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": keep, "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+        self.adam = run.plain_adamw(self.masters.values(), optim)
 
     def gradient(self, step: int, kinds: Sequence[type], dp: int) -> list[float]:
         """Put the step's gradient into the masters; returns the sums."""

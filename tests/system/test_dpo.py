@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.chat import random_text, write_lines
-from tests.helpers.ranks import Process, free_port, rank_env, start_module
-from tests.system.runs import finish, kill_at, letters, make_data, pretrain
+from tests.helpers.ranks import Process
+from tests.system.runs import finish, kill_at, pretrain
 from tests.system.test_resume import story, weights
+from tests.system.tunings import launch, small_base, succeed
 from trainer.run.journal import read_journal
 
 TINY = (
@@ -29,13 +30,6 @@ TINY = (
 STEPS = 12
 
 
-def base_of(root: Path) -> Path:
-    """A run folder of two steps, whose vocabulary are the bytes."""
-    data = letters(make_data(root / "data", 257))
-    pretrain(root / "base", f"data.path={data}", "max_steps=2", "model.vocab_size=257")
-    return root / "base"
-
-
 def comparisons_of(root: Path, seed: int = 0) -> Path:
     """Some of two answers, some of more and with ties."""
     rng = random.Random(seed)
@@ -49,19 +43,17 @@ def comparisons_of(root: Path, seed: int = 0) -> Path:
 
 
 def start(run_dir: Path, *overrides: str, ranks: int = 1) -> list[Process]:
-    port, argv = free_port(), [*TINY, f"run.dir={run_dir}", *overrides]
-    return [start_module("trainer.dpo", argv, rank_env(rank, ranks, port)) for rank in range(ranks)]
+    return launch("dpo", [*TINY, f"run.dir={run_dir}", *overrides], ranks)
 
 
 def dpo(run_dir: Path, *overrides: str, ranks: int = 1) -> None:
-    ended = finish(start(run_dir, *overrides, ranks=ranks))
-    assert all(code == 0 for code, _ in ended), "\n".join(err[-3000:] for _, err in ended)
+    succeed(start(run_dir, *overrides, ranks=ranks))
 
 
 @pytest.mark.slow
 def test_a_run_is_exact_after_a_kill_without_its_base(tmp_path: Path) -> None:
     """Its vocabulary has grown by the tokens of roles; the reference has the same rows, so the first loss is ln 2."""
-    base = base_of(tmp_path)
+    base = small_base(tmp_path)
     common = (
         f"init_from={base}",
         f"examples.path={comparisons_of(tmp_path)}",
@@ -92,7 +84,7 @@ def test_a_run_is_exact_after_a_kill_without_its_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["parallel=zero3", "parallel=tp2"])
 def test_the_first_loss_is_ln_2_in_bf16(tmp_path: Path, layout: str) -> None:
     """The reference computes as the model does: their rounding is the same, too."""
-    common = (f"init_from={base_of(tmp_path)}", f"examples.path={comparisons_of(tmp_path)}", "max_steps=2", layout)
+    common = (f"init_from={small_base(tmp_path)}", f"examples.path={comparisons_of(tmp_path)}", "max_steps=2", layout)
     dpo(tmp_path / "run", *common, "precision=bf16", ranks=2)
     first, second = (row.metrics for row in read_journal(tmp_path / "run" / "metrics.jsonl"))
     assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-4)
@@ -102,7 +94,7 @@ def test_the_first_loss_is_ln_2_in_bf16(tmp_path: Path, layout: str) -> None:
 @pytest.mark.slow
 def test_a_new_start_from_another_base_is_refused(tmp_path: Path) -> None:
     """The run has no checkpoint yet, and the reference of its first start; a damaged reference is refused too."""
-    base, run = base_of(tmp_path), tmp_path / "run"
+    base, run = small_base(tmp_path), tmp_path / "run"
     common = (
         f"examples.path={comparisons_of(tmp_path)}",
         "max_steps=1000",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import string
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline.corpus import pydocs
 from tests.helpers.chat import write_lines
 from tests.helpers.fixtures import make_source
 from tests.helpers.ranks import run_ranks
@@ -25,22 +27,12 @@ N_CTX = 64
 
 def prose() -> list[str]:
     """The manual and the docstrings of Python's standard library, as ASCII."""
-    import ast
-    import sysconfig
-
-    texts: list[str] = []
-    top = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(top.rglob("*.py")):
-        if {"test", "tests", "idle_test", "site-packages", "__pycache__"} & set(path.relative_to(top).parts):
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        texts += [text for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node))]
-    random.Random(0).shuffle(texts)
-    return [text for text in texts if text.isascii() and len(text) > 100]
+    found: list[str] = []
+    for path in pydocs.files():
+        with contextlib.suppress(SyntaxError, ValueError):
+            found += [part for _, text in pydocs.texts(path) for part in text.split("\n\n")]
+    random.Random(0).shuffle(found)
+    return [text for text in found if text.isascii() and len(text) > 100]
 
 
 def source(root: Path) -> list[str]:

@@ -15,9 +15,10 @@ from data_pipeline.manifest import TOKENIZER, read_manifest, write_manifest
 from data_pipeline.tokenizer.tokenizer import Tokenizer, train_bpe
 from tests.helpers.chat import write_lines
 from tests.helpers.fixtures import make_source
-from tests.helpers.ranks import ROOT, Process, free_port, rank_env, start_module
+from tests.helpers.ranks import ROOT
 from tests.helpers.seeds import seeded
-from tests.system.runs import finish, letters, make_data, pretrain
+from tests.system.runs import pretrain
+from tests.system.tunings import launch, small_base, succeed
 from trainer.run.folder import RunFolder
 from trainer.run.journal import read_journal
 
@@ -40,16 +41,8 @@ TUNE = (
 )
 
 
-def start(run_dir: Path, *overrides: str, ranks: int = 1) -> list[Process]:
-    """`python -m trainer.finetune` on each rank."""
-    port = free_port()
-    argv = [f"run.dir={run_dir}", *TUNE, *overrides]
-    return [start_module("trainer.finetune", argv, rank_env(r, ranks, port)) for r in range(ranks)]
-
-
-def finetune(run_dir: Path, *overrides: str, ranks: int = 1, timeout_s: float = 400) -> None:
-    ended = finish(start(run_dir, *overrides, ranks=ranks), timeout_s)
-    assert all(code == 0 for code, _ in ended), "\n".join(err[-3000:] for _, err in ended)
+def finetune(run_dir: Path, *overrides: str, timeout_s: float = 400) -> None:
+    succeed(launch("finetune", [f"run.dir={run_dir}", *TUNE, *overrides]), timeout_s)
 
 
 def plus_signs(path: Path, n: int, seed: int) -> Path:
@@ -66,11 +59,7 @@ def plus_signs(path: Path, n: int, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one step of pre-training, whose vocabulary is bytes."""
-    root = tmp_path_factory.mktemp("base")
-    data = letters(make_data(root / "data", vocab_size=257))
-    pretrain(root / "run", f"data.path={data}", "model.vocab_size=257", "max_steps=1")
-    return root / "run"
+    return small_base(tmp_path_factory.mktemp("base"), steps=1)
 
 
 def test_a_planted_task_is_learnt_and_scored(base: Path, tmp_path: Path) -> None:

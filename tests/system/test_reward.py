@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.ranked import vowel_records, write_records
-from tests.helpers.ranks import Process, free_port, rank_env, run_ranks, start_module
-from tests.system.runs import finish, letters, make_data, pretrain
+from tests.helpers.ranks import Process, run_ranks
+from tests.system.runs import finish
+from tests.system.tunings import export, launch, small_base, succeed
 from trainer.checkpoint.files import SavedWeights
 from trainer.run.folder import RunFolder
 from trainer.run.journal import read_journal
@@ -43,8 +44,7 @@ TINY = (
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base to start from, comparisons and demonstrations."""
     root = tmp_path_factory.mktemp("reward")
-    data = letters(make_data(root / "data", vocab_size=257))
-    pretrain(root / "base", f"data.path={data}", "max_steps=1", "model.vocab_size=257", "model.n_ctx=32")
+    small_base(root, "model.n_ctx=32", steps=1)
     records = vowel_records(np.random.default_rng(5), 90)
     write_records(root / "ranks.jsonl", records)
     turns = [[{"role": "user", "content": "ab"}, {"role": "assistant", "content": "aeiou" * n}] for n in (1, 2, 3)]
@@ -58,13 +58,11 @@ def argv(files: Path, run_dir: Path, *overrides: str) -> list[str]:
 
 
 def start(words: list[str], ranks: int = 2) -> list[Process]:
-    port = free_port()
-    return [start_module("trainer.reward", words, rank_env(rank, ranks, port)) for rank in range(ranks)]
+    return launch("reward", words, ranks)
 
 
 def train(words: list[str], ranks: int = 2) -> None:
-    ended = finish(start(words, ranks))
-    assert all(code == 0 for code, _ in ended), "\n".join(err[-3000:] for _, err in ended)
+    succeed(start(words, ranks))
 
 
 def story(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
@@ -148,9 +146,7 @@ def test_an_exported_reward_model_scores_in_transformers(files: Path, tmp_path: 
     shown = files / "shown.jsonl"
     run, out = tmp_path / "run", tmp_path / "out"
     train(argv(files, run, f"demonstrations={shown}", "optim.lr=1e-2"), ranks=1)
-    words = [f"checkpoint={run}", f"out={out}"]
-    [(code, err)] = finish([start_module("trainer.export_hf", words, rank_env(0, 1, free_port()))])
-    assert code == 0, err
+    export(run, out)
     messages = [json.loads(line)["messages"] for line in shown.read_text().splitlines()]
     target = "tests.system.test_reward:scores_in_transformers"
     [scores] = run_ranks(1, target, exported=str(out), conversations=messages)

@@ -15,10 +15,19 @@ from data_pipeline.examples.templates import Renderer
 from data_pipeline.manifest import TOKENIZER
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from tests.helpers.prose_base import prose_base
-from tests.helpers.ranks import free_port, rank_env, run_ranks, start_module
+from tests.helpers.ranks import run_ranks
 from tests.helpers.seeds import seeded
-from tests.system.runs import finish, letters, make_data, pretrain
-from tests.system.tunings import TASKS, conversation, instructions, json_lines, refusal, tune, words
+from tests.system.tunings import (
+    TASKS,
+    conversation,
+    export,
+    instructions,
+    json_lines,
+    refusal,
+    small_base,
+    tune,
+    words,
+)
 from trainer.checkpoint.find import find_checkpoint
 from trainer.run.folder import RunFolder
 from trainer.run.journal import read_journal
@@ -28,11 +37,7 @@ SMALL = ("batch_size=4", "micro_batch_size=2")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of eight steps on the 256 bytes, with a vocabulary of 257."""
-    root = tmp_path_factory.mktemp("base")
-    data = letters(make_data(root / "data", vocab_size=257))
-    pretrain(root / "run", f"data.path={data}", "model.vocab_size=257", "max_steps=8")
-    return root / "run"
+    return small_base(tmp_path_factory.mktemp("base"), steps=8)
 
 
 def some(path: Path, n: int, seed: int) -> Path:
@@ -134,10 +139,8 @@ def test_transformers_answers_as_our_model_does(base: Path, tmp_path: Path) -> N
     examples = json_lines(tmp_path / "a.jsonl", [conversation("ab", "c.")] * 4)
     common = (f"init_from={base}", f"examples.path={examples}", "max_steps=60", "epochs=0", *SMALL)
     tune("sft", tmp_path / "run", *common, "optim.lr=1e-2")
+    export(tmp_path / "run", tmp_path / "out")
     values = [str(tmp_path / "run"), str(tmp_path / "out")]
-    argv = [f"checkpoint={values[0]}", f"out={values[1]}"]
-    [(code, err)] = finish([start_module("trainer.export_hf", argv, rank_env(0, 1, free_port()))])
-    assert code == 0, err
     asked = run_ranks(1, "tests.system.test_sft:chat_in_transformers", exported=values[1], turns=["ab"], new_tokens=6)
     [[prompt, told]] = asked
     renderer = Renderer(Template.roles, Tokenizer.load(find_checkpoint(values[0]) / TOKENIZER))

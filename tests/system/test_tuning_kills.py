@@ -12,9 +12,9 @@ import pytest
 
 from tests.helpers.ranks import Process
 from tests.helpers.seeds import seeded
-from tests.system.runs import finish, letters, make_data, pretrain
+from tests.system.runs import finish
 from tests.system.test_resume import weights
-from tests.system.tunings import conversation, json_lines, start, tune
+from tests.system.tunings import conversation, json_lines, small_base, start, tune
 from trainer.run.journal import read_journal
 
 KILLS = int(os.environ.get("TEST_KILLS", "2"))
@@ -25,10 +25,7 @@ SAVING = ("checkpoint.every_steps=1", "checkpoint.keep=3", "held_out.fraction=0.
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("base")
-    data = letters(make_data(root / "data", vocab_size=257))
-    pretrain(root / "run", f"data.path={data}", "model.vocab_size=257", "max_steps=2")
-    return root / "run"
+    return small_base(tmp_path_factory.mktemp("base"))
 
 
 def text(rng: random.Random) -> str:

@@ -20,7 +20,7 @@ from data_pipeline.examples.templates import Renderer
 from data_pipeline.manifest import TOKENIZER
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from tests.helpers.ranks import Process, free_port, rank_env, start_module
-from tests.system.runs import finish
+from tests.system.runs import finish, letters, make_data, pretrain
 from trainer.checkpoint.find import find_checkpoint, model_of
 from trainer.run.folder import RunFolder
 
@@ -36,15 +36,34 @@ TINY = (
 TASKS = {"first": lambda word: word[0], "last": lambda word: word[-1], "upper": str.upper}
 
 
-def start(entry: str, run_dir: Path, *overrides: str, ranks: int = 1) -> list[Process]:
-    """`python -m trainer.ENTRY` on each rank."""
-    port, argv = free_port(), [*TINY, f"run.dir={run_dir}", *overrides]
-    return [start_module(f"trainer.{entry}", argv, rank_env(r, ranks, port)) for r in range(ranks)]
+def small_base(root: Path, *overrides: str, steps: int = 2) -> Path:
+    """The folder of a run of some steps on the 256 bytes, with a vocabulary of 257."""
+    data = letters(make_data(root / "data", vocab_size=257))
+    pretrain(root / "base", f"data.path={data}", "model.vocab_size=257", f"max_steps={steps}", *overrides)
+    return root / "base"
 
 
-def tune(entry: str, run_dir: Path, *overrides: str, ranks: int = 1, timeout_s: float = 400) -> None:
-    ended = finish(start(entry, run_dir, *overrides, ranks=ranks), timeout_s)
+def launch(entry: str, words: Sequence[str], ranks: int = 1) -> list[Process]:
+    """`python -m trainer.ENTRY WORDS...` on each rank."""
+    port = free_port()
+    return [start_module(f"trainer.{entry}", list(words), rank_env(r, ranks, port)) for r in range(ranks)]
+
+
+def succeed(processes: list[Process], timeout_s: float = 400) -> None:
+    ended = finish(processes, timeout_s)
     assert all(code == 0 for code, _ in ended), "\n".join(err[-3000:] for _, err in ended)
+
+
+def start(entry: str, run_dir: Path, *overrides: str, ranks: int = 1) -> list[Process]:
+    return launch(entry, [*TINY, f"run.dir={run_dir}", *overrides], ranks)
+
+
+def tune(entry: str, run_dir: Path, *overrides: str, ranks: int = 1) -> None:
+    succeed(start(entry, run_dir, *overrides, ranks=ranks))
+
+
+def export(run_dir: Path, out: Path) -> None:
+    succeed(launch("export_hf", [f"checkpoint={run_dir}", f"out={out}"]))
 
 
 def refusal(entry: str, run_dir: Path, *overrides: str) -> str:

@@ -72,7 +72,7 @@ def load_reference(folder: Path, cfg: ModelConfig, mesh: Mesh, *, seed: int, seq
     return model.requires_grad_(False).eval()
 
 
-def check_same(engine: Engine, reference: GPT, init_from: str, folder: Path) -> None:
+def check_start(engine: Engine, reference: GPT, init_from: str, folder: Path) -> None:
     """Compare the weights that a new run starts from with its reference, in the reference's dtype. Collective.
 
     Raises:

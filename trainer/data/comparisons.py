@@ -10,10 +10,10 @@ import torch
 
 from data_pipeline.examples.pairs import pairs_of
 from data_pipeline.examples.read import Preference
+from trainer.data.collate import MULTIPLE, row_tokens
 from trainer.data.example_feed import Collate, Rows
 from trainer.objective.ranking import Comparisons
 
-MULTIPLE = 64  # of which the length of a micro batch is one
 _NONE = Preference(np.zeros(0, np.int32), (np.zeros(1, np.int32),), np.zeros(1, np.int32))
 
 
@@ -25,8 +25,7 @@ def comparisons(preferences: Sequence[Preference], n_ctx: int, multiple: int = M
         dummies = sum(not row for row in rows)
         numbers = [n for n, item in enumerate(some) for _ in item.answers] + [-1] * dummies
         texts = [np.concatenate([item.prompt, x]) for item in [*some, *[_NONE] * dummies] for x in item.answers]
-        width = min(n_ctx, -(-max(map(len, texts)) // multiple) * multiple)
-        tokens = np.zeros((len(texts), width), np.int64)
+        tokens = np.zeros((len(texts), row_tokens(max(map(len, texts)), n_ctx, multiple)), np.int64)
         for row, ids in zip(tokens, texts, strict=True):
             row[: len(ids)] = ids
         ends = np.array([len(ids) - 1 for ids in texts], np.int64)

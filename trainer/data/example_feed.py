@@ -32,13 +32,9 @@ class ExampleFeed:
 
     Args:
         order, collate: of the examples to train on; `order.rows_per_step` is a multiple of dp * micro_batch_size.
-        about: what a run that goes on must have again: the examples and their template.
+        about: what a run that goes on must have again, for its checkpoints.
         state: a checkpoint's data state, {} for a new run.
         fixed: every row has n_ctx tokens.
-        lines: on the examples, for the start of a run.
-
-    Raises:
-        UserError: the state is of other examples.
     """
 
     plan: Plan | None = None
@@ -56,7 +52,6 @@ class ExampleFeed:
         micro_batch_size: int,
         n_ctx: int,
         fixed: bool,
-        lines: Sequence[str],
     ) -> None:
         self._order = order
         self._collate = collate
@@ -67,10 +62,8 @@ class ExampleFeed:
         self._micro_batch_size = micro_batch_size
         self._n_ctx = n_ctx
         self._fixed = fixed
-        self._lines = lines
         self._step = step  # that `next` gives next
         self._crc32 = 0
-        check_same(self._about, state)
 
     def next(self) -> tuple[Sequence[AnyBatch], UserError | None]:
         share = self._order.rows_per_step // self._mesh.dp
@@ -122,7 +115,7 @@ class ExampleFeed:
     def summary(self) -> list[str]:
         rows, steps = self._order.rows_per_step, self._order.start(1) // self._order.rows_per_step
         held_out = f", {self._held_out.measures} held out" if self._held_out else ", none held out"
-        return [*self._lines, f"examples: an epoch is {steps:,} steps of {rows:,}{held_out}"]
+        return [f"examples: an epoch is {steps:,} steps of {rows:,}{held_out}"]
 
     def close(self) -> None:
         """Nothing is open."""
@@ -134,16 +127,6 @@ def shares(rows: Rows, collate: Collate, mesh: Mesh, size: int) -> Iterator[AnyB
         first = start + mesh.dp_rank * size
         own = list(rows[first : first + size])
         yield _pinned(collate([*own, *([[]] * (size - len(own)))]), mesh)
-
-
-def check_same(about: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Raises UserError if a checkpoint's data state is of other examples, another order or another template."""
-    for key, value in about.items():
-        if key in state and state[key] != value:
-            raise UserError(
-                f"the checkpoint's run has {key} {state[key]}, and this start {value}: give the old examples and "
-                "settings, or another run.name"
-            )
 
 
 def _pinned(batch: AnyBatch, mesh: Mesh) -> AnyBatch:

@@ -9,13 +9,12 @@ import torch
 
 from data_pipeline.config import IGNORE
 from data_pipeline.examples.labelled import Labelled
+from trainer.data.collate import MULTIPLE, row_tokens
 from trainer.data.example_feed import Collate, Rows
 from trainer.objective.labelled import LabelledBatch
 
-ROUND = 64  # a row's tokens are a multiple of it: few lengths to compile for
 
-
-def labelled(examples: Sequence[Labelled], n_ctx: int, multiple: int = ROUND) -> Collate:
+def labelled(examples: Sequence[Labelled], n_ctx: int, multiple: int = MULTIPLE) -> Collate:
     """Micro batches of labelled examples of one task, whose rows have a multiple of `multiple` tokens, or n_ctx.
 
     A row of the order without an example becomes one of pads, with as many sequences as the first example, that counts
@@ -42,8 +41,3 @@ def labelled(examples: Sequence[Labelled], n_ctx: int, multiple: int = ROUND) ->
         )
 
     return collate
-
-
-def row_tokens(longest: int, n_ctx: int, multiple: int = ROUND) -> int:
-    """The tokens of a row that holds a sequence of `longest` ids."""
-    return min(n_ctx, -(-longest // multiple) * multiple)

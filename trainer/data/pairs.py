@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 from data_pipeline.config import IGNORE
 from data_pipeline.examples.pairs import Pair
+from trainer.data.collate import MULTIPLE, row_tokens
 from trainer.data.example_feed import Collate, Rows
 from trainer.objective.preference import Pairs
 
-MULTIPLE = 64  # rows are padded to a multiple of it
 
-
-def comparisons(examples: Sequence[Pair], n_ctx: int, tp: int = 1) -> Collate:
+def pairs(examples: Sequence[Pair], n_ctx: int, multiple: int = MULTIPLE) -> Collate:
     """Rows of the chosen answers, then of the rejected ones, each after its prompt and followed by pads.
 
-    A row without an example is one of pads, without a label. `tp` ranks may split a row's tokens among them.
+    A row without an example is one of pads, without a label.
     """
-    multiple = math.lcm(MULTIPLE, tp)
 
     def collate(rows: Rows) -> Pairs:
-        pairs = [examples[row[0]] if row else None for row in rows]
-        chosen = [(pair.prompt, pair.chosen) if pair else None for pair in pairs]
-        texts = [*chosen, *((pair.prompt, pair.rejected) if pair else None for pair in pairs)]
+        some = [examples[row[0]] if row else None for row in rows]
+        chosen = [(pair.prompt, pair.chosen) if pair else None for pair in some]
+        texts = [*chosen, *((pair.prompt, pair.rejected) if pair else None for pair in some)]
         longest = max((len(prompt) + len(answer) - 1 for prompt, answer in filter(None, texts)), default=1)
-        width = min(n_ctx, -(-longest // multiple) * multiple)
-        tokens = torch.zeros(len(texts), width, dtype=torch.int64)
+        tokens = torch.zeros(len(texts), row_tokens(longest, n_ctx, multiple), dtype=torch.int64)
         labels = torch.full_like(tokens, IGNORE)
         for i, text in enumerate(texts):
             if text is not None:

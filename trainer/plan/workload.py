@@ -8,7 +8,6 @@ from trainer.config.model import ModelConfig
 from trainer.config.optim import Kind
 from trainer.config.parallel import Precision
 from trainer.config.pretrain import PretrainConfig
-from trainer.config.tuning.common import TuneConfig
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,6 @@ class Workload:
             precision=cfg.precision,
             tokens_per_step=cfg.tokens_per_step,
             document_mask=cfg.data.document_mask,
-            background=cfg.checkpoint.background,
-        )
-
-    @classmethod
-    def of_rows(cls, cfg: TuneConfig, rows: int) -> Workload:
-        """The workload of a step of so many rows of examples, each of n_ctx tokens at most."""
-        return cls(
-            model=cfg.model,
-            optimizer=cfg.optim.kind,
-            precision=cfg.precision,
-            tokens_per_step=rows * cfg.model.n_ctx,
-            document_mask=True,
             background=cfg.checkpoint.background,
         )
 

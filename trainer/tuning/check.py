@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -13,7 +13,7 @@ import numpy as np
 from conf.errors import UserError
 from data_pipeline.examples.collect import Examples
 from data_pipeline.examples.rows import RowOrder
-from data_pipeline.examples.templates import Marked
+from data_pipeline.examples.templates import Marked, Renderer
 from data_pipeline.manifest import TOKENIZER
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from trainer.checkpoint.find import check_model, check_resume, find_checkpoint, model_of, resumable
@@ -24,6 +24,7 @@ from trainer.distributed.world import World
 from trainer.hf.settings import check_registry
 from trainer.plan.choose import is_open
 from trainer.plan.layout_rules import check_ranks
+from trainer.plan.workload import Workload
 from trainer.run.folder import RunFolder
 from trainer.run.redact import refuse_secrets
 
@@ -36,13 +37,13 @@ C = TypeVar("C", bound=TuneConfig)
 class Reader(Generic[T, R]):
     """The reader of a kind of examples.
 
-    read: the examples of files, by a tokenizer, of at most n_ctx tokens.
-    ids: all token ids of an example, by which equal ones are known.
+    read: the examples of the files at a path, by a tokenizer, of at most n_ctx tokens.
+    ids: int32 that say all of an example, by which a run knows its examples again.
     length: tokens that one takes of a row that several share; None: each makes a row.
     side: the ids by which an example is held out or not, such as its prompt's; None: all of them.
     """
 
-    read: Callable[[Path | str, Tokenizer, int], Examples[T, R]]
+    read: Callable[[str, Tokenizer, int], Examples[T, R]]
     ids: Callable[[T], np.ndarray]
     length: Callable[[T], int] | None = None
     side: Callable[[T], np.ndarray] | None = None
@@ -69,6 +70,13 @@ class Checked(Generic[C, T, R]):
     about: dict[str, Any]
     lines: list[str]
 
+    @property
+    def workload(self) -> Workload:
+        """That of a step of rows of n_ctx tokens, one for each that `batch_size` counts."""
+        cfg = self.cfg
+        tokens, background = cfg.batch_size * cfg.model.n_ctx, cfg.checkpoint.background
+        return Workload(cfg.model, cfg.optim.kind, cfg.precision, tokens, document_mask=True, background=background)
+
 
 def check(cfg: C, world: World, path: str, reader: Reader[T, R]) -> Checked[C, T, R]:
     """Check a tuning on the examples of `path`.
@@ -86,7 +94,13 @@ def check(cfg: C, world: World, path: str, reader: Reader[T, R]) -> Checked[C, T
     tokenizer = tokenizer_of(origin)
     found = reader.read(path, tokenizer, cfg.model.n_ctx)
     model = settled_vocabulary(cfg.model, origin, found.renderer, resumed=checkpoint is not None)
-    train, held_out, lines = split(found, cfg, reader, tokenizer)
+    lines = found.summary()
+    if cfg.held_out.path is None:
+        train, held_out = split(found.items, cfg.held_out.fraction, reader)
+    else:
+        theirs = reader.read(cfg.held_out.path, tokenizer, cfg.model.n_ctx)
+        train, held_out = found.items, theirs.items
+        lines += [f"held out: {line}" for line in theirs.summary()]
     lengths = [reader.length(item) if reader.length else 1 for item in train]
     n_ctx = cfg.model.n_ctx if reader.length else None
     order = RowOrder(lengths, rows_per_step=cfg.batch_size, seed=cfg.seed, n_ctx=n_ctx)
@@ -94,10 +108,13 @@ def check(cfg: C, world: World, path: str, reader: Reader[T, R]) -> Checked[C, T
     cfg = replace(cfg, model=model, max_steps=steps, epochs=0)
     check_resume(cfg, checkpoint, state)
     own = tokenizer.with_special(found.renderer.special)
-    if model.vocab_size != (theirs := model_of(origin, RunFolder.state(origin)).vocab_size):
-        new = ", ".join(token for token, id_ in found.renderer.special.items() if id_ >= theirs)
-        lines.append(f"model.vocab_size: {theirs:,} of init_from and {model.vocab_size - theirs} new ones: {new}")
-    about = {"examples": digest(train, reader), "batch_size": cfg.batch_size, "seed": cfg.seed}
+    if model.vocab_size != (known := model_of(origin, RunFolder.state(origin)).vocab_size):
+        new = ", ".join(token for token, id_ in found.renderer.special.items() if id_ >= known)
+        lines.append(f"model.vocab_size: {known:,} of init_from and {model.vocab_size - known} new ones: {new}")
+    about: dict[str, Any] = {"examples": digest(train, reader), "batch_size": cfg.batch_size, "seed": cfg.seed}
+    if isinstance(found.renderer, Renderer):
+        about["template"] = found.renderer.template.value
+    check_same(about, state.get("data", {}))
     return Checked(cfg, train, held_out, order, found.renderer, own, about, [tracked, *lines])
 
 
@@ -149,28 +166,22 @@ def settled_vocabulary(model: ModelConfig, origin: Path, renderer: Marked, *, re
     return whole
 
 
-def split(
-    found: Examples[T, R], cfg: TuneConfig, reader: Reader[T, R], tokenizer: Tokenizer
-) -> tuple[list[T], list[T], list[str]]:
-    """The examples to train on, those to validate with, and lines on both.
+def split(items: Sequence[T], fraction: float, reader: Reader[T, R]) -> tuple[list[T], list[T]]:
+    """The examples to train on, and the share of them that is held out.
 
     Raises:
         UserError: one of the two is empty.
     """
-    held_out, lines = cfg.held_out, found.summary()
-    if held_out.path is not None:
-        theirs = reader.read(held_out.path, tokenizer, cfg.model.n_ctx)
-        return found.items, theirs.items, [*lines, *(f"held out: {line}" for line in theirs.summary())]
     sides: tuple[list[T], list[T]] = ([], [])
     ids = reader.side or reader.ids
-    for item in found.items:
-        sides[_share(ids(item)) < held_out.fraction].append(item)
-    if not sides[0] or (held_out.fraction and not sides[1]):
+    for item in items:
+        sides[_share(ids(item)) < fraction].append(item)
+    if not sides[0] or (fraction and not sides[1]):
         raise UserError(
-            f"held_out.fraction={held_out.fraction} leaves {len(sides[0])} examples to train on and {len(sides[1])} to "
-            "validate with: give another share, or more examples"
+            f"held_out.fraction={fraction} leaves {len(sides[0])} examples to train on and {len(sides[1])} to validate "
+            "with: give another share, or more examples"
         )
-    return *sides, lines
+    return sides
 
 
 def _share(ids: np.ndarray) -> float:
@@ -186,3 +197,13 @@ def digest(items: Sequence[T], reader: Reader[T, R]) -> str:
         ids = np.ascontiguousarray(reader.ids(item), np.int32)
         hashed.update(len(ids).to_bytes(8) + ids.tobytes())
     return hashed.hexdigest()[:16]
+
+
+def check_same(about: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raises UserError if a checkpoint's data state is of other examples, another order or another template."""
+    for key, value in about.items():
+        if key in state and state[key] != value:
+            raise UserError(
+                f"the checkpoint's run has {key} {state[key]}, and this start {value}: give the old examples and "
+                "settings, or another run.name"
+            )

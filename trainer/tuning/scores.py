@@ -1,4 +1,4 @@
-"""Scores on the held-out examples of a fine-tuning while the model trains: an implementation of `setup.Scores`."""
+"""Scores on the held-out examples of a fine-tuning while the model trains: an implementation of `task.Scores`."""
 
 from __future__ import annotations
 

@@ -39,21 +39,13 @@ def plain_torch(cfg: Any, mesh: Any, grad_clip: float) -> list[tuple[float, floa
     theirs = GPT2LMHeadModel(GPT2Config(**hf_config(cfg.model)))
     theirs.load_state_dict(to_hf(true, cfg.model), strict=False)
     theirs.tie_weights()
-    decay = [p for p in theirs.parameters() if p.dim() > 1]
-    other = [p for p in theirs.parameters() if p.dim() == 1]
-    groups = [{"params": decay, "weight_decay": cfg.optim.weight_decay}, {"params": other, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, betas=(cfg.optim.beta1, cfg.optim.beta2), eps=cfg.optim.eps)
+    adam = run.plain_adamw(theirs.parameters(), cfg.optim)
     out = []
     for step in range(STEPS):
         tokens, labels, _ = run.windows(step, cfg.model.vocab_size)
         loss = F.cross_entropy(theirs(tokens).logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), grad_clip or float("inf"))
-        for group in adam.param_groups:
-            group["lr"] = run.lr(step)
-        adam.step()
-        adam.zero_grad()
-        out.append((loss.item(), norm.item()))
+        out.append((loss.item(), run.plain_step(adam, step, grad_clip)))
     return out
 
 

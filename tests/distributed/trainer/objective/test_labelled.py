@@ -72,22 +72,14 @@ def in_one_process(task: Task, mesh: Mesh, seed: int) -> dict[str, Any]:
     )
     collate, weights = labelled(examples, run.N_CTX), torch.tensor(objective.weights)
     found = module(objective.predictions, collate([[i] for i in range(7)]))
-    groups = [
-        {"params": [p for p in module.parameters() if p.dim() > 1], "weight_decay": cfg.optim.weight_decay},
-        {"params": [p for p in module.parameters() if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    adam = torch.optim.AdamW(groups, betas=(cfg.optim.beta1, cfg.optim.beta2), eps=cfg.optim.eps)
+    adam = run.plain_adamw(module.parameters(), cfg.optim)
     dropped = dropout_sums(task, mesh, module, collate)
     losses = []
     for step in range(STEPS):
         batch: Any = collate([[i] for i in range(step * EXAMPLES, (step + 1) * EXAMPLES)])
         loss = (module(objective.sums, batch) * weights / torch.tensor(objective.counts(batch))).sum()
-        module.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), cfg.optim.grad_clip)
-        for group in adam.param_groups:
-            group["lr"] = run.lr(step)
-        adam.step()
+        run.plain_step(adam, step, cfg.optim.grad_clip)
         losses.append(loss.item())
     return {"losses": losses, "found": found.tolist(), "dropped": dropped}
 

@@ -28,12 +28,13 @@ TOLERANCE = 1e-5
 
 def micro_batches(seed: int, step: int, cfg: PretrainConfig, dp: int, dp_rank: int) -> list[Pairs]:
     """A rank's pairs of a step, of random lengths."""
-    from trainer.data.pairs import comparisons
+    from trainer.data.collate import row_multiple
+    from trainer.data.pairs import pairs
 
     rng = np.random.default_rng([seed, step])
     lengths = rng.integers(1, run.N_CTX // 2, (PAIRS, 3))
     ids = [[rng.integers(0, cfg.model.vocab_size, n).astype(np.int32) for n in three] for three in lengths]
-    collate = comparisons([Pair(*three) for three in ids], run.N_CTX, cfg.parallel.tp)
+    collate = pairs([Pair(*three) for three in ids], run.N_CTX, row_multiple(cfg.parallel.tp))
     rows = [[i] if i < PAIRS else [] for i in range(ROWS)]
     share, size = ROWS // dp, int(cfg.micro_batch_size)
     made: list[Any] = [collate(rows[at : at + size]) for at in range(dp_rank * share, (dp_rank + 1) * share, size)]
@@ -66,21 +67,13 @@ def plain(seed: int) -> list[list[float]]:
     with run.layout() as mesh:
         cfg = run.config(micro_batch_size=ROWS, optim=run.STEADY)
         policy, objective = gpt(cfg, mesh), Preference(BETA, gpt(cfg, mesh).requires_grad_(False).eval())
-        decay = [p for p in policy.parameters() if p.dim() > 1]
-        keep = [p for p in policy.parameters() if p.dim() == 1]
-        groups = [{"params": decay, "weight_decay": cfg.optim.weight_decay}, {"params": keep, "weight_decay": 0.0}]
-        adam = torch.optim.AdamW(groups, betas=(cfg.optim.beta1, cfg.optim.beta2), eps=cfg.optim.eps)
+        adam = run.plain_adamw(policy.parameters(), cfg.optim)
         out = []
         for step in range(STEPS):
             [batch] = micro_batches(seed, step, cfg, 1, 0)
-            adam.zero_grad()
             terms: Tensor = policy(objective.sums, batch) / PAIRS
             terms[0].backward()
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.optim.grad_clip)
-            for group in adam.param_groups:
-                group["lr"] = run.lr(step)
-            adam.step()
-            out.append([*terms.tolist(), float(norm)])
+            out.append([*terms.tolist(), run.plain_step(adam, step, cfg.optim.grad_clip)])
         return out
 
 
@@ -135,7 +128,7 @@ def frozen(root: str) -> dict[str, list[str]]:
 
 def compared(root: Path, cfg: PretrainConfig, mesh: Mesh) -> list[str]:
     from conf.errors import UserError
-    from trainer.checkpoint.frozen import check_same, keep_reference, load_reference
+    from trainer.checkpoint.frozen import check_start, keep_reference, load_reference
     from trainer.checkpoint.load import start_from
     from trainer.run.folder import RunFolder
 
@@ -162,7 +155,7 @@ def compared(root: Path, cfg: PretrainConfig, mesh: Mesh) -> list[str]:
         start_from(checkpoint, model, mesh)
         engine = run.TinyEngine(model, cfg, mesh)
         try:
-            check_same(engine, reference, str(checkpoint), folder)
+            check_start(engine, reference, str(checkpoint), folder)
             said.append("same")
         except UserError as e:
             said.append(str(e))

@@ -55,20 +55,12 @@ def batch_of(some: Sequence[Preference], rows: Sequence[Sequence[int]]) -> Compa
 def plain_torch(cfg: Any, mesh: Mesh, seed: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of torch's own AdamW, autograd and clipping, with all comparisons in one batch."""
     module, out = build(cfg, mesh), []
-    decay = [p for p in module.parameters() if p.dim() > 1]
-    keep = [p for p in module.parameters() if p.dim() == 1]
-    groups = [{"params": decay, "weight_decay": cfg.optim.weight_decay}, {"params": keep, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, betas=(cfg.optim.beta1, cfg.optim.beta2), eps=cfg.optim.eps)
+    adam = run.plain_adamw(module.parameters(), cfg.optim)
     for step in range(STEPS):
         batch = batch_of(examples(seed, step), [[i] for i in range(PROMPTS)])
         loss = OBJECTIVE.sums(module, batch)[0] / PROMPTS
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), cfg.optim.grad_clip)
-        for group in adam.param_groups:
-            group["lr"] = run.lr(step)
-        adam.step()
-        adam.zero_grad()
-        out.append((loss.item(), norm.item()))
+        out.append((loss.item(), run.plain_step(adam, step, cfg.optim.grad_clip)))
     return out
 
 

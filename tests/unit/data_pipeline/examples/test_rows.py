@@ -9,7 +9,7 @@ import pytest
 
 from conf.errors import UserError
 from data_pipeline.config import IGNORE
-from data_pipeline.examples.rows import PackedRows, RowOrder, pack
+from data_pipeline.examples.rows import RowOrder, pack, packed
 from data_pipeline.examples.templates import Example
 from tests.helpers.seeds import seeded
 
@@ -103,13 +103,14 @@ def test_a_row_holds_its_examples_side_by_side() -> None:
     rng = np.random.default_rng(seeded())
     n_ctx = 40
     examples = some_examples(rng, lognormal(rng, 120, n_ctx, 9))
-    rows = PackedRows(examples, n_ctx=n_ctx, rows_per_step=4, seed=1)
+    order = RowOrder([len(example.ids) - 1 for example in examples], rows_per_step=4, seed=1, n_ctx=n_ctx)
     learnt, inputs = Counter[int](), Counter[int]()
-    for position in range(rows.order.start(1)):
-        tokens, labels, segments = rows.row(position)
+    filled, used = 0, 0
+    for position in range(order.start(1)):
+        members = order.members(position)
+        tokens, labels, segments = packed([examples[i] for i in members], n_ctx)
         assert (tokens.dtype, labels.dtype, segments.dtype) == (np.int64, np.int64, np.int32)
         assert tokens.shape == labels.shape == segments.shape == (n_ctx,) and (np.diff(segments) >= 0).all()
-        members = rows.order.members(position)
         for k, i in enumerate(members):
             ids, mask = examples[i]
             at = segments == k
@@ -121,13 +122,16 @@ def test_a_row_holds_its_examples_side_by_side() -> None:
         assert (segments <= len(members)).all() and (labels[rest] == IGNORE).all()
         learnt.update(labels[labels != IGNORE].tolist())
         inputs.update(tokens[~rest].tolist())
+        used += int((~rest).sum())
+        filled += n_ctx * bool(members)
+    assert order.fill(0) == pytest.approx(used / filled)
     assert learnt == Counter(i for ids, mask in examples for i in ids[mask].tolist())
     assert inputs == Counter(i for ids, _ in examples for i in ids[:-1].tolist())
 
 
 def test_the_longest_example_fills_a_row() -> None:
     [example] = some_examples(np.random.default_rng(0), [16])
-    row = PackedRows([example], n_ctx=16, rows_per_step=1, seed=0).row(5)
+    row = packed([example], 16)
     assert row.tokens.tolist() == example.ids[:-1].tolist() and not row.segment_ids.any()
     with pytest.raises(ValueError, match="17 tokens does not fit into n_ctx=16"):
         RowOrder([3, 17], rows_per_step=1, seed=0, n_ctx=16)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from conf.errors import UserError
 from data_pipeline.examples.rows import RowOrder
 from tests.helpers.seeds import seeded
 from trainer.data.example_feed import ExampleFeed, HeldOut, Rows
@@ -34,7 +33,7 @@ def feed(
     mesh: Any = SimpleNamespace(dp=dp, dp_rank=dp_rank, device=torch.device("cpu"))
     order = RowOrder([1] * EXAMPLES, rows_per_step=ROWS, seed=seed)
     rows = HeldOut([[i] for i in range(held_out)], collate, "some") if held_out else None
-    settings: dict[str, Any] = {"about": ABOUT, "micro_batch_size": 2, "n_ctx": 16, "fixed": False, "lines": []}
+    settings: dict[str, Any] = {"about": ABOUT, "micro_batch_size": 2, "n_ctx": 16, "fixed": False}
     return ExampleFeed(order, collate, rows, mesh, step=step, state=state or {}, **settings)
 
 
@@ -81,11 +80,6 @@ def test_validation_sees_each_example_once(held_out: int) -> None:
         found += [i for batch in batches for i in batch[0].tolist()]  # type: ignore[union-attr]
     assert numbers[0] == numbers[1] == -(-held_out // 4)
     assert sorted(i for i in found if i >= 0) == list(range(held_out))
-
-
-def test_other_examples_are_refused() -> None:
-    with pytest.raises(UserError, match=r"has examples abd, and this start abc: give the old examples"):
-        feed(1, 0, 0, state={"examples": "abd"})
 
 
 def test_the_checksum_is_of_the_rows_of_one_step() -> None:

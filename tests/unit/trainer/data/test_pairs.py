@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from data_pipeline.config import IGNORE
 from data_pipeline.examples.examples_config import ExamplesConfig
 from data_pipeline.examples.pairs import Pair, read_pairs
 from tests.helpers.chat import small_vocabulary, write_lines
-from trainer.config.tuning.common import HeldOutConfig
 from trainer.config.tuning.dpo import DpoConfig
-from trainer.data.pairs import comparisons
+from trainer.data.collate import row_multiple
+from trainer.data.pairs import pairs
 from trainer.tuning.check import Reader, split
 
 
@@ -28,7 +27,7 @@ def pair(prompt: int, chosen: int, rejected: int) -> Pair:
 
 
 def test_the_answer_and_its_end_token_are_the_labels() -> None:
-    tokens, labels = comparisons([pair(3, 2, 4)], 1024)([[0], []])
+    tokens, labels = pairs([pair(3, 2, 4)], 1024)([[0], []])
     assert tokens is not None and labels is not None
     assert tokens.shape == labels.shape == (4, 64)
     assert tokens[:, :7].tolist() == [[1, 1, 1, 2, 0, 0, 0], [0] * 7, [1, 1, 1, 3, 3, 3, 0], [0] * 7]
@@ -41,7 +40,7 @@ def test_the_answer_and_its_end_token_are_the_labels() -> None:
     ("longest", "n_ctx", "tp", "width"), [(65, 1024, 1, 64), (66, 1024, 1, 128), (90, 100, 1, 100), (20, 960, 3, 192)]
 )
 def test_rows_are_as_long_as_the_longest_needs(longest: int, n_ctx: int, tp: int, width: int) -> None:
-    tokens, _ = comparisons([pair(5, 2, longest - 5), pair(1, 1, 1)], n_ctx, tp)([[1], [0]])
+    tokens, _ = pairs([pair(5, 2, longest - 5), pair(1, 1, 1)], n_ctx, row_multiple(tp))([[1], [0]])
     assert tokens is not None and tokens.shape == (4, width)
 
 
@@ -73,13 +72,12 @@ def test_pairs_of_one_prompt_are_all_held_out_or_none(tmp_path: Path) -> None:
     ]
     path = write_lines(tmp_path / "a.jsonl", records)
     reader = Reader(
-        lambda path, tokenizer, n_ctx: read_pairs(ExamplesConfig(path=str(path)), tokenizer, n_ctx),
+        lambda path, tokenizer, n_ctx: read_pairs(ExamplesConfig(path=path), tokenizer, n_ctx),
         lambda pair: pair.ids,
         side=lambda pair: pair.prompt,
     )
     tokenizer = small_vocabulary()
-    cfg: Any = SimpleNamespace(held_out=HeldOutConfig(fraction=0.3))
-    train, held_out, _ = split(reader.read(path, tokenizer, 64), cfg, reader, tokenizer)
+    train, held_out = split(reader.read(str(path), tokenizer, 64).items, 0.3, reader)
     prompts = [{pair.prompt.tobytes() for pair in side} for side in (train, held_out)]
     assert not prompts[0] & prompts[1] and sum(map(len, prompts)) == 40
     assert len(train) == 6 * len(prompts[0]) and len(held_out) == 6 * len(prompts[1]) > 0

@@ -18,7 +18,8 @@ from data_pipeline.examples.labelled import Labelled
 from tests.helpers.labelled import CLASSES, gradients, outputs, plain_sums, random_examples
 from tests.helpers.seeds import seeded
 from trainer.config.model import ModelConfig
-from trainer.data.labelled import labelled, row_tokens
+from trainer.data.collate import row_tokens
+from trainer.data.labelled import labelled
 from trainer.distributed.mesh import Mesh
 from trainer.model.init import initialise
 from trainer.objective.heads import WithHead

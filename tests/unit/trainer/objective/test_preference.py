@@ -18,7 +18,7 @@ from data_pipeline.config import IGNORE
 from data_pipeline.examples.pairs import Pair
 from tests.helpers.seeds import seeded
 from trainer.config.model import ModelConfig
-from trainer.data.pairs import comparisons
+from trainer.data.pairs import pairs as collated
 from trainer.model.gpt import GPT
 from trainer.model.init import initialise
 from trainer.objective.language_model import token_log_p
@@ -48,7 +48,7 @@ def ragged(seed: int, n: int = 7, longest: int = 32) -> list[Pair]:
 
 
 def batch(pairs: Sequence[Pair], *empty: Sequence[int]) -> Any:
-    return comparisons(pairs, N_CTX)([*([i] for i in range(len(pairs))), *empty])
+    return collated(pairs, N_CTX)([*([i] for i in range(len(pairs))), *empty])
 
 
 def plain_log_p(gpt: GPT, prompt: np.ndarray, answer: np.ndarray) -> Tensor:
@@ -166,12 +166,12 @@ def trained(mesh: Any, sign: float) -> tuple[float, float, float]:
     objective = Preference(BETA, reference)
     adam = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
     for step in range(30):
-        made = comparisons(train, 16)([[i] for i in range(8 * step, 8 * step + 8)])
+        made = collated(train, 16)([[i] for i in range(8 * step, 8 * step + 8)])
         adam.zero_grad()
         (sign * objective.sums(policy, made)[0] / 8).backward()
         adam.step()
     with torch.no_grad():
-        made = comparisons(held_out, 16)([[i] for i in range(len(held_out))])
+        made = collated(held_out, 16)([[i] for i in range(len(held_out))])
         accuracy = float(objective.sums(policy, made)[1]) / objective.counts(made)[1]
         prompts = torch.tensor([pair.prompt.tolist() for pair in held_out])
         p, q = (gpt.logits(prompts)[:, -1].log_softmax(-1) for gpt in (policy, reference))
