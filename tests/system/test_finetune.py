@@ -46,12 +46,12 @@ def finetune(run_dir: Path, *overrides: str, timeout_s: float = 400) -> None:
 
 
 def plus_signs(path: Path, n: int, seed: int) -> Path:
-    """Texts of letters; those of the class `plus` have some plus signs among them."""
+    """Texts of letters; in those of the class `plus` every other letter, on average, is a plus sign."""
     rng = random.Random(seed)
     rows = []
     for _ in range(n):
         signs, text = rng.random() < 0.5, rng.choices("abcdefgh", k=rng.randint(6, 20))
-        for i in rng.sample(range(len(text)), 3 if signs else 0):
+        for i in rng.sample(range(len(text)), len(text) // 2 if signs else 0):
             text[i] = "+"
         rows.append({"text": "".join(text), "label": "plus" if signs else "none"})
     return write_lines(path, rows)
@@ -66,7 +66,7 @@ def test_a_planted_task_is_learnt_and_scored(base: Path, tmp_path: Path) -> None
     """The last checkpoint has the special tokens' rows and the head, the run's folder a picture."""
     run = tmp_path / "run"
     examples = f"examples.path={plus_signs(tmp_path / 'a.jsonl', 150, seeded())}"
-    finetune(run, f"init_from={base}", examples, "max_steps=40", "batch_size=16", "micro_batch_size=16")
+    finetune(run, f"init_from={base}", examples, "max_steps=60", "batch_size=16", "micro_batch_size=16")
     rows = read_journal(run / "metrics.jsonl")
     last = rows[-1].metrics
     assert {"train/loss/label", "train/loss/lm", "train/acc", "data/epoch"} <= rows[0].metrics.keys()
