@@ -105,22 +105,25 @@ def compared(path: Path, base: Path, texts: list[str], n: int, seed: int) -> Pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_preferences_are_reached_near_the_base(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
+def test_preferences_are_reached_near_the_base(seed: int, tmp_path: Path) -> None:
     """The bounds are those of the same setting in plain torch, six runs of it."""
     texts = source(tmp_path / "data")
     base, run = tmp_path / "base", tmp_path / "run"
-    sizes = ("model=test", "model.vocab_size=257", "precision=fp32", "tracking=none")
+    seeds = [10 * seed + k for k in (1, 2, 3)]
+    sizes = (f"seed={seed}", "model=test", "model.vocab_size=257", "precision=fp32", "tracking=none")
     schedule = ("optim.weight_decay=0", "optim.schedule.floor=0.1")
     steps = ("tokens_per_step=2048", "micro_batch_size=32", "max_steps=600", "checkpoint.every_steps=0")
     pretrain(
         base, f"data.path={tmp_path / 'data'}", *sizes, *steps, *schedule, "optim.lr=2e-3", "optim.schedule.warmup=50"
     )
     assert read_journal(base / "metrics.jsonl")[-1].metrics["val/loss"] < 2.6
-    train = compared(tmp_path / "train.jsonl", base, texts, 1024, 1)
-    held_out = compared(tmp_path / "held_out.jsonl", base, texts, 256, 2)
+    train = compared(tmp_path / "train.jsonl", base, texts, 1024, seeds[0])
+    held_out = compared(tmp_path / "held_out.jsonl", base, texts, 256, seeds[1])
     assert len(train.read_text().splitlines()) > 900
     dpo(
         run,
+        f"seed={seed}",
         "precision=fp32",
         *schedule,
         f"init_from={base}",
@@ -138,7 +141,7 @@ def test_preferences_are_reached_near_the_base(tmp_path: Path) -> None:
         "checkpoint.every_steps=0",
     )
     accuracy = read_journal(run / "metrics.jsonl")[-1].metrics["val/accuracy"]
-    asked: dict[str, Any] = {"prompts": prompts_of(texts, 512, 3), "n": 1, "seed": 3}
+    asked: dict[str, Any] = {"prompts": prompts_of(texts, 512, seeds[2]), "n": 1, "seed": seeds[2]}
     [before] = run_ranks(1, f"{HERE}:sampled", model=str(base), **asked)
     [after] = run_ranks(1, f"{HERE}:sampled", model=str(run), reference=str(base), **asked)
     golds = [float(np.mean([gold(text) for text in found["texts"]])) for found in (before, after)]

@@ -220,6 +220,12 @@ def test_room_is_held_against_what_the_checkpoints_take(tmp_path: Path) -> None:
     assert folder.space(tmp_path, free * 4).state is State.fail
 
 
+def test_a_slow_folder_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, state in ((0.001, State.ok), (1e12, State.warn)):
+        monkeypatch.setattr(folder, "SLOW_MB_S", limit)
+        assert folder.speed(tmp_path).state is state
+
+
 @needs_mount
 def test_a_run_folder_in_memory_full_or_read_only(tmp_path: Path) -> None:
     with tmpfs(tmp_path / "memory", "size=16m") as memory:
