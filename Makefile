@@ -37,10 +37,10 @@ test: $(STAMP)
 	@$(RUN) -m pytest $(SIDE_BY_SIDE)
 
 test-slow: $(STAMP)
-	@$(RUN) -m pytest $(AND_ONE_MORE) -m "slow and not long" --timeout 900 --durations 25
+	@$(RUN) -m pytest $(AND_ONE_MORE) -m "slow and not long" --durations 25
 
 test-long: $(STAMP)
-	@$(RUN) -m pytest $(AND_ONE_MORE) -m long --timeout 900
+	@$(RUN) -m pytest $(AND_ONE_MORE) -m long
 
 check: $(STAMP)
 	@$(RUN) -m ruff check .

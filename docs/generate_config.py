@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 from conf.meanings import sections, settings, value_at, words
 from conf.schema import CONF, defaults, groups, opening_comment, options, root_of
 from data_pipeline.config import OrderConfig
-from data_pipeline.examples.examples_config import PreviewConfig
+from data_pipeline.examples.examples_config import PreviewConfig, RankConfig
 from data_pipeline.prepare.prepare_config import PrepareConfig
 from data_pipeline.prepare.quality.config import QualityEvaluateConfig, QualityTrainConfig
 from data_pipeline.shards.shards_config import (
@@ -31,6 +31,7 @@ from trainer.config.tracking import SyncConfig
 from trainer.config.tuning.dpo import DpoConfig
 from trainer.config.tuning.finetune import FinetuneConfig
 from trainer.config.tuning.reward import RewardConfig
+from trainer.config.tuning.sample_answers import SampleAnswersConfig
 from trainer.config.tuning.sft import SftConfig
 
 SCHEMAS = (
@@ -45,11 +46,13 @@ SCHEMAS = (
     QualityEvaluateConfig,
     OrderConfig,
     PreviewConfig,
+    RankConfig,
     PretrainConfig,
     SftConfig,
     RewardConfig,
     DpoConfig,
     FinetuneConfig,
+    SampleAnswersConfig,
     GenerateConfig,
     EvaluateConfig,
     ImportHfConfig,

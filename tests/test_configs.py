@@ -39,6 +39,8 @@ NEEDED = {
     "quality_evaluate": ["classifier=model.safetensors", "positives=[good]", "negatives=[raw]", "output=evaluation"],
     "order": [],
     "preview": ["path=a.jsonl", "tokenizer=gpt2"],
+    "rank": ["path=a.jsonl", "by=scores:shorter", "output=b.jsonl"],
+    "sample_answers": ["checkpoint=runs/a", "examples.path=a.jsonl", "output=b.jsonl"],
     "pretrain": ["data.path=data", "max_steps=10"],
     "sft": ["init_from=runs/a", "examples.path=a.jsonl"],
     "reward": ["init_from=runs/a", "examples.path=a.jsonl"],
@@ -240,7 +242,7 @@ def command(*argv: str) -> subprocess.CompletedProcess[str]:
 def python(code: str, *argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(CONF.parent)}
     return subprocess.run(
-        (sys.executable, "-c", code, *argv), env=env, capture_output=True, text=True, timeout=60, cwd=cwd
+        (sys.executable, "-c", code, *argv), env=env, capture_output=True, text=True, timeout=300, cwd=cwd
     )
 
 
@@ -291,7 +293,7 @@ def test_help_may_be_cut_off_by_its_reader() -> None:
     os.close(read)  # a reader that is gone before the first byte
     code = f"{IMPORTS}; run(PretrainConfig, print)"
     argv = (sys.executable, "-c", code, "--help")
-    result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, cwd=CONF.parent)
+    result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300, cwd=CONF.parent)
     os.close(write)
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -37,7 +37,7 @@ def python(folder: Path, before: str) -> Path:
 def make(folder: Path, *args: object) -> subprocess.CompletedProcess[str]:
     """`make` as from a fresh shell: this may itself run under make."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS")) and k != "PYTHON"}
-    return subprocess.run(["make", *map(str, args)], cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["make", *map(str, args)], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(

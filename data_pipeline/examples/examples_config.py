@@ -1,4 +1,4 @@
-"""Settings of examples, and of the command that shows them. Standard library only."""
+"""Settings of examples, and of the commands that show and rank them. Standard library only."""
 
 from __future__ import annotations
 
@@ -92,3 +92,17 @@ class PreviewConfig(ExamplesConfig):
         super().__post_init__()
         if self.n_ctx < 1 or self.n < 0:
             raise UserError(f"n_ctx={self.n_ctx} and n={self.n}: give n_ctx of at least 1, and n of at least 0")
+
+
+@dataclass
+class RankConfig:
+    """`python -m data_pipeline.examples rank`: give the answers to each prompt their ranks, by a function of yours."""
+
+    path: str = MISSING  # files of records with prompt and responses, as trainer.tuning.sample_answers writes them
+    by: str = MISSING  # module:function, of a prompt and its responses: a number for each, more is better
+    output: str = MISSING  # the JSON lines to write: the records with their ranks, 1 for the best answer
+
+    def __post_init__(self) -> None:
+        module, mark, function = self.by.partition(":")
+        if not all((module, mark, function)):
+            raise UserError(f"by={self.by}: give module:function, such as by=my_scores:shorter")

@@ -20,6 +20,13 @@ COMPARISONS = (Form.pair, Form.ranks)
 T = TypeVar("T")
 
 
+class Prompt(NamedTuple):
+    """The turns before an answer, as ids and as they were read."""
+
+    ids: np.ndarray  # [n] int32, to the mark that opens an answer
+    turns: Conversation
+
+
 class Preference(NamedTuple):
     """Answers to one prompt, some above others; a sequence of a model is `prompt` and one of `answers`."""
 
@@ -61,18 +68,24 @@ def read_preferences(cfg: ExamplesConfig, tokenizer: Tokenizer, n_ctx: int) -> E
     return _read(cfg, tokenizer, n_ctx, make, join, comparisons=True)
 
 
-def read_prompts(cfg: ExamplesConfig, tokenizer: Tokenizer, n_ctx: int) -> Examples[np.ndarray, Renderer]:
-    """The ids [n] int32 of prompts, to the mark that opens an answer, of records of any form, for roll-outs.
+def read_prompts(cfg: ExamplesConfig, tokenizer: Tokenizer, n_ctx: int) -> Examples[Prompt, Renderer]:
+    """The prompts of records of any form.
 
     The prompt of a conversation is what comes before its last answer; it is dropped if n_ctx leaves no room for one.
     """
 
-    def make(renderer: Renderer, meant: Conversation | Comparison) -> list[list[Piece]]:
+    def asked(meant: Conversation | Comparison) -> Conversation:
         if isinstance(meant, Comparison):
-            return [renderer.prompt(meant.prompt)]
-        return [renderer.prompt(meant[:-1] if meant and meant[-1].role == ASSISTANT else meant)]
+            return meant.prompt
+        return meant[:-1] if meant and meant[-1].role == ASSISTANT else meant
 
-    return _read(cfg, tokenizer, n_ctx - 1, make, lambda parts, _: (parts[0].ids, len(parts[0].ids)), comparisons=None)
+    def make(renderer: Renderer, meant: Conversation | Comparison) -> list[list[Piece]]:
+        return [renderer.prompt(asked(meant))]
+
+    def join(parts: list[Example], meant: Conversation | Comparison) -> tuple[Prompt, int]:
+        return Prompt(parts[0].ids, asked(meant)), len(parts[0].ids)
+
+    return _read(cfg, tokenizer, n_ctx - 1, make, join, comparisons=None)
 
 
 def _read(

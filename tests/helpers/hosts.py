@@ -167,8 +167,8 @@ class Cluster:
         config.write_text(SSHD_CONFIG.format(folder=self.folder, host=name, address=self.addresses[name]))
         Path("/run/sshd").mkdir(exist_ok=True)
         log = str(self.folder / f"sshd_{name}.log")
-        subprocess.run(self.on(name, ["/usr/sbin/sshd", "-f", str(config), "-E", log]), check=True, timeout=30)
+        subprocess.run(self.on(name, ["/usr/sbin/sshd", "-f", str(config), "-E", log]), check=True, timeout=300)
 
 
 def ip(*argv: str) -> None:
-    subprocess.run(["ip", *argv], check=True, capture_output=True, timeout=30)
+    subprocess.run(["ip", *argv], check=True, capture_output=True, timeout=300)

@@ -55,7 +55,7 @@ def rank_env(rank: int, world_size: int, port: int, device: str = "cpu") -> dict
 
 
 def run_ranks(
-    world_size: int, target: str, *, timeout_s: float = 240.0, device: str = "cpu", **kwargs: Any
+    world_size: int, target: str, *, timeout_s: float = 800.0, device: str = "cpu", **kwargs: Any
 ) -> list[Any]:
     """What `target` ("module:function") returned on each rank, in rank order; `device` cpu or cuda.
 

@@ -66,7 +66,7 @@ def start(
     return [start_module(entry, argv, rank_env(r, ranks, port, device), device) for r in range(ranks)]
 
 
-def finish(processes: list[Process], timeout_s: float = 200) -> list[tuple[int, str]]:
+def finish(processes: list[Process], timeout_s: float = 800) -> list[tuple[int, str]]:
     """Exit code and stderr of each rank."""
     try:
         return [(p.returncode, err) for p in processes for _, err in [p.communicate(timeout=timeout_s)]]
@@ -75,7 +75,7 @@ def finish(processes: list[Process], timeout_s: float = 200) -> list[tuple[int, 
             p.kill()
 
 
-def pretrain(run_dir: Path, *overrides: str, ranks: int = 1, device: str = "cpu", timeout_s: float = 200) -> None:
+def pretrain(run_dir: Path, *overrides: str, ranks: int = 1, device: str = "cpu", timeout_s: float = 800) -> None:
     ended = finish(start(run_dir, *overrides, ranks=ranks, device=device), timeout_s)
     assert all(code == 0 for code, _ in ended), "\n".join(err[-3000:] for _, err in ended)
 
@@ -94,7 +94,7 @@ def printed(argv: list[str]) -> str:
     return out.getvalue()
 
 
-def kill_at(processes: list[Process], journal: Path, step: int, rank: int, timeout_s: float = 200) -> int:
+def kill_at(processes: list[Process], journal: Path, step: int, rank: int, timeout_s: float = 800) -> int:
     """SIGKILL one rank once `step` is logged; the others end by themselves. Returns the last step logged."""
     deadline = time.monotonic() + timeout_s
     try:

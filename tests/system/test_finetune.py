@@ -41,7 +41,7 @@ TUNE = (
 )
 
 
-def finetune(run_dir: Path, *overrides: str, timeout_s: float = 400) -> None:
+def finetune(run_dir: Path, *overrides: str, timeout_s: float = 800) -> None:
     succeed(launch("finetune", [f"run.dir={run_dir}", *TUNE, *overrides]), timeout_s)
 
 

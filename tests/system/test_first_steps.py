@@ -24,7 +24,7 @@ from trainer.tracking.sync import config_of
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)  # the reader has gone before the first line, as `| head -c0` may
     argv = [sys.executable, "-m", "launch.status", f"run_dir={tmp_path}"]
-    done = subprocess.run(argv, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=100)
+    done = subprocess.run(argv, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -220,7 +220,7 @@ def taught(root: Path, seed: int, broken: str = "", steps: int = 900) -> tuple[d
     given = [f"init_from={base}", f"examples.path={examples}", *size, *rate, f"seed={seed}"]
     if broken:
         overrides = [*TINY, f"run.dir={root / 'run'}", *given]
-        run_ranks(1, "tests.system.test_sft:broken_sft", broken=broken, overrides=overrides, timeout_s=400)
+        run_ranks(1, "tests.system.test_sft:broken_sft", broken=broken, overrides=overrides)
     else:
         tune("sft", root / "run", *given)
     asked = [f"{task}: {word}" for task in TASKS for word in known[-100:]]

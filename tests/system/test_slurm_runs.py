@@ -51,7 +51,7 @@ class Site:
         return run, done.stdout.splitlines()[-1].removeprefix("submitted: ").split(", ")
 
     def control(self, *words: str) -> None:
-        subprocess.run(words, env=self.env, check=True, timeout=60)
+        subprocess.run(words, env=self.env, check=True, timeout=300)
 
     def job(self, id: str) -> dict[str, str]:
         """What Slurm knows of it."""

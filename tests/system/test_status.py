@@ -102,7 +102,7 @@ def test_it_needs_no_torch_and_changes_nothing(finished: Path) -> None:
         f"status(StatusConfig(run_dir={str(finished)!r}, json=True))\n"
         "sys.exit(bool({'torch', 'mlflow', 'deepspeed'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["state"]["state"] == "done"
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
@@ -112,7 +112,7 @@ def test_a_missing_folder_is_a_mistake(tmp_path: Path) -> None:
     """A run in an empty folder was never started."""
     argv = [sys.executable, "-m", "launch.status"]
     wrong = subprocess.run(
-        [*argv, f"run_dir={tmp_path / 'none'}"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [*argv, f"run_dir={tmp_path / 'none'}"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert (wrong.returncode, wrong.stderr) == (2, f"error: run_dir={tmp_path / 'none'}: no such folder\n")
     assert told(tmp_path)[0] == "never started"

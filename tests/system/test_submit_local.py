@@ -81,7 +81,7 @@ def test_the_exit_code_is_that_of_the_first_run_that_failed(ends: tuple[int, ...
     each = [
         f"import os; print('ran', flush=True); os._exit({n}) if {n} >= 0 else os.kill(os.getpid(), {-n})" for n in ends
     ]
-    done = subprocess.run(foreground(*each), cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(foreground(*each), cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (code, "ran\n" * len(ends)), done.stderr
 
 

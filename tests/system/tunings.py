@@ -49,7 +49,7 @@ def launch(entry: str, words: Sequence[str], ranks: int = 1) -> list[Process]:
     return [start_module(f"trainer.{entry}", list(words), rank_env(r, ranks, port)) for r in range(ranks)]
 
 
-def succeed(processes: list[Process], timeout_s: float = 400) -> None:
+def succeed(processes: list[Process], timeout_s: float = 800) -> None:
     ended = finish(processes, timeout_s)
     assert all(code == 0 for code, _ in ended), "\n".join(err[-3000:] for _, err in ended)
 

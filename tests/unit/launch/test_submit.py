@@ -270,7 +270,7 @@ def test_the_line_needs_its_dashes(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert done.returncode == 2 and done.stderr.startswith("error: what to train is not given: end the line with --")
 

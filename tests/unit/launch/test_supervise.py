@@ -32,7 +32,7 @@ def argv(root: Path, *command: str, **settings: float) -> list[str]:
 
 
 def supervise(root: Path, *command: str, **settings: float) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(argv(root, *command, **settings), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(argv(root, *command, **settings), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def events(root: Path) -> list[tuple[str, int | None, int]]:

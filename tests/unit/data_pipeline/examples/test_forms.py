@@ -193,17 +193,18 @@ def test_prompts_end_where_an_answer_begins(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": "Hi"}]},
     ]
     path = write_lines(tmp_path / "a.jsonl", records)
-    cut, whole = read_prompts(ExamplesConfig(path=str(path)), VOCABULARY, 1024).items
+    (cut, turns), (whole, _) = read_prompts(ExamplesConfig(path=str(path)), VOCABULARY, 1024).items
+    assert [(turn.role, turn.text) for turn in turns] == BOTH[:-1]
     assert said(cut) == BOTH[:-1] and said(whole) == [("user", "Hi")]
     assert cut[-1] == whole[-1] == VOCABULARY.vocab_size + 4
     pair = {"chosen": f"{PROMPT}\n\nAssistant: Good bye.", "rejected": f"{PROMPT}\n\nAssistant: Go."}
     path = write_lines(tmp_path / "b.jsonl", [pair])
     prompts = read_prompts(ExamplesConfig(path=str(path)), VOCABULARY, 1024).items
     compared = read_preferences(ExamplesConfig(path=str(path)), VOCABULARY, 1024).items
-    assert prompts[0].tolist() == compared[0].prompt.tolist()
+    assert prompts[0].ids.tolist() == compared[0].prompt.tolist()
     path = write_lines(tmp_path / "c.jsonl", [{"prompt": "Hi"}])
     [alone] = read_prompts(ExamplesConfig(path=str(path), template=Template.roles), VOCABULARY, 1024).items
-    assert alone.tolist() == whole.tolist()
+    assert alone.ids.tolist() == whole.tolist()
 
 
 REASONS = [

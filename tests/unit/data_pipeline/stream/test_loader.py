@@ -231,7 +231,7 @@ class Pipe:
         if item is not None:
             self.line.put(item if item.error is None else item._replace(error=UserError(str(item.error))))
             return item
-        return self.line.get(timeout=10)
+        return self.line.get(timeout=60)
 
 
 @pytest.fixture

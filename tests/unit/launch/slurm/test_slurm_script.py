@@ -63,7 +63,7 @@ def bash(job: Job, *words: str, **env: str) -> subprocess.Popen[str]:
 
 
 def seen(job: Job, **env: str) -> tuple[list[str], dict[str, str]]:
-    out, _ = bash(job, **env).communicate(timeout=60)
+    out, _ = bash(job, **env).communicate(timeout=300)
     words, environ = json.loads(out.splitlines()[1])
     return words, environ
 
@@ -300,7 +300,7 @@ def test_only_a_run_that_was_stopped_goes_on(
     code: int, slurm: dict[str, Any], words: list[str], ends: int, asks: str | None, tmp_path: Path
 ) -> None:
     process = bash(job(tmp_path, **slurm), *words, CODE=str(code))
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == ends
     assert [line for line in out.splitlines() if line.startswith("scontrol")] == [f"scontrol requeue {asks}"] * bool(
         asks
@@ -315,7 +315,7 @@ def test_a_job_that_does_not_come_back_says_what_to_run(n: int, given: dict[str,
     (made.folder / "sbatch").write_text('#!/bin/sh\nfor word; do echo "word: $word"; done\n')
     (made.folder / "sbatch").chmod(0o755)
     process = bash(made, "2", refuses="yes", **env)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     [line] = [line for line in err.splitlines() if "does not come back" in line]
     path = f"{made.folder}:{os.environ['PATH']}"
     said = subprocess.run(
@@ -329,7 +329,7 @@ def test_a_job_that_does_not_come_back_says_what_to_run(n: int, given: dict[str,
 
 def test_an_element_of_a_sweep_asks_for_itself_alone(tmp_path: Path) -> None:
     process = bash(job(tmp_path, 2), CODE="85", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="1")
-    assert "scontrol requeue 7_1\n" in process.communicate(timeout=60)[0]
+    assert "scontrol requeue 7_1\n" in process.communicate(timeout=300)[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -340,7 +340,7 @@ def test_a_signal_reaches_the_run_and_the_script_waits(number: signal.Signals, t
     while process.stdout.readline() != "waits\n":
         time.sleep(0.01)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 85 and "scontrol requeue 7\n" in out
     assert f": {number.name}\n" in out and ": exit code 85\n" in out
 

@@ -82,7 +82,7 @@ def test_what_pdsh_starts_hears_the_end_of_pdshs_stdin() -> None:
     process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
     assert {process.stdout.readline(), process.stdout.readline()} == {"h1: up h1\n", "h2: up h2\n"}
-    out, _ = process.communicate(timeout=60)  # closes stdin
+    out, _ = process.communicate(timeout=300)  # closes stdin
     assert (process.returncode, sorted(out.splitlines())) == (7, ["h1: down h1", "h2: down h2"])
 
 

@@ -346,7 +346,7 @@ time.sleep(60)
 def test_a_signal_without_agreement(step: int, code: int, out: str, said: str) -> None:
     """Nothing is lost in the first step; later the last checkpoint stays."""
     words = [sys.executable, "-c", ALONE_AT, str(step)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (code, out)
     assert done.stderr.startswith(said)
 
@@ -364,7 +364,7 @@ def test_a_living_start_is_named_and_ends_when_taken_over(tmp_path: Path) -> Non
             refuse_living(run, take_over, 0.1)
     refuse_living(run, 1, 0.1)
     assert run.take_generation() == 2
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == USER_ERROR and "start 2 of this run has taken over, start 1 publishes nothing" in err
     refuse_living(run, None, 0.1)
 

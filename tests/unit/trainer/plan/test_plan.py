@@ -309,7 +309,7 @@ def command(*argv: str, code: str = "") -> subprocess.CompletedProcess[str]:
     text = f"import sys\ntry:\n    {run}\nfinally:\n    {watch}\n    print(heavy, file=sys.stderr)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-c", text, *argv], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", text, *argv], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
     )
 
 

@@ -46,7 +46,7 @@ def test_numbers_that_are_none_are_left_out() -> None:
 
 def draw(folder: RunFolder, name: str) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "trainer.tracking.plots", str(folder.root), name]
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_curves_are_drawn_in_a_process_of_their_own(tmp_path: Path) -> None:
