@@ -117,12 +117,12 @@ class Marked:
 class Renderer(Marked):
     """Makes ids of conversations by one template and tokenizer; to be the same in training, evaluation and chat.
 
-    end: the id that ends an answer.
+    end: the id that ends an answer. `more`: special tokens beside the template's.
     """
 
-    def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
+    def __init__(self, template: Template, tokenizer: Tokenizer, more: Sequence[str] = ()) -> None:
         marks = _MARKS[template]
-        super().__init__(tokenizer, marks.tokens)
+        super().__init__(tokenizer, (*marks.tokens, *more))
         self.template = template
         self.end = self.special[marks.after[ASSISTANT]]
         self._space = {role for role, mark in marks.before.items() if mark.endswith(" ")}
