@@ -12,9 +12,9 @@ from conf.errors import UserError
 from data_pipeline.examples.templates import Marked
 from data_pipeline.manifest import TOKENIZER
 from data_pipeline.order.plan import Plan
-from data_pipeline.stream.infill import TOKENS, Infill
+from data_pipeline.stream.infill import Infill
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from data_pipeline.tokenizer.vocabularies import EOT
+from data_pipeline.tokenizer.vocabularies import EOT, INFILL
 from trainer.checkpoint.find import check_model, check_resume, find_checkpoint, model_of, resumable
 from trainer.config.model import ModelConfig
 from trainer.config.pretrain import PretrainConfig
@@ -137,11 +137,11 @@ def marks_of_infill(rate: float, model: ModelConfig, sources: Sources) -> Marked
             f"data.fim_rate={rate}: {path} has no {EOT}, with which a middle ends: give shards of a tokenizer that has "
             "it, or data.fim_rate=0"
         )
-    marked = Marked(tokenizer, (EOT, *TOKENS))
+    marked = Marked(tokenizer, (EOT, *INFILL))
     rows = padded_vocab_size(data.vocab_size, 1)
     if marked.vocab_size > max(rows, model.vocab_size):
         raise UserError(
-            f"data.fim_rate={rate} needs ids for {', '.join(TOKENS)}: {path} lacks some, its {data.vocab_size:,} ids "
+            f"data.fim_rate={rate} needs ids for {', '.join(INFILL)}: {path} lacks some, its {data.vocab_size:,} ids "
             f"leave {rows - data.vocab_size} of the {rows:,} rows of the embedding free: give model.vocab_size="
             f"{marked.vocab_size}, which adds rows, shards of a tokenizer that has the tokens, or data.fim_rate=0"
         )

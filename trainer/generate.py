@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from conf.errors import UserError, of_nature
 from conf.schema import run
 from data_pipeline.manifest import TOKENIZER
-from data_pipeline.stream.infill import TOKENS
-from data_pipeline.tokenizer.vocabularies import EOT
+from data_pipeline.tokenizer.vocabularies import EOT, INFILL
 from trainer.checkpoint.find import find_checkpoint, model_of
 from trainer.config.inference import GenerateConfig
 from trainer.config.model import ModelConfig
@@ -131,12 +130,12 @@ def _prompts(cfg: GenerateConfig, tokenizer: Tokenizer | None) -> list[list[int]
 
 def _between(cfg: GenerateConfig, tokenizer: Tokenizer, before: list[int], after: list[int]) -> list[int]:
     """The ids that ask for what stands between two texts. Raises UserError if the vocabulary has no tokens for it."""
-    if lacks := [token for token in (*TOKENS, EOT) if token not in tokenizer.special_ids]:
+    if lacks := [token for token in (*INFILL, EOT) if token not in tokenizer.special_ids]:
         raise UserError(
             f"suffix={cfg.suffix}: checkpoint={cfg.checkpoint} knows no {', '.join(lacks)}, by which a middle is asked "
             "for: give one that was trained with data.fim_rate (pretrain) or fim_rate (sft), or no suffix"
         )
-    prefix, suffix, middle, end = (tokenizer.special_ids[token] for token in (*TOKENS, EOT))
+    prefix, suffix, middle, end = (tokenizer.special_ids[token] for token in (*INFILL, EOT))
     return [end, prefix, *before, suffix, *after, middle]
 
 

@@ -19,8 +19,9 @@ from data_pipeline.examples.examples_config import Template
 from data_pipeline.examples.read import read_examples
 from data_pipeline.examples.rows import pack
 from data_pipeline.examples.templates import Example, Renderer
-from data_pipeline.stream.infill import TOKENS, Infill
+from data_pipeline.stream.infill import Infill
 from data_pipeline.tokenizer.tokenizer import Tokenizer
+from data_pipeline.tokenizer.vocabularies import INFILL
 from trainer.config.tuning.sft import SftConfig
 from trainer.distributed.world import read_world
 from trainer.run.signals import OF_THIS_PROCESS
@@ -36,7 +37,7 @@ def sft(cfg: SftConfig) -> None:
     world = read_world()
 
     def read(path: str, tokenizer: Tokenizer, n_ctx: int) -> Examples[Example, Renderer]:
-        found = read_examples(replace(cfg.examples, path=path), tokenizer, n_ctx, TOKENS if cfg.fim_rate else ())
+        found = read_examples(replace(cfg.examples, path=path), tokenizer, n_ctx, INFILL if cfg.fim_rate else ())
         if cfg.fim_rate and found.renderer.template is not Template.text:
             raise UserError(
                 f"fim_rate={cfg.fim_rate} takes the middles out of completions, but {path} has the {found.about}: give "
@@ -66,7 +67,7 @@ def infilled(example: Example, infill: Infill, number: int) -> Example:
     The prompt stands before the completion's first part: three ids more than before.
     """
     cuts = infill.example(number)
-    if cuts is None:
+    if cuts is None or infill.middle in example.ids:  # that is one already
         return example
     start = int(np.argmax(example.mask))  # of the completion
     mark, *rest = np.split(infill.arranged(example.ids[start:-1], *cuts), [1])

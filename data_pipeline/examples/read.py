@@ -15,6 +15,7 @@ from data_pipeline.examples.forms import ASSISTANT, Comparison, Conversation, fo
 from data_pipeline.examples.records import Record, records
 from data_pipeline.examples.templates import Example, Piece, Renderer
 from data_pipeline.tokenizer.tokenizer import Tokenizer
+from data_pipeline.tokenizer.vocabularies import INFILL
 
 COMPARISONS = (Form.pair, Form.ranks)
 T = TypeVar("T")
@@ -105,8 +106,8 @@ def _read(
     if comparisons is not None and comparisons != (form in COMPARISONS):
         wanted = "comparisons (chosen and rejected, or responses with ranks)" if comparisons else "conversations"
         raise UserError(f"path={cfg.path}: the form {form.value} holds no {wanted}: give a file of some, or form=")
-    template = cfg.template or (Template.text if form is Form.completion else Template.roles)
-    renderer = Renderer(template, tokenizer, marks)
+    template = cfg.template or (Template.text if form in (Form.completion, Form.insert) else Template.roles)
+    renderer = Renderer(template, tokenizer, INFILL if form is Form.insert else marks)
 
     def meanings(record: Record) -> Iterator[tuple[Any, list[list[Piece]]]]:
         for meant in meaning(form, _named(record, cfg)):

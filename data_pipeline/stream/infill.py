@@ -21,9 +21,8 @@ from itertools import pairwise
 import numpy as np
 
 from data_pipeline.order.permutation import outputs
-from data_pipeline.tokenizer.vocabularies import EOT
+from data_pipeline.tokenizer.vocabularies import EOT, INFILL
 
-TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 LEAST = 8  # ids of the shortest piece that is rearranged: four of text, four of marks and the end
 _MARKS = LEAST // 2
 _WINDOWS, _EXAMPLES = 4, 5  # the uses, beside those of epochs.py and data_pipeline/examples/rows.py
@@ -42,8 +41,8 @@ class Infill:
 
     @classmethod
     def of(cls, rate: float, seed: int, ids: Mapping[str, int]) -> Infill:
-        """From the ids of `TOKENS` and of the end of a text."""
-        return cls(rate, seed, *(ids[token] for token in (*TOKENS, EOT)))
+        """From the ids of `INFILL` and of the end of a text."""
+        return cls(rate, seed, *(ids[token] for token in (*INFILL, EOT)))
 
     def windows(
         self, text: np.ndarray, row: np.ndarray, cut: np.ndarray, positions: np.ndarray
