@@ -99,6 +99,9 @@ class DataConfig:
     lanes: int = MISSING  # fixed for the run; every data-parallel size that divides it gives the same batches
     stages: list[StageConfig] = field(default_factory=list)
     document_mask: bool = False  # a token sees only its own document; positions restart with each document
+    fim_rate: float = (
+        0.0  # share of the documents' pieces in windows that teach to fill in the middle; fixed for the run
+    )
     on_bad_shard: OnBadShard = OnBadShard.stop  # a shard that is lost for good
     allow_pipe: bool = False  # run the commands of pipe: sources; frozen files do not grant it
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -107,6 +110,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.lanes < 1:
             raise UserError(f"data.lanes={self.lanes}: give at least 1")
+        check_fim_rate("data.fim_rate", self.fim_rate)
         if not self.sources:
             raise UserError("data.sources is empty: give data.sources.NAME.path=FOLDER")
         bad = [name for name in self.sources if not name.replace("_", "").replace("-", "").isalnum()]
@@ -131,6 +135,12 @@ class DataConfig:
     def location(self, name: str, split: str) -> str:
         """The folder, URL or pipe of one split of a source."""
         return below(below(self.path, self.sources[name].path), split)
+
+
+def check_fim_rate(knob: str, rate: float) -> None:
+    """Raises UserError unless `rate` is a share."""
+    if not 0 <= rate <= 1:
+        raise UserError(f"{knob}={rate}: give a share from 0, which rearranges nothing, to 1")
 
 
 def below(root: str, path: str) -> str:

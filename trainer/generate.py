@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from conf.errors import UserError, of_nature
 from conf.schema import run
 from data_pipeline.manifest import TOKENIZER
+from data_pipeline.tokenizer.vocabularies import EOT, INFILL
 from trainer.checkpoint.find import find_checkpoint, model_of
 from trainer.config.inference import GenerateConfig
 from trainer.config.model import ModelConfig
@@ -34,9 +35,7 @@ def generate(cfg: GenerateConfig) -> None:
     prompts = _prompts(cfg, tokenizer)
     _check(prompts, cfg, model_cfg, tokenizer)
     samples = [
-        _sample(
-            tokenizer, prompt, cfg.stop, key=i + (j << 32)
-        )  # the j-th sample of a prompt is the same for any number
+        _sample(tokenizer, prompt, cfg, key=i + (j << 32))  # the j-th sample of a prompt is the same for any number
         for i, prompt in enumerate(prompts)
         for j in range(cfg.num_samples)
     ]
@@ -55,11 +54,14 @@ class _Sample:
     eot: int | None
 
 
-def _sample(tokenizer: Tokenizer | None, prompt: list[int], stops: list[str], key: int) -> _Sample:
+def _sample(tokenizer: Tokenizer | None, prompt: list[int], cfg: GenerateConfig, key: int) -> _Sample:
     if tokenizer is None:
         return _Sample(key, prompt, GrowingText(lambda _: "", [], []), None)
     start = [] if prompt else [int(str(tokenizer.eot_id))]
-    return _Sample(key, start + prompt, GrowingText(tokenizer.decode, prompt, stops), tokenizer.eot_id)
+    text = GrowingText(tokenizer.decode, prompt, cfg.stop)
+    if cfg.suffix is not None:  # the middle alone
+        text = GrowingText(tokenizer.decode, [], [*cfg.stop, EOT])
+    return _Sample(key, start + prompt, text, tokenizer.eot_id)
 
 
 def _draw(cfg: GenerateConfig, model: GPT, samples: list[_Sample]) -> None:
@@ -117,11 +119,24 @@ def _prompts(cfg: GenerateConfig, tokenizer: Tokenizer | None) -> list[list[int]
         return cfg.prompt_ids
     if tokenizer is None:
         raise UserError(f"checkpoint={cfg.checkpoint} carries no tokenizer.json: give prompt_ids=[[...]]")
-    lines = [cfg.prompt] if cfg.prompt is not None else _lines(str(cfg.prompt_file))
+    texts = [text for text in (cfg.prompt, cfg.suffix) if text is not None]
+    lines = texts if texts else _lines(str(cfg.prompt_file))
     for i, line in enumerate(lines):
         if not cfg.special_tokens and (found := tokenizer.special_in(line)):
             _note(f"prompt {i} holds {', '.join(found)}, taken as letters: special_tokens=true takes the token")
-    return [tokenizer.encode(line, special=cfg.special_tokens) for line in lines]
+    ids = [tokenizer.encode(line, special=cfg.special_tokens) for line in lines]
+    return ids if cfg.suffix is None else [_between(cfg, tokenizer, *ids)]
+
+
+def _between(cfg: GenerateConfig, tokenizer: Tokenizer, before: list[int], after: list[int]) -> list[int]:
+    """The ids that ask for what stands between two texts. Raises UserError if the vocabulary has no tokens for it."""
+    if lacks := [token for token in (*INFILL, EOT) if token not in tokenizer.special_ids]:
+        raise UserError(
+            f"suffix={cfg.suffix}: checkpoint={cfg.checkpoint} knows no {', '.join(lacks)}, by which a middle is asked "
+            "for: give one that was trained with data.fim_rate (pretrain) or fim_rate (sft), or no suffix"
+        )
+    prefix, suffix, middle, end = (tokenizer.special_ids[token] for token in (*INFILL, EOT))
+    return [end, prefix, *before, suffix, *after, middle]
 
 
 def _lines(file: str) -> list[str]:

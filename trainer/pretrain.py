@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from conf.schema import run
-from data_pipeline.manifest import TOKENIZER
 from trainer.check import Checked, check
 from trainer.config.pretrain import PretrainConfig
 from trainer.data.sources import fetch_s
@@ -28,7 +27,7 @@ def pretrain(cfg: PretrainConfig) -> None:
     """Train a language model from shards."""
     world = read_world()
     checked = check(cfg, world)
-    lines = (checked.chosen, checked.tracked, checked.done)
+    lines = (checked.chosen, checked.tracked, checked.new_tokens, checked.done)
     run_task(checked.cfg, world, Workload.of(checked.cfg), lambda: language_model(checked), lines)
 
 
@@ -52,6 +51,7 @@ def language_model(checked: Checked) -> Task:
             micro_batch_size=int(cfg.micro_batch_size),
             eval_windows=cfg.eval.windows,
             train_windows=cfg.eval.train_windows,
+            infill=checked.infill,
         )
 
     return Task(
@@ -60,7 +60,7 @@ def language_model(checked: Checked) -> Task:
         eval_every=cfg.eval.every,
         patience=cfg.eval.patience,
         fetch_s=fetch_s(cfg.data, sources),
-        tokenizer=(sources.any.root / TOKENIZER).read_bytes(),
+        tokenizer=checked.tokenizer,
         eot_id=sources.any.eot_id,
         samples=checked.samples,
         scores=checked.scores,

@@ -9,7 +9,7 @@ from conf.errors import MISSING, UserError
 
 FIELDS = (
     *("instruction", "input", "output", "instances", "system", "messages", "conversations", "prompt", "completion"),
-    *("response", "chosen", "rejected", "responses", "ranks"),
+    *("suffix", "response", "chosen", "rejected", "responses", "ranks"),
 )
 """The fields of all forms."""
 
@@ -19,6 +19,7 @@ class Form(Enum):
     messages = "messages"  # messages: a list of {role, content}
     sharegpt = "sharegpt"  # conversations: a list of {from, value}
     completion = "completion"  # prompt, completion (or response); a prompt alone for roll-outs
+    insert = "insert"  # prompt, suffix, completion: what stands between the two; an empty suffix is a plain completion
     pair = "pair"  # chosen, rejected, perhaps prompt
     ranks = "ranks"  # prompt, responses, ranks: 1 is the best, equal ranks are ties
 
@@ -35,7 +36,7 @@ class ExamplesConfig:
 
     path: str = MISSING  # a file, a folder (searched through) or a glob of .json, .jsonl, .tsv or .parquet files
     form: Form | None = None  # of the records; null = as the fields of the first record say
-    template: Template | None = None  # of the ids; null = text for the form completion, roles for any other
+    template: Template | None = None  # of the ids; null = text for completion and insert, roles for any other form
     fields: dict[str, str] = field(default_factory=dict)  # a field of the form: the file's name for it
     columns: list[str] = field(default_factory=list)  # of a .tsv file; none = its first line names them
 

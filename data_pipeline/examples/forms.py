@@ -12,6 +12,7 @@ from conf.errors import UserError
 from data_pipeline.examples.examples_config import Form
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+SUFFIX = "suffix"  # text that stands behind the answer, between prompt and answer in a conversation
 _ROLES = {role: role for role in (SYSTEM, USER, ASSISTANT)} | {"human": USER, "gpt": ASSISTANT}
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": USER, "Assistant": ASSISTANT}
@@ -23,7 +24,7 @@ class Misfit(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    role: str  # SYSTEM, USER or ASSISTANT
+    role: str  # SYSTEM, USER or ASSISTANT; SUFFIX
     text: str
 
 
@@ -100,6 +101,12 @@ def _completion(record: Fields) -> Sequence[Conversation]:
     given = [key for key in ("completion", "response") if key in record]
     answer = (Turn(ASSISTANT, _text(record, given[0])),) if given else ()
     return [(*_prompt(record.get("prompt")), *answer)]
+
+
+def _insert(record: Fields) -> Sequence[Conversation]:
+    suffix = Turn(SUFFIX, _text(record, "suffix"))
+    [(prompt, *answer)] = _completion({**record, "prompt": _text(record, "prompt")})
+    return [(prompt, *([suffix] if suffix.text else []), *answer)]
 
 
 def _pair(record: Fields) -> Sequence[Comparison]:
@@ -204,6 +211,7 @@ _FIELDS: dict[Form, tuple[frozenset[str], ...]] = {  # a record of several forms
     Form.messages: (frozenset(("messages",)),),
     Form.sharegpt: (frozenset(("conversations",)),),
     Form.alpaca: (frozenset(("instruction", "output")), frozenset(("instruction", "instances"))),
+    Form.insert: (frozenset(("prompt", "suffix")),),
     Form.completion: (frozenset(("prompt",)),),
 }
 _FORMS: dict[Form, Callable[[Fields], Sequence[Conversation | Comparison]]] = {
@@ -211,6 +219,7 @@ _FORMS: dict[Form, Callable[[Fields], Sequence[Conversation | Comparison]]] = {
     Form.messages: _messages,
     Form.sharegpt: _sharegpt,
     Form.completion: _completion,
+    Form.insert: _insert,
     Form.pair: _pair,
     Form.ranks: _ranks,
 }

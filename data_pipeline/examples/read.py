@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +15,7 @@ from data_pipeline.examples.forms import ASSISTANT, Comparison, Conversation, fo
 from data_pipeline.examples.records import Record, records
 from data_pipeline.examples.templates import Example, Piece, Renderer
 from data_pipeline.tokenizer.tokenizer import Tokenizer
+from data_pipeline.tokenizer.vocabularies import INFILL
 
 COMPARISONS = (Form.pair, Form.ranks)
 T = TypeVar("T")
@@ -35,10 +36,13 @@ class Preference(NamedTuple):
     ranks: np.ndarray  # [K] int32: 0 is the best, equal ones are ties; of a pair 0 (chosen), 1 (rejected)
 
 
-def read_examples(cfg: ExamplesConfig, tokenizer: Tokenizer, n_ctx: int) -> Examples[Example, Renderer]:
+def read_examples(
+    cfg: ExamplesConfig, tokenizer: Tokenizer, n_ctx: int, marks: Sequence[str] = ()
+) -> Examples[Example, Renderer]:
     """Conversations and completions, for supervised fine-tuning; one of more than n_ctx + 1 ids is dropped.
 
-    Its last id is a label and no input, as the last token of a window is.
+    Its last id is a label and no input, as the last token of a window is. `marks`: special tokens that the renderer
+    knows too, and for which each example leaves room.
 
     Raises:
         UserError: files that cannot be read, of no known form or with comparisons, or that hold no example.
@@ -47,7 +51,10 @@ def read_examples(cfg: ExamplesConfig, tokenizer: Tokenizer, n_ctx: int) -> Exam
     def make(renderer: Renderer, meant: Conversation) -> list[list[Piece]]:
         return [renderer.conversation(meant)]
 
-    return _read(cfg, tokenizer, n_ctx + 1, make, lambda parts, _: (parts[0], len(parts[0].ids)), comparisons=False)
+    limit = n_ctx + 1 - len(marks)
+    return _read(
+        cfg, tokenizer, limit, make, lambda parts, _: (parts[0], len(parts[0].ids)), comparisons=False, marks=marks
+    )
 
 
 def read_preferences(cfg: ExamplesConfig, tokenizer: Tokenizer, n_ctx: int) -> Examples[Preference, Renderer]:
@@ -96,6 +103,7 @@ def _read(
     join: Join[T],
     *,
     comparisons: bool | None,
+    marks: Sequence[str] = (),
 ) -> Examples[T, Renderer]:
     """The items of a config.
 
@@ -103,6 +111,7 @@ def _read(
         limit, join: as `collect` takes them.
         make: the sequences of what a record means.
         comparisons: the records are to be some, or are not to be, or either (None).
+        marks: special tokens beside the template's.
     """
     tally = Tally()
     source = tally.kept(records(cfg.path, cfg.columns))
@@ -110,8 +119,8 @@ def _read(
     if comparisons is not None and comparisons != (form in COMPARISONS):
         wanted = "comparisons (chosen and rejected, or responses with ranks)" if comparisons else "conversations"
         raise UserError(f"path={cfg.path}: the form {form.value} holds no {wanted}: give a file of some, or form=")
-    template = cfg.template or (Template.text if form is Form.completion else Template.roles)
-    renderer = Renderer(template, tokenizer)
+    template = cfg.template or (Template.text if form in (Form.completion, Form.insert) else Template.roles)
+    renderer = Renderer(template, tokenizer, INFILL if form is Form.insert else marks)
 
     def meanings(record: Record) -> Iterator[tuple[Any, list[list[Piece]]]]:
         for meant in meaning(form, _named(record, cfg)):

@@ -7,6 +7,7 @@ pre-training, and each answer ends with a token that belongs to it: answer and e
     roles   <|endoftext|> <|user_start|>Hi<|user_end|> <|assistant_start|>Hello.<|assistant_end|>
     plain   <|endoftext|> \\n\\nHuman: Hi \\n\\nAssistant: Hello. <|endoftext|>
     text    <|endoftext|> Once upon a time, there was a king. <|endoftext|>
+            <|endoftext|> <|fim_prefix|>Once upon a time<|fim_suffix|> a king.<|fim_middle|>, there was <|endoftext|>
 
 A special token that the vocabulary lacks gets the next id behind it: the matrix of embeddings has rows there, for it is
 padded to a multiple of 64 (47 more than GPT-2's vocabulary, 34 more than GPT-1's).
@@ -22,9 +23,9 @@ import numpy as np
 
 from conf.errors import UserError
 from data_pipeline.examples.examples_config import Template
-from data_pipeline.examples.forms import ASSISTANT, SYSTEM, USER, Conversation, Misfit, Turn
+from data_pipeline.examples.forms import ASSISTANT, SUFFIX, SYSTEM, USER, Conversation, Misfit, Turn
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from data_pipeline.tokenizer.vocabularies import EOT
+from data_pipeline.tokenizer.vocabularies import EOT, INFILL
 
 Piece = tuple[str | list[int], bool]
 """A text or the ids of a marker, and True if these are labels."""
@@ -117,17 +118,19 @@ class Marked:
 class Renderer(Marked):
     """Makes ids of conversations by one template and tokenizer; to be the same in training, evaluation and chat.
 
-    end: the id that ends an answer.
+    end: the id that ends an answer. `more`: special tokens beside the template's.
     """
 
-    def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
+    def __init__(self, template: Template, tokenizer: Tokenizer, more: Sequence[str] = ()) -> None:
         marks = _MARKS[template]
-        super().__init__(tokenizer, marks.tokens)
+        super().__init__(tokenizer, (*marks.tokens, *more))
         self.template = template
         self.end = self.special[marks.after[ASSISTANT]]
         self._space = {role for role, mark in marks.before.items() if mark.endswith(" ")}
         self._before = {role: self._ids(mark.removesuffix(" ")) for role, mark in marks.before.items()}
         self._after = {role: self._ids(mark) for role, mark in marks.after.items()}
+        if INFILL[0] in more:
+            self._before[SUFFIX], self._after[SUFFIX] = self._ids(INFILL[1]), self._ids(INFILL[2])
 
     def _ids(self, mark: str) -> list[int]:
         return [self.special[mark]] if mark in self.special else self.tokenizer.encode(mark)
@@ -141,21 +144,21 @@ class Renderer(Marked):
         if not any(turn.role == ASSISTANT for turn in turns):
             raise Misfit("no answer")
         self._check(turns)
-        return [self._start, *(piece for turn in turns for piece in self._turn(turn))]
+        return [self._start(turns), *(piece for turn in turns for piece in self._turn(turn))]
 
     def prompt(self, turns: Conversation) -> list[Piece]:
         """The pieces of what comes before an answer, its opening mark included; nothing in it is a label."""
         self._check((*turns, Turn(ASSISTANT, "answer")))
         asked = [piece for turn in turns for piece in self._turn(turn)]
-        return [self._start, *((part, False) for part, _ in asked), (self._before.get(ASSISTANT, []), False)]
+        return [self._start(turns), *((part, False) for part, _ in asked), (self._before.get(ASSISTANT, []), False)]
 
     def answer(self, text: str) -> list[Piece]:
         """The pieces that continue `prompt` with an answer, all labels."""
         return [piece for piece in self._turn(Turn(ASSISTANT, text)) if piece[1]]
 
-    @property
-    def _start(self) -> Piece:
-        return [self.special[EOT]], False
+    def _start(self, turns: Conversation) -> Piece:
+        inserts = any(turn.role == SUFFIX for turn in turns)
+        return [self.special[EOT], *([self.special[INFILL[0]]] if inserts else [])], False
 
     def _turn(self, turn: Turn) -> list[Piece]:
         learnt = turn.role == ASSISTANT
@@ -164,8 +167,10 @@ class Renderer(Marked):
 
     def _check(self, turns: Conversation) -> None:
         if self.template is Template.text:
-            if [turn.role for turn in turns] not in ([USER, ASSISTANT], [ASSISTANT]):
+            if [turn.role for turn in turns if turn.role != SUFFIX] not in ([USER, ASSISTANT], [ASSISTANT]):
                 raise Misfit("more than a prompt and its completion: take template=roles or plain")
             turns = turns[-1:]  # an empty prompt asks for any text
+        elif any(turn.role == SUFFIX for turn in turns):
+            raise Misfit("a text behind the answer: take template=text")
         if any(not turn.text.strip() for turn in turns):
             raise Misfit("an empty turn")

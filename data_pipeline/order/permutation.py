@@ -10,10 +10,15 @@ def permutation(n: int, *key: int) -> np.ndarray:
 
     It sorts n different values, so every sorting algorithm gives the same order.
     """
+    return np.argsort(outputs(n, *key)).astype(np.int32 if n < 2**31 else np.int64)
+
+
+def outputs(n: int, *key: int) -> np.ndarray:
+    """The first n outputs, [n] uint64, of SplitMix64 with the folded key as seed."""
     folded = 0
     for part in key:
         folded = int(splitmix64(folded ^ part, 1)[0])
-    return np.argsort(splitmix64(folded, n)).astype(np.int32 if n < 2**31 else np.int64)
+    return splitmix64(folded, n)
 
 
 def splitmix64(seed: int, n: int) -> np.ndarray:

@@ -168,20 +168,27 @@ class TrainLoader:
 
     def _plan_from(self, step: int) -> tuple[range, Windows]:
         """Some steps from `step` on, in one segment of the ledger, and this rank's windows of them."""
-        ledger, lanes = self._plan.ledger, self._plan.lanes
+        ledger = self._plan.ledger
         each = ledger.segment(step).windows_per_step
         end = step + max(1, _PLAN_WINDOWS * self._dp // each)
         steps = range(step, min([end, *(s.step for s in ledger.segments if s.step > step)]))
-        positions = rank_positions(ledger.position(step), each * len(steps), lanes, self._dp_rank, self._dp)
-        return steps, self._plan.windows_at(positions)
+        return steps, self._plan.windows_at(self._positions(steps))
+
+    def _positions(self, steps: range) -> np.ndarray:
+        """Those of this rank in steps of one segment of the ledger."""
+        ledger = self._plan.ledger
+        windows = ledger.segment(steps.start).windows_per_step * len(steps)
+        first = ledger.position(steps.start)
+        return rank_positions(first, windows, self._plan.lanes, self._dp_rank, self._dp)
 
     def _read(self, stream: ShardStream, steps: range, windows: Windows, items: list[Item]) -> None:
         each = len(windows.source) // len(steps)
         size = micro_batch_at(each, self._micro_batch_size)
-        rows = self._rows(len(windows.source), self._n_ctx(steps.start))
+        rows, positions = self._rows(len(windows.source), self._n_ctx(steps.start)), self._positions(steps)
         for batches in rows.batches(size, each):
             first = len(items) * each
-            items.append(Item(batches, rows.read(stream, windows.rows(slice(first, first + each)), first)))
+            part = slice(first, first + each)
+            items.append(Item(batches, rows.read(stream, windows.rows(part), first, positions[part])))
 
     def _n_ctx(self, step: int) -> int:
         return self._plan.ledger.segment(step).n_ctx
@@ -196,11 +203,13 @@ class _Rows:
         self.labels = torch.empty((n, n_ctx), dtype=torch.int64, pin_memory=pin)
         self.segments = torch.empty((n, n_ctx), dtype=torch.int32, pin_memory=pin) if segments else None
 
-    def read(self, stream: ShardStream, windows: Windows, first: int = 0) -> int:
+    def read(self, stream: ShardStream, windows: Windows, first: int = 0, positions: np.ndarray | None = None) -> int:
         """Fill the rows from `first` on with windows; returns their checksum."""
         rows = slice(first, first + len(windows.source))
         segments = None if self.segments is None else self.segments.numpy()[rows]
-        return stream.read(windows, self.n_ctx, self.tokens.numpy()[rows], self.labels.numpy()[rows], segments)
+        return stream.read(
+            windows, self.n_ctx, self.tokens.numpy()[rows], self.labels.numpy()[rows], segments, positions
+        )
 
     def fill(self, first: int) -> None:
         """Make the rows from `first` on empty: token 0, and no label that counts."""

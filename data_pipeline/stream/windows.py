@@ -18,6 +18,7 @@ from data_pipeline.order.plan import Windows
 from data_pipeline.remote.cache import Cache, CacheFull
 from data_pipeline.remote.prefetch import Prefetcher
 from data_pipeline.remote.source import shard_errors
+from data_pipeline.stream.infill import Infill
 from data_pipeline.stream.open_shard import OpenShard, room_for_files
 
 
@@ -45,6 +46,7 @@ class ShardStream:
         open_shards: shards kept open from one call to the next, the last used; a rank needs one for each of its lanes.
             During a call, all shards that it reads are open.
         cache: for sources that are not local folders.
+        infill: rearranges the windows whose positions `read` is given.
     """
 
     def __init__(
@@ -53,13 +55,16 @@ class ShardStream:
         *,
         open_shards: int,
         cache: Cache | None = None,
+        infill: Infill | None = None,
     ) -> None:
         self._manifests = tuple(manifests)
         self._open_shards = open_shards
         self._cache = cache
         self._open: dict[tuple[int, int], OpenShard] = {}
         self._closed = False
-        self._dtype = np.result_type(*(m.numpy_dtype for m in self._manifests))
+        self._infill = infill
+        marks = (infill.prefix, infill.suffix, infill.middle) if infill else ()
+        self._dtype = np.result_type(*(m.numpy_dtype for m in self._manifests), *map(np.min_scalar_type, marks))
         self._clock = 0  # windows read
         self._span = 0  # tokens of a window
         self.prefetcher: Prefetcher | None = None
@@ -76,15 +81,18 @@ class ShardStream:
         tokens: np.ndarray,
         labels: np.ndarray,
         segments: np.ndarray | None = None,
+        positions: np.ndarray | None = None,
     ) -> int:
         """Fill `tokens` and `labels`, [n, n_ctx] int64: label t is the token that follows token t.
 
         Args:
             segments: [n, n_ctx] int32, filled with the number of each token's document within its window, 0, 1, 2, ...;
                 a label that is in the next document becomes IGNORE. A document's end-of-text token is its last.
+            positions: [n], those of the windows in the run, by which they are rearranged; None: they are not.
 
         Returns:
-            The crc32 of the windows' tokens, [n, n_ctx + 1] in the manifests' (widest) dtype.
+            The crc32 of the windows' tokens, [n, n_ctx + 1] in the manifests' (widest) dtype, or one that has room for
+            the tokens of `infill`.
 
         Raises:
             LostShard, ShardError: a shard that is lost; one that cannot be reached now.
@@ -108,9 +116,17 @@ class ShardStream:
                 self._load(key, held, start, stop)
             held.used = clock + i
             text[i] = held.tokens[start:stop]
+        if self._infill is not None or segments is not None:
+            row, cut = self._documents(windows, n_ctx)
+        if self._infill is not None and positions is not None:
+            row, cut = self._infill.windows(text, row, cut, positions)
         tokens[:], labels[:] = text[:, :-1], text[:, 1:]
         if segments is not None:
-            self._mark_documents(windows, n_ctx, labels, segments)
+            labels[row, cut - 1] = IGNORE
+            row, cut = row[cut < n_ctx], cut[cut < n_ctx]
+            segments[:] = 0
+            segments[row, cut] = 1
+            np.cumsum(segments, axis=1, out=segments)
         self._clock = clock + len(starts)
         if self._expected:
             self._expected.difference_update(zip(sources, shards, starts, strict=True))
@@ -155,16 +171,16 @@ class ShardStream:
         while self._open:
             self._open.popitem()[1].close()
 
-    def _mark_documents(self, windows: Windows, n_ctx: int, labels: np.ndarray, segments: np.ndarray) -> None:
-        segments[:] = 0
+    def _documents(self, windows: Windows, n_ctx: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of documents in all windows, as `OpenShard.cuts` gives them."""
         keys = windows.source << 32 | windows.shard
+        found = []
         for key in np.unique(keys).tolist():
             rows = np.flatnonzero(keys == key)
             row, cut = self._open[key >> 32, key & 0xFFFFFFFF].cuts(windows.start[rows], n_ctx)
-            labels[rows[row], cut - 1] = IGNORE
-            row, cut = row[cut < n_ctx], cut[cut < n_ctx]
-            segments[rows[row], cut] = 1
-        np.cumsum(segments, axis=1, out=segments)
+            found.append((rows[row], cut))
+        row, cut = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return row, cut
 
     def _enter(self, source: int, number: int) -> OpenShard:
         if self._closed:

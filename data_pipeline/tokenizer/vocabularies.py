@@ -15,6 +15,7 @@ from typing import Any
 from conf.errors import UserError
 
 EOT = "<|endoftext|>"
+INFILL = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # before the texts around a middle, and before it
 GPT2_FILES = {  # file: its sha256, which tiktoken pins too
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",

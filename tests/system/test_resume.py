@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.runs import finish, kill_at, make_data, pretrain, start, told
+from tests.system.runs import finish, kill_at, letters, make_data, pretrain, start, told
 from trainer.run.folder import RunFolder
 from trainer.run.journal import read_journal
 
@@ -29,7 +29,9 @@ def weights(run: Path) -> dict[str, bytes]:
 
 def check_kills(tmp_path: Path, kills: list[tuple[int, int]], steps: int, *overrides: str) -> None:
     """Train to `steps` in one go, and again with SIGKILL to a rank at each of `kills` (step, rank)."""
-    data = make_data(tmp_path / "data")
+    data = tmp_path / "data"
+    if not data.exists():
+        make_data(data)
     common = (f"data.path={data}", f"max_steps={steps}", "model.dropout=0.1", "eval.every=5", *overrides)
     pretrain(tmp_path / "whole", *common, ranks=2)
     killed = tmp_path / "killed"
@@ -46,6 +48,20 @@ def check_kills(tmp_path: Path, kills: list[tuple[int, int]], steps: int, *overr
 
 def test_resume_is_exact_after_kill(tmp_path: Path) -> None:
     check_kills(tmp_path, [(6, 1)], 12)
+
+
+@pytest.mark.slow
+def test_resume_is_exact_where_windows_are_rearranged(tmp_path: Path) -> None:
+    """And refused with another fim_rate."""
+    data = letters(make_data(tmp_path / "data", vocab_size=257))
+    check_kills(tmp_path, [(6, 1)], 12, "model.vocab_size=257", "data.fim_rate=0.5")
+    plain = (f"data.path={data}", "model.vocab_size=257", "max_steps=12", "model.dropout=0.1", "eval.every=5")
+    [(code, err)] = finish(start(tmp_path / "whole", *plain))
+    assert code == 2 and "data.fim_rate is 0.0" in err and "was trained with 0.5" in err
+    pretrain(tmp_path / "plain", *plain)
+    theirs, ours = story(tmp_path / "plain"), story(tmp_path / "whole")
+    assert all(a["data/position"] == b["data/position"] for (_, a), (_, b) in zip(theirs, ours, strict=True))
+    assert all(a["data/crc32"] != b["data/crc32"] for (_, a), (_, b) in zip(theirs, ours, strict=True))
 
 
 @pytest.mark.slow

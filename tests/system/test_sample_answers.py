@@ -79,12 +79,16 @@ def test_a_cold_sample_is_the_likeliest_answer(run: Path, tmp_path: Path) -> Non
         ("output=PROMPTS", "is there: give another one"),
         ("checkpoint=BASE", "lacks special tokens of the template roles"),
         ("examples.path=none.jsonl", "none.jsonl"),
+        ("examples.path=SUFFIXED", "prompts with a suffix"),
     ],
 )
 def test_a_mistake_is_one_line(override: str, line: str, run: Path, tmp_path: Path) -> None:
     prompts = json_lines(tmp_path / "prompts.jsonl", PROMPTS)
     given = [f"checkpoint={run}", f"examples.path={prompts}", "examples.template=roles", f"output={tmp_path / 'out'}"]
+    suffixed = json_lines(tmp_path / "suffixed.jsonl", [{"prompt": "a", "suffix": "b"}])
     words = override.replace("PROMPTS", str(prompts)).replace("BASE", str(run.parent / "base"))
+    words = words.replace("SUFFIXED", str(suffixed))
+    given += ["examples.template=text"] if "SUFFIXED" in override else []
     with pytest.raises(UserError, match=re.escape(line)):
         sample_answers(load(SampleAnswersConfig, [*given, words]))
     assert read(prompts) == PROMPTS and not (tmp_path / "out").exists()

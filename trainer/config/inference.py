@@ -17,6 +17,7 @@ class GenerateConfig:
     prompt: str | None = None  # empty, as an empty line or list: a text from its start, after the end-of-text token
     prompt_file: str | None = None  # one prompt a line; "-" = standard input
     prompt_ids: list[list[int]] | None = None  # token ids instead of a prompt, a list for each
+    suffix: str | None = None  # print what stands between prompt and this text, of a model trained with a fim_rate
     special_tokens: bool = False  # true: <|endoftext|> and the like in a prompt are the tokens, not their letters
     num_samples: int = 1  # of each prompt, one after the other
     max_new_tokens: int = 64  # beyond the model's n_ctx by a sliding window, which a note says
@@ -36,6 +37,8 @@ class GenerateConfig:
                 f"give exactly one of prompt, prompt_file and prompt_ids; given: {', '.join(given) or 'none'}; "
                 "prompt='' samples from the start of a text"
             )
+        if self.suffix is not None and self.prompt is None:
+            raise UserError(f"suffix={self.suffix} stands behind the text of prompt: give prompt=TEXT, '' for none")
         if self.num_samples < 1:
             raise UserError(f"num_samples={self.num_samples}: give at least 1")
         if self.num_samples > 1 and self.temperature == 0:

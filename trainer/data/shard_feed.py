@@ -16,6 +16,7 @@ from data_pipeline.order.ledger import Ledger
 from data_pipeline.order.plan import Plan
 from data_pipeline.order.stages import describe, rounding
 from data_pipeline.remote.source import LostShard
+from data_pipeline.stream.infill import LEAST, Infill
 from data_pipeline.stream.loader import Batch, TrainLoader, validation_batches
 from data_pipeline.stream.windows import ShardStream, shard_windows
 from trainer.data.channel import channel
@@ -41,6 +42,7 @@ class ShardFeed:
         micro_batch_size: int,
         eval_windows: int | None,
         train_windows: int,
+        infill: Infill | None = None,
     ) -> None:
         self.data = data
         self.mesh = mesh
@@ -51,6 +53,7 @@ class ShardFeed:
         self._micro_batch_size = micro_batch_size
         self._eval_windows = eval_windows
         self._train_windows = train_windows
+        self._infill = infill
         self._step = step  # that `next` gave last
         self._loader = self._open(step)
 
@@ -91,10 +94,10 @@ class ShardFeed:
 
     def jump(self, step: int, end: int) -> dict[str, Any]:
         plan = self._plan_of(self.plan.ledger.jump(step, end))
-        return data_state(self.sources, plan, step)
+        return data_state(self.data, self.sources, plan, step)
 
     def state(self, step: int) -> dict[str, Any]:
-        return data_state(self.sources, self.plan, step)
+        return data_state(self.data, self.sources, self.plan, step)
 
     def row(self, step: int) -> dict[str, float]:
         ledger = self.plan.ledger
@@ -145,6 +148,11 @@ class ShardFeed:
         ]
         lines += describe(ledger, self._max_steps, self.mesh.dp, self._micro_batch_size)
         lines += rounding(self.data)
+        if self._infill:
+            lines.append(
+                f"data: {self._infill.rate:g} of the pieces of at least {LEAST} tokens are rearranged to fill in the "
+                "middle: each loses its last 3 tokens, or 4 where its document goes on; validation is plain"
+            )
         lines += [] if self.sources.val else ["data: no source has validation data: there is no validation"]
         return [*lines, _open_shards(self.sources, self.plan, self.mesh.dp)]
 
@@ -200,7 +208,7 @@ class ShardFeed:
             train = self.sources.train  # a source that the config no longer names is not drawn: any replaces it
             manifests = [train.get(name, self.sources.any) for name in self.plan.names]
             shards = self.data.lanes // mesh.dp * len(train)
-            stream = ShardStream(manifests, open_shards=shards, cache=self.sources.cache)
+            stream = ShardStream(manifests, open_shards=shards, cache=self.sources.cache, infill=self._infill)
         return TrainLoader(
             self.plan,
             stream,

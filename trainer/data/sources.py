@@ -179,8 +179,8 @@ def plan_of(data: DataConfig, sources: Sources, ledger: Ledger, *, seed: int, ma
     return plan
 
 
-def data_state(sources: Sources, plan: Plan, step: int) -> dict[str, Any]:
-    """The data state that a checkpoint keeps: all that `Plan` needs, and the paths of the sources."""
+def data_state(data: DataConfig, sources: Sources, plan: Plan, step: int) -> dict[str, Any]:
+    """The data state that a checkpoint keeps: all that `Plan` needs, the paths of the sources, and `fim_rate`."""
     named = {
         name: {"sha256": m.sha256, "path": str(m.origin or m.root.absolute())} for name, m in sources.train.items()
     }
@@ -190,7 +190,17 @@ def data_state(sources: Sources, plan: Plan, step: int) -> dict[str, Any]:
         "position": plan.ledger.position(step),
         "sources": {**sources.past, **named},  # those that the config no longer names too: their windows were served
         "ledger": plan.ledger.to_json(),
+        **({"fim_rate": data.fim_rate} if data.fim_rate else {}),
     }
+
+
+def check_rate(data: DataConfig, past: Mapping[str, Any], checkpoint: str, run_dir: str) -> None:
+    """Raises UserError if `checkpoint`, whose data state is `past`, was trained on windows of another fim_rate."""
+    if data.fim_rate != (then := past.get("fim_rate", 0.0)):
+        raise UserError(
+            f"data.fim_rate is {data.fim_rate}, {checkpoint} of {run_dir} was trained with {then}: the windows and "
+            "perhaps the vocabulary depend on it; give the old value, or another run.name and init_from for the weights"
+        )
 
 
 def check_past(

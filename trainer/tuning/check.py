@@ -41,12 +41,14 @@ class Reader(Generic[T, R]):
     ids: int32 that say all of an example, by which a run knows its examples again.
     length: tokens that one takes of a row that several share; None: each makes a row.
     side: the ids by which an example is held out or not, such as its prompt's; None: all of them.
+    arrange: makes of the examples to train on those that are trained on; None: they are.
     """
 
     read: Callable[[str, Tokenizer, int], Examples[T, R]]
     ids: Callable[[T], np.ndarray]
     length: Callable[[T], int] | None = None
     side: Callable[[T], np.ndarray] | None = None
+    arrange: Callable[[Sequence[T], R], Sequence[T]] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ def check(cfg: C, world: World, path: str, reader: Reader[T, R]) -> Checked[C, T
         theirs = reader.read(cfg.held_out.path, tokenizer, cfg.model.n_ctx)
         train, held_out = found.items, theirs.items
         lines += [f"held out: {line}" for line in theirs.summary()]
+    if reader.arrange:
+        train = list(reader.arrange(train, found.renderer))
     lengths = [reader.length(item) if reader.length else 1 for item in train]
     n_ctx = cfg.model.n_ctx if reader.length else None
     order = RowOrder(lengths, rows_per_step=cfg.batch_size, seed=cfg.seed, n_ctx=n_ctx)

@@ -13,7 +13,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.schema import run
-from data_pipeline.examples.forms import USER, Conversation
+from data_pipeline.examples.forms import SUFFIX, USER, Conversation
 from data_pipeline.examples.read import read_prompts
 from data_pipeline.files import check_output, publish
 from trainer.config.tuning.sample_answers import SampleAnswersConfig
@@ -32,6 +32,10 @@ def sample_answers(cfg: SampleAnswersConfig) -> None:
         raise UserError(f"output={cfg.output} is there: give another one, or move it away")
     asked = read_prompts(cfg.examples, subject.tokenizer, subject.cfg.n_ctx)
     renderer = asked.renderer
+    if any(turn.role == SUFFIX for prompt in asked.items for turn in prompt.turns):
+        raise UserError(
+            f"examples.path={cfg.examples.path}: prompts with a suffix: no comparison holds one: leave the field out"
+        )
     if renderer.vocab_size > subject.tokenizer.vocab_size:
         raise UserError(
             f"checkpoint={cfg.checkpoint} lacks special tokens of the template {renderer.template.value}: tune it with "

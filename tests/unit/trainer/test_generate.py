@@ -22,6 +22,7 @@ from trainer.config.inference import GenerateConfig
         ({"prompt": "a", "slide": 0}, "slide=0"),
         ({"prompt": "a", "stop": ["x", ""]}, "holds an empty text"),
         ({"prompt": "a", "stream": True, "json": True}, "give one of them"),
+        ({"prompt_file": "a", "suffix": "b"}, "suffix=b stands behind the text of prompt: give prompt=TEXT"),
     ],
 )
 def test_an_impossible_request_is_refused_by_its_name(given: dict, message: str) -> None:

@@ -16,7 +16,7 @@ from data_pipeline.examples.forms import Turn
 from data_pipeline.examples.read import read_examples
 from data_pipeline.examples.templates import Example, Renderer
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from data_pipeline.tokenizer.vocabularies import EOT
+from data_pipeline.tokenizer.vocabularies import EOT, INFILL
 from tests.helpers.chat import SPELLED, random_messages, random_text, small_vocabulary, write_lines
 from tests.helpers.seeds import seeded
 
@@ -51,6 +51,28 @@ def test_the_labels_are_the_answers_and_their_ends(template: Template) -> None:
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         assert learnt == "".join(f"{space}{answer}{end}" for answer in answers)
         assert int((ids[mask] == renderer.end).sum()) == len(answers)
+
+
+def test_an_insertion_is_learnt_between_its_two_texts(tmp_path: Path) -> None:
+    """Records without a text behind are completions; one in chat has no place in the template."""
+    records = [
+        {"prompt": "a <|fim_middle|>", "suffix": " c\n", "completion": "b"},
+        {"prompt": "", "suffix": "c", "completion": "ab"},
+        {"prompt": "a", "suffix": "", "completion": "b"},
+    ]
+    path = str(write_lines(tmp_path / "inserts.jsonl", records))
+    found = read_examples(ExamplesConfig(path), VOCABULARY, 100)
+    ids, encode = found.renderer.special, VOCABULARY.encode
+    prefix, suffix, middle = (ids[token] for token in INFILL)
+    assert len({prefix, suffix, middle, ids[EOT]}) == 4 and found.renderer.vocab_size > max(prefix, suffix, middle)
+    for record, example in zip(records[:2], found.items, strict=False):
+        before, behind, between = (encode(record[key]) for key in ("prompt", "suffix", "completion"))
+        asked = [ids[EOT], prefix, *before, suffix, *behind, middle]
+        assert example.ids.tolist() == [*asked, *between, ids[EOT]]
+        assert example.mask.tolist() == [False] * len(asked) + [True] * (len(between) + 1)
+    assert found.items[2].ids.tolist() == [ids[EOT], *encode("a"), *encode("b"), ids[EOT]]
+    with pytest.raises(UserError, match=r"3 records .*: 2 dropped: a text behind the answer: take template=text"):
+        read_examples(ExamplesConfig(path, template=Template.roles), VOCABULARY, 4)
 
 
 def test_text_that_spells_a_special_token_stays_text() -> None:
