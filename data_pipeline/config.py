@@ -99,9 +99,7 @@ class DataConfig:
     lanes: int = MISSING  # fixed for the run; every data-parallel size that divides it gives the same batches
     stages: list[StageConfig] = field(default_factory=list)
     document_mask: bool = False  # a token sees only its own document; positions restart with each document
-    fim_rate: float = (
-        0.0  # share of the documents' pieces in windows that teach to fill in the middle; fixed for the run
-    )
+    fim_rate: float = 0.0  # share of documents' pieces that teach to fill in the middle; fixed for the run
     on_bad_shard: OnBadShard = OnBadShard.stop  # a shard that is lost for good
     allow_pipe: bool = False  # run the commands of pipe: sources; frozen files do not grant it
     cache: CacheConfig = field(default_factory=CacheConfig)
