@@ -20,7 +20,7 @@ def records(kind: str, n: int, seed: int) -> list[dict[str, Any]]:
         start = draw.randrange(len(words) - high)
         return words[start : start + draw.randint(low, high)]
 
-    found = []
+    found: list[dict[str, Any]] = []
     for number in range(n):
         asked, answer = f"{number}: {' '.join(text(2, 6))}"[:60], text(4, 14)
         if kind == "sft":
