@@ -29,7 +29,7 @@ def pair(prompt: int, chosen: int, rejected: int) -> Pair:
 def test_the_answer_and_its_end_token_are_the_labels() -> None:
     tokens, labels = pairs([pair(3, 2, 4)], 1024)([[0], []])
     assert tokens is not None and labels is not None
-    assert tokens.shape == labels.shape == (4, 64)
+    assert tokens.shape == labels.shape == (4, 16)
     assert tokens[:, :7].tolist() == [[1, 1, 1, 2, 0, 0, 0], [0] * 7, [1, 1, 1, 3, 3, 3, 0], [0] * 7]
     x = IGNORE
     assert labels[:, :7].tolist() == [[x, x, 2, 9, x, x, x], [x] * 7, [x, x, 3, 3, 3, 9, x], [x] * 7]
@@ -37,7 +37,7 @@ def test_the_answer_and_its_end_token_are_the_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("longest", "n_ctx", "tp", "width"), [(65, 1024, 1, 64), (66, 1024, 1, 128), (90, 100, 1, 100), (20, 960, 3, 192)]
+    ("longest", "n_ctx", "tp", "width"), [(65, 1024, 1, 64), (66, 1024, 1, 80), (98, 100, 1, 100), (20, 960, 3, 48)]
 )
 def test_rows_are_as_long_as_the_longest_needs(longest: int, n_ctx: int, tp: int, width: int) -> None:
     tokens, _ = pairs([pair(5, 2, longest - 5), pair(1, 1, 1)], n_ctx, row_multiple(tp))([[1], [0]])

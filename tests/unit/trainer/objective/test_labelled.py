@@ -200,7 +200,7 @@ def test_a_row_has_next_tokens_as_labels_and_pads_behind() -> None:
     assert batch.tokens.tolist()[2] == [7, 1, 2, 9, 0] and batch.tokens.tolist()[3] == [0] * 5
     assert (batch.ends.tolist(), batch.owner.tolist()) == ([2, 2, 3, 0, 0, 3, 2], [0, 0, 0, 1, 1, 2, 2])
     assert batch.target[[0, 2]].tolist() == [2.0, 1.0] and batch.target[1].isnan()
-    assert [row_tokens(n, 96) for n in (1, 64, 65, 96)] == [64, 64, 96, 96]
+    assert [row_tokens(n, 96) for n in (1, 64, 65, 96)] == [16, 64, 80, 96]
 
 
 @pytest.mark.parametrize("broken", ["not", "labels shuffled", "sign flipped"])

@@ -137,6 +137,6 @@ def test_lengths_are_multiples_and_at_most_n_ctx() -> None:
     item = random_preferences(np.random.default_rng(1), 1, vocab_size=VOCAB, longest=100)[0]._replace(
         answers=(np.zeros(30, np.int32), np.zeros(50, np.int32)), prompt=np.zeros(20, np.int32), ranks=np.arange(2)
     )
-    assert comparisons([item], 1024)([[0]])[0].shape == (2, 128)  # type: ignore[union-attr]
-    assert comparisons([item], 80)([[0]])[0].shape == (2, 80)  # type: ignore[union-attr]
+    assert comparisons([item], 1024)([[0]])[0].shape == (2, 80)  # type: ignore[union-attr]
+    assert comparisons([item], 75)([[0]])[0].shape == (2, 75)  # type: ignore[union-attr]
     assert comparisons([item], 1024, 192)([[0], []])[0].shape == (3, 192)  # type: ignore[union-attr]
