@@ -61,7 +61,8 @@ def finetune(cfg: FinetuneConfig) -> None:
     checked = check(cfg, world, cfg.examples.path, Reader(read, all_ids, side=texts_of))
     optim = warmed_up(cfg.optim, cfg.warmup_share, checked.cfg.max_steps)
     checked = replace(checked, cfg=replace(checked.cfg, optim=optim))
-    run_task(checked.cfg, world, workload(checked), lambda: labelled_task(checked), checked.lines)
+    kept = f"freeze: the first {cfg.freeze} of {cfg.model.n_layer} blocks keep their weights" if cfg.freeze else ""
+    run_task(checked.cfg, world, workload(checked), lambda: labelled_task(checked), [*checked.lines, kept])
 
 
 def texts_of(example: Labelled) -> np.ndarray:
@@ -105,10 +106,11 @@ def labelled_task(checked: Checked[FinetuneConfig, Labelled, TaskRenderer]) -> T
     if examples:
         size, picture = int(cfg.micro_batch_size), RunFolder(cfg.run.dir).plots / "confusion.png"
         scores = HeldOutScores(objective, cfg.examples, examples, collate(examples), size, cfg.held_out.every, picture)
+    n_out = len(cfg.examples.classes) if kind is Kind.classification else 1
     return Task(
         objective,
         make_feed(checked, collate, "labelled examples"),
-        model=partial(WithHead, n_out=len(cfg.examples.classes) if kind is Kind.classification else 1, std=0.02),
+        model=partial(WithHead, n_out=n_out, std=0.02, frozen=cfg.freeze),
         eval_every=cfg.held_out.every,
         patience=cfg.held_out.patience,
         tokenizer=checked.tokenizer.raw,

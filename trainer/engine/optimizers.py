@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.optim import OptimConfig
+from trainer.model.gpt import is_frozen
 
 
 class GatedAdamW(torch.optim.AdamW):
@@ -34,11 +35,11 @@ class GatedAdamW(torch.optim.AdamW):
 
 
 def param_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Weights and embeddings (two dimensions or more) decay; biases and gains do not."""
+    """Weights and embeddings decay; biases, gains and frozen weights do not."""
     decay: list[nn.Parameter] = []
     keep: list[nn.Parameter] = []
     for _, p in named:
-        (decay if p.ndim >= 2 else keep).append(p)
+        (decay if p.ndim >= 2 and not is_frozen(p) else keep).append(p)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
 
 

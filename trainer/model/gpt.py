@@ -57,6 +57,15 @@ class GPT(nn.Module):
         """`function(self, *args)`, such as an objective's sums: DeepSpeed's hooks surround a module's forward."""
         return function(self, *args)
 
+    def freeze(self, blocks: int) -> None:
+        """Keep the weights of the first blocks as they are: their gradient becomes 0, and they do not decay.
+
+        They stay trained parameters with moments of 0, so that every wrapper and checkpoint is as without it.
+        """
+        for p in self.h[:blocks].parameters():
+            p.register_hook(torch.zeros_like)
+            p.frozen = True  # type: ignore[attr-defined]
+
     def specs(self) -> dict[str, ParamSpec]:
         """Every parameter by name, with those of heads and other trunks that are attached to this one."""
         own = specs(self.cfg, self.mesh.tp)
@@ -183,3 +192,8 @@ def run_block(block: nn.Module, x_TBC: Tensor, mask: Mask) -> Tensor:
 def run_loss(wte: TiedEmbedding, x_TBC: Tensor, labels_TB: Tensor, mesh: Mesh) -> Tensor:
     """The head and the loss in one function, so that logits live nowhere else."""
     return token_loss(wte(x_TBC, head=True), labels_TB, mesh, wte.n_true)
+
+
+def is_frozen(p: nn.Parameter) -> bool:
+    """Return True for a weight that `GPT.freeze` keeps."""
+    return getattr(p, "frozen", False)

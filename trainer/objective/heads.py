@@ -61,7 +61,7 @@ class Head(nn.Module):
 
 
 class WithHead(GPT):
-    """A trunk and a head on its hidden states: `head.*`."""
+    """A trunk and a head on its hidden states: `head.*`. The first `frozen` blocks keep their weights."""
 
     head: Head
 
@@ -72,10 +72,12 @@ class WithHead(GPT):
         *,
         n_out: int,
         std: float = 0.02,
+        frozen: int = 0,
         sequence_parallel: bool = False,
         recompute: Recompute = Recompute.none,
     ) -> None:
         super().__init__(cfg, mesh, sequence_parallel=sequence_parallel, recompute=recompute)
+        self.freeze(frozen)
         self.head = Head(cfg.n_embd, n_out, mesh, std=std, sequence_parallel=sequence_parallel)
 
 

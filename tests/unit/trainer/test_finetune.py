@@ -31,17 +31,20 @@ REAL = {
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("words", "message"),
     [
+        ("freeze=13", "freeze=13: give 0 to the 12 blocks of model.n_layer"),
+        ("freeze=-1", "freeze=-1: give 0 to"),
+        ("freeze=1 optim=muon", "freeze=1 with optim.kind=muon: give adamw, or freeze=0"),
         ("lm_weight=-1", "lm_weight=-1.0: give a weight that is finite and not negative"),
         ("lm_weight=inf", "lm_weight=inf: give a weight"),
         ("head_dropout=1", "head_dropout=1.0: give a share below 1"),
         ("warmup_share=1.5", "warmup_share=1.5: give a share of the steps"),
     ],
 )
-def test_a_setting_out_of_range_is_refused(word: str, message: str) -> None:
+def test_a_setting_out_of_range_is_refused(words: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        load(FinetuneConfig, [*NEEDED, word])
+        load(FinetuneConfig, [*NEEDED, *words.split()])
 
 
 def test_the_warm_up_is_a_share_of_the_steps() -> None:
